@@ -1,0 +1,239 @@
+"""Every refusal of the service, one class each: HTTP status and a stable code (RFC 9457 problem details).
+
+Refusal
+├── Unauthorized               401 unauthorized
+├── NotFound                   404
+│   ├── RunNotFound            run_not_found
+│   ├── MachineNotFound        machine_not_found
+│   ├── PoolNotFound           pool_not_found
+│   ├── SessionNotFound        session_not_found
+│   ├── WorkflowNotFound       workflow_not_found
+│   ├── AttachmentNotFound     attachment_not_found
+│   └── RouteNotFound          route_not_found
+├── MethodNotAllowed           405 method_not_allowed
+├── RequestTimeout             408 request_timeout
+├── Conflict                   409
+│   ├── RunNotTerminal             run_not_terminal
+│   ├── SensitiveInputsExpired     sensitive_inputs_expired
+│   ├── InputAttachmentsExpired    input_attachments_expired
+│   ├── InvalidTransition          invalid_transition
+│   ├── AttemptSuperseded          attempt_superseded
+│   └── IdempotencyInProgress      idempotency_in_progress
+├── PayloadTooLarge            413 payload_too_large
+├── UnsupportedMediaType       415 unsupported_media_type
+├── RangeNotSatisfiable        416 range_not_satisfiable
+├── Invalid                    422, in FastAPI's list form
+├── InternalError              500 internal_error
+└── Unavailable                503, with Retry-After
+    ├── VaultUnavailable       vault_unavailable
+    ├── StorageUnavailable     storage_unavailable
+    └── DatabaseUnavailable    database_unavailable
+
+A sentence here never carries anything a caller sent, except ids and statuses of the caller's own run.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import orjson
+
+TITLES = {
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+
+
+class Refusal(Exception):
+    """A request that is answered with an error; rendered in one place as `application/problem+json`."""
+
+    status: ClassVar[int]
+    code: ClassVar[str]
+    detail: str = ""
+
+    def __init__(self, detail: str | None = None, *, headers: Mapping[str, str] | None = None) -> None:
+        self.detail = detail or type(self).detail
+        self.headers = dict(headers or {})
+        super().__init__(self.detail)
+
+    media_type: ClassVar[str] = "application/problem+json"
+
+    def body(self) -> bytes:
+        return orjson.dumps(
+            {
+                "type": f"urn:problem:{self.code}",
+                "title": TITLES[self.status],
+                "status": self.status,
+                "detail": self.detail,
+                "code": self.code,
+            }
+        )
+
+
+class Unauthorized(Refusal):
+    status, code = 401, "unauthorized"
+    detail = "Send a valid API key as `Authorization: Bearer <key>`."
+
+    def __init__(self) -> None:
+        super().__init__(headers={"WWW-Authenticate": "Bearer"})
+
+
+class NotFound(Refusal):
+    status = 404
+
+
+class RunNotFound(NotFound):
+    code, detail = "run_not_found", "No run with this id exists in your organization; check the id."
+
+
+class MachineNotFound(NotFound):
+    code, detail = "machine_not_found", "No machine with this id exists in your organization; check the id."
+
+
+class PoolNotFound(NotFound):
+    code, detail = "pool_not_found", "No pool with this id exists in your organization; check the ids."
+
+
+class SessionNotFound(NotFound):
+    code = "session_not_found"
+    detail = "No session with this id exists in your organization; use the session_id of a run, or start_session."
+
+
+class WorkflowNotFound(NotFound):
+    code, detail = "workflow_not_found", "No workflow with this id exists in your organization; check the id."
+
+
+class AttachmentNotFound(NotFound):
+    code, detail = "attachment_not_found", "No attachment with this id exists in your organization; check the id."
+
+
+class RouteNotFound(NotFound):
+    code, detail = "route_not_found", "There is nothing at this path; see /docs for the routes."
+
+
+class MethodNotAllowed(Refusal):
+    status, code = 405, "method_not_allowed"
+    detail = "This path does not answer this method; the Allow header lists those it does."
+
+
+class RequestTimeout(Refusal):
+    status, code = 408, "request_timeout"
+    detail = "The request body came too slowly; send it again over a faster connection."
+
+
+class Conflict(Refusal):
+    status = 409
+
+
+class RunNotTerminal(Conflict):
+    code = "run_not_terminal"
+
+    def __init__(self, current: str) -> None:
+        super().__init__(
+            f"The run is {current}; only a run in success, error or cancelled can be retried. "
+            "Wait until it ends, or PATCH its status to cancelled if its executor died."
+        )
+
+
+class SensitiveInputsExpired(Conflict):
+    code = "sensitive_inputs_expired"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"The run's stored secrets have expired: {', '.join(names)}. Send sensitive_input_values with all of them, "
+            "or {} to go on without secrets."
+        )
+
+
+class InputAttachmentsExpired(Conflict):
+    code = "input_attachments_expired"
+    detail = "An input attachment of the run has expired; send file_inputs with the files, or [] to go on without."
+
+
+class InvalidTransition(Conflict):
+    code = "invalid_transition"
+
+
+class AttemptSuperseded(Conflict):
+    code = "attempt_superseded"
+
+    def __init__(self, current: int) -> None:
+        super().__init__(f"This report is for an earlier attempt; the run is at attempt {current}. Stop working on the old one.")
+
+
+class IdempotencyInProgress(Conflict):
+    code = "idempotency_in_progress"
+    detail = "A request with this Idempotency-Key is still being worked on; send the same request again shortly."
+
+    def __init__(self) -> None:
+        super().__init__(headers={"Idempotency-Status": "in_progress", "Retry-After": "1"})
+
+
+class PayloadTooLarge(Refusal):
+    status, code = 413, "payload_too_large"
+
+
+class UnsupportedMediaType(Refusal):
+    status, code = 415, "unsupported_media_type"
+    detail = "Send the body as `Content-Type: application/json`, without Content-Encoding."
+
+
+class RangeNotSatisfiable(Refusal):
+    status, code = 416, "range_not_satisfiable"
+    detail = "The requested range lies outside the file; Content-Range gives its size."
+
+
+class Invalid(Refusal):
+    """Bad input: FastAPI's list form, never with any part of the input in it."""
+
+    status, code = 422, "invalid"
+    media_type = "application/json"
+
+    def __init__(self, *errors: tuple[tuple[str | int, ...], str, str]) -> None:
+        self.errors = errors
+        super().__init__("The request is not valid.")
+
+    def body(self) -> bytes:
+        return orjson.dumps({"detail": [{"loc": loc, "msg": msg, "type": kind} for loc, msg, kind in self.errors]})
+
+
+class InternalError(Refusal):
+    status, code = 500, "internal_error"
+    detail = "Something failed on our side; report the X-Request-ID of this reply."
+
+
+class Unavailable(Refusal):
+    status = 503
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"Retry-After": "2"})
+
+
+class VaultUnavailable(Unavailable):
+    code = "vault_unavailable"
+    detail = "The secret store did not answer in time; nothing was changed. Send the request again."
+
+
+class StorageUnavailable(Unavailable):
+    code = "storage_unavailable"
+    detail = "The file store did not answer in time; nothing was changed. Send the request again."
+
+
+class DatabaseUnavailable(Unavailable):
+    code = "database_unavailable"
+    detail = "The database did not answer in time; nothing was changed. Send the request again."
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    detail = (
+        "The connection to the database was lost while the change was being committed, so it may have taken effect. "
+        "Sending the same request again with the same Idempotency-Key is safe."
+    )
