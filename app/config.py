@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
-from pydantic import field_validator
 
 MIB = 1024 * 1024
 
@@ -26,10 +25,27 @@ class MountedSecrets(PydanticBaseSettingsSource):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class Settings(BaseSettings):
-    """What an operator can set. Durations are seconds and sizes are bytes unless a name says otherwise."""
+class DatabaseSettings(BaseSettings):
+    """All that migrations and key management need."""
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True)
+
+    database_url: SecretStr = Field(description="postgresql://user:password@host:port/database")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, MountedSecrets(settings_cls)
+
+
+class Settings(DatabaseSettings):
+    """What an operator can set. Durations are seconds and sizes are bytes unless a name says otherwise."""
 
     # HTTP
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -50,7 +66,6 @@ class Settings(BaseSettings):
     body_min_bytes_per_second: int = Field(32 * 1024, ge=1, description="Pace a body must keep beyond that patience, else 408.")
 
     # PostgreSQL
-    database_url: SecretStr = Field(description="postgresql://user:password@host:port/database")
     database_pool_size: int = Field(16, ge=2, le=500, description="Connections per process.")
     database_timeout_seconds: float = Field(3, gt=0, le=5, description="Patience with a connection and with each statement.")
 
@@ -87,14 +102,3 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, MountedSecrets(settings_cls)

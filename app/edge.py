@@ -1,0 +1,151 @@
+"""The outermost layer of every request: its id, who calls, the headers of the reply, one log line, and no leak on failure.
+
+Authentication happens here because a framework reads the body before it runs dependencies: a caller without a key must be
+refused before a byte of the body is read.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import traceback
+from collections.abc import Iterable
+from uuid import UUID, uuid4
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.auth import authenticate, bearer
+from app.database import Database
+from app.errors import InternalError, Refusal, Unauthorized
+
+log = logging.getLogger("app.request")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+# How long a refused upload is read and thrown away: closing at once would reset the connection before the reply is read.
+LINGER_SECONDS = 5.0
+
+
+def is_public(path: str) -> bool:
+    """Everything under /v1 but its health needs a key."""
+    return not path.startswith("/v1/") or path == "/v1/health" or path.startswith("/v1/health/")
+
+
+class Edge:
+    """ASGI middleware; expects `app.state.database` on the application in the scope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        refusal: Refusal | None = None
+        try:
+            if not is_public(scope["path"]):
+                database: Database = scope["app"].state.database
+                key = bearer(exchange.only_header(b"authorization"))
+                async with database.connection() as connection:
+                    exchange.principal = scope["state"]["principal"] = await authenticate(connection, key)
+            await self.app(scope, exchange.receive, exchange.send)
+        except Refusal as error:
+            refusal = error
+        except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback and no detail may leave
+            # Frames only: an exception's text can hold what the caller sent.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error({"event": "unhandled", "request_id": exchange.id, "type": type(error).__qualname__, "frames": frames})
+            refusal = InternalError()
+        if refusal is not None and not exchange.started:
+            await exchange.refuse(refusal)
+        exchange.report()
+
+
+class _Exchange:
+    """One request and its reply."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self._receive = receive
+        self._send = send
+        self._began = time.perf_counter()
+        self.principal: object | None = None
+        self.started = False
+        self._status = 0
+        self._lingers = False
+        headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
+        self._body_left = any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")) for name, value in headers
+        )
+        given = next((value for name, value in headers if name == b"x-request-id"), b"")
+        self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = self.id
+
+    def only_header(self, name: bytes) -> bytes:
+        values = [value for key, value in self.scope["headers"] if key == name]
+        if len(values) != 1:
+            raise Unauthorized
+        return bytes(values[0])
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if not message.get("more_body", False):
+            self._body_left = False
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self._status = message["status"]
+            headers = list(message.get("headers", ()))
+            headers.append((b"x-request-id", self.id.encode()))
+            if not any(name == b"cache-control" for name, _ in headers):
+                headers.append((b"cache-control", b"no-store"))
+            headers.append((b"x-content-type-options", b"nosniff"))
+            if self._body_left and self._status >= 400:
+                self._lingers = True
+                headers.append((b"connection", b"close"))
+            message["headers"] = headers
+        elif self._lingers and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._drain()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        """Read and forget the rest of a refused body for a while, unless the caller waits for a 100 before sending it."""
+        if any(name == b"expect" for name, _ in self.scope["headers"]):
+            return
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                while self._body_left:
+                    if (await self.receive())["type"] == "http.disconnect":
+                        return
+        except TimeoutError:
+            return  # slow or endless: the connection is closed on it
+
+    async def refuse(self, refusal: Refusal) -> None:
+        body = refusal.body()
+        headers = [(b"content-type", refusal.media_type.encode()), (b"content-length", str(len(body)).encode())]
+        headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
+        await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def report(self) -> None:
+        """One line a request: the route's template and its ids, never a query, a header or a body."""
+        if not log.isEnabledFor(logging.INFO):
+            return
+        ids = {name: str(value) for name, value in self.scope.get("path_params", {}).items() if isinstance(value, UUID)}
+        log.info(
+            {
+                "event": "request",
+                "request_id": self.id,
+                "method": self.scope["method"] if self.scope["method"].isalpha() else "-",
+                "route": getattr(self.scope.get("route"), "path", None),
+                "status": self._status,
+                "ms": round((time.perf_counter() - self._began) * 1000, 1),
+                "organization_id": getattr(self.principal, "organization_id", None),
+                **ids,
+            }
+        )

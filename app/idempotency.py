@@ -1,0 +1,113 @@
+"""Idempotency-Key on every write: the first successful reply is stored with its effect and replayed byte for byte.
+
+No record says "in progress". Twins may both do the work; the primary key decides in the transaction that has the effect, and
+the loser, whose work was rolled back, replays the winner's reply.
+"""
+
+import hmac
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+
+from app.auth import Principal
+from app.database import Connection, Database, LockTimeout
+from app.errors import IdempotencyInProgress, Invalid, Refusal
+
+FIND = """
+SELECT fingerprint, status, body FROM idempotency_keys
+WHERE organization_id = $1 AND key = $2 AND expires_at > now()
+"""
+
+# An expired key that was not collected yet is free again.
+STORE = """
+INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, expires_at)
+VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))
+ON CONFLICT (organization_id, key) DO UPDATE
+SET fingerprint = excluded.fingerprint, status = excluded.status, body = excluded.body, expires_at = excluded.expires_at
+WHERE idempotency_keys.expires_at <= now()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A successful reply, as it is sent and stored."""
+
+    status: int
+    body: bytes
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One write request: who sent it, and what makes a resend recognizable. `key` is None without the header."""
+
+    principal: Principal
+    key: str | None
+    fingerprints: tuple[bytes, ...]  # under the server key, then under the previous one
+    ttl_seconds: int
+
+
+class _Taken(Exception):
+    """The key was stored by another request: roll back and replay."""
+
+
+def fingerprint(server_key: str, method: str, path: str, body: bytes) -> bytes:
+    """HMAC-SHA-256 of the request. Keyed, because the body can hold secrets that a plain digest would let anyone guess."""
+    mac = hmac.new(server_key.encode(), f"{method}\n{path}\n".encode(), "sha256")
+    mac.update(body)
+    return mac.digest()
+
+
+async def find(connection: Connection, write: Write) -> Reply | None:
+    """The stored reply of this very request. Raises Invalid when the key belongs to another request."""
+    if write.key is None:
+        return None
+    row = await connection.fetchrow(FIND, write.principal.organization_id, write.key)
+    if row is None:
+        return None
+    if not any(hmac.compare_digest(row["fingerprint"], own) for own in write.fingerprints):
+        raise Invalid(
+            (
+                ("header", "Idempotency-Key"),
+                "This Idempotency-Key was used for another request; use a new key for each new request.",
+                "idempotency_key_reused",
+            )
+        )
+    return Reply(row["status"], row["body"], replayed=True)
+
+
+async def once(database: Database, write: Write, work: Callable[[Connection], Awaitable[Reply]]) -> Reply:
+    """Run `work` in one transaction and commit its reply with it; a resend gets the first reply and changes nothing.
+
+    Raises whatever `work` raises, and IdempotencyInProgress when a twin holds the key or the row for longer than 2 s.
+    """
+    try:
+        async with database.transaction() as connection:
+            reply = await work(connection)
+            if write.key is not None:
+                await _store(connection, write, reply)
+        return reply
+    except _Taken:
+        return await _replay(database, write, IdempotencyInProgress())
+    except LockTimeout as timeout:
+        return await _replay(database, write, timeout if write.key is None else IdempotencyInProgress())
+    except Refusal as refusal:
+        # A resend of a request that succeeded is refused by its own effect (the run is scheduling): look before refusing.
+        if write.key is None or refusal.status >= 500:
+            raise
+        return await _replay(database, write, refusal)
+
+
+async def _store(connection: Connection, write: Write, reply: Reply) -> None:
+    principal = write.principal
+    arguments = (write.key, write.fingerprints[0], reply.status, reply.body, write.ttl_seconds)
+    if await connection.execute(STORE, principal.organization_id, *arguments) == "INSERT 0 0":
+        raise _Taken
+
+
+async def _replay(database: Database, write: Write, otherwise: Refusal) -> Reply:
+    async with database.connection() as connection:
+        stored = await find(connection, write)
+    if stored is None:
+        raise otherwise from None
+    return stored

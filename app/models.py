@@ -1,0 +1,359 @@
+"""The tables. The migrations are written by hand; `alembic check` proves that they and this file agree."""
+
+import enum
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import (
+    JSON,
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+ORGANIZATION_PATTERN = "^[A-Za-z0-9_-]{1,64}$"
+
+
+class RunStatus(enum.StrEnum):
+    """The five states of a run; the wire and the table use the same words."""
+
+    SCHEDULING = "scheduling"
+    RUNNING = "running"
+    SUCCESS = "success"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+ACTIVE = frozenset({RunStatus.SCHEDULING, RunStatus.RUNNING})
+TERMINAL = frozenset(RunStatus) - ACTIVE
+
+_IS_ACTIVE = "status IN ('scheduling', 'running')"
+_IS_WAITING = "status = 'scheduling' AND assigned_machine_id IS NULL"
+
+
+class Base(DeclarativeBase):
+    """Constraints have names, so that an error or a migration can speak of them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads this as a class attribute
+        str: Text,
+        UUID: Uuid,
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSON(none_as_null=True),
+        list[str]: ARRAY(Text),
+        list[UUID]: ARRAY(Uuid),
+        bytes: LargeBinary,
+    }
+
+
+def _organization_check() -> CheckConstraint:
+    return CheckConstraint(f"organization_id ~ '{ORGANIZATION_PATTERN}'", name="organization_id")
+
+
+class ApiKey(Base):
+    """A bearer key, stored as its SHA-256: the key has 256 bits of entropy, so a slow hash would add nothing."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (_organization_check(), CheckConstraint("length(key_hash) = 32", name="key_hash"))
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    user_id: Mapped[UUID | None]
+    name: Mapped[str | None]
+    key_hash: Mapped[bytes] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class Workflow(Base):
+    """What a run executes."""
+
+    __tablename__ = "workflows"
+    __table_args__ = (
+        _organization_check(),
+        Index("ix_workflows_organization", "organization_id", text("created_at DESC"), text("id DESC")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    user_id: Mapped[UUID | None]
+    name: Mapped[str | None]
+    main_prompt: Mapped[str]
+    input_schema: Mapped[str | None]
+    output_schema: Mapped[str | None]
+    includes_file_exports: Mapped[bool] = mapped_column(server_default=text("false"))
+    is_webhooks_enabled: Mapped[bool] = mapped_column(server_default=text("false"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Machine(Base):
+    """A desktop that executes runs, one at a time."""
+
+    __tablename__ = "machines"
+    __table_args__ = (
+        _organization_check(),
+        CheckConstraint("status IN ('connected', 'disconnected', 'error')", name="status"),
+        Index("ix_machines_organization", "organization_id", text("created_at DESC"), text("id DESC")),
+        Index(
+            "uq_machines_reserved_session_id",
+            "reserved_session_id",
+            unique=True,
+            postgresql_where=text("reserved_session_id IS NOT NULL"),
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    user_id: Mapped[UUID | None]
+    fingerprint: Mapped[str]
+    unkey_key_id: Mapped[str]
+    name: Mapped[str | None]
+    version: Mapped[str | None]
+    hostname: Mapped[str | None]
+    os_info: Mapped[str | None]
+    status: Mapped[str] = mapped_column(server_default="connected")
+    is_available: Mapped[bool] = mapped_column(server_default=text("true"))
+    alerts_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
+    reserved_session_id: Mapped[UUID | None]
+    last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Pool(Base):
+    """A named set of machines."""
+
+    __tablename__ = "pools"
+    __table_args__ = (
+        _organization_check(),
+        Index("ix_pools_organization", "organization_id", text("created_at DESC"), text("id DESC")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    name: Mapped[str]
+    description: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class PoolMachine(Base):
+    """Membership of a machine in a pool."""
+
+    __tablename__ = "pool_machines"
+    __table_args__ = (Index("ix_pool_machines_machine_id", "machine_id"),)
+
+    pool_id: Mapped[UUID] = mapped_column(ForeignKey("pools.id", ondelete="CASCADE"), primary_key=True)
+    machine_id: Mapped[UUID] = mapped_column(ForeignKey("machines.id", ondelete="CASCADE"), primary_key=True)
+
+
+class Run(Base):
+    """One execution of a workflow, retried in place.
+
+    JSON columns are `json`, not `jsonb`: they are stored and returned, never searched, and `json` keeps numbers as sent.
+    `secret_path` names the run's secret in Vault; rows that name something outside are never removed by a cascade.
+    """
+
+    __tablename__ = "runs"
+    __table_args__ = (
+        _organization_check(),
+        CheckConstraint("status IN ('scheduling', 'running', 'success', 'cancelled', 'error')", name="status"),
+        CheckConstraint("attempt >= 1", name="attempt"),
+        CheckConstraint(
+            "status <> 'scheduling' OR (error IS NULL AND output_data IS NULL AND run_message_history IS NULL"
+            " AND started_at IS NULL AND ended_at IS NULL)",
+            name="scheduling_is_clear",
+        ),
+        CheckConstraint("status <> 'running' OR started_at IS NOT NULL", name="running_has_started"),
+        CheckConstraint(f"{_IS_ACTIVE} OR ended_at IS NOT NULL", name="terminal_has_ended"),
+        CheckConstraint("session_alias IS NULL OR session_id IS NOT NULL", name="alias_has_session"),
+        CheckConstraint("secret_path IS NULL OR sensitive_input_aliases IS NOT NULL", name="secret_has_aliases"),
+        CheckConstraint("json_typeof(input_values) = 'object'", name="input_values"),
+        CheckConstraint("json_typeof(sensitive_input_aliases) = 'object'", name="sensitive_input_aliases"),
+        CheckConstraint("json_typeof(output_data) = 'object'", name="output_data"),
+        CheckConstraint("json_typeof(run_message_history) = 'array'", name="run_message_history"),
+        # Lists, newest first: one index per filter, each enough for an index-only count.
+        Index("ix_runs_organization", "organization_id", text("created_at DESC"), text("id DESC")),
+        Index("ix_runs_workflow", "workflow_id", "organization_id", text("created_at DESC"), text("id DESC")),
+        Index("ix_runs_status", "organization_id", "status", text("created_at DESC"), text("id DESC")),
+        Index(
+            "ix_runs_assigned_machine",
+            "assigned_machine_id",
+            text("created_at DESC"),
+            text("id DESC"),
+            postgresql_where=text("assigned_machine_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_runs_pinned_machine",
+            "pinned_machine_id",
+            text("created_at DESC"),
+            text("id DESC"),
+            postgresql_where=text("pinned_machine_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_runs_session",
+            "session_id",
+            "organization_id",
+            text("created_at DESC"),
+            text("id DESC"),
+            postgresql_where=text("session_id IS NOT NULL"),
+        ),
+        # The queue: within a lane the next run is the first entry (placement.py).
+        Index(
+            "ix_runs_waiting",
+            "organization_id",
+            "lane",
+            "queue_rank",
+            "queued_at",
+            "id",
+            postgresql_where=text(_IS_WAITING),
+        ),
+        # A machine has at most one active run, whatever the code does.
+        Index(
+            "uq_runs_active_machine",
+            "assigned_machine_id",
+            unique=True,
+            postgresql_where=text(f"assigned_machine_id IS NOT NULL AND {_IS_ACTIVE}"),
+        ),
+        # Which sessions are busy, and which active runs a session or a pinned machine has.
+        Index("ix_runs_active_session", "session_id", postgresql_where=text(f"session_id IS NOT NULL AND {_IS_ACTIVE}")),
+        # The longest silent running runs.
+        Index("ix_runs_reported", "reported_at", postgresql_where=text("status = 'running'")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    workflow_id: Mapped[UUID] = mapped_column(ForeignKey("workflows.id", ondelete="RESTRICT"))
+    user_id: Mapped[UUID | None]
+    status: Mapped[str]
+    is_priority: Mapped[bool] = mapped_column(server_default=text("false"))
+    attempt: Mapped[int] = mapped_column(server_default=text("1"))
+    pinned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
+    assigned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
+    pool_ids: Mapped[list[UUID] | None]
+    input_values: Mapped[dict[str, Any] | None]
+    sensitive_input_aliases: Mapped[dict[str, Any] | None]
+    secret_path: Mapped[str | None]
+    session_id: Mapped[UUID | None]
+    session_alias: Mapped[str | None]
+    release_session_after: Mapped[bool | None]
+    error: Mapped[list[str] | None]
+    output_data: Mapped[dict[str, Any] | None]
+    run_message_history: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
+    lane: Mapped[str]
+    queue_rank: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    queued_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    reported_at: Mapped[datetime | None]
+
+
+class RunAttempt(Base):
+    """A finished attempt, archived by the retry that replaced it. Names of overridden fields, never values."""
+
+    __tablename__ = "run_attempts"
+    __table_args__ = (CheckConstraint("status IN ('success', 'cancelled', 'error')", name="status"),)
+
+    # Names nothing outside the database, so it may go with its run.
+    run_id: Mapped[UUID] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    error: Mapped[list[str] | None]
+    machine_id: Mapped[UUID | None]  # no foreign key: the archive outlives machines
+    session_id: Mapped[UUID | None]
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    retried_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    retried_by_key_id: Mapped[UUID | None]
+    retried_by_user_id: Mapped[UUID | None]
+    overridden: Mapped[list[str]]
+
+
+class RunAttachment(Base):
+    """A file of a run. `storage_path` names its bytes; it is null once an expired input's bytes were collected."""
+
+    __tablename__ = "run_attachments"
+    __table_args__ = (
+        _organization_check(),
+        CheckConstraint("attachment_type IN ('input', 'output')", name="attachment_type"),
+        CheckConstraint("size_bytes >= 0", name="size_bytes"),
+        CheckConstraint("storage_path IS NOT NULL OR attachment_type = 'input'", name="storage_path"),
+        Index("ix_run_attachments_run", "run_id", "attachment_type"),
+        Index("ix_run_attachments_organization", "organization_id", text("created_at DESC"), text("id DESC")),
+        Index(
+            "ix_run_attachments_expiry",
+            "expires_at",
+            postgresql_where=text("expires_at IS NOT NULL AND storage_path IS NOT NULL"),
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    run_id: Mapped[UUID] = mapped_column(ForeignKey("runs.id", ondelete="RESTRICT"))
+    user_id: Mapped[UUID | None]
+    attachment_type: Mapped[str]
+    filename: Mapped[str]
+    content_type: Mapped[str]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    storage_path: Mapped[str | None] = mapped_column(unique=True)
+    target_path: Mapped[str | None]
+    cleanup_imports_after_run: Mapped[bool] = mapped_column(server_default=text("false"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+
+
+class Deletion(Base):
+    """The deletion list: names in Vault or storage that go at `due_at` (deletions.py has the rules)."""
+
+    __tablename__ = "deletions"
+    __table_args__ = (
+        CheckConstraint("store IN ('vault', 'storage')", name="store"),
+        CheckConstraint("sweeps BETWEEN 1 AND 2", name="sweeps"),
+        Index("ix_deletions_due_at", "due_at"),
+    )
+
+    store: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    due_at: Mapped[datetime]
+    condemned_at: Mapped[datetime | None]
+    sweeps: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
+    failures: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+
+
+class IdempotencyKey(Base):
+    """The first successful reply under a caller's Idempotency-Key, stored with its effect."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        _organization_check(),
+        CheckConstraint("key ~ '^[!-~]{1,255}$'", name="key"),
+        Index("ix_idempotency_keys_expires_at", "expires_at"),
+    )
+
+    organization_id: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[bytes]
+    status: Mapped[int] = mapped_column(SmallInteger)
+    body: Mapped[bytes]
+    expires_at: Mapped[datetime]

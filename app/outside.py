@@ -1,0 +1,50 @@
+"""What the two outside systems (secrets, files) share: names that are never reused, and threads for calls that block."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import TypeVar
+from uuid import UUID, uuid4
+
+T = TypeVar("T")
+
+_ORGANIZATION = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def fresh_name(organization_id: str, run_id: UUID) -> str:
+    """`<organization>/<run>/<uuid4>`: never used before, and limited to one organization by its first part."""
+    if not _ORGANIZATION.fullmatch(organization_id):
+        raise ValueError("an organization id is 1 to 64 of A-Z a-z 0-9 _ -")
+    return f"{organization_id}/{run_id}/{uuid4()}"
+
+
+class Slots:
+    """Threads of their own for one kind of call, so that a frozen system holds up these callers and no others."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix=name)
+
+    async def run(self, call: Callable[[], T], *, wait: float, patience: float) -> T:
+        """Raise TimeoutError after `wait` seconds without a free slot, or after `patience` seconds without a result.
+
+        A thread cannot be interrupted: a call whose caller gave up keeps its slot until it really ends.
+        """
+        async with asyncio.timeout(wait):
+            await self._free.acquire()
+        try:
+            # The context carries the request id into what the call logs.
+            future = self._threads.submit(copy_context().run, call)
+        except BaseException:
+            self._free.release()
+            raise
+        loop = asyncio.get_running_loop()
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free.release))
+        async with asyncio.timeout(patience):
+            return await asyncio.wrap_future(future)
+
+    async def close(self) -> None:
+        """Wait for the calls under way; each of them is bounded by its own timeouts."""
+        await asyncio.to_thread(self._threads.shutdown)

@@ -1,0 +1,522 @@
+"""The wire types: what a caller may send, and every key of what we answer.
+
+Requests are checked strictly (no coercion between JSON types) and unknown keys are ignored: newer SDKs send keys that we do
+not know. Replies are declared here for the OpenAPI document; they are built where they are read (views.py).
+"""
+
+import binascii
+import math
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from app.models import RunStatus
+
+MAX_TEXT = 100_000  # characters in a prompt, a schema or one error line
+MAX_NAME = 255  # characters in a name
+MAX_IDS = 100  # pools of a run, pools of a machine, machines in one pool change
+MAX_VARIABLES = 1_000  # names in input_values or sensitive_input_values
+MAX_INTEGER = 2**63 - 1
+
+# --- what PostgreSQL and JSON can hold --------------------------------------------------------------------------------
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _storable_text(value: str) -> str:
+    if "\x00" in value:
+        raise PydanticCustomError("string_nul", "NUL is not allowed")
+    if _SURROGATE.search(value):
+        raise PydanticCustomError("string_unicode", "lone surrogates are not allowed")
+    return value
+
+
+T = TypeVar("T")
+
+
+def _storable_json(value: T) -> T:
+    """Refuse what the stores would change or reject. Depth is bounded by the JSON parser (200)."""
+    stack: list[Any] = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            _storable_text(item)
+        elif isinstance(item, dict):
+            stack.extend(item)
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                raise PydanticCustomError("finite_number", "numbers must be finite")
+        elif isinstance(item, int) and not -MAX_INTEGER - 1 <= item <= MAX_INTEGER:
+            raise PydanticCustomError("number_out_of_range", "integers must fit 64 bits")
+    return value
+
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)?")
+
+
+def _rfc3339(value: object) -> object:
+    if isinstance(value, str) and not _RFC3339.fullmatch(value):
+        raise PydanticCustomError("datetime_parsing", "not RFC 3339")
+    return value
+
+
+def _utc(value: datetime) -> datetime:
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError:
+        raise PydanticCustomError("datetime_parsing", "out of range") from None
+
+
+Text = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_TEXT)]
+Name = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_NAME)]
+JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_storable_json)]
+Variables = Annotated[dict[str, JsonValue], Field(max_length=MAX_VARIABLES), AfterValidator(_storable_json)]
+# A time without an offset is read as UTC: the SDK sends what datetime.isoformat() gives.
+Timestamp = Annotated[datetime, BeforeValidator(_rfc3339), AfterValidator(_utc)]
+PoolIds = Annotated[list[UUID], Field(max_length=MAX_IDS)]
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def _filename(value: str) -> str:
+    """A bare name: it becomes a path on the machine and a Content-Disposition here."""
+    if (
+        not value.strip()
+        or value in {".", ".."}
+        or "/" in value
+        or "\\" in value
+        or _CONTROL.search(value)
+        or len(value.encode()) > MAX_NAME
+    ):
+        raise PydanticCustomError("filename", "unsafe filename")
+    return value
+
+
+def _target_path(value: str) -> str:
+    """A path on the machine, Windows or POSIX: never climbing, never hiding characters."""
+    parts = re.split(r"[/\\]", value)
+    if not value.strip() or _CONTROL.search(value) or any(part.strip() in {".", ".."} for part in parts):
+        raise PydanticCustomError("target_path", "unsafe path")
+    return value
+
+
+def _base64(value: object) -> object:
+    """RFC 4648 section 4, strictly: no whitespace, no missing padding, no other alphabet."""
+    if not isinstance(value, str):
+        return value  # the type check says what is wrong
+    try:
+        return binascii.a2b_base64(value, strict_mode=True)
+    except (binascii.Error, ValueError):
+        raise PydanticCustomError("base64", "not base64") from None
+
+
+Base64 = Annotated[bytes, BeforeValidator(_base64), WithJsonSchema({"type": "string", "contentEncoding": "base64", "format": "byte"})]
+FileName = Annotated[str, AfterValidator(_storable_text), AfterValidator(_filename), Field(min_length=1, max_length=MAX_NAME)]
+TargetPath = Annotated[str, AfterValidator(_storable_text), AfterValidator(_target_path), Field(max_length=4096)]
+
+
+class Payload(BaseModel):
+    """A request body."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+
+
+class Reply(BaseModel):
+    """A reply: every key is always present."""
+
+    model_config = ConfigDict(json_schema_mode_override="serialization")
+
+
+class FileInput(Payload):
+    """A file for the machine."""
+
+    filename: FileName = Field(description="Bare file name, without any path.", examples=["invoice.pdf"])
+    content: Base64 = Field(description="The bytes, base64.", examples=["aGVsbG8="])
+    target_path: TargetPath | None = Field(None, description="Where to put it on the machine (Windows or POSIX path).")
+    cleanup_imports_after_run: bool = Field(default=False, description="Delete it from the machine after the run.")
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+class _Overrides(Payload):
+    input_values: Variables | None = Field(None, description="Values of the workflow's variables.", examples=[{"user": "Ada"}])
+    sensitive_input_values: Variables | None = Field(
+        None, description="Secrets by name, any JSON. They go to Vault; replies show aliases.", examples=[{"password": "s3cret"}]
+    )
+    file_inputs: list[FileInput] | None = Field(None, description="Input files.")
+    machine_id: UUID | None = Field(None, description="Pin this machine; wins over pool_ids.")
+    pool_ids: PoolIds | None = Field(None, description="The machine must be in all of these pools.")
+    session_id: UUID | None = Field(None, description="Join this session.")
+    start_session: bool | None = Field(default=False, description="Start a new session. Not together with session_id.")
+
+
+class _SessionOverrides(_Overrides):
+    session_alias: Name | None = Field(None, description="Name of this run within its session.")
+    release_session_after: bool | None = Field(None, description="Release the session's machine when this run ends.")
+
+
+class RunRetry(_SessionOverrides):
+    """What to change for the next attempt. Absent and null both mean: keep."""
+
+    reuse_session: bool | None = Field(default=True, description="false drops the session, unless a new one is given.")
+    is_priority: bool | None = Field(None, description="Start before runs without priority.")
+
+
+class RunCreate(_SessionOverrides):
+    """A new run of a workflow."""
+
+    workflow_id: UUID = Field(description="What to run.")
+    is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
+
+
+class RunBulkCreate(_SessionOverrides):
+    """Many runs that are alike."""
+
+    workflow_id: UUID = Field(description="What to run.")
+    count: int = Field(ge=1, le=1000, description="How many runs.")
+    is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
+
+
+class RunUpdate(Payload):
+    """An executor's report. Absent keys stay as they are; null empties a value."""
+
+    status: RunStatus | None = Field(None, strict=False, description="The run's new status.")
+    attempt: int | None = Field(None, ge=1, le=2**31 - 1, description="The attempt this report is for; an older one is refused.")
+    error: Annotated[list[Text], Field(max_length=1000)] | None = Field(None, description="What went wrong.")
+    output_data: JsonObject | None = Field(None, description="The result.")
+    output_attachment_ids: Annotated[list[UUID], Field(max_length=1000)] | None = Field(
+        None, description="Checked against the run's output attachments; the attachments themselves are the truth."
+    )
+    run_message_history: Annotated[list[JsonObject], Field(max_length=100_000)] | None = Field(
+        None, description="What was said and done."
+    )
+    input_values: Variables | None = Field(None, description="Values of the workflow's variables.")
+    started_at: Timestamp | None = Field(None, description="When the work began; default: now.")
+    ended_at: Timestamp | None = Field(None, description="When the work ended; default: now.")
+    release_session_after: bool | None = Field(None, description="Release the session's machine when this run ends.")
+
+
+SCHEDULING_REASONS = Literal[
+    "assigned",
+    "waiting_for_machine",
+    "machine_offline",
+    "machine_busy",
+    "no_machine_in_pools",
+    "waiting_for_session",
+]
+
+
+class RunResponse(Reply):
+    """A run."""
+
+    id: UUID
+    workflow_id: UUID
+    machine_id: UUID | None = Field(description="The assigned machine, else the session's reserved one, else the pinned one.")
+    assigned_machine_id: UUID | None = Field(description="Null until a machine is assigned.")
+    user_id: UUID | None
+    organization_id: str | None
+    status: RunStatus
+    scheduling_reason: SCHEDULING_REASONS | None = Field(description="Why a scheduling run has not started.")
+    attempt: int = Field(description="1 at creation, one more with each retry.")
+    is_priority: bool
+    error: list[str] | None
+    output_data: dict[str, Any] | None
+    output_attachment_ids: list[str]
+    run_message_history: list[dict[str, Any]] | None
+    input_attachment_ids: list[str]
+    input_values: dict[str, Any] | None
+    sensitive_input_aliases: dict[str, str] | None = Field(description="Where each secret is in Vault; never the secret.")
+    pool_ids: list[UUID] | None
+    session_id: UUID | None
+    session_alias: str | None
+    release_session_after: bool | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    main_prompt: None = Field(description="Not supported; always null.")
+    model_metadata: None = Field(description="Not supported; always null.")
+    usage_metadata: None = Field(description="Not supported; always null.")
+    post_run_checks: None = Field(description="Not supported; always null.")
+
+
+class RunProjection(RunResponse):
+    """A run in a list; with `fields=`, only those keys and the base fields are present."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["id", "workflow_id", "machine_id", "status", "created_at"]})
+
+
+class RunAttemptResponse(Reply):
+    """A finished attempt that a retry replaced."""
+
+    run_id: UUID
+    attempt: int
+    status: RunStatus
+    error: list[str] | None
+    machine_id: UUID | None
+    session_id: UUID | None
+    started_at: datetime | None
+    ended_at: datetime | None
+    retried_at: datetime
+    retried_by_key_id: UUID | None = Field(description="The API key that asked for the retry.")
+    retried_by_user_id: UUID | None = Field(description="The user that key belongs to.")
+    overridden: list[str] = Field(description="Names of the fields the retry changed; never values.")
+
+
+class Page(Reply, Generic[T]):
+    """One page of a list."""
+
+    items: list[T]
+    total: int
+    skip: int
+    limit: int
+
+
+class RunBulkCreateResponse(Reply):
+    """All or nothing: failed_count is always 0."""
+
+    created_runs: list[RunResponse]
+    failed_count: int
+    errors: list[str]
+
+
+# --- attachments ------------------------------------------------------------------------------------------------------
+
+AttachmentType = Literal["input", "output"]
+_MEDIA_TYPE = r"^[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}( ?; ?[A-Za-z0-9_-]+=[A-Za-z0-9_.-]+)*$"
+
+
+class RunAttachmentCreate(Payload):
+    """A file that an executor hands in for its run."""
+
+    run_id: UUID = Field(description="The run; it must be running.")
+    filename: FileName = Field(description="Bare file name, without any path.", examples=["result.csv"])
+    content: Base64 = Field(description="The bytes, base64.", examples=["aGVsbG8="])
+    content_type: str = Field(pattern=_MEDIA_TYPE, max_length=MAX_NAME, description="Media type.", examples=["text/csv"])
+    attachment_type: AttachmentType = Field(description="Only `output` can be added to an existing run.")
+    target_path: TargetPath | None = None
+    cleanup_imports_after_run: bool = False
+    expires_at: Timestamp | None = Field(None, description="When the file is deleted; null keeps it as long as the run.")
+
+
+class RunAttachmentUpdate(Payload):
+    """Absent keeps the expiry, null removes it."""
+
+    expires_at: Timestamp | None = Field(None, description="When the file is deleted; null keeps it as long as the run.")
+
+
+class RunAttachmentResponse(Reply):
+    """A file of a run."""
+
+    id: UUID
+    run_id: UUID
+    user_id: UUID | None
+    organization_id: str | None
+    attachment_type: AttachmentType
+    filename: str
+    content_type: str
+    size_bytes: int
+    storage_path: str = Field(description="Key in the file store; empty once an expired input's bytes were deleted.")
+    target_path: str | None
+    cleanup_imports_after_run: bool
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class DownloadUrlResponse(Reply):
+    """A URL that works without an API key until it expires."""
+
+    url: str
+    expires_in: int = Field(description="Seconds.")
+
+
+# --- workflows, machines, pools ---------------------------------------------------------------------------------------
+
+
+class WorkflowCreate(Payload):
+    """A new workflow."""
+
+    main_prompt: Text = Field(description="What the agent is told to do.")
+    name: Name | None = None
+    input_schema: Text | None = None
+    output_schema: Text | None = None
+    includes_file_exports: bool = False
+    is_webhooks_enabled: bool = False
+
+
+class WorkflowUpdate(Payload):
+    """Absent keys stay as they are."""
+
+    main_prompt: Text | None = None
+    name: Name | None = None
+    input_schema: Text | None = None
+    output_schema: Text | None = None
+    includes_file_exports: bool | None = None
+    is_webhooks_enabled: bool | None = None
+
+
+class WorkflowResponse(Reply):
+    """A workflow. Keys that are always null belong to features this service does not have."""
+
+    id: UUID
+    user_id: UUID | None
+    organization_id: str | None
+    name: str | None
+    main_prompt: str
+    input_schema: str | None
+    output_schema: str | None
+    includes_file_exports: bool
+    is_webhooks_enabled: bool
+    includes_input_variables: bool
+    terminal_command_allowlist: None
+    model_metadata: None
+    post_run_check_failure_cleanup_prompt: None
+    workflow_metadata: None
+    old_versions: None
+    tags: None
+    post_run_checks: None
+    created_at: datetime
+    updated_at: datetime
+
+
+MachineStatus = Literal["connected", "disconnected", "error"]
+
+
+class MachineCreate(Payload):
+    """A machine that registers itself."""
+
+    fingerprint: Name = Field(min_length=1, description="Identifies the hardware.")
+    unkey_key_id: Name = Field(min_length=1, description="The vendor's id of the machine's key.")
+    name: Name | None = None
+    version: Name | None = None
+    hostname: Name | None = None
+    os_info: Name | None = None
+
+
+class MachineUpdate(Payload):
+    """Absent keys stay as they are. `reserved_session_id: null` ends the session on this machine."""
+
+    name: Name | None = None
+    version: Name | None = None
+    hostname: Name | None = None
+    os_info: Name | None = None
+    status: MachineStatus | None = None
+    is_available: bool | None = None
+    alerts_enabled: bool | None = None
+    last_seen: Timestamp | None = None
+    reserved_session_id: None = Field(
+        None, description="Only null: cancels the session's active runs, clears the reservation and frees the machine."
+    )
+
+
+class PoolResponse(Reply):
+    """A pool."""
+
+    id: UUID
+    organization_id: str
+    name: str
+    description: str | None
+    pool_parameters: None
+    pool_sensitive_parameters: None
+    machine_count: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class MachineResponse(Reply):
+    """A machine. Keys that are always null belong to features this service does not have."""
+
+    id: UUID
+    unkey_key_id: str
+    user_id: UUID | None
+    organization_id: str | None
+    name: str | None
+    version: str | None
+    hostname: str | None
+    os_info: str | None
+    status: MachineStatus
+    is_available: bool
+    alerts_enabled: bool
+    reserved_session_id: UUID | None
+    machine_parameters: None
+    machine_sensitive_parameters: None
+    linked_keepalive_machine_id: None
+    physical_server_id: None
+    pools: list[PoolResponse]
+    created_at: datetime
+    last_seen: datetime
+
+
+class MachinePoolUpdate(Payload):
+    """The pools a machine is in from now on."""
+
+    pool_ids: PoolIds
+
+
+class PoolCreate(Payload):
+    """A new pool."""
+
+    name: Name = Field(min_length=1)
+    description: Text | None = None
+
+
+class PoolUpdate(Payload):
+    """Absent keys stay as they are."""
+
+    name: Name | None = Field(None, min_length=1)
+    description: Text | None = None
+
+
+class PoolWithMachines(PoolResponse):
+    """A pool and its machines."""
+
+    machines: list[MachineResponse]
+
+
+class MachinePoolAssignment(Payload):
+    """Machines to add to a pool, or to take out of it."""
+
+    machine_ids: Annotated[list[UUID], Field(max_length=1000)]
+
+
+# --- errors and health ------------------------------------------------------------------------------------------------
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = Field(description="What happened and what to do.")
+    code: str = Field(description="Stable name of the refusal.")
+
+
+class ValidationItem(BaseModel):
+    """One thing wrong with a request: where, and what; never the value."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class ValidationProblem(BaseModel):
+    """Bad input, in FastAPI's form."""
+
+    detail: list[ValidationItem]
+
+
+class Health(BaseModel):
+    """`ok`, or what is down."""
+
+    status: Literal["ok", "unavailable"]
+    down: list[str] = Field(description="Dependencies that did not answer.")
