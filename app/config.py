@@ -85,7 +85,7 @@ class Settings(DatabaseSettings):
 
     # Files
     storage_url: str = Field(description="file:///path, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.")
-    storage_timeout_seconds: float = Field(20, gt=0, description="Patience with one call to the file store.")
+    storage_timeout_seconds: float = Field(4, gt=0, description="Patience with one call to the file store, plus 1 s per 10 MiB.")
     storage_concurrency: int = Field(16, ge=1, le=200, description="Calls to the file store at once, per process.")
 
     # Retry, retention, background work

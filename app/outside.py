@@ -1,4 +1,4 @@
-"""What the two outside systems (secrets, files) share: names that are never reused, and threads for calls that block."""
+"""What the two outside systems (secrets, files) share: names never used before, and threads for calls that block."""
 
 import asyncio
 import re

@@ -22,6 +22,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Vault and OpenBao with integrated storage refuse an entry over 1 MiB, and OpenBao a request with over 1,000 strings.
+# Held here too, so that the answer does not depend on the storage behind them.
+MAX_SECRET_BYTES = 1_000_000
+MAX_SECRET_NAMES = 400
+
 # The collector and the health check never take a slot of a request, nor the other way round.
 _COLLECTOR_SLOTS = 2
 _HEALTH_SLOTS = 1
@@ -36,13 +41,27 @@ def aliases(mount: str, path: str, values: Mapping[str, JsonValue]) -> dict[str,
 
 
 def stored(values: Mapping[str, JsonValue]) -> dict[str, str]:
-    """A string as it is, anything else as its JSON text: Vault would change large integers and floats."""
-    return {
-        name: value
-        if isinstance(value, str)
-        else json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        for name, value in values.items()
-    }
+    """A string as it is, anything else as its JSON text: Vault would change large integers and floats.
+
+    Raises PayloadTooLarge. Cheap enough to be called before anything is staged.
+    """
+    texts = {name: value if isinstance(value, str) else _json(value) for name, value in values.items()}
+    whole = _json(texts)
+    # Vault stores "<", ">" and "&" as six characters.
+    size = len(whole.encode("utf-8", "surrogatepass")) + 5 * sum(whole.count(char) for char in "<>&")
+    if size > MAX_SECRET_BYTES or len(texts) > MAX_SECRET_NAMES:
+        raise _too_large()
+    return texts
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"sensitive_input_values is limited to {MAX_SECRET_NAMES} names and, as JSON, {MAX_SECRET_BYTES} bytes."
+    )
 
 
 class SecretStore:
@@ -59,8 +78,10 @@ class SecretStore:
         self._settings = settings
         self._timeout = settings.vault_timeout_seconds
         ways = (settings.vault_token, settings.vault_token_file, settings.vault_role_id)
-        if sum(way is not None for way in ways) != 1 or (settings.vault_role_id and not settings.vault_secret_id):
-            raise ValueError("Set one of VAULT_TOKEN, VAULT_TOKEN_FILE, or VAULT_ROLE_ID together with VAULT_SECRET_ID.")
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError(
+                "Set exactly one of VAULT_TOKEN, VAULT_TOKEN_FILE and VAULT_ROLE_ID (with VAULT_SECRET_ID)."
+            )
         self._token: str | None = None
         self._login = threading.Lock()
         self._own = threading.local()
@@ -77,12 +98,14 @@ class SecretStore:
         """Write all values as one secret at a fresh path; return their aliases by name.
 
         Not begun after `deadline` (of time.monotonic()). Raises VaultUnavailable: the secret may or may not exist then.
-        Raises PayloadTooLarge if Vault refuses its size.
+        Raises PayloadTooLarge.
         """
+
+        secret = stored(values)
 
         def write(client: hvac.Client) -> bool:
             reply = client.secrets.kv.v2.create_or_update_secret(
-                path=path, secret=stored(values), cas=0, mount_point=self.mount
+                path=path, secret=secret, cas=0, mount_point=self.mount
             )
             return isinstance(reply, dict)  # hvac hands anything but 200 back as a response, a redirect too
 
@@ -152,6 +175,10 @@ class SecretStore:
                 else:
                     break
         except (VaultError, requests.RequestException, OSError) as error:
+            # A store set up with a lower limit; sending it again would never help.
+            reasons = getattr(error, "errors", None) or ()
+            if any("too large" in reason or "complexity" in reason for reason in reasons):
+                raise _too_large() from None
             # The kind alone: the text of these errors holds URL and body.
             log.warning("Vault call failed: %s", type(error).__name__)
             raise VaultUnavailable from None
@@ -182,11 +209,11 @@ class SecretStore:
         if settings.vault_token_file is not None:
             # Vault Agent replaces the file when it renews.
             return settings.vault_token_file.read_text(encoding="utf-8").strip()
-        assert settings.vault_secret_id is not None
         client.token = ""
+        secret_id = settings.vault_secret_id
         reply = client.auth.approle.login(
             role_id=settings.vault_role_id,
-            secret_id=settings.vault_secret_id.get_secret_value(),
+            secret_id=secret_id.get_secret_value() if secret_id else None,  # a role may do without
             use_token=False,
             mount_point=settings.vault_approle_mount,
         )
