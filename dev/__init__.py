@@ -1,0 +1,1 @@
+"""The embedded stack of development and tests: a real PostgreSQL, a real OpenBao, and demo data."""
