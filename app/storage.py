@@ -62,6 +62,8 @@ class FileStore:
                     client_options={
                         # Of a whole request, body included: what bounds the thread after its caller gave up.
                         "timeout": timedelta(seconds=self._patience(settings.max_file_bytes)),
+                        # These options replace what obstore itself would take from this variable.
+                        "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true", "yes"},
                         "connect_timeout": timedelta(seconds=min(self._timeout, 2)),
                     },
                     # Over a dropped connection, not over an outage (obstore's own: 10 times, 3 minutes).

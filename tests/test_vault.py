@@ -1,0 +1,398 @@
+"""Secrets against a real OpenBao, under the service's own policy. Fakes stand in only to fail in a chosen way."""
+
+import asyncio
+import json
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+from uuid import uuid4
+
+import pytest
+from pydantic import JsonValue, SecretStr
+
+from app.config import Settings
+from app.errors import PayloadTooLarge, VaultUnavailable
+from app.vault import MAX_SECRET_BYTES, MAX_SECRET_NAMES, SecretStore
+from dev.stack import Bao
+
+pytestmark = pytest.mark.anyio
+
+CANARY = "canary-5f1d7a"
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def bao(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bao]:
+    with Bao(tmp_path_factory.mktemp("stack")) as bao:
+        yield bao
+
+
+def read(bao: Bao, path: str) -> dict[str, str] | None:
+    status, reply = bao.call("GET", f"secret/data/{path}")
+    return None if status == 404 else reply["data"]["data"]
+
+
+def approle_logins(bao: Bao) -> int:
+    """How many tokens of AppRole logins are alive."""
+    accessors = bao.call("LIST", "auth/token/accessors")[1]["data"]["keys"]
+    replies = [bao.call("POST", "auth/token/lookup-accessor", {"accessor": one}) for one in accessors]
+    return sum(status == 200 and reply["data"]["path"] == "auth/approle/login" for status, reply in replies)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("VAULT_", "BAO_")):
+            monkeypatch.delenv(name)
+
+
+def settings(address: str, **others: Any) -> Settings:
+    return Settings(
+        database_url=SecretStr("postgresql://unused"),
+        vault_addr=address,
+        storage_url="file:///unused",
+        server_key=SecretStr("k" * 32),
+        **others,
+    )
+
+
+@pytest.fixture
+async def store(bao: Bao) -> AsyncIterator[SecretStore]:
+    store = SecretStore(settings(bao.address, vault_token=bao.token()))
+    yield store
+    await store.close()
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+def fresh(store: SecretStore) -> str:
+    return store.new_path("org-1", uuid4())
+
+
+async def test_values_and_aliases(bao: Bao, store: SecretStore) -> None:
+    values: dict[str, JsonValue] = {
+        "plain": "secret text é\n",
+        "json in a string": '{"a": 1}',
+        "a#b%c/d?é 名": "x",
+        "": "empty name",
+        "object": {"user": "u", "nested": [1, None, {"k": True}]},
+        "large": 2**80 + 1,
+        "float": 0.1,
+        "yes": True,
+        "nothing": None,
+    }
+    run = uuid4()
+    path = store.new_path("org-1", run)
+    assert path.startswith(f"runs/org-1/{run}/")
+    assert path != store.new_path("org-1", run)
+    aliases = await store.write(path, values, deadline=soon())
+    assert aliases["a#b%c/d?é 名"] == f"vault://secret/{path}#a%23b%25c%2Fd%3F%C3%A9%20%E5%90%8D"
+    held = read(bao, path)
+    assert held is not None
+    assert list(held) == sorted(values)
+    for name, value in values.items():
+        kind, _, encoded = aliases[name].partition(f"://secret/{path}#")
+        assert unquote(encoded) == name
+        if isinstance(value, str):
+            assert (kind, held[name]) == ("vault", value)
+        else:
+            assert kind == "vault+json"
+            assert json.loads(held[name]) == value
+
+
+@pytest.mark.parametrize("token", ["service", "root"])
+async def test_a_path_is_written_once(bao: Bao, token: str) -> None:
+    store = SecretStore(settings(bao.address, vault_token=bao.token() if token == "service" else bao.root_token))
+    path = fresh(store)
+    await store.write(path, {"a": "first"}, deadline=soon())
+    with pytest.raises(VaultUnavailable):
+        await store.write(path, {"a": "second"}, deadline=soon())
+    assert read(bao, path) == {"a": "first"}
+    await store.close()
+
+
+async def test_organization_cannot_leave_its_folder(store: SecretStore) -> None:
+    for organization in ("", "a/b", "..", "a" * 65, "a\n"):
+        with pytest.raises(ValueError, match="organization"):
+            store.new_path(organization, uuid4())
+
+
+async def test_nothing_is_written_after_the_deadline(bao: Bao, store: SecretStore) -> None:
+    path = fresh(store)
+    with pytest.raises(VaultUnavailable):
+        await store.write(path, {"a": "b"}, deadline=time.monotonic())
+    assert read(bao, path) is None
+
+
+async def test_destroy_removes_versions_and_metadata(bao: Bao, store: SecretStore) -> None:
+    path = fresh(store)
+    await store.write(path, {"a": "b"}, deadline=soon())
+    assert bao.call("POST", f"secret/data/{path}", {"data": {"a": "second version"}})[0] == 200
+    await store.destroy(path)
+    assert bao.call("GET", f"secret/data/{path}")[0] == 404
+    assert bao.call("GET", f"secret/metadata/{path}")[0] == 404
+    await store.destroy(path)
+
+
+async def test_destroy_without_the_mount_is_no_success(bao: Bao) -> None:
+    store = SecretStore(settings(bao.address, vault_token=bao.root_token, vault_mount="elsewhere"))
+    with pytest.raises(VaultUnavailable):
+        await store.destroy(fresh(store))
+    await store.close()
+
+
+async def test_size_limits(store: SecretStore) -> None:
+    names: dict[str, JsonValue] = {f"n{i}": "v" for i in range(MAX_SECRET_NAMES)}
+    await store.write(fresh(store), names, deadline=soon())
+    await store.write(fresh(store), {"a": "x" * (MAX_SECRET_BYTES - len('{"a":""}'))}, deadline=soon())
+    too_large: list[dict[str, JsonValue]] = [
+        {**names, "more": "v"},
+        {"a": "x" * (MAX_SECRET_BYTES - len('{"a":""}') + 1)},
+        {"a": "<" * (MAX_SECRET_BYTES // 5)},
+    ]
+    for values in too_large:
+        with pytest.raises(PayloadTooLarge, match="sensitive_input_values"):
+            await store.write(fresh(store), values, deadline=soon())
+
+
+async def test_approle_logs_in_again_once_for_all_threads(bao: Bao) -> None:
+    role = "auth/approle/role/short"
+    bao.call("POST", role, {"token_policies": "runs-api", "token_ttl": "1s"})
+    store = SecretStore(
+        settings(
+            bao.address,
+            vault_role_id=bao.call("GET", f"{role}/role-id")[1]["data"]["role_id"],
+            vault_secret_id=bao.call("POST", f"{role}/secret-id", {})[1]["data"]["secret_id"],
+        )
+    )
+    await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    deadline = time.monotonic() + 10
+    while approle_logins(bao):
+        assert time.monotonic() < deadline, "the token did not expire"
+        await asyncio.sleep(0.1)
+    bao.call("POST", role, {"token_policies": "runs-api", "token_ttl": "60s"})
+    paths = [fresh(store) for _ in range(32)]
+    await asyncio.gather(*(store.write(path, {"a": path}, deadline=soon()) for path in paths))
+    assert [read(bao, path) for path in paths] == [{"a": path} for path in paths]
+    assert approle_logins(bao) == 1
+    await store.close()
+
+
+async def test_token_file_is_read_again(bao: Bao, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    old, new = bao.token(), bao.token()
+    file.write_text(old + "\n")
+    store = SecretStore(settings(bao.address, vault_token_file=file))
+    await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    assert bao.call("POST", "auth/token/revoke", {"token": old})[0] == 204
+    with pytest.raises(VaultUnavailable):
+        await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    file.unlink()
+    with pytest.raises(VaultUnavailable):
+        await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    file.write_text(new)
+    path = fresh(store)
+    await store.write(path, {"a": "b"}, deadline=soon())
+    await store.destroy(path)
+    await store.close()
+
+
+@pytest.mark.parametrize("given", [{}, {"vault_token": "a", "vault_role_id": "b"}])
+def test_exactly_one_login(given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".vault-token").write_text("somebody else's")
+    with pytest.raises(ValueError, match="VAULT_TOKEN_FILE"):
+        SecretStore(settings("http://127.0.0.1:1", **given))
+
+
+async def test_frozen(bao: Bao, store: SecretStore) -> None:
+    await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    assert await store.ready()
+    bao.freeze()
+    try:
+        began = time.monotonic()
+        results = await asyncio.gather(
+            *(store.write(fresh(store), {"a": "b"}, deadline=soon()) for _ in range(64)),
+            store.destroy(fresh(store)),
+            store.ready(),
+            return_exceptions=True,
+        )
+        assert time.monotonic() - began < 9
+        assert results.pop() is False
+        assert {type(result) for result in results} == {VaultUnavailable}
+    finally:
+        bao.thaw()
+    path = fresh(store)
+    await store.write(path, {"a": "b"}, deadline=soon())
+    assert read(bao, path) == {"a": "b"}
+    assert await store.ready()
+
+
+async def test_killed_and_back(bao: Bao, store: SecretStore) -> None:
+    kept = fresh(store)
+    await asyncio.gather(*(store.write(path, {"a": "b"}, deadline=soon()) for path in (kept, fresh(store))))
+    bao.kill()
+    began = time.monotonic()
+    assert not await store.ready()
+    for call in (store.write(fresh(store), {"a": "b"}, deadline=soon()), store.destroy(kept)):
+        with pytest.raises(VaultUnavailable):
+            await call
+    assert time.monotonic() - began < 9
+    bao.start()  # in this thread: a child ends with the thread that started it
+    assert await store.ready()
+    # Every thread's old connection is dead, and none of them costs a request.
+    await asyncio.gather(*(store.write(fresh(store), {"a": "b"}, deadline=soon()) for _ in range(32)))
+    await store.destroy(kept)
+    assert read(bao, kept) is None
+
+
+async def test_errors_and_logs_tell_nothing(
+    bao: Bao, store: SecretStore, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text(f"{CANARY}-token")
+    dead = SecretStore(settings("http://127.0.0.1:1", vault_token=f"{CANARY}-token"))
+    refused = SecretStore(settings(bao.address, vault_token_file=token_file))
+    path = fresh(store)
+    with caplog.at_level(logging.DEBUG):
+        await store.write(path, {"name": CANARY}, deadline=soon())
+        for failing in (store, dead, refused):
+            with pytest.raises(VaultUnavailable) as caught:
+                await failing.write(path, {"name": CANARY, "other": {"nested": CANARY}}, deadline=soon())
+            shown = "".join(traceback.format_exception(caught.value))
+            assert CANARY not in shown
+            assert path not in shown
+            assert "hvac" not in shown.replace("hvac.Client", "")
+    assert "POST" in caplog.text  # debug logging was on
+    assert CANARY not in caplog.text
+    await dead.close()
+    await refused.close()
+
+
+class Fake(ThreadingHTTPServer):
+    """Answers as it is told, and remembers what it was sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        self.replies: dict[str, tuple[int, dict[str, str], bytes]] = {}
+        self.seen: list[tuple[str, str | None]] = []
+        self.release = threading.Event()
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    server: Fake
+
+    def do_POST(self) -> None:
+        self.server.seen.append((self.command, self.headers["X-Vault-Token"]))
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        reply = self.server.replies.get(self.command)
+        if reply is None:
+            self.server.release.wait(30)
+            self.close_connection = True
+            return
+        status, headers, body = reply
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_DELETE = do_POST  # noqa: N815 - the name that the base class looks for
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    with Fake() as fake:
+        thread = threading.Thread(target=fake.serve_forever, args=(0.02,))
+        thread.start()
+        yield fake
+        fake.release.set()
+        fake.shutdown()
+        thread.join()
+
+
+async def test_a_lost_reply_is_never_sent_again(fake: Fake) -> None:
+    store = SecretStore(settings(fake.address, vault_token="t"))
+    fake.release.set()
+    with pytest.raises(VaultUnavailable):
+        await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    assert fake.seen == [("POST", "t")]
+    await store.close()
+
+
+async def test_a_redirect_is_neither_followed_nor_taken_for_success(fake: Fake, bao: Bao) -> None:
+    store = SecretStore(settings(fake.address, vault_token=bao.root_token))
+    path = fresh(store)
+    for status in (301, 307, 308):
+        fake.replies["POST"] = fake.replies["DELETE"] = (
+            status,
+            {"Location": f"{bao.address}/v1/secret/data/{path}"},
+            b"",
+        )
+        with pytest.raises(VaultUnavailable):
+            await store.write(path, {"a": "b"}, deadline=soon())
+        with pytest.raises(VaultUnavailable):
+            await store.destroy(path)
+    assert len(fake.seen) == 6
+    assert read(bao, path) is None
+    await store.close()
+
+
+async def test_a_store_with_a_lower_limit(fake: Fake) -> None:
+    store = SecretStore(settings(fake.address, vault_token="t"))
+    error = b'{"errors":["1 error occurred: put failed due to value being too large; max 1048576 bytes"]}'
+    fake.replies["POST"] = (500, {}, error)
+    with pytest.raises(PayloadTooLarge):
+        await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    await store.close()
+
+
+async def test_slow_writes_leave_the_collector_its_slots(fake: Fake) -> None:
+    store = SecretStore(settings(fake.address, vault_token="t", vault_concurrency=1))
+    fake.replies["DELETE"] = (204, {}, b"")
+    writes = [asyncio.create_task(store.write(fresh(store), {"a": "b"}, deadline=soon())) for _ in range(2)]
+    deadline = time.monotonic() + 5
+    while not fake.seen:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    await store.destroy(fresh(store))
+    assert not any(write.done() for write in writes)
+    fake.release.set()
+    assert {type(result) for result in await asyncio.gather(*writes, return_exceptions=True)} == {VaultUnavailable}
+    await store.close()
+
+
+async def test_a_caller_that_leaves_keeps_the_slot_until_its_call_ends(fake: Fake) -> None:
+    store = SecretStore(settings(fake.address, vault_token="t", vault_concurrency=1))
+    first = asyncio.create_task(store.write(fresh(store), {"a": "b"}, deadline=soon()))
+    deadline = time.monotonic() + 5
+    while not fake.seen:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    first.cancel()
+    second = asyncio.create_task(store.write(fresh(store), {"a": "b"}, deadline=soon()))
+    await asyncio.wait({second}, timeout=0.3)
+    assert len(fake.seen) == 1
+    fake.replies["POST"] = (200, {}, b"{}")
+    fake.release.set()
+    await second
+    assert len(fake.seen) == 2
+    await store.close()
