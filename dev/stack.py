@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,7 +115,7 @@ def _guarded(command: list[str], signal_number: signal.Signals, user: str) -> li
     return [sys.executable, "-I", str(child), str(os.getpid()), str(int(signal_number)), user, *command]
 
 
-class Part:
+class Part(ABC):
     """One child process and its descendants. It dies with us; what an earlier start left behind is stopped first."""
 
     name: str
@@ -135,7 +136,23 @@ class Part:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def launch(self, command: list[str], environment: Mapping[str, str], *, user: str = "") -> None:
+    @abstractmethod
+    def start(self) -> Self:
+        """Ready for use on return. Raises StackError."""
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def launch(
+        self, command: list[str], environment: Mapping[str, str], *, user: str = "", cwd: Path | None = None
+    ) -> None:
         """Start in a session of its own, so that Ctrl-C reaches only us and we decide the order of stopping."""
         private_folder(self.folder)
         self.log.touch(mode=0o600)
@@ -146,6 +163,7 @@ class Part:
                 stdout=log,
                 stderr=log,
                 env=dict(environment),
+                cwd=cwd,
                 start_new_session=True,
             )
         write_private(self._pid_file, f"{self.pid} {psutil.Process(self.pid).create_time()}")
@@ -226,9 +244,6 @@ class Part:
         self._process = None
         self._pid_file.unlink(missing_ok=True)
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
 
 def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
@@ -271,11 +286,7 @@ class Postgres(Part):
         password = (self.folder / "password").read_text(encoding="utf-8")
         return f"postgresql://{self.user}:{password}@127.0.0.1:{self._port}/{self.database}"
 
-    def __enter__(self) -> Self:
-        return self.start()
-
     def start(self) -> Self:
-        """Ready for connections on return. Raises StackError."""
         self.stop_leftover()
         new = not self._data.exists()
         if new:
@@ -381,11 +392,7 @@ class Bao(Part):
     def root_token(self) -> str:
         return (self.folder / "root-token").read_text(encoding="utf-8")
 
-    def __enter__(self) -> Self:
-        return self.start()
-
     def start(self) -> Self:
-        """Unsealed and set up on return. Raises StackError."""
         self.stop_leftover()
         if not (self.folder / "root-token").exists():  # a first start that did not end: nothing of worth is in it
             shutil.rmtree(self.folder / "raft", ignore_errors=True)

@@ -1,0 +1,58 @@
+# `make help` lists the targets. Needed: Python 3.11+ with venv, and make. Everything else is installed into .venv
+# from the hash-locked lists and nothing outside this folder is touched.
+
+.DEFAULT_GOAL := help
+
+# The first Python that is new enough; name another with PYTHON=...
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || true)
+WORKERS ?= auto
+UV ?= uv
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--no-annotate --no-header
+
+.PHONY: help run test lint fmt lock
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
+
+run: .venv/run.stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.0.1:$PORT (8000), state in $DATA_DIR (.data)
+	@exec $(BIN)/python -m dev.run
+
+test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: .venv/dev.stamp ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: .venv/dev.stamp ## format, and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: ## renew the locked lists from pyproject.toml (needs uv)
+	$(COMPILE) --upgrade pyproject.toml -o requirements.lock
+	$(COMPILE) --upgrade --group stack -c requirements.lock -o requirements-stack.lock
+	$(COMPILE) --upgrade --group dev pyproject.toml -c requirements.lock -c requirements-stack.lock -o requirements-dev.lock
+
+# The stamps are written last, so that an interrupted installation is done again.
+.venv/created.stamp:
+	@$(or $(PYTHON),python3) dev/check_machine.py
+	@rm -rf .venv
+	@echo "Creating .venv ..."
+	@$(or $(PYTHON),python3) -m venv .venv
+	@touch $@
+
+.venv/run.stamp: .venv/created.stamp requirements.lock requirements-stack.lock
+	@echo "Installing the locked packages ..."
+	@$(INSTALL) -r requirements.lock -r requirements-stack.lock
+	@touch $@
+
+.venv/dev.stamp: .venv/created.stamp requirements-dev.lock
+	@echo "Installing the locked packages ..."
+	@$(INSTALL) -r requirements-dev.lock
+	@touch $@

@@ -1,0 +1,186 @@
+"""`make run`: PostgreSQL, OpenBao and the app together, with demo data, until Ctrl-C. State lives under DATA_DIR."""
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Self
+
+from app.config import Settings
+from dev import demo
+from dev.stack import Bao, Part, Postgres, StackError, http, port_problem, private, private_folder, write_private
+
+ROOT = Path(__file__).resolve().parent.parent
+APP = [sys.executable, "-m", "app"]
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class App(Part):
+    """The service itself."""
+
+    name = "app"
+
+    def __init__(self, data_dir: Path, url: str, environment: Mapping[str, str]) -> None:
+        super().__init__(data_dir / self.name)
+        self.url = url
+        self.environment = environment
+
+    def start(self) -> Self:
+        self.launch([*APP, "serve"], self.environment, cwd=ROOT)
+        self.wait_until(self._ready)
+        return self
+
+    def _ready(self) -> bool:
+        try:
+            return http("GET", f"{self.url}/health/ready", seconds=5)[0] == 200
+        except OSError:
+            return False
+
+
+def main() -> None:
+    data_dir = Path(os.environ.get("DATA_DIR") or ".data").resolve()
+    port = _port()
+    try:
+        private_folder(data_dir)
+        lock = (data_dir / "lock").open("w")
+    except OSError as problem:
+        sys.exit(f"DATA_DIR cannot be used: {problem}")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"Another `make run` uses {data_dir}. Stop it, or set another DATA_DIR and PORT.")
+        for number in STOP_SIGNALS:
+            signal.signal(number, _interrupt)
+        try:
+            with ExitStack() as parts:
+                _watch(_start(data_dir, port, parts))
+        except KeyboardInterrupt:
+            _say("Stopped. `make run` continues with the same data.")
+        except StackError as problem:
+            sys.exit(f"{problem}\nEverything is stopped.")
+
+
+def _interrupt(*_: object) -> None:
+    """Once: while we stop the parts in order, further signals must not tear that apart."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    print("\nStopping ...", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
+
+
+def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
+    url = f"http://127.0.0.1:{port}"
+    App(data_dir, url, {}).stop_leftover()  # or it would hold the port
+    if problem := port_problem(port):
+        raise StackError(f"Port {port} cannot be used: {problem}. Choose another: make run PORT={port + 1}")
+
+    _say("Starting PostgreSQL and OpenBao ...")
+    postgres = parts.enter_context(Postgres(data_dir))
+    bao = parts.enter_context(Bao(data_dir))
+    environment = _settings(data_dir, port, postgres, bao)
+    _app_command(environment, "migrate")
+    _say("Starting the app ...")
+    app = parts.enter_context(App(data_dir, url, environment))
+
+    retention = environment.get("SECRET_RETENTION_SECONDS", Settings.model_fields["secret_retention_seconds"].default)
+    facts = demo.ensure(
+        data_dir / "demo.json",
+        url,
+        bao,
+        create_key=lambda: _app_command(environment, "keys", "create", "--organization", demo.ORGANIZATION),
+        retention=timedelta(seconds=int(retention)),
+    )
+    dev_env = {
+        "API_URL": url,
+        "API_KEY": facts.api_key,
+        "DEMO_RUN_ID": facts.run_id,
+        "DATABASE_URL": postgres.url,
+        "VAULT_ADDR": bao.address,
+        "VAULT_TOKEN": bao.root_token,
+        "STORAGE_URL": environment["STORAGE_URL"],
+    }
+    lines = [f"{name}={shlex.quote(value)}\n" for name, value in dev_env.items()]
+    write_private(data_dir / "dev.env", "".join(lines))
+    psql = shlex.join([str(postgres.binaries / "psql"), postgres.url])
+    look = shlex.join([str(bao.binary), "kv", "list", f"secret/runs/{demo.ORGANIZATION}"])
+    _say(f"""
+Ready: {url}   (docs: {url}/docs)
+
+  API key   {facts.api_key}   (organization {demo.ORGANIZATION})
+  Database  {psql}
+  Vault     VAULT_ADDR={bao.address} VAULT_TOKEN={bao.root_token} {look}
+  Files     {data_dir / "files"}
+  Logs      {app.log}  {postgres.log}  {bao.log}
+  Facts     set -a; . {shlex.quote(str(data_dir / "dev.env"))}; set +a
+
+Retry the finished demo run:
+
+{demo.retry_command(url, facts)}
+
+Ctrl-C stops everything.""")
+    return app, postgres, bao
+
+
+def _watch(parts: Sequence[Part]) -> None:
+    """Until a signal comes or a part ends. Under make we also end with make: it may be killed without a word to us."""
+    make = os.getppid() if "MAKELEVEL" in os.environ else None
+    while make is None or os.getppid() == make:
+        for part in parts:
+            if not part.running:
+                raise StackError(f"{part.name} has ended by itself; its log is {part.log}:\n{part.tail()}")
+        time.sleep(0.2)
+    raise KeyboardInterrupt
+
+
+def _settings(data_dir: Path, port: int, postgres: Postgres, bao: Bao) -> dict[str, str]:
+    """The app's environment: ours, with the stack's settings instead of any that point elsewhere."""
+    elsewhere = ("VAULT_", "BAO_", "DATABASE_URL", "STORAGE_URL", "SERVER_KEY", "PG")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(elsewhere)}
+    files = data_dir / "files"
+    files.mkdir(mode=0o700, exist_ok=True)
+    role_id, secret_id = bao.approle()
+    return {
+        **inherited,
+        "HOST": "127.0.0.1",
+        "PORT": str(port),
+        "DATABASE_URL": postgres.url,
+        "VAULT_ADDR": bao.address,
+        "VAULT_ROLE_ID": role_id,
+        "VAULT_SECRET_ID": secret_id,
+        "STORAGE_URL": files.as_uri(),
+        "SERVER_KEY": private(data_dir / "server.key", lambda: os.urandom(32).hex()),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def _app_command(environment: Mapping[str, str], *arguments: str) -> str:
+    """The last line that `python -m app ...` prints. Raises StackError if it fails."""
+    outcome = subprocess.run(
+        [*APP, *arguments], env=dict(environment), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if outcome.returncode != 0:
+        raise StackError(f"`python -m app {' '.join(arguments)}` failed:\n{outcome.stdout}{outcome.stderr}")
+    return (outcome.stdout.strip().splitlines() or [""])[-1].strip()
+
+
+def _port() -> int:
+    text = os.environ.get("PORT") or "8000"
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        sys.exit(f"PORT must be a number from 1 to 65535, not {text!r}.")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
