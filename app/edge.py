@@ -8,15 +8,16 @@ import asyncio
 import logging
 import re
 import time
-import traceback
 from collections.abc import Iterable
 from uuid import UUID, uuid4
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.auth import authenticate, bearer
-from app.database import Database
 from app.errors import InternalError, Refusal, Unauthorized
+from app.logs import describe
+from app.parts import Parts
 
 log = logging.getLogger("app.request")
 
@@ -32,7 +33,7 @@ def is_public(path: str) -> bool:
 
 
 class Edge:
-    """ASGI middleware; expects `app.state.database` on the application in the scope."""
+    """ASGI middleware; expects `app.state.parts` on the application in the scope."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -45,17 +46,17 @@ class Edge:
         refusal: Refusal | None = None
         try:
             if not is_public(scope["path"]):
-                database: Database = scope["app"].state.database
+                parts: Parts = scope["app"].state.parts
                 key = bearer(exchange.only_header(b"authorization"))
-                async with database.connection() as connection:
+                async with parts.database.connection() as connection:
                     exchange.principal = scope["state"]["principal"] = await authenticate(connection, key)
             await self.app(scope, exchange.receive, exchange.send)
         except Refusal as error:
             refusal = error
+        except ClientDisconnect:
+            exchange.status = 499  # nobody is left to answer
         except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback and no detail may leave
-            # Frames only: an exception's text can hold what the caller sent.
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            log.error({"event": "unhandled", "request_id": exchange.id, "type": type(error).__qualname__, "frames": frames})
+            log.error({"event": "unhandled", "request_id": exchange.id, **describe(error)})
             refusal = InternalError()
         if refusal is not None and not exchange.started:
             await exchange.refuse(refusal)
@@ -72,7 +73,7 @@ class _Exchange:
         self._began = time.perf_counter()
         self.principal: object | None = None
         self.started = False
-        self._status = 0
+        self.status = 0
         self._lingers = False
         headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
         self._body_left = any(
@@ -97,13 +98,13 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            self._status = message["status"]
+            self.status = message["status"]
             headers = list(message.get("headers", ()))
             headers.append((b"x-request-id", self.id.encode()))
             if not any(name == b"cache-control" for name, _ in headers):
                 headers.append((b"cache-control", b"no-store"))
             headers.append((b"x-content-type-options", b"nosniff"))
-            if self._body_left and self._status >= 400:
+            if self._body_left and self.status >= 400:
                 self._lingers = True
                 headers.append((b"connection", b"close"))
             message["headers"] = headers
@@ -143,7 +144,7 @@ class _Exchange:
                 "request_id": self.id,
                 "method": self.scope["method"] if self.scope["method"].isalpha() else "-",
                 "route": getattr(self.scope.get("route"), "path", None),
-                "status": self._status,
+                "status": self.status,
                 "ms": round((time.perf_counter() - self._began) * 1000, 1),
                 "organization_id": getattr(self.principal, "organization_id", None),
                 **ids,

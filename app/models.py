@@ -260,7 +260,7 @@ class Run(Base):
     error: Mapped[list[str] | None]
     output_data: Mapped[dict[str, Any] | None]
     run_message_history: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
-    lane: Mapped[str]
+    lane: Mapped[str] = mapped_column(Text(collation="C"))  # placement.py hops along it: plain byte order
     queue_rank: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     queued_at: Mapped[datetime] = mapped_column(server_default=func.now())

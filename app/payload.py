@@ -116,7 +116,7 @@ async def _receive(request: Request, patience: float) -> Any:
 
 async def read(request: Request, model: type[Model]) -> tuple[Model, Write]:
     """The body as `model` (an absent body equals `{}`) and what idempotency needs to know of the request."""
-    settings: Settings = request.app.state.settings
+    settings: Settings = request.app.state.parts.settings
     raw = await read_body(request, settings)
     write = _write(request, settings, raw)
     if not raw:
@@ -131,7 +131,7 @@ async def read(request: Request, model: type[Model]) -> tuple[Model, Write]:
 
 async def read_write(request: Request) -> Write:
     """For writes whose body means nothing (DELETE)."""
-    settings: Settings = request.app.state.settings
+    settings: Settings = request.app.state.parts.settings
     return _write(request, settings, await read_body(request, settings))
 
 
@@ -147,6 +147,8 @@ def _write(request: Request, settings: Settings, raw: bytes | bytearray) -> Writ
             )
         keys = [settings.server_key, settings.server_key_previous]
         fingerprints = tuple(
-            fingerprint(key.get_secret_value(), request.method, request.url.path, raw) for key in keys if key is not None
+            fingerprint(server_key.get_secret_value(), request.method, request.url.path, raw)
+            for server_key in keys
+            if server_key is not None
         )
     return Write(request.state.principal, key, fingerprints, settings.idempotency_ttl_seconds)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError
+from obstore.exceptions import BaseError, GenericError, PermissionDeniedError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
 from app.config import MIB, Settings
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CHUNK = MIB  # what a download holds in memory, and how long a slow reader can make us wait: not at all, between two
+CHUNK = MIB  # what a download holds in memory at once
 
 # The collector and the health check never take a slot of a request, nor the other way round.
 _COLLECTOR_SLOTS = 2
@@ -33,6 +33,8 @@ _HEALTH_SLOTS = 1
 # With the default patience of 4 s a request that meets a frozen store is answered in 7 s, with a 25 MB file in 9.5 s.
 _LONGEST_WAIT = 3.0
 _BYTES_PER_SECOND = 10 * MIB
+# Meeting a collector in the same folder is rare, and twice in a row rarer; this many times is another fault.
+_FOLDER_ATTEMPTS = 10
 
 
 class FileMissingError(Exception):
@@ -166,7 +168,14 @@ class FileStore:
             obstore.put(self._store, key, data, attributes=dict(attributes or {}), use_multipart=False)
             return
         self._require_root(self._root)
-        obstore.put(self._store, key, data, use_multipart=False)
+        for attempt in range(_FOLDER_ATTEMPTS):
+            try:
+                obstore.put(self._store, key, data, use_multipart=False)
+                break
+            except GenericError as error:
+                # obstore makes the folders first; a collector may remove them again before the file is in them.
+                if "(os error 2)" not in str(error) or attempt == _FOLDER_ATTEMPTS - 1:
+                    raise
         path = self._root / key
         # The bytes, their name, and the names of the folders that the put may have made.
         for changed in (path, *_folders(self._root, path), self._root):

@@ -1,0 +1,127 @@
+"""Settle: one task per process that does what follows a commit. It is woken after commits and also polls, so nothing
+depends on the wake-up; every replica runs one, and their work is divided by row locks.
+
+Each round: assign machines, delete what is due, end silent runs, expire attachments and old idempotency keys.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from uuid import UUID
+
+from app import deletions
+from app.config import Settings
+from app.database import Database
+from app.errors import Unavailable
+from app.logs import describe
+from app.placement import place
+from app.runs import end_silent_runs, expire_attachments
+from app.storage import FileStore
+from app.vault import SecretStore
+from app.waiting import Waiters
+
+log = logging.getLogger("app.background")
+
+# Organizations that have both a waiting run and a machine that might take one.
+WITH_WORK = """
+WITH RECURSIVE waiting AS (
+    (SELECT organization_id FROM runs
+     WHERE status = 'scheduling' AND assigned_machine_id IS NULL ORDER BY organization_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT r.organization_id FROM runs r
+            WHERE r.status = 'scheduling' AND r.assigned_machine_id IS NULL AND r.organization_id > waiting.organization_id
+            ORDER BY r.organization_id LIMIT 1)
+    FROM waiting WHERE waiting.organization_id IS NOT NULL
+)
+SELECT organization_id FROM waiting WHERE organization_id IS NOT NULL AND EXISTS (
+    SELECT FROM machines m
+    WHERE m.organization_id = waiting.organization_id AND m.status = 'connected' AND m.is_available
+      AND NOT EXISTS (SELECT FROM runs r WHERE r.assigned_machine_id = m.id AND r.status IN ('scheduling', 'running')))
+"""
+
+FORGET_KEYS = """
+DELETE FROM idempotency_keys WHERE (organization_id, key) IN (
+    SELECT organization_id, key FROM idempotency_keys WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED)
+"""
+
+
+class Background:
+    """The background task of one process."""
+
+    def __init__(
+        self, settings: Settings, database: Database, secrets: SecretStore, files: FileStore, waiters: Waiters
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._secrets = secrets
+        self._files = files
+        self._waiters = waiters
+        self._woken: set[str] = set()
+        self._wake_placement = asyncio.Event()
+        self._wake_collector = asyncio.Event()
+
+    def wake(self, organization_id: str) -> None:
+        """Called after a commit that may have left something to assign or to delete."""
+        self._woken.add(organization_id)
+        self._wake_placement.set()
+        self._wake_collector.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Three loops, so that a frozen Vault never delays an assignment."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._loop(self._place, self._wake_placement))
+            group.create_task(self._loop(self._collect, self._wake_collector))
+            group.create_task(self._loop(self._tidy, asyncio.Event()))
+            group.create_task(self._loop(self._announce, asyncio.Event()))
+
+    async def _loop(self, work: Callable[[], Awaitable[None]], wake: asyncio.Event) -> None:
+        while True:
+            try:
+                await work()
+            except Unavailable as error:
+                log.warning({"event": "background_unavailable", "work": work.__name__, "code": error.code})
+                wake.clear()  # whatever is woken now meets the same failure: wait a period
+            except Exception as error:  # noqa: BLE001 - one bad round must not end the loop for ever
+                log.error({"event": "background_failed", "work": work.__name__, **describe(error)})
+            try:
+                async with asyncio.timeout(self._settings.background_period_seconds):
+                    await wake.wait()
+            except TimeoutError:
+                continue
+            finally:
+                wake.clear()
+
+    async def _place(self) -> None:
+        woken, self._woken = self._woken, set()
+        if not woken:
+            async with self._database.connection() as connection:
+                woken = {row["organization_id"] for row in await connection.fetch(WITH_WORK)}
+        for organization_id in woken:
+            again = True
+            while again:
+                placed, again = await place(self._database, organization_id)
+                self._waiters.assigned({one.machine.id for one in placed})
+
+    async def _collect(self) -> None:
+        while await deletions.collect(self._database, self._secrets, self._files) == deletions.BATCH:
+            pass  # a full batch: there is more
+
+    async def _tidy(self) -> None:
+        organizations = await end_silent_runs(self._database, self._settings)
+        organizations |= await expire_attachments(self._database)
+        for organization_id in organizations:
+            self.wake(organization_id)
+        async with self._database.connection() as connection:
+            await connection.execute(FORGET_KEYS)
+
+    async def _announce(self) -> None:
+        """Assignments that other replicas made, for callers that wait here: one query for all of them."""
+        machines: set[UUID] = self._waiters.machines()
+        if machines:
+            async with self._database.connection() as connection:
+                rows = await connection.fetch(
+                    "SELECT assigned_machine_id FROM runs"
+                    " WHERE assigned_machine_id = ANY($1::uuid[]) AND status = 'scheduling'",
+                    list(machines),
+                )
+            self._waiters.assigned({row["assigned_machine_id"] for row in rows})

@@ -1,0 +1,145 @@
+"""The command line: `python -m app serve|migrate|keys`."""
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID, uuid4
+
+import asyncpg
+import uvicorn
+from alembic import command
+from alembic.config import Config
+
+from app import auth
+from app.config import DatabaseSettings, Settings
+from app.logs import configure
+from app.main import create_app
+
+T = TypeVar("T")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    serve = commands.add_parser("serve", help="serve HTTP, with the settings of the environment")
+    serve.set_defaults(run=_serve)
+    migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
+    migrate.set_defaults(run=_migrate)
+
+    keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="action")
+    create = keys.add_parser("create", help="make a key; it is shown this once, on the last line")
+    create.add_argument("--organization", required=True, help="organization the key belongs to")
+    create.add_argument("--user", type=UUID, help="user the key belongs to")
+    create.add_argument("--name", help="what the key is for")
+    create.add_argument("--expires-in-days", type=float, help="default: never")
+    create.set_defaults(run=_create_key)
+    show = keys.add_parser("list", help="keys of an organization, or of all")
+    show.add_argument("--organization")
+    show.set_defaults(run=_list_keys)
+    revoke = keys.add_parser("revoke", help="make a key useless at once")
+    revoke.add_argument("id", type=UUID)
+    revoke.set_defaults(run=_revoke_key)
+
+    chosen = parser.parse_args(arguments)
+    code: int = chosen.run(chosen)
+    return code
+
+
+def application() -> object:
+    """The ASGI application of one server process."""
+    settings = Settings()
+    configure(settings.log_level)
+    return create_app(settings)
+
+
+def _serve(_: argparse.Namespace) -> int:
+    settings = Settings()
+    uvicorn.run(
+        "app.cli:application",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        access_log=False,  # the edge writes one line a request, without queries
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+    )
+    return 0
+
+
+def _migrate(_: argparse.Namespace) -> int:
+    command.upgrade(Config(Path(__file__).parent.parent / "alembic.ini"), "head")
+    return 0
+
+
+def _create_key(options: argparse.Namespace) -> int:
+    key = auth.new_key()
+    days: float | None = options.expires_in_days
+    expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
+
+    async def insert(connection: asyncpg.Connection) -> None:
+        await connection.execute(
+            "INSERT INTO api_keys (id, organization_id, user_id, name, key_hash, expires_at) VALUES ($1, $2, $3, $4, $5, $6)",
+            uuid4(),
+            options.organization,
+            options.user,
+            options.name,
+            auth.digest(key.encode()),
+            expires_at,
+        )
+
+    try:
+        _with_database(insert)
+    except asyncpg.CheckViolationError:
+        print("An organization's id is 1 to 64 of A-Z a-z 0-9 _ -.")
+        return 2
+    print("Keep this key: it is not stored and not shown again.")
+    print(key)
+    return 0
+
+
+def _list_keys(options: argparse.Namespace) -> int:
+    async def show(connection: asyncpg.Connection) -> None:
+        rows = await connection.fetch(
+            "SELECT id, organization_id, user_id, name, created_at, expires_at, revoked_at FROM api_keys"
+            " WHERE $1::text IS NULL OR organization_id = $1 ORDER BY created_at",
+            options.organization,
+        )
+        for row in rows:
+            print("  ".join("-" if value is None else str(value) for value in row.values()))
+
+    _with_database(show)
+    return 0
+
+
+def _revoke_key(options: argparse.Namespace) -> int:
+    async def revoke(connection: asyncpg.Connection) -> str:
+        done: str = await connection.execute(
+            "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1", options.id
+        )
+        return done
+
+    if _with_database(revoke) == "UPDATE 0":
+        print("There is no key with this id; see `keys list`.")
+        return 1
+    print("Revoked.")
+    return 0
+
+
+def _with_database(work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+    async def connected() -> T:
+        connection = await asyncpg.connect(DatabaseSettings().database_url.get_secret_value(), timeout=10)
+        try:
+            return await work(connection)
+        finally:
+            await connection.close()
+
+    return asyncio.run(connected())

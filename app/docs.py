@@ -1,0 +1,113 @@
+"""OpenAPI that tells the truth, and the docs page without any outside host.
+
+Bodies are read by payload.py and replies are built as bytes, so FastAPI cannot see them: each route names them with
+`operation()`.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from swagger_ui_bundle import swagger_ui_path
+
+from app.errors import (
+    DatabaseUnavailable,
+    InternalError,
+    Invalid,
+    IdempotencyInProgress,
+    PayloadTooLarge,
+    Refusal,
+    RequestTimeout,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from app.schemas import Problem, ValidationProblem
+
+_BODIES: dict[str, type[BaseModel]] = {}
+
+_REFUSED_ALWAYS: tuple[type[Refusal], ...] = (Unauthorized, Invalid, InternalError, DatabaseUnavailable)
+_REFUSED_WRITES = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType, IdempotencyInProgress)
+
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "1 to 255 visible ASCII characters. A resend with the same key gets the first reply and changes nothing.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]{1,255}$"},
+}
+
+
+def operation(
+    *refusals: type[Refusal], body: type[BaseModel] | None = None, write: bool = False, body_required: bool = True
+) -> dict[str, Any]:
+    """Keyword arguments of a route: its refusals, and for a write its body and the Idempotency-Key."""
+    possible = (*_REFUSED_ALWAYS, *(_REFUSED_WRITES if write else ()), *refusals)
+    extra: dict[str, Any] = {"security": [{"bearer": []}]}
+    if write:
+        extra["parameters"] = [_IDEMPOTENCY_KEY]
+    if body is not None:
+        _BODIES[body.__name__] = body
+        schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+        extra["requestBody"] = {"required": body_required, "content": {"application/json": {"schema": schema}}}
+    return {"responses": _responses(possible), "openapi_extra": extra}
+
+
+def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str, Any]]:
+    responses: dict[int | str, dict[str, Any]] = {}
+    for refusal in possible:
+        if refusal is Invalid:
+            responses[422] = {"model": ValidationProblem, "description": "The request is not valid."}
+            continue
+        response = responses.setdefault(
+            refusal.status,
+            {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}, "codes": []},
+        )
+        response["codes"].append(refusal.code)
+        if refusal.status == 503 or refusal is IdempotencyInProgress:
+            response.setdefault("headers", {})["Retry-After"] = {"schema": {"type": "string"}, "description": "Seconds."}
+    for response in responses.values():
+        if codes := response.pop("codes", None):
+            response["description"] = "Code " + " or ".join(f"`{code}`" for code in dict.fromkeys(codes)) + "."
+    return responses
+
+
+def install(app: FastAPI) -> None:
+    """Serve /openapi.json and /docs."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
+            template = "#/components/schemas/{model}"
+            bodies = [(model, "validation") for model in (*_BODIES.values(), Problem)]
+            _, definitions = models_json_schema(bodies, ref_template=template)  # type: ignore[arg-type] # literal modes
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            schemas.update(definitions["$defs"])
+            document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    async def page(request: Request) -> Response:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=app.title,
+            swagger_js_url="docs-assets/swagger-ui-bundle.js",
+            swagger_css_url="docs-assets/swagger-ui.css",
+            swagger_favicon_url="docs-assets/favicon-32x32.png",
+        )
+
+    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend the document
+    app.add_route("/docs", page, include_in_schema=False)
+    app.mount("/docs-assets", StaticFiles(directory=swagger_ui_path))
+
+
+_DESCRIPTION = """
+Runs execute workflows on machines. A run that has ended can be retried in place: see `POST /v1/runs/{run_id}/retry`.
+
+Errors are RFC 9457 problem details with a stable `code`; 422 has the list form `{"detail": [{"loc", "msg", "type"}]}`.
+"""

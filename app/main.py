@@ -1,0 +1,95 @@
+"""The application: its parts, its routers, and how refusals are rendered."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from app import docs
+from app.background import Background
+from app.config import Settings
+from app.database import Database
+from app.edge import Edge
+from app.errors import InternalError, MethodNotAllowed, Refusal, RouteNotFound
+from app.parts import Parts
+from app.payload import invalid
+from app.routers import attachments, health, machines, pools, runs, workflows
+from app.storage import FileStore
+from app.vault import SecretStore
+from app.waiting import Waiters
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service with these settings; it connects to its stores when it is used, and starts without them."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        database = await Database.open(settings)
+        secrets, files, waiters = SecretStore(settings), FileStore(settings), Waiters()
+        background = Background(settings, database, secrets, files, waiters)
+        app.state.parts = Parts(settings, database, secrets, files, background, waiters)
+        task = asyncio.create_task(background.run())
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await secrets.close()
+        await files.close()
+        await database.close()
+
+    app = FastAPI(
+        title="Runs API",
+        version=version("runs-api"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={
+            Refusal: _refusal,
+            RequestValidationError: _invalid,
+            HTTPException: _http_exception,
+            Exception: _unexpected,
+        },
+        redirect_slashes=False,  # a redirect would make clients send their key and body twice
+    )
+    for router in (runs.router, attachments.router, workflows.router, machines.router, pools.router, health.router):
+        app.include_router(router)
+    docs.install(app)
+    app.add_middleware(Edge)
+    if settings.cors_origins:
+        # Outside the edge, so that a browser can read refusals too.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Idempotency-Status", "Retry-After", "Content-Disposition"],
+            max_age=600,
+        )
+    return app
+
+
+async def _refusal(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)  # noqa: S101 - narrows what Starlette declares too widely
+    return Response(error.body(), error.status, error.headers, error.media_type)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - as above
+    return await _refusal(request, invalid(error.errors()))
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """What the router itself refuses: an unknown path, or a method that the path does not have."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - as above
+    headers = dict(error.headers or {})
+    refusal = MethodNotAllowed(headers=headers) if error.status_code == 405 else RouteNotFound()
+    return await _refusal(request, refusal)
+
+
+async def _unexpected(request: Request, _: Exception) -> Response:
+    return await _refusal(request, InternalError())

@@ -1,0 +1,225 @@
+"""Retry a finished run in place: check -> stage -> switch -> settle.
+
+check    plain reads, only to refuse early, before anything is written outside (skipped without secrets and files)
+stage    new secrets and files are written under fresh names that are on the deletion list first (staging.py)
+switch   one transaction: lock the run, decide every rule on what the lock shows, archive, clear, requeue; then commit
+settle   after the commit the background task deletes what was replaced and looks for a machine (background.py)
+
+A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
+"""
+
+from dataclasses import dataclass
+from uuid import UUID, uuid4
+
+import orjson
+
+from app import deletions, staging, views
+from app.database import Connection, Record
+from app.deletions import Name
+from app.errors import InputAttachmentsExpired, Invalid, RunNotFound, RunNotTerminal, SensitiveInputsExpired
+from app.idempotency import Reply, Write, find, once
+from app.models import TERMINAL
+from app.parts import Parts
+from app.placement import check_targets, lane
+from app.schemas import RunRetry
+from app.staging import Staged
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A run's place in a session; all None outside one."""
+
+    id: UUID | None
+    alias: str | None
+    release_after: bool | None
+
+
+def refuse_contradictions(session_id: UUID | None, start_session: bool | None) -> None:
+    """Raises Invalid for a body that asks for two sessions at once."""
+    if session_id is not None and start_session:
+        raise Invalid(
+            (("body", "start_session"), "Send either session_id or start_session, not both.", "session_contradiction")
+        )
+
+
+def alias_needs_session(session: Session) -> Session:
+    """Raises Invalid for an alias without a session to be known in."""
+    if session.alias is not None and session.id is None:
+        raise Invalid((("body", "session_alias"), "The run has no session: send session_id or start_session.", "session_alias"))
+    return session
+
+
+def next_session(run: Record, options: RunRetry) -> Session:
+    """The session of the next attempt. release_session_after is applied last, over all else."""
+    session = Session(run["session_id"], run["session_alias"], run["release_session_after"])
+    if options.session_id is not None:
+        session = Session(options.session_id, session.alias, session.release_after)
+    elif options.start_session:
+        session = Session(uuid4(), session.alias, session.release_after)
+    elif options.reuse_session is False:
+        session = Session(None, None, None)
+    if options.session_alias is not None:
+        session = Session(session.id, options.session_alias, session.release_after)
+    if options.release_session_after is not None:
+        session = Session(session.id, session.alias, options.release_session_after)
+    return alias_needs_session(session)
+
+
+def next_pin(run: Record, options: RunRetry) -> UUID | None:
+    """The pinned machine of the next attempt; an assignment is always dropped, a pin only by pool_ids."""
+    if options.machine_id is not None:
+        return options.machine_id
+    pinned: UUID | None = run["pinned_machine_id"]
+    return pinned if options.pool_ids is None else None
+
+
+def overridden(options: RunRetry) -> list[str]:
+    """Names of the fields that change something, for the archive; never values."""
+    changed = {name for name in options.model_fields_set if getattr(options, name) is not None}
+    if options.reuse_session is not False:
+        changed.discard("reuse_session")
+    if not options.start_session:
+        changed.discard("start_session")
+    return sorted(changed)
+
+
+def refuse(run: Record | None, options: RunRetry) -> Record:
+    """The refusals that need nothing but the run. Used on a plain read by check, and on the locked row by switch."""
+    if run is None:
+        raise RunNotFound
+    if run["status"] not in TERMINAL:
+        raise RunNotTerminal(run["status"])
+    next_session(run, options)
+    if options.sensitive_input_values is None and run["secret_path"] is not None and not run["secret_is_kept"]:
+        raise SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
+    if options.file_inputs is None and run["input_is_expired"]:
+        raise InputAttachmentsExpired
+    return run
+
+
+# --- the statements ---------------------------------------------------------------------------------------------------
+
+# What the rules need to know of a run. Outputs and history are not read: a megabyte is never loaded to be cleared.
+READ = """
+SELECT r.status, r.pinned_machine_id, r.pool_ids, r.is_priority, r.session_id, r.session_alias, r.release_session_after,
+       r.secret_path, CASE WHEN r.secret_path IS NOT NULL THEN r.sensitive_input_aliases END AS sensitive_input_aliases,
+       r.secret_path IS NOT NULL AND EXISTS (
+           SELECT FROM deletions d
+           WHERE d.store = 'vault' AND d.name = r.secret_path AND d.condemned_at IS NULL AND d.due_at > clock_timestamp()
+       ) AS secret_is_kept,
+       EXISTS (
+           SELECT FROM run_attachments a
+           WHERE a.run_id = r.id AND a.attachment_type = 'input' AND a.expires_at <= clock_timestamp()
+       ) AS input_is_expired
+FROM runs r WHERE r.id = $1 AND r.organization_id = $2
+"""
+
+LOCK = f"{READ} FOR NO KEY UPDATE OF r"
+
+# Everything that a retry always does, in one round trip: archive the attempt, list and remove the attachments that go,
+# clear and requeue the run, and read it as the reply shows it. A null override keeps what the run has.
+SWITCH = f"""
+WITH archived AS (
+    INSERT INTO run_attempts (run_id, attempt, status, error, machine_id, session_id, started_at, ended_at,
+                              retried_by_key_id, retried_by_user_id, overridden)
+    SELECT id, attempt, status, error, assigned_machine_id, session_id, started_at, ended_at, $2, $3, $4
+    FROM runs WHERE id = $1
+), removed AS (
+    DELETE FROM run_attachments WHERE run_id = $1 AND (attachment_type = 'output' OR $5) RETURNING storage_path
+), listed AS (
+    INSERT INTO deletions (store, name, due_at)
+    SELECT 'storage', storage_path, now() FROM removed WHERE storage_path IS NOT NULL
+), r AS (
+    UPDATE runs
+    SET status = 'scheduling', attempt = attempt + 1, queued_at = clock_timestamp(), lane = $6, queue_rank = $7,
+        error = NULL, output_data = NULL, run_message_history = NULL, started_at = NULL, ended_at = NULL,
+        reported_at = NULL, assigned_machine_id = NULL, pinned_machine_id = $8,
+        pool_ids = coalesce($9, pool_ids), is_priority = $10,
+        session_id = $11, session_alias = $12, release_session_after = $13,
+        input_values = coalesce($14::json, input_values),
+        sensitive_input_aliases = coalesce($15::json, sensitive_input_aliases),
+        secret_path = CASE WHEN $15::json IS NULL THEN secret_path ELSE $16 END
+    WHERE id = $1
+    RETURNING *
+)
+SELECT {views.columns(views.RUN_COLUMNS)} FROM r {views.RUN_SOURCE}
+"""
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+async def retry(parts: Parts, write: Write, run_id: UUID, options: RunRetry) -> Reply:
+    """Reset a finished run and requeue it. Raises every refusal of the route; then nothing has changed."""
+    refuse_contradictions(options.session_id, options.start_session)
+    staged = Staged(aliases=None if options.sensitive_input_values is None else {})
+    if options.sensitive_input_values or options.file_inputs:
+        staging.check_sizes(parts, options.sensitive_input_values, options.file_inputs)
+        if (replayed := await _check(parts, write, run_id, options)) is not None:
+            return replayed
+        organization_id = write.principal.organization_id
+        [staged] = await staging.stage(
+            parts, organization_id, [run_id], options.sensitive_input_values, options.file_inputs
+        )
+
+    async def switch(connection: Connection) -> Reply:
+        return await _switch(connection, write, run_id, options, staged)
+
+    reply = await once(parts.database, write, switch)
+    parts.background.wake(write.principal.organization_id)
+    return reply
+
+
+async def _check(parts: Parts, write: Write, run_id: UUID, options: RunRetry) -> Reply | None:
+    """Refuse, or replay, before anything is staged. Nothing that is decided here is relied on later."""
+    async with parts.database.connection() as connection:
+        if (replayed := await find(connection, write)) is not None:
+            return replayed
+        refuse(await connection.fetchrow(READ, run_id, write.principal.organization_id), options)
+        await check_targets(connection, write.principal.organization_id, options)
+    return None
+
+
+async def _switch(connection: Connection, write: Write, run_id: UUID, options: RunRetry, staged: Staged) -> Reply:
+    principal = write.principal
+    run = refuse(await connection.fetchrow(LOCK, run_id, principal.organization_id), options)
+    await check_targets(connection, principal.organization_id, options)
+    session, pinned = next_session(run, options), next_pin(run, options)
+    pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
+    is_priority = run["is_priority"] if options.is_priority is None else options.is_priority
+
+    old_secret: str | None = run["secret_path"]
+    if old_secret is not None:
+        if staged.aliases is not None:
+            await deletions.due(connection, [Name("vault", old_secret)])
+        elif not await deletions.reclaim(connection, old_secret):
+            raise SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
+
+    row = await connection.fetchrow(
+        SWITCH,
+        run_id,
+        principal.key_id,
+        principal.user_id,
+        overridden(options),
+        options.file_inputs is not None,
+        *lane(session.id, pinned, pool_ids, is_priority),
+        pinned,
+        options.pool_ids,
+        is_priority,
+        session.id,
+        session.alias,
+        session.release_after,
+        None if options.input_values is None else orjson.dumps(options.input_values).decode(),
+        staged.aliases_json(),
+        staged.secret_path,
+    )
+    if row is None:  # the row is locked
+        raise RunNotFound
+    await staging.adopt(connection, {run_id: staged}, principal)
+
+    reply = views.run(row)
+    reply["output_attachment_ids"] = []  # the statement still sees what it removes
+    if options.file_inputs is not None:
+        reply["input_attachment_ids"] = [str(file.id) for file in staged.files]
+    return Reply(200, views.encode(reply))

@@ -1,0 +1,1 @@
+"""The routes: each parses, calls once, and returns. `responses=` lists every refusal."""
