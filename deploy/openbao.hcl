@@ -1,0 +1,21 @@
+# OpenBao of the development profile: durable, and unsealing itself with a key from the environment.
+# For production use TLS, and a seal backed by a key service or hardware.
+
+storage "raft" {
+  path    = "/openbao/file"
+  node_id = "development"
+}
+
+listener "tcp" {
+  address         = "0.0.0.0:8200"
+  cluster_address = "127.0.0.1:8201"
+  tls_disable     = true
+}
+
+seal "static" {
+  current_key_id = "development"
+  current_key    = "env://OPENBAO_SEAL_KEY"
+}
+
+api_addr     = "http://openbao:8200"
+cluster_addr = "http://127.0.0.1:8201"
