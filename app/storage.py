@@ -176,6 +176,7 @@ class FileStore:
                 # obstore makes the folders first; a collector may remove them again before the file is in them.
                 if "(os error 2)" not in str(error) or attempt == _FOLDER_ATTEMPTS - 1:
                     raise
+                time.sleep(0.001 * (attempt + 1))  # out of step with the other
         path = self._root / key
         # The bytes, their name, and the names of the folders that the put may have made.
         for changed in (path, *_folders(self._root, path), self._root):

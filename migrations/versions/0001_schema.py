@@ -100,7 +100,7 @@ TABLES = [
         error text[],
         output_data json CONSTRAINT ck_runs_output_data CHECK (json_typeof(output_data) = 'object'),
         run_message_history json CONSTRAINT ck_runs_run_message_history CHECK (json_typeof(run_message_history) = 'array'),
-        lane text NOT NULL,
+        lane text COLLATE "C" NOT NULL,
         queue_rank smallint NOT NULL DEFAULT 1,
         created_at timestamptz NOT NULL DEFAULT now(),
         queued_at timestamptz NOT NULL DEFAULT now(),
