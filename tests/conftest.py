@@ -1,0 +1,255 @@
+"""The real thing: each worker has its own PostgreSQL and OpenBao, and drives the real server process over HTTP."""
+
+import asyncio
+import base64
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import httpx
+import pytest
+
+from app.auth import digest, new_key
+from dev.run import App
+from dev.stack import Bao, Postgres, free_port
+
+DEADLINE = 15.0
+
+
+def until(condition: Callable[[], Any], seconds: float = DEADLINE, *, what: str = "the condition") -> Any:
+    """Poll until it holds; fail the test at the deadline."""
+    end = time.monotonic() + seconds
+    while True:
+        if value := condition():
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"{what} did not hold within {seconds} s")
+        time.sleep(0.02)
+
+
+class Stack:
+    """PostgreSQL, OpenBao and a folder, set up as in production, and ways to look into them by hand."""
+
+    def __init__(self, folder: Path, postgres: Postgres, bao: Bao) -> None:
+        self.folder = folder
+        self.postgres = postgres
+        self.bao = bao
+        self.files = folder / "files"
+        self.files.mkdir(exist_ok=True)
+
+    def environment(self, **settings: object) -> dict[str, str]:
+        """What a server of this stack is started with."""
+        base: dict[str, object] = {
+            "PATH": os.environ["PATH"],
+            "DATABASE_URL": self.postgres.url,
+            "VAULT_ADDR": self.bao.address,
+            "VAULT_TOKEN": self.bao.token(),
+            "STORAGE_URL": self.files.as_uri(),
+            "SERVER_KEY": "a key of the tests, longer than 32 characters",
+            "BACKGROUND_PERIOD_SECONDS": "0.2",
+            "LOG_LEVEL": "debug",
+        }
+        return {name: str(value) for name, value in (base | settings).items()}
+
+    def sql(self, query: str, *arguments: object) -> list[dict[str, Any]]:
+        """Rows of one statement, as the database's owner."""
+
+        async def run() -> list[dict[str, Any]]:
+            connection = await asyncpg.connect(self.postgres.url, timeout=10)
+            try:
+                return [dict(row) for row in await connection.fetch(query, *arguments)]
+            finally:
+                await connection.close()
+
+        return asyncio.run(run())
+
+    def new_key(self, organization: str, user_id: UUID | None = None) -> str:
+        key = new_key()
+        self.sql(
+            "INSERT INTO api_keys (id, organization_id, user_id, key_hash) VALUES ($1, $2, $3, $4)",
+            uuid4(),
+            organization,
+            user_id,
+            digest(key.encode()),
+        )
+        return key
+
+    def secret(self, path: str) -> dict[str, str] | None:
+        """What Vault holds at this path, read as root; None if it holds nothing, not even metadata."""
+        if self.bao.call("GET", f"secret/metadata/{path}")[0] == 404:
+            return None
+        status, reply = self.bao.call("GET", f"secret/data/{path}")
+        assert status == 200, reply
+        values: dict[str, str] = reply["data"]["data"]
+        return values
+
+    def secret_paths(self, folder: str = "runs/") -> set[str]:
+        """Every secret below a folder."""
+        status, reply = self.bao.call("LIST", f"secret/metadata/{folder}")
+        if status == 404:
+            return set()
+        found: set[str] = set()
+        for key in reply["data"]["keys"]:
+            found |= self.secret_paths(folder + key) if key.endswith("/") else {folder + key}
+        return found
+
+    def blobs(self, folder: str = "") -> set[str]:
+        """Every file in the store, leftovers included."""
+        return {str(path.relative_to(self.files)) for path in (self.files / folder).rglob("*") if path.is_file()}
+
+    def named(self) -> tuple[set[str], set[str]]:
+        """Secret paths and blob keys that a run or the deletion list names."""
+        secrets_named = self.sql(
+            "SELECT secret_path AS name FROM runs WHERE secret_path IS NOT NULL"
+            " UNION SELECT name FROM deletions WHERE store = 'vault'"
+        )
+        blobs_named = self.sql(
+            "SELECT storage_path AS name FROM run_attachments WHERE storage_path IS NOT NULL"
+            " UNION SELECT name FROM deletions WHERE store = 'storage'"
+        )
+        return {row["name"] for row in secrets_named}, {row["name"] for row in blobs_named}
+
+
+class Client(httpx.Client):
+    """An organization's client, with what tests do again and again."""
+
+    organization: str
+
+    def json_of(self, response: httpx.Response, status: int = 200) -> Any:
+        assert response.status_code == status, response.text
+        return response.json()
+
+    def workflow(self) -> str:
+        created = self.json_of(self.post("/v1/workflows", json={"main_prompt": "Do it."}), 201)
+        return str(created["id"])
+
+    def machine(self, **patch: object) -> str:
+        body = {"fingerprint": secrets.token_hex(8), "unkey_key_id": "key"}
+        machine_id = str(self.json_of(self.post("/v1/machines", json=body), 201)["id"])
+        if patch:
+            self.json_of(self.patch(f"/v1/machines/{machine_id}", json=patch))
+        return machine_id
+
+    def pool(self, *machine_ids: str) -> str:
+        pool_id = str(self.json_of(self.post("/v1/pools", json={"name": "pool"}), 201)["id"])
+        if machine_ids:
+            self.json_of(self.post(f"/v1/pools/{pool_id}/machines", json={"machine_ids": machine_ids}))
+        return pool_id
+
+    def run(self, **options: object) -> dict[str, Any]:
+        body = {"workflow_id": self.workflow()} | options
+        created: dict[str, Any] = self.json_of(self.post("/v1/runs", json=body), 201)
+        return created
+
+    def report(self, run_id: str, **fields: object) -> dict[str, Any]:
+        reported: dict[str, Any] = self.json_of(self.patch(f"/v1/runs/{run_id}", json=fields))
+        return reported
+
+    def upload(self, run_id: str, content: bytes = b"result", filename: str = "out.txt") -> dict[str, Any]:
+        body = {
+            "run_id": run_id,
+            "filename": filename,
+            "content": base64.b64encode(content).decode(),
+            "content_type": "text/plain",
+            "attachment_type": "output",
+        }
+        created: dict[str, Any] = self.json_of(self.post("/v1/run-attachments", json=body), 201)
+        return created
+
+    def finished(self, status: str = "success", **options: object) -> dict[str, Any]:
+        """A run that ended, with outputs and history."""
+        run_id = self.run(**options)["id"]
+        self.report(run_id, status="running")
+        self.upload(run_id)
+        return self.report(
+            run_id,
+            status=status,
+            output_data={"answer": 42},
+            run_message_history=[{"role": "assistant", "content": "done"}],
+            error=["it broke"] if status == "error" else None,
+        )
+
+    def get_run(self, run_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.json_of(self.get(f"/v1/runs/{run_id}"))
+        return found
+
+    def retry(self, run_id: str, **options: object) -> httpx.Response:
+        return self.post(f"/v1/runs/{run_id}/retry", json=options)
+
+
+def file_input(content: bytes = b"hello", filename: str = "in.txt", **more: object) -> dict[str, object]:
+    return {"filename": filename, "content": base64.b64encode(content).decode()} | more
+
+
+class Server:
+    """One server process and clients for it."""
+
+    def __init__(self, stack: Stack, app: App) -> None:
+        self.stack = stack
+        self.app = app
+        self.url = app.url
+
+    def client(self, organization: str | None = None, *, key: str | None = None) -> Client:
+        organization = organization or f"org-{secrets.token_hex(6)}"
+        key = key or self.stack.new_key(organization)
+        client = Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=30, trust_env=False)
+        client.organization = organization
+        return client
+
+
+def start_server(stack: Stack, **settings: object) -> Server:
+    """A server process; the caller stops it with `server.app.stop()`."""
+    port = free_port()
+    folder = stack.folder / f"server-{port}"
+    environment: Mapping[str, str] = stack.environment(PORT=port, **settings)
+    return Server(stack, App(folder, f"http://127.0.0.1:{port}", environment).start())
+
+
+def migrate(url: str) -> None:
+    """The schema, by the migrations themselves."""
+    from app.cli import main  # imported late: it pulls in the whole application
+
+    before = os.environ.get("DATABASE_URL")
+    os.environ["DATABASE_URL"] = url
+    try:
+        main(["migrate"])
+    finally:
+        if before is None:
+            del os.environ["DATABASE_URL"]
+        else:
+            os.environ["DATABASE_URL"] = before
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The stack that most tests of a worker share; each test has organizations of its own."""
+    folder = tmp_path_factory.mktemp("stack")
+    with Postgres(folder, fsync=False) as postgres, Bao(folder) as bao:
+        migrate(postgres.url)
+        yield Stack(folder, postgres, bao)
+
+
+@pytest.fixture(scope="session")
+def server(stack: Stack) -> Iterator[Server]:
+    started = start_server(stack)
+    yield started
+    started.app.stop()
+
+
+@pytest.fixture
+def api(server: Server) -> Iterator[Client]:
+    """A client of an organization that only this test uses."""
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def foreign(server: Server) -> Iterator[Client]:
+    """A client of another organization."""
+    with server.client() as client:
+        yield client
