@@ -51,51 +51,77 @@ class Settings(DatabaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     workers: int = Field(1, ge=1, le=64, description="Server processes.")
-    public_url: str | None = Field(None, description="Base of the download URLs we sign; default: the request's own base.")
+    public_url: str | None = Field(
+        None, description="Base of the download URLs we sign; default: the request's own base."
+    )
     cors_origins: Annotated[list[str], NoDecode] = Field(
         default=[], description="Comma-separated origins that browsers may call from; empty turns CORS off."
     )
     shutdown_seconds: int = Field(20, ge=1, description="How long a stop waits for requests under way.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line written.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log line written."
+    )
 
     # Limits on what a caller sends
     max_body_bytes: int = Field(100 * MIB, ge=1024, description="Largest request body; more is 413.")
     max_file_bytes: int = Field(50 * MIB, ge=1, description="Largest single file, decoded; more is 413.")
     max_files: int = Field(100, ge=1, description="Most files in one request; more is 413.")
     body_timeout_seconds: float = Field(10, gt=0, description="Patience with a body; each received byte extends it.")
-    body_min_bytes_per_second: int = Field(32 * 1024, ge=1, description="Pace a body must keep beyond that patience, else 408.")
+    body_min_bytes_per_second: int = Field(
+        32 * 1024, ge=1, description="Pace a body must keep beyond that patience, else 408."
+    )
 
     # PostgreSQL
     database_pool_size: int = Field(16, ge=2, le=500, description="Connections per process.")
-    database_timeout_seconds: float = Field(3, gt=0, le=5, description="Patience with a connection and with each statement.")
+    database_timeout_seconds: float = Field(
+        3, gt=0, le=5, description="Patience with a connection and with each statement."
+    )
 
     # Vault or OpenBao, KV version 2. One way to log in: token, token file (Vault Agent) or AppRole.
     vault_addr: str = Field(description="Vault's or OpenBao's address, https in production.")
     vault_token: SecretStr | None = Field(None, description="Log in with this token.")
-    vault_token_file: Path | None = Field(None, description="Log in with the token in this file, read again at each login.")
+    vault_token_file: Path | None = Field(
+        None, description="Log in with the token in this file, read again at each login."
+    )
     vault_role_id: str | None = Field(None, description="Log in by AppRole with this role.")
     vault_secret_id: SecretStr | None = Field(None, description="AppRole's secret id.")
     vault_approle_mount: str = Field("approle", description="Where AppRole is mounted.")
     vault_namespace: str | None = Field(None, description="Vault namespace.")
     vault_cacert: Path | None = Field(None, description="CA bundle for Vault's certificate.")
     vault_mount: str = Field("secret", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="KV v2 mount.")
-    vault_prefix: str = Field("runs", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="First path segment under the mount.")
-    vault_timeout_seconds: float = Field(2.5, gt=0, le=5, description="Patience with one call to Vault, and with a free slot.")
+    vault_prefix: str = Field(
+        "runs", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="First path segment under the mount."
+    )
+    vault_timeout_seconds: float = Field(
+        2.5, gt=0, le=5, description="Patience with one call to Vault, and with a free slot."
+    )
     vault_concurrency: int = Field(16, ge=1, le=200, description="Calls to Vault at once, per process.")
 
     # Files
-    storage_url: str = Field(description="file:///path, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.")
-    storage_timeout_seconds: float = Field(4, gt=0, description="Patience with one call to the file store, plus 1 s per 10 MiB.")
+    storage_url: str = Field(
+        description="file:///path, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix."
+    )
+    storage_timeout_seconds: float = Field(
+        4, gt=0, description="Patience with one call to the file store, plus 1 s per 10 MiB."
+    )
     storage_concurrency: int = Field(16, ge=1, le=200, description="Calls to the file store at once, per process.")
 
     # Retry, retention, background work
     stage_timeout_seconds: float = Field(60, gt=0, description="Deadline for writing a request's secrets and files.")
     stage_grace_seconds: int = Field(900, ge=1, description="When names that were staged but never used are deleted.")
     secret_retention_seconds: int = Field(86_400, ge=0, description="How long a finished run's secrets stay retryable.")
-    idempotency_ttl_seconds: int = Field(86_400, ge=1, description="How long a reply is kept under its Idempotency-Key.")
-    run_silence_seconds: int = Field(0, ge=0, description="A running run without a PATCH for longer ends in error; 0 = never.")
-    background_period_seconds: float = Field(1.0, gt=0, description="How often deletions and assignments are looked for.")
-    server_key: SecretStr = Field(min_length=32, description="Keys request fingerprints and download URLs; same on all replicas.")
+    idempotency_ttl_seconds: int = Field(
+        86_400, ge=1, description="How long a reply is kept under its Idempotency-Key."
+    )
+    run_silence_seconds: int = Field(
+        0, ge=0, description="A running run without a PATCH for longer ends in error; 0 = never."
+    )
+    background_period_seconds: float = Field(
+        1.0, gt=0, description="How often deletions and assignments are looked for."
+    )
+    server_key: SecretStr = Field(
+        min_length=32, description="Keys request fingerprints and download URLs; same on all replicas."
+    )
     server_key_previous: SecretStr | None = Field(None, min_length=32, description="Accepted beside it while rotating.")
 
     @field_validator("cors_origins", mode="before")

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 import asyncpg
 from sqlalchemy.dialects.postgresql import asyncpg as sqlalchemy_asyncpg
 from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from app.config import Settings
 from app.errors import DatabaseUnavailable, OutcomeUnknown
@@ -45,12 +46,13 @@ _TRANSIENT = (
     asyncpg.IdleInTransactionSessionTimeoutError,
 )
 
-_DIALECT = sqlalchemy_asyncpg.dialect()
+_DIALECT = sqlalchemy_asyncpg.dialect()  # type: ignore[no-untyped-call] # SQLAlchemy leaves dialects untyped
 
 
 def sql(statement: ClauseElement) -> tuple[str, list[object]]:
     """A SQLAlchemy Core statement as asyncpg takes it: text with $1, $2, ... and the values in that order."""
     compiled = statement.compile(dialect=_DIALECT)
+    assert isinstance(compiled, SQLCompiler)  # noqa: S101 - what a dialect makes of anything but DDL
     return str(compiled), [compiled.params[name] for name in compiled.positiontup or ()]
 
 

@@ -139,7 +139,9 @@ async def collect(
             return None
         return name
 
-    deleted = [name for name in await asyncio.gather(*(delete(Name(*row.values())) for row in rows)) if name is not None]
+    deleted = [
+        name for name in await asyncio.gather(*(delete(Name(*row.values())) for row in rows)) if name is not None
+    ]
     if deleted:
         async with database.transaction() as connection:
             await connection.execute(FINISH, *_columns(deleted), ahead)

@@ -18,9 +18,9 @@ from swagger_ui_bundle import swagger_ui_path
 
 from app.errors import (
     DatabaseUnavailable,
+    IdempotencyInProgress,
     InternalError,
     Invalid,
-    IdempotencyInProgress,
     PayloadTooLarge,
     Refusal,
     RequestTimeout,
@@ -66,11 +66,17 @@ def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str,
             continue
         response = responses.setdefault(
             refusal.status,
-            {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}, "codes": []},
+            {
+                "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+                "codes": [],
+            },
         )
         response["codes"].append(refusal.code)
         if refusal.status == 503 or refusal is IdempotencyInProgress:
-            response.setdefault("headers", {})["Retry-After"] = {"schema": {"type": "string"}, "description": "Seconds."}
+            response.setdefault("headers", {})["Retry-After"] = {
+                "schema": {"type": "string"},
+                "description": "Seconds.",
+            }
     for response in responses.values():
         if codes := response.pop("codes", None):
             response["description"] = "Code " + " or ".join(f"`{code}`" for code in dict.fromkeys(codes)) + "."

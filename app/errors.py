@@ -166,7 +166,9 @@ class AttemptSuperseded(Conflict):
     code = "attempt_superseded"
 
     def __init__(self, current: int) -> None:
-        super().__init__(f"This report is for an earlier attempt; the run is at attempt {current}. Stop working on the old one.")
+        super().__init__(
+            f"This report is for an earlier attempt; the run is at attempt {current}. Stop working on the old one."
+        )
 
 
 class IdempotencyInProgress(Conflict):

@@ -8,7 +8,6 @@ import hmac
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-
 from app.auth import Principal
 from app.database import Connection, Database, LockTimeout
 from app.errors import IdempotencyInProgress, Invalid, Refusal
@@ -51,7 +50,7 @@ class _Taken(Exception):
     """The key was stored by another request: roll back and replay."""
 
 
-def fingerprint(server_key: str, method: str, path: str, body: bytes) -> bytes:
+def fingerprint(server_key: str, method: str, path: str, body: bytes | bytearray) -> bytes:
     """HMAC-SHA-256 of the request. Keyed, because the body can hold secrets that a plain digest would let anyone guess."""
     mac = hmac.new(server_key.encode(), f"{method}\n{path}\n".encode(), "sha256")
     mac.update(body)

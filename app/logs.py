@@ -12,7 +12,11 @@ class JsonFormatter(logging.Formatter):
     """Our records are dictionaries; others become `message`. Exceptions are shown without their text."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
+        line: dict[str, Any] = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
         if isinstance(record.msg, dict):
             line |= record.msg
         else:

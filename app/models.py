@@ -6,8 +6,8 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import (
-    JSON,
     ARRAY,
+    JSON,
     BigInteger,
     CheckConstraint,
     DateTime,
@@ -236,7 +236,9 @@ class Run(Base):
             postgresql_where=text(f"assigned_machine_id IS NOT NULL AND {_IS_ACTIVE}"),
         ),
         # Which sessions are busy, and which active runs a session or a pinned machine has.
-        Index("ix_runs_active_session", "session_id", postgresql_where=text(f"session_id IS NOT NULL AND {_IS_ACTIVE}")),
+        Index(
+            "ix_runs_active_session", "session_id", postgresql_where=text(f"session_id IS NOT NULL AND {_IS_ACTIVE}")
+        ),
         # The longest silent running runs.
         Index("ix_runs_reported", "reported_at", postgresql_where=text("status = 'running'")),
     )

@@ -143,7 +143,11 @@ def _write(request: Request, settings: Settings, raw: bytes | bytearray) -> Writ
         key = given[0]
         if len(given) > 1 or not _KEY.fullmatch(key):
             raise Invalid(
-                (("header", "Idempotency-Key"), "Must be 1 to 255 visible ASCII characters, sent once.", "idempotency_key")
+                (
+                    ("header", "Idempotency-Key"),
+                    "Must be 1 to 255 visible ASCII characters, sent once.",
+                    "idempotency_key",
+                )
             )
         keys = [settings.server_key, settings.server_key_previous]
         fingerprints = tuple(

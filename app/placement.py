@@ -48,17 +48,23 @@ SELECT EXISTS (SELECT FROM machines WHERE reserved_session_id = $1 AND organizat
 
 async def check_targets(connection: Connection, organization_id: str, targets: Targets) -> None:
     """Raises MachineNotFound, PoolNotFound or SessionNotFound for what the organization does not have."""
-    if targets.machine_id is not None and not await connection.fetchval(KNOWN_MACHINE, targets.machine_id, organization_id):
+    if targets.machine_id is not None and not await connection.fetchval(
+        KNOWN_MACHINE, targets.machine_id, organization_id
+    ):
         raise MachineNotFound
     if targets.pool_ids:
         wanted = set(targets.pool_ids)
         if await connection.fetchval(KNOWN_POOLS, list(wanted), organization_id) != len(wanted):
             raise PoolNotFound
-    if targets.session_id is not None and not await connection.fetchval(KNOWN_SESSION, targets.session_id, organization_id):
+    if targets.session_id is not None and not await connection.fetchval(
+        KNOWN_SESSION, targets.session_id, organization_id
+    ):
         raise SessionNotFound
 
 
-def lane(session_id: UUID | None, pinned: UUID | None, pool_ids: Iterable[UUID] | None, is_priority: bool) -> tuple[str, int]:
+def lane(
+    session_id: UUID | None, pinned: UUID | None, pool_ids: Iterable[UUID] | None, is_priority: bool
+) -> tuple[str, int]:
     """The lane a run waits in, and its rank there: 0 goes before 1."""
     rank = 0 if is_priority and session_id is None else 1
     if session_id is not None:
@@ -193,7 +199,9 @@ async def place(database: Database, organization_id: str) -> tuple[list[Placed],
         if placed:
             opening = [one for one in placed if one.session_id is not None and one.machine.session_id is None]
             if opening:
-                await connection.execute(RESERVE, [one.machine.id for one in opening], [one.session_id for one in opening])
+                await connection.execute(
+                    RESERVE, [one.machine.id for one in opening], [one.session_id for one in opening]
+                )
             await connection.execute(ASSIGN, [one.run_id for one in placed], [one.machine.id for one in placed])
     return placed, bool(chosen)
 

@@ -47,7 +47,9 @@ def refuse_contradictions(session_id: UUID | None, start_session: bool | None) -
 def alias_needs_session(session: Session) -> Session:
     """Raises Invalid for an alias without a session to be known in."""
     if session.alias is not None and session.id is None:
-        raise Invalid((("body", "session_alias"), "The run has no session: send session_id or start_session.", "session_alias"))
+        raise Invalid(
+            (("body", "session_alias"), "The run has no session: send session_id or start_session.", "session_alias")
+        )
     return session
 
 

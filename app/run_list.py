@@ -83,7 +83,8 @@ async def list_runs(
     else:
         # Each arm gives its own newest, in index order; the page is cut from their merge.
         newest = " UNION ALL ".join(
-            f"(SELECT r.id, r.created_at FROM runs r WHERE {arm} {_NEWEST_FIRST} LIMIT {skip + limit:d})" for arm in arms
+            f"(SELECT r.id, r.created_at FROM runs r WHERE {arm} {_NEWEST_FIRST} LIMIT {skip + limit:d})"
+            for arm in arms
         )
         page = f"SELECT id, created_at FROM ({newest}) AS newest {_NEWEST_FIRST} OFFSET {skip:d} LIMIT {limit:d}"
     statement = (

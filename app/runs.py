@@ -188,7 +188,9 @@ def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate
         hint = "Only POST /v1/runs/{run_id}/retry reopens it." if current in TERMINAL else "Report `running` first."
         raise InvalidTransition(f"A run that is {current} cannot become {status}. {hint}")
     if status is RunStatus.SCHEDULING and any(getattr(options, name) is not None for name in PRODUCED):
-        raise InvalidTransition("A scheduling run accepts no outputs, times, errors or history; report `running` first.")
+        raise InvalidTransition(
+            "A scheduling run accepts no outputs, times, errors or history; report `running` first."
+        )
 
 
 def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpdate) -> tuple[Any, ...]:
@@ -267,7 +269,9 @@ async def end_silent_runs(database: Database, settings: Settings) -> set[str]:
     async with database.transaction() as connection:
         rows = await connection.fetch(SILENT, float(silence))
         if rows:
-            sentence = f"The executor sent no report for {silence} seconds, so the run was ended. Retry it when one is back."
+            sentence = (
+                f"The executor sent no report for {silence} seconds, so the run was ended. Retry it when one is back."
+            )
             await end_runs(connection, [row["id"] for row in rows], RunStatus.ERROR, sentence, settings)
     return {row["organization_id"] for row in rows}
 

@@ -119,8 +119,12 @@ def _base64(value: object) -> object:
         raise PydanticCustomError("base64", "not base64") from None
 
 
-Base64 = Annotated[bytes, BeforeValidator(_base64), WithJsonSchema({"type": "string", "contentEncoding": "base64", "format": "byte"})]
-FileName = Annotated[str, AfterValidator(_storable_text), AfterValidator(_filename), Field(min_length=1, max_length=MAX_NAME)]
+Base64 = Annotated[
+    bytes, BeforeValidator(_base64), WithJsonSchema({"type": "string", "contentEncoding": "base64", "format": "byte"})
+]
+FileName = Annotated[
+    str, AfterValidator(_storable_text), AfterValidator(_filename), Field(min_length=1, max_length=MAX_NAME)
+]
 TargetPath = Annotated[str, AfterValidator(_storable_text), AfterValidator(_target_path), Field(max_length=4096)]
 
 
@@ -149,9 +153,13 @@ class FileInput(Payload):
 
 
 class _Overrides(Payload):
-    input_values: Variables | None = Field(None, description="Values of the workflow's variables.", examples=[{"user": "Ada"}])
+    input_values: Variables | None = Field(
+        None, description="Values of the workflow's variables.", examples=[{"user": "Ada"}]
+    )
     sensitive_input_values: Variables | None = Field(
-        None, description="Secrets by name, any JSON. They go to Vault; replies show aliases.", examples=[{"password": "s3cret"}]
+        None,
+        description="Secrets by name, any JSON. They go to Vault; replies show aliases.",
+        examples=[{"password": "s3cret"}],
     )
     file_inputs: list[FileInput] | None = Field(None, description="Input files.")
     machine_id: UUID | None = Field(None, description="Pin this machine; wins over pool_ids.")
@@ -191,7 +199,9 @@ class RunUpdate(Payload):
     """An executor's report. Absent keys stay as they are; null empties a value."""
 
     status: RunStatus | None = Field(None, strict=False, description="The run's new status.")
-    attempt: int | None = Field(None, ge=1, le=2**31 - 1, description="The attempt this report is for; an older one is refused.")
+    attempt: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="The attempt this report is for; an older one is refused."
+    )
     error: Annotated[list[Text], Field(max_length=1000)] | None = Field(None, description="What went wrong.")
     output_data: JsonObject | None = Field(None, description="The result.")
     output_attachment_ids: Annotated[list[UUID], Field(max_length=1000)] | None = Field(
@@ -221,7 +231,9 @@ class RunResponse(Reply):
 
     id: UUID
     workflow_id: UUID
-    machine_id: UUID | None = Field(description="The assigned machine, else the session's reserved one, else the pinned one.")
+    machine_id: UUID | None = Field(
+        description="The assigned machine, else the session's reserved one, else the pinned one."
+    )
     assigned_machine_id: UUID | None = Field(description="Null until a machine is assigned.")
     user_id: UUID | None
     organization_id: str | None
@@ -235,7 +247,9 @@ class RunResponse(Reply):
     run_message_history: list[dict[str, Any]] | None
     input_attachment_ids: list[str]
     input_values: dict[str, Any] | None
-    sensitive_input_aliases: dict[str, str] | None = Field(description="Where each secret is in Vault; never the secret.")
+    sensitive_input_aliases: dict[str, str] | None = Field(
+        description="Where each secret is in Vault; never the secret."
+    )
     pool_ids: list[UUID] | None
     session_id: UUID | None
     session_alias: str | None
@@ -252,7 +266,9 @@ class RunResponse(Reply):
 class RunProjection(RunResponse):
     """A run in a list; with `fields=`, only those keys and the base fields are present."""
 
-    model_config = ConfigDict(json_schema_extra={"required": ["id", "workflow_id", "machine_id", "status", "created_at"]})
+    model_config = ConfigDict(
+        json_schema_extra={"required": ["id", "workflow_id", "machine_id", "status", "created_at"]}
+    )
 
 
 class RunAttemptResponse(Reply):
@@ -301,17 +317,23 @@ class RunAttachmentCreate(Payload):
     run_id: UUID = Field(description="The run; it must be running.")
     filename: FileName = Field(description="Bare file name, without any path.", examples=["result.csv"])
     content: Base64 = Field(description="The bytes, base64.", examples=["aGVsbG8="])
-    content_type: str = Field(pattern=_MEDIA_TYPE, max_length=MAX_NAME, description="Media type.", examples=["text/csv"])
+    content_type: str = Field(
+        pattern=_MEDIA_TYPE, max_length=MAX_NAME, description="Media type.", examples=["text/csv"]
+    )
     attachment_type: AttachmentType = Field(description="Only `output` can be added to an existing run.")
     target_path: TargetPath | None = None
     cleanup_imports_after_run: bool = False
-    expires_at: Timestamp | None = Field(None, description="When the file is deleted; null keeps it as long as the run.")
+    expires_at: Timestamp | None = Field(
+        None, description="When the file is deleted; null keeps it as long as the run."
+    )
 
 
 class RunAttachmentUpdate(Payload):
     """Absent keeps the expiry, null removes it."""
 
-    expires_at: Timestamp | None = Field(None, description="When the file is deleted; null keeps it as long as the run.")
+    expires_at: Timestamp | None = Field(
+        None, description="When the file is deleted; null keeps it as long as the run."
+    )
 
 
 class RunAttachmentResponse(Reply):

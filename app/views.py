@@ -34,7 +34,7 @@ CASE
     WHEN m.id IS NOT NULL OR r.pinned_machine_id IS NOT NULL THEN (
         SELECT CASE
             WHEN t.status <> 'connected' OR NOT t.is_available THEN 'machine_offline'
-            WHEN t.reserved_session_id <> r.session_id OR (t.reserved_session_id IS NOT NULL AND r.session_id IS NULL) OR EXISTS (
+            WHEN (t.reserved_session_id IS NOT NULL AND t.reserved_session_id IS DISTINCT FROM r.session_id) OR EXISTS (
                 SELECT FROM runs o WHERE o.assigned_machine_id = t.id AND o.status IN ('scheduling', 'running')
             ) THEN 'machine_busy'
             ELSE 'waiting_for_machine'

@@ -30,7 +30,9 @@ def _migrate(connection: Connection) -> None:
 async def _run() -> None:
     dsn = DatabaseSettings().database_url.get_secret_value()
     # asyncpg reads the same URL as the service does, TLS parameters included.
-    engine = create_async_engine("postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn), poolclass=NullPool)
+    engine = create_async_engine(
+        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn), poolclass=NullPool
+    )
     async with engine.connect() as connection:
         await connection.run_sync(_migrate)  # the advisory lock ends with the connection
     await engine.dispose()

@@ -1,19 +1,15 @@
 """Runs: create, list, read, report, delete, and retry."""
 
-import time
-from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import AfterValidator, BeforeValidator
 
 from app import runs, views
 from app.docs import operation
 from app.errors import (
     AttemptSuperseded,
     InputAttachmentsExpired,
-    Invalid,
     InvalidTransition,
     MachineNotFound,
     PoolNotFound,
@@ -141,14 +137,21 @@ async def list_all(
     created_at_to: Annotated[Timestamp | None, Query(description="Created at or before.")] = None,
     fields: Annotated[list[str] | None, Query(description="Only these keys, and the base fields.")] = None,
     wait: Annotated[
-        float, Query(ge=0, le=30, description="Seconds to hold the reply until there is a run (assigned to machine_id).")
+        float,
+        Query(ge=0, le=30, description="Seconds to hold the reply until there is a run (assigned to machine_id)."),
     ] = 0,
     skip: Skip = 0,
     limit: Limit = 100,
 ) -> Response:
     """Runs, newest first."""
     wanted = RunFilter(
-        request.state.principal.organization_id, workflow_id, machine_id, session_id, status, created_at_from, created_at_to
+        request.state.principal.organization_id,
+        workflow_id,
+        machine_id,
+        session_id,
+        status,
+        created_at_from,
+        created_at_to,
     )
     own = parts(request)
     if wait:

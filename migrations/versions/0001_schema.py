@@ -48,7 +48,8 @@ TABLES = [
         version text,
         hostname text,
         os_info text,
-        status text NOT NULL DEFAULT 'connected' CONSTRAINT ck_machines_status CHECK (status IN ('connected', 'disconnected', 'error')),
+        status text NOT NULL DEFAULT 'connected'
+            CONSTRAINT ck_machines_status CHECK (status IN ('connected', 'disconnected', 'error')),
         is_available boolean NOT NULL DEFAULT true,
         alerts_enabled boolean NOT NULL DEFAULT true,
         reserved_session_id uuid,
@@ -57,7 +58,10 @@ TABLES = [
     )
     """,
     "CREATE INDEX ix_machines_organization ON machines (organization_id, created_at DESC, id DESC)",
-    "CREATE UNIQUE INDEX uq_machines_reserved_session_id ON machines (reserved_session_id) WHERE reserved_session_id IS NOT NULL",
+    """
+    CREATE UNIQUE INDEX uq_machines_reserved_session_id ON machines (reserved_session_id)
+        WHERE reserved_session_id IS NOT NULL
+    """,
     """
     CREATE TABLE pools (
         id uuid CONSTRAINT pk_pools PRIMARY KEY,
@@ -84,7 +88,8 @@ TABLES = [
         organization_id text NOT NULL CONSTRAINT ck_runs_organization_id CHECK (organization_id ~ '^[A-Za-z0-9_-]{1,64}$'),
         workflow_id uuid NOT NULL CONSTRAINT fk_runs_workflow_id REFERENCES workflows ON DELETE RESTRICT,
         user_id uuid,
-        status text NOT NULL CONSTRAINT ck_runs_status CHECK (status IN ('scheduling', 'running', 'success', 'cancelled', 'error')),
+        status text NOT NULL
+            CONSTRAINT ck_runs_status CHECK (status IN ('scheduling', 'running', 'success', 'cancelled', 'error')),
         is_priority boolean NOT NULL DEFAULT false,
         attempt integer NOT NULL DEFAULT 1 CONSTRAINT ck_runs_attempt CHECK (attempt >= 1),
         pinned_machine_id uuid CONSTRAINT fk_runs_pinned_machine_id REFERENCES machines ON DELETE SET NULL,
