@@ -2,8 +2,9 @@
 # For production use TLS, and a seal backed by a key service or hardware.
 
 storage "raft" {
-  path    = "/openbao/file"
-  node_id = "development"
+  path                   = "/openbao/file"
+  node_id                = "development"
+  performance_multiplier = 1 # a node that is alone need not wait for others before it elects itself
 }
 
 listener "tcp" {

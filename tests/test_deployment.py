@@ -1,0 +1,294 @@
+"""What is shipped to run the service: image, compose file, policies, locked lists. No container engine is needed."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from app.config import Settings
+from dev.stack import Bao, Part, Postgres, free_port, http
+from tests.conftest import Stack
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+NOT_SETTINGS = {"PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]} | environment
+    )
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe").load(ROOT / "docker-compose.yml")
+    return content
+
+
+@pytest.fixture(scope="module")
+def dockerfile() -> str:
+    """With continued lines joined and comments gone."""
+    text = re.sub(r"(?m)^\s*#.*\n", "", (ROOT / "Dockerfile").read_text())
+    return re.sub(r"\\\n\s*", "", text)
+
+
+# --- image ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_is_linted() -> None:
+    linted = run(str(BIN / "hadolint"), "Dockerfile")
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+def test_the_image_runs_without_root_from_hash_locked_packages(dockerfile: str) -> None:
+    assert re.search(r"(?m)^USER 10001:10001$", dockerfile)
+    assert "--require-hashes" in dockerfile
+    entry_points = re.findall(r"(?m)^ENTRYPOINT (.*)$", dockerfile)
+    assert [json.loads(form) for form in entry_points] == [["python", "-m", "app"]]
+
+
+def test_the_build_context_holds_what_the_image_copies_and_nothing_else(dockerfile: str) -> None:
+    copied = {source for source, _ in re.findall(r"(?m)^COPY (\S+) (\S+)$", dockerfile)}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == allowed
+    assert all((ROOT / source).exists() for source in copied)
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_the_health_check_of_the_image(dockerfile: str, status: int, code: int) -> None:
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health/live" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    command = json.loads(re.findall(r"(?m)^HEALTHCHECK .*?CMD (\[.*\])$", dockerfile)[0])
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        checked = run(sys.executable, *command[1:], PORT=str(server.server_port), http_proxy="http://127.0.0.1:9")
+        server.shutdown()
+    assert checked.returncode == code, checked.stderr
+
+
+# --- compose ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_compose_file_follows_the_specification() -> None:
+    checked = run(
+        str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", "docker-compose.yml", HOME=str(ROOT)
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_setting_named_in_image_and_compose_file_exists(compose: dict[str, Any], dockerfile: str) -> None:
+    known = {name.upper() for name in Settings.model_fields}
+    known |= {f"{name}_FILE" for name in known}
+    named = set(re.findall(r"(\w+)=", " ".join(re.findall(r"(?m)^ENV (.*)$", dockerfile)))) - NOT_SETTINGS
+    assert named
+    for service in ("app", "migrate"):
+        named |= set(compose["services"][service]["environment"])
+    assert named <= known, named - known
+
+
+def test_no_secret_has_a_default(compose: dict[str, Any]) -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    for name in ("POSTGRES_PASSWORD", "SERVER_KEY", "VAULT_LOGIN", "VAULT_ADDR"):
+        uses = re.findall(rf"\$\{{{name}(.*?)\}}", text)
+        assert uses, name
+        assert all(use.startswith(":?") for use in uses), (name, uses)
+    bundled_vault = [name for name, service in compose["services"].items() if service.get("profiles")]
+    assert bundled_vault == ["openbao", "openbao-setup"]
+
+
+def test_the_development_file_sets_everything_the_compose_file_requires() -> None:
+    lines = (ROOT / "development.env").read_text().splitlines()
+    given = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
+    required = set(re.findall(r"\$\{(\w+):\?", (ROOT / "docker-compose.yml").read_text()))
+    assert required <= given
+    assert given - required == {"COMPOSE_PROFILES", "OPENBAO_SEAL_KEY"}
+
+
+def test_services_wait_for_what_they_need(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert all("healthcheck" in service for service in services.values())
+    for name, service in services.items():
+        for needed, condition in service.get("depends_on", {}).items():
+            ends = services[needed].get("restart") == "no"
+            assert condition["condition"] == ("service_completed_successfully" if ends else "service_healthy"), name
+            # A service of a profile must not be demanded by one that is always there.
+            assert condition.get("required", True) == (services[needed].get("profiles") == service.get("profiles"))
+
+
+class ComposeBao(Part):
+    """OpenBao as the compose file starts it, with this machine's folders and ports."""
+
+    name = "compose-openbao"
+
+    def start(self) -> Self:
+        port = free_port()
+        self.address = f"http://127.0.0.1:{port}"
+        data = self.folder / "file"
+        data.mkdir(parents=True)
+        text = (ROOT / "deploy" / "openbao.hcl").read_text()
+        for theirs, ours in {
+            "/openbao/file": str(data),
+            "0.0.0.0:8200": f"127.0.0.1:{port}",
+            "127.0.0.1:8201": f"127.0.0.1:{free_port()}",
+        }.items():
+            assert theirs in text
+            text = text.replace(theirs, ours)
+        configuration = self.folder / "openbao.hcl"
+        configuration.write_text(text)
+        key = re.findall(r"(?m)^OPENBAO_SEAL_KEY=(.*)$", (ROOT / "development.env").read_text())[0]
+        bao = Bao(self.folder)
+        self.launch([str(bao.binary), "server", f"-config={configuration}"], {"OPENBAO_SEAL_KEY": key})
+        self.wait_until(lambda: self._status() != 1)
+        return self
+
+    def _status(self) -> int:
+        """By the container's own health check."""
+        return run(str(Bao(self.folder).binary), "status", BAO_ADDR=self.address).returncode
+
+
+@pytest.fixture
+def compose_bao(tmp_path: Path) -> Iterator[ComposeBao]:
+    with ComposeBao(tmp_path / "bao") as bao:
+        yield bao
+
+
+def test_the_setup_of_the_development_vault(compose_bao: ComposeBao, tmp_path: Path) -> None:
+    keys, login = tmp_path / "keys", tmp_path / "login"
+    keys.mkdir()
+    login.mkdir()
+    binaries = Bao(tmp_path).binary.parent
+
+    def set_up() -> tuple[str, str]:
+        done = run(
+            "/bin/sh",
+            str(ROOT / "deploy" / "openbao-setup.sh"),
+            PATH=f"{binaries}:{os.environ['PATH']}",
+            HOME=str(tmp_path),
+            BAO_ADDR=compose_bao.address,
+            KEYS=str(keys),
+            LOGIN=str(login),
+            POLICIES=str(ROOT / "policies"),
+            OWNER=str(os.geteuid()),
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return (login / "role-id").read_text(), (login / "secret-id").read_text()
+
+    role_id, secret_id = set_up()
+    assert set_up() == (role_id, secret_id)  # a second start changes nothing
+    assert (login / "secret-id").stat().st_mode & 0o777 == 0o600
+    url = f"{compose_bao.address}/v1"
+    status, reply = http("POST", f"{url}/auth/approle/login", {"role_id": role_id, "secret_id": secret_id})
+    assert status == 200
+    token = {"X-Vault-Token": reply["auth"]["client_token"]}
+    assert http("POST", f"{url}/secret/data/runs/org/run/1", {"data": {"a": "b"}}, token)[0] == 200
+    assert http("GET", f"{url}/secret/data/runs/org/run/1", None, token)[0] == 403
+
+
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bao(stack: Stack) -> Bao:
+    return stack.bao
+
+
+def test_the_service_may_create_and_destroy_and_nothing_else(bao: Bao) -> None:
+    token = bao.token()
+    secret = {"data": {"password": "x"}, "options": {"cas": 0}}
+    data, metadata = "secret/data/runs/policy/run/1", "secret/metadata/runs/policy/run/1"
+    assert bao.call("POST", data, secret, token=token)[0] == 200
+    assert bao.call("POST", data, secret, token=token)[0] == 403  # not even the same again
+    assert bao.call("POST", data, {"data": {"password": "y"}}, token=token)[0] == 403
+    assert bao.call("GET", data, token=token)[0] == 403
+    assert bao.call("GET", metadata, token=token)[0] == 403
+    assert bao.call("LIST", "secret/metadata/runs/policy/run", token=token)[0] == 403
+    assert bao.call("LIST", "secret/metadata/runs", token=token)[0] == 403
+    assert bao.call("DELETE", data, token=token)[0] == 403  # it would keep the value
+    assert bao.call("POST", "secret/data/other/1", secret, token=token)[0] == 403
+    assert bao.call("DELETE", metadata, token=token)[0] == 204
+    assert bao.call("GET", data)[0] == 404
+
+
+def test_an_executor_reads_one_organization_and_nothing_else(bao: Bao) -> None:
+    secret = {"data": {"password": "x"}}
+    for organization in ("acme", "acme2"):
+        assert bao.call("POST", f"secret/data/runs/{organization}/run/1", secret)[0] == 200
+    token = bao.executor_token("acme")
+    own, other = "secret/data/runs/acme/run/1", "secret/data/runs/acme2/run/1"
+    assert bao.call("GET", own, token=token)[1]["data"]["data"] == {"password": "x"}
+    assert bao.call("GET", other, token=token)[0] == 403
+    assert bao.call("LIST", "secret/metadata/runs/acme", token=token)[0] == 403
+    assert bao.call("POST", own, secret, token=token)[0] == 403
+    assert bao.call("DELETE", "secret/metadata/runs/acme/run/1", token=token)[0] == 403
+
+
+# --- the embedded stack -----------------------------------------------------------------------------------------------
+
+
+def test_a_killed_parent_takes_its_database_along_and_the_data_survive(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from dev.stack import Postgres\n"
+        "postgres = Postgres(Path(sys.argv[1])).start(); print(postgres.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        psql = str(Postgres(tmp_path).binaries / "psql")
+        password = (tmp_path / "postgresql" / "password").read_text()
+        port = (tmp_path / "postgresql" / "port").read_text()
+        address = f"postgresql://runs:{password}@127.0.0.1:{port}/runs"
+        assert run(psql, "-X", "-d", address, "-c", "CREATE TABLE kept (id int)").returncode == 0
+        orphan = psutil.Process(pid)
+        parent.kill()
+    with Postgres(tmp_path) as again:
+        assert again.pid != pid
+        assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+        assert run(psql, "-X", "-d", again.url, "-c", "SELECT id FROM kept").returncode == 0
+
+
+def test_the_state_is_private(tmp_path: Path) -> None:
+    with Bao(tmp_path) as bao:
+        secrets = [bao.folder / name for name in ("root-token", "seal.key", "config.json", "openbao.log")]
+        assert all(path.stat().st_mode & 0o077 == 0 for path in secrets)
+
+
+# --- locked lists -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-stack.lock", "requirements-dev.lock"])
+def test_locked_lists_have_hashes_and_name_no_registry(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert "://" not in text
+    entries = text.replace("\\\n", " ").splitlines()
+    assert entries
+    assert all("==" in entry and "--hash=sha256:" in entry for entry in entries)
+
+
+def test_locked_lists_agree_with_each_other() -> None:
+    def versions(name: str) -> dict[str, str]:
+        entries = (ROOT / name).read_text().replace("\\\n", " ").splitlines()
+        return {package: version for package, _, version in (shlex.split(line)[0].partition("==") for line in entries)}
+
+    everything = versions("requirements-dev.lock")
+    for smaller in ("requirements.lock", "requirements-stack.lock"):
+        assert versions(smaller).items() <= everything.items()
