@@ -135,7 +135,7 @@ def _watch(parts: Sequence[Part]) -> None:
     while make is None or os.getppid() == make:
         for part in parts:
             if not part.running:
-                raise StackError(f"{part.name} has ended by itself; its log is {part.log}:\n{part.tail()}")
+                raise StackError(f"{part.tail()}\n\n{part.name} has ended by itself; its log is {part.log}")
         time.sleep(0.2)
     raise KeyboardInterrupt
 

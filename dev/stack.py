@@ -173,10 +173,10 @@ class Part(ABC):
         deadline = time.monotonic() + seconds
         while not ready():
             if not self.running:
-                raise StackError(f"{self.name} ended while it started; its log is {self.log}:\n{self.tail()}")
+                raise StackError(f"{self.tail()}\n\n{self.name} ended while it started; its log is {self.log}")
             if time.monotonic() > deadline:
                 raise StackError(
-                    f"{self.name} was not ready within {seconds:.0f} s; its log is {self.log}:\n{self.tail()}"
+                    f"{self.tail()}\n\n{self.name} was not ready in {seconds:.0f} s; its log is {self.log}"
                 )
             time.sleep(0.02)
 
