@@ -64,7 +64,7 @@ def main() -> None:
                 _watch(_start(data_dir, port, parts))
         except KeyboardInterrupt:
             _say("Stopped. `make run` continues with the same data.")
-        except StackError as problem:
+        except (StackError, OSError) as problem:
             sys.exit(f"{problem}\nEverything is stopped.")
 
 

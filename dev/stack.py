@@ -407,7 +407,7 @@ class Bao(Part):
             "listener": {
                 "tcp": {"address": f"127.0.0.1:{self._port}", "cluster_address": cluster, "tls_disable": True}
             },
-            "seal": {"static": {"current_key_id": "dev", "current_key": (self.folder / "seal.key").as_uri()}},
+            "seal": {"static": {"current_key_id": "dev", "current_key": f"file://{self.folder / 'seal.key'}"}},
             "api_addr": self.address,
             "cluster_addr": f"http://{cluster}",
         }

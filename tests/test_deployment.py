@@ -1,9 +1,11 @@
 """What is shipped to run the service: image, compose file, policies, locked lists. No container engine is needed."""
 
+import importlib.util
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from app.config import Settings
+from dev import check_machine
 from dev.stack import Bao, Part, Postgres, free_port, http
 from tests.conftest import Stack
 
@@ -240,12 +243,51 @@ def test_an_executor_reads_one_organization_and_nothing_else(bao: Bao) -> None:
     assert bao.call("DELETE", "secret/metadata/runs/acme/run/1", token=token)[0] == 403
 
 
+# --- make run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "libc", "missing", "sentence"),
+    [
+        ("Linux", "x86_64", "glibc", None, None),
+        ("Linux", "aarch64", "glibc", None, None),
+        ("Darwin", "arm64", "", None, None),
+        ("Linux", "x86_64", "glibc", "ensurepip", "apt install python3-venv"),
+        ("Linux", "x86_64", "", None, "musl"),
+        ("Linux", "riscv64", "glibc", None, "riscv64"),
+        ("Windows", "AMD64", "", None, "Windows"),
+    ],
+)
+def test_what_a_machine_lacks_is_said(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str, libc: str, missing: str | None, sentence: str | None
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("platform.libc_ver", lambda: (libc, ""))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find_spec(name))
+    told = check_machine.problem()
+    assert (told is None) if sentence is None else (told is not None and sentence in told)
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        refused = run(sys.executable, "-m", "dev.run", PORT=port, DATA_DIR=str(tmp_path))
+    assert refused.returncode == 1
+    assert f"Port {port} cannot be used" in refused.stderr
+    assert "make run PORT=" in refused.stderr
+
+
 # --- the embedded stack -----------------------------------------------------------------------------------------------
 
 
 def test_a_killed_parent_takes_its_database_along_and_the_data_survive(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from dev.stack import Postgres\n"
+        "import sys, time; from pathlib import Path; from dev import check_machine
+from dev.stack import Postgres\n"
         "postgres = Postgres(Path(sys.argv[1])).start(); print(postgres.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
