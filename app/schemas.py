@@ -458,6 +458,7 @@ class MachineResponse(Reply):
     """A machine. Keys that are always null belong to features this service does not have."""
 
     id: UUID
+    fingerprint: str  # SDKs before 2.2.59 cannot read a machine without it
     unkey_key_id: str
     user_id: UUID | None
     organization_id: str | None
