@@ -286,8 +286,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
 
 def test_a_killed_parent_takes_its_database_along_and_the_data_survive(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from dev import check_machine
-from dev.stack import Postgres\n"
+        "import sys, time; from pathlib import Path; from dev.stack import Postgres\n"
         "postgres = Postgres(Path(sys.argv[1])).start(); print(postgres.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
