@@ -6,7 +6,7 @@
 # The first Python that is new enough; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || true)
-WORKERS ?= auto
+TEST_WORKERS ?= logical
 UV ?= uv
 
 BIN := .venv/bin
@@ -23,7 +23,7 @@ run: .venv/run.stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.
 	@exec $(BIN)/python -m dev.run
 
 test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
 
 lint: .venv/dev.stamp ## ruff and mypy
 	$(BIN)/ruff check .
