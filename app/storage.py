@@ -200,8 +200,9 @@ class FileStore:
         if self._root is None:
             return
         path = self._root / key
-        for leftover in path.parent.glob(f"{path.name}#*"):
-            leftover.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another delete may take the folder meanwhile
+            for leftover in path.parent.glob(f"{path.name}#*"):
+                leftover.unlink(missing_ok=True)
         # Make it durable too: a file that came back after a power cut would be on no list.
         for folder in _folders(self._root, path):
             try:

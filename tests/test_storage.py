@@ -1,0 +1,421 @@
+"""Files in a real folder and in a real S3 server (SeaweedFS)."""
+
+import asyncio
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import obstore
+import pytest
+from obstore.exceptions import GenericError
+from pydantic import SecretStr
+
+from app.config import MIB, Settings
+from app.errors import StorageUnavailable
+from app.storage import CHUNK, FileMissingError, FileStore
+from dev.stack import free_port
+
+pytestmark = pytest.mark.anyio
+
+RUN = UUID(int=7)
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def settings(storage_url: str, **others: Any) -> Settings:
+    return Settings(
+        database_url=SecretStr("postgresql://unused"),
+        vault_addr="http://127.0.0.1:1",
+        storage_url=storage_url,
+        server_key=SecretStr("k" * 32),
+        **others,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "not there yet" / "files"
+
+
+@pytest.fixture
+async def store(folder: Path) -> AsyncIterator[FileStore]:
+    store = FileStore(settings(folder.as_uri()))
+    yield store
+    await store.close()
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+async def read(store: FileStore, key: str, start: int, end: int) -> bytes:
+    return b"".join([chunk async for chunk in await store.stream(key, start, end)])
+
+
+async def test_folder_roundtrip(store: FileStore, folder: Path) -> None:
+    key = store.new_key("org", RUN)
+    assert key.startswith(f"org/{RUN}/")
+    assert key != store.new_key("org", RUN)
+    data = os.urandom(2 * CHUNK + 5)
+    await store.put(key, data, deadline=soon(), attributes={"Content-Type": "text/plain"})
+    assert (folder / key).read_bytes() == data
+    for start, end in ((0, len(data)), (0, 0), (1, 2), (CHUNK - 1, CHUNK + 1), (len(data) - 1, len(data))):
+        assert await read(store, key, start, end) == data[start:end]
+    assert [len(chunk) async for chunk in await store.stream(key, 0, len(data))] == [CHUNK, CHUNK, 5]
+    assert await store.signed_url(key, 60) is None
+    assert await store.ready()
+    empty = store.new_key("org", RUN)
+    await store.put(empty, b"", deadline=soon())
+    assert await read(store, empty, 0, 0) == b""
+
+
+async def test_organization_cannot_leave_its_folder(store: FileStore) -> None:
+    for organization in ("", "a/b", "..", "a" * 65, "a\n"):
+        with pytest.raises(ValueError, match="organization"):
+            store.new_key(organization, RUN)
+
+
+async def test_nothing_is_put_after_the_deadline(store: FileStore, folder: Path) -> None:
+    with pytest.raises(StorageUnavailable):
+        await store.put(store.new_key("org", RUN), b"x", deadline=time.monotonic())
+    assert names(folder) == []
+
+
+async def test_missing_and_short_files(store: FileStore) -> None:
+    key = store.new_key("org", RUN)
+    with pytest.raises(FileMissingError):
+        await store.stream(key, 0, 1)
+    await store.put(key, b"x" * CHUNK, deadline=soon())
+    with pytest.raises(FileMissingError):
+        await store.stream(key, CHUNK - 1, CHUNK + 1)
+    chunks = await store.stream(key, 0, CHUNK + 1)
+    await anext(chunks)
+    with pytest.raises((FileMissingError, StorageUnavailable)):
+        await anext(chunks)
+
+
+async def test_delete_takes_leftovers_and_empty_folders(store: FileStore, folder: Path) -> None:
+    kept, gone, never = (store.new_key("org", RUN) for _ in range(3))
+    await store.put(kept, b"kept", deadline=soon())
+    await store.put(gone, b"gone", deadline=soon())
+    for number in (1, 2):
+        (folder / f"{gone}#{number}").write_bytes(b"what a killed put leaves")
+        (folder / f"{never}#{number}").write_bytes(b"the same, of a put that never ended well")
+    for key in (gone, gone, never, store.new_key("other", uuid4())):
+        await store.delete(key)
+    assert files(folder) == [folder / kept]
+    await store.delete(kept)
+    assert names(folder) == []
+
+
+async def test_puts_and_deletes_in_one_run_at_once(store: FileStore, folder: Path) -> None:
+    async def live(number: int) -> str:
+        key = store.new_key("org", RUN)
+        await store.put(key, b"%d" % number, deadline=soon())
+        if number % 8 == 0:
+            return key
+        assert await read(store, key, 0, len(str(number))) == b"%d" % number
+        await store.delete(key)
+        return ""
+
+    for _ in range(5):
+        kept = [key for key in await asyncio.gather(*(live(number) for number in range(64))) if key]
+        assert files(folder) == sorted(folder / key for key in kept)
+        await asyncio.gather(*(store.delete(key) for key in kept))
+        assert names(folder) == []
+
+
+async def test_two_replicas_in_one_run(store: FileStore, folder: Path) -> None:
+    """Each removes the run's folder whenever it is empty for a moment, also while the other one is about to use it."""
+
+    async def live(store: FileStore) -> None:
+        for _ in range(100):
+            key = store.new_key("org", RUN)
+            await store.put(key, b"x", deadline=soon())
+            assert await read(store, key, 0, 1) == b"x"
+            await store.delete(key)
+
+    other = FileStore(settings(folder.as_uri()))
+    await asyncio.gather(*(live(one) for one in (store, other, store, other)))
+    assert names(folder) == []
+    await other.close()
+
+
+async def test_a_put_whose_folder_was_taken_is_tried_again(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that obstore was seen to raise about once in a thousand puts of the test above."""
+    real, failures = obstore.put, iter(range(5))
+
+    def put(*arguments: Any, **others: Any) -> Any:
+        if next(failures, None) is not None:
+            raise GenericError("Unable to create dir /x: No such file or directory (os error 2)")
+        return real(*arguments, **others)
+
+    monkeypatch.setattr(obstore, "put", put)
+    key = store.new_key("org", RUN)
+    await store.put(key, b"x", deadline=soon())
+    assert await read(store, key, 0, 1) == b"x"
+
+
+@contextmanager
+def moved_away(folder: Path) -> Iterator[None]:
+    away = folder.with_name("away")
+    folder.rename(away)
+    yield
+    away.rename(folder)  # would fail if a put had made the folder again
+
+
+@contextmanager
+def replaced_by_a_file(folder: Path) -> Iterator[None]:
+    with moved_away(folder):
+        folder.touch()
+        yield
+        folder.unlink()
+
+
+@contextmanager
+def organization_replaced_by_a_file(folder: Path) -> Iterator[None]:
+    with moved_away(folder / "org"):
+        (folder / "org").touch()
+        yield
+        (folder / "org").unlink()
+
+
+@pytest.mark.parametrize("unusable", [moved_away, replaced_by_a_file, organization_replaced_by_a_file])
+async def test_unusable_folder_and_back(
+    store: FileStore, folder: Path, unusable: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    key = store.new_key("org", RUN)
+    await store.put(key, b"before", deadline=soon())
+    with unusable(folder):
+        began = time.monotonic()
+        results = await asyncio.gather(
+            *(store.put(store.new_key("org", RUN), b"x", deadline=soon()) for _ in range(64)),
+            *(store.stream(key, 0, 6) for _ in range(64)),
+            store.delete(key),
+            store.put(store.new_key("org", RUN), os.urandom(5 * MIB), deadline=soon()),
+            return_exceptions=True,
+        )
+        assert time.monotonic() - began < 5
+        assert {type(result) for result in results} == {StorageUnavailable}
+        assert await store.ready() is (unusable is organization_replaced_by_a_file)
+    assert await store.ready()
+    assert await read(store, key, 0, 6) == b"before"
+    await store.put(store.new_key("org", RUN), b"after", deadline=soon())
+    await store.delete(key)
+
+
+async def test_disk_full(store: FileStore, folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    key = store.new_key("org", RUN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
+    try:
+        with pytest.raises(StorageUnavailable):
+            await store.put(key, b"x" * 2 * MIB, deadline=soon())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    await store.delete(key)
+    assert names(folder) == []
+    await store.put(key, b"x" * 2 * MIB, deadline=soon())
+
+
+async def test_a_folder_that_hangs(store: FileStore, folder: Path) -> None:
+    """A pipe blocks its reader for ever, as a dead network folder does; deletes and health have slots of their own."""
+    key, other = store.new_key("org", RUN), store.new_key("org", RUN)
+    await store.put(other, b"x", deadline=soon())
+    os.mkfifo(folder / key)
+    began = time.monotonic()
+    reads = [asyncio.create_task(store.stream(key, 0, 1)) for _ in range(64)]
+    await asyncio.wait(reads, timeout=0.2)
+    await store.delete(other)
+    assert await store.ready()
+    assert not any(task.done() for task in reads)
+    results = await asyncio.gather(*reads, return_exceptions=True)
+    assert time.monotonic() - began < 8
+    assert {type(result) for result in results} == {StorageUnavailable}
+    # Let the threads go: opening the other end makes their reads end.
+    os.close(os.open(folder / key, os.O_RDWR | os.O_NONBLOCK))
+
+
+async def test_errors_and_logs_name_nothing(store: FileStore, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key = store.new_key("org", RUN)
+    shown = []
+    with caplog.at_level(logging.DEBUG):
+        for unusable in (moved_away, replaced_by_a_file):
+            with unusable(folder), pytest.raises(StorageUnavailable) as caught:
+                await store.put(key, b"canary", deadline=soon())
+            shown += traceback.format_exception(caught.value)
+        (folder / "org").touch()
+        with pytest.raises(StorageUnavailable) as caught:
+            await store.put(key, b"canary", deadline=soon())
+        shown += traceback.format_exception(caught.value)
+    text = "".join(shown) + caplog.text
+    assert "GenericError" in caplog.text  # the kind is there for the operator
+    for private in (key, str(folder), "canary"):
+        assert private not in text.replace('b"canary"', "")  # but for the line of this test itself
+
+
+@pytest.mark.parametrize("url", ["memory:///", "http://127.0.0.1/", "/plain/path", "file:///dev/null/files"])
+def test_urls_that_cannot_be_used(url: str) -> None:
+    with pytest.raises(ValueError, match="STORAGE_URL"):
+        FileStore(settings(url))
+
+
+class Weed:
+    """SeaweedFS's S3 server with its master, volume and filer, all on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        identities = {
+            "identities": [
+                {
+                    "name": "tests",
+                    "credentials": [{"accessKey": "key", "secretKey": "secret"}],
+                    "actions": ["Read", "Write", "List", "Admin"],
+                }
+            ]
+        }
+        (folder / "s3.json").write_text(json.dumps(identities))
+        (folder / "data").mkdir()
+        names = ("master.port", "volume.port", "filer.port")
+        ports = [f"-{name}{kind}={free_port()}" for name in names for kind in ("", ".grpc")]
+        with (folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    Path(sys.executable).with_name("weed"),
+                    "server",
+                    "-ip=127.0.0.1",
+                    "-ip.bind=127.0.0.1",
+                    f"-dir={folder / 'data'}",
+                    "-volume.max=4",
+                    "-master.volumeSizeLimitMB=64",
+                    *ports,
+                    "-s3",
+                    f"-s3.port={self.port}",
+                    f"-s3.port.grpc={free_port()}",
+                    "-s3.port.iceberg=0",
+                    "-s3.port.lance=0",
+                    f"-s3.config={folder / 's3.json'}",
+                ],
+                stdout=log,
+                stderr=log,
+                env={"PATH": os.defpath, "HOME": str(folder)},
+            )
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
+    weed = Weed(tmp_path_factory.mktemp("weed"))
+    yield weed
+    weed.stop()
+
+
+@pytest.fixture
+async def bucket(weed: Weed, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FileStore]:
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{weed.port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    store = FileStore(settings("s3://files/some/prefix"))
+    deadline = time.monotonic() + 30
+    while not await started(store):
+        assert weed.process.poll() is None, (weed.folder / "log").read_text()
+        assert time.monotonic() < deadline, "SeaweedFS did not start"
+        await asyncio.sleep(0.1)
+    yield store
+    await store.close()
+
+
+async def started(store: FileStore) -> bool:
+    """Its parts find each other one by one; a put needs all of them, and makes the bucket."""
+    try:
+        await store.put(store.new_key("org", RUN), b"x", deadline=soon())
+    except StorageUnavailable:
+        return False
+    return True
+
+
+async def test_s3_roundtrip(bucket: FileStore) -> None:
+    assert await bucket.ready()
+    key = bucket.new_key("org", RUN)
+    data = os.urandom(6 * MIB + 1)  # more than obstore's own limit for one part
+    headers = {"Content-Type": "text/plain", "Content-Disposition": 'attachment; filename="r.txt"'}
+    await bucket.put(key, data, deadline=soon(), attributes=headers)
+    assert await read(bucket, key, 0, len(data)) == data
+    assert await read(bucket, key, CHUNK - 1, 2 * CHUNK + 1) == data[CHUNK - 1 : 2 * CHUNK + 1]
+    with pytest.raises(FileMissingError):
+        await read(bucket, key, len(data) - 1, len(data) + 1)
+    url = await bucket.signed_url(key, 60)
+    assert url is not None
+    assert f"/files/some/prefix/{key}?" in url
+    async with httpx.AsyncClient(trust_env=False) as client:
+        reply = await client.get(url)
+        assert reply.content == data
+        assert {name: reply.headers[name] for name in headers} == headers
+        assert (await client.get(url.replace(key, bucket.new_key("org", RUN)))).status_code == 403
+        assert (await client.get(url.partition("?")[0])).status_code == 403
+    await bucket.delete(key)
+    await bucket.delete(key)
+    with pytest.raises(FileMissingError):
+        await bucket.stream(key, 0, 1)
+
+
+async def test_s3_frozen_then_killed(weed: Weed, bucket: FileStore) -> None:
+    key = bucket.new_key("org", RUN)
+    await bucket.put(key, b"before", deadline=soon())
+    weed.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    results = await asyncio.gather(
+        *(bucket.put(bucket.new_key("org", RUN), b"x", deadline=soon()) for _ in range(64)),
+        bucket.put(bucket.new_key("org", RUN), bytes(25 * MIB), deadline=soon()),
+        bucket.delete(bucket.new_key("org", RUN)),
+        bucket.ready(),
+        return_exceptions=True,
+    )
+    assert time.monotonic() - began < 10
+    assert results.pop() is False
+    assert {type(result) for result in results} == {StorageUnavailable}
+    weed.process.send_signal(signal.SIGCONT)
+    assert await read(bucket, key, 0, 6) == b"before"
+    weed.stop()
+    began = time.monotonic()
+    for call in (
+        bucket.put(bucket.new_key("org", RUN), b"x", deadline=soon()),
+        bucket.stream(key, 0, 1),
+        bucket.delete(key),
+    ):
+        with pytest.raises(StorageUnavailable):
+            await call
+    assert not await bucket.ready()
+    assert time.monotonic() - began < 8
