@@ -6,12 +6,13 @@ Each round: assign machines, delete what is due, end silent runs, expire attachm
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 from app import deletions
 from app.config import Settings
-from app.database import Database
+from app.database import Database, LockTimeout
 from app.errors import Unavailable
 from app.logs import describe
 from app.placement import place
@@ -57,14 +58,19 @@ class Background:
         self._files = files
         self._waiters = waiters
         self._woken: set[str] = set()
+        self._look_around_at = 0.0
         self._wake_placement = asyncio.Event()
         self._wake_collector = asyncio.Event()
 
     def wake(self, organization_id: str) -> None:
         """Called after a commit that may have left something to assign or to delete."""
+        self.wake_placement(organization_id)
+        self._wake_collector.set()
+
+    def wake_placement(self, organization_id: str) -> None:
+        """Called after a commit that may have left something to assign."""
         self._woken.add(organization_id)
         self._wake_placement.set()
-        self._wake_collector.set()
 
     async def run(self) -> None:
         """Until cancelled. Three loops, so that a frozen Vault never delays an assignment."""
@@ -92,15 +98,27 @@ class Background:
                 wake.clear()
 
     async def _place(self) -> None:
-        woken, self._woken = self._woken, set()
-        if not woken:
+        """One pass for each organization that was woken and, once a period, for each that may have something to place."""
+        if time.monotonic() >= self._look_around_at:
+            # Also while wake-ups keep coming: another replica may have died between a commit and its wake-up.
+            self._look_around_at = time.monotonic() + self._settings.background_period_seconds
             async with self._database.connection() as connection:
-                woken = {row["organization_id"] for row in await connection.fetch(WITH_WORK)}
+                self._woken.update(row["organization_id"] for row in await connection.fetch(WITH_WORK))
+        woken, self._woken = self._woken, set()
         for organization_id in woken:
-            again = True
-            while again:
+            try:
                 placed, again = await place(self._database, organization_id)
-                self._waiters.assigned({one.machine.id for one in placed})
+            except LockTimeout:  # another replica's pass over it takes long
+                log.warning({"event": "placement_waits", "organization_id": organization_id})
+                continue
+            except Unavailable:
+                raise
+            except Exception as error:  # noqa: BLE001 - one organization's trouble must not hold up the others
+                log.error({"event": "placement_failed", "organization_id": organization_id, **describe(error)})
+                continue
+            self._waiters.assigned({one.machine.id for one in placed})
+            if again:  # after the others had their turn
+                self.wake_placement(organization_id)
 
     async def _collect(self) -> None:
         while await deletions.collect(self._database, self._secrets, self._files) == deletions.BATCH:

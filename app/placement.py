@@ -9,15 +9,15 @@ a pass looks at the heads of lanes, not at every waiting run.
     any            runs that take any machine
 
 Lanes compete by their heads: priority first, then queue time. One pass per organization runs at a time, on any replica (an
-advisory lock, taken before any row); rows that someone else holds are skipped and looked at in the next pass, so a pass
-waits for no row and cannot deadlock. Two unique indexes hold the truth whatever the code does: one active run per machine,
-one machine per session.
+advisory lock, taken before any row). Rows that someone else holds are passed over; whoever holds them wakes the background
+task after the commit, and it also polls. So a pass waits for no row and cannot deadlock. Two unique indexes hold the truth
+whatever the code does: one active run per machine, one machine per session.
 """
 
 import heapq
-from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
@@ -77,7 +77,8 @@ def lane(
 
 # --- what a pass reads ------------------------------------------------------------------------------------------------
 
-# Two replicas never place runs of one organization at once: the second would see the first's session heads as taken.
+# Two replicas never place runs of one organization at once: the second could take a session that the first, not yet
+# committed, is about to make busy.
 LOCK_ORGANIZATION = "SELECT pg_advisory_xact_lock(1382379123, hashtext($1))"
 
 IDLE_MACHINES = """
@@ -88,39 +89,37 @@ WHERE m.organization_id = $1 AND m.status = 'connected' AND m.is_available
   AND NOT EXISTS (SELECT FROM runs r WHERE r.assigned_machine_id = m.id AND r.status IN ('scheduling', 'running'))
 """
 
-# Hops from lane to lane along the index instead of reading every waiting run.
-OPEN_LANES = """
-WITH RECURSIVE lanes AS (
+# The next runs of each open lane, in its order. It hops from lane to lane along the index, over all lanes of pinned runs
+# (those of idle machines are given), instead of reading every waiting run.
+HEADS = """
+WITH RECURSIVE hops AS (
     (SELECT lane FROM runs
      WHERE organization_id = $1 AND status = 'scheduling' AND assigned_machine_id IS NULL ORDER BY lane LIMIT 1)
     UNION ALL
     SELECT (SELECT r.lane FROM runs r
             WHERE r.organization_id = $1 AND r.status = 'scheduling' AND r.assigned_machine_id IS NULL
-              AND r.lane > CASE WHEN lanes.lane < 'machine:~' THEN 'machine:~' ELSE lanes.lane END
+              AND r.lane > CASE WHEN hops.lane < 'machine:~' THEN 'machine:~' ELSE hops.lane END
             ORDER BY r.lane LIMIT 1)
-    FROM lanes WHERE lanes.lane IS NOT NULL
+    FROM hops WHERE hops.lane IS NOT NULL
+), open AS (
+    SELECT lane FROM hops WHERE lane NOT LIKE 'machine:%'
+    UNION ALL
+    SELECT unnest($2::text[])
 )
-SELECT lane FROM lanes WHERE lane IS NOT NULL AND lane NOT LIKE 'machine:%'
-"""
-
-# The next runs of each lane, in its order.
-HEADS = """
-SELECT r.id, r.lane, r.is_priority, r.queued_at, r.session_id, r.pinned_machine_id, r.pool_ids
-FROM unnest($2::text[]) AS wanted (lane)
+SELECT head.*, m.id AS reserved_machine_id
+FROM open
 CROSS JOIN LATERAL (
-    SELECT * FROM runs
-    WHERE organization_id = $1 AND lane = wanted.lane AND status = 'scheduling' AND assigned_machine_id IS NULL
+    SELECT id, lane, is_priority, queued_at, session_id, pinned_machine_id, pool_ids FROM runs
+    WHERE organization_id = $1 AND lane = open.lane AND status = 'scheduling' AND assigned_machine_id IS NULL
     ORDER BY queue_rank, queued_at, id
-    LIMIT CASE WHEN wanted.lane LIKE 'session:%' THEN 1 ELSE $3 END
-) AS r
+    LIMIT CASE WHEN open.lane LIKE 'session:%' OR open.lane LIKE 'machine:%' THEN 1 ELSE $3 END
+) AS head
+LEFT JOIN machines m ON m.reserved_session_id = head.session_id
+WHERE head.session_id IS NULL OR NOT EXISTS (
+    SELECT FROM runs other
+    WHERE other.session_id = head.session_id AND other.status IN ('scheduling', 'running')
+      AND (other.status = 'running' OR other.assigned_machine_id IS NOT NULL))
 """
-
-BUSY_SESSIONS = """
-SELECT DISTINCT session_id FROM runs
-WHERE session_id = ANY($1::uuid[]) AND (status = 'running' OR (status = 'scheduling' AND assigned_machine_id IS NOT NULL))
-"""
-
-RESERVATIONS = "SELECT reserved_session_id, id FROM machines WHERE reserved_session_id = ANY($1::uuid[])"
 
 # --- what a pass writes -----------------------------------------------------------------------------------------------
 
@@ -137,6 +136,9 @@ WHERE id = ANY($1::uuid[]) AND status = 'connected' AND is_available
 FOR NO KEY UPDATE SKIP LOCKED
 """
 
+# Read again after the lock, by a statement of its own: whoever takes a machine out of a pool locks the machine.
+POOLS_NOW = "SELECT machine_id, pool_id FROM pool_machines WHERE machine_id = ANY($1::uuid[])"
+
 ASSIGN = """
 UPDATE runs SET assigned_machine_id = chosen.machine_id
 FROM unnest($1::uuid[], $2::uuid[]) AS chosen (run_id, machine_id) WHERE runs.id = chosen.run_id
@@ -147,15 +149,17 @@ UPDATE machines SET reserved_session_id = chosen.session_id
 FROM unnest($1::uuid[], $2::uuid[]) AS chosen (machine_id, session_id) WHERE machines.id = chosen.machine_id
 """
 
+# Runs read per lane and pass, and hence the most assignments a pass makes in one lane.
+HEADS_PER_LANE = 200
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """An idle machine."""
 
     id: UUID
     session_id: UUID | None
     pools: frozenset[UUID]
-    wanted: bool = field(default=False)  # a run pinned to it is waiting: others take it last
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +169,8 @@ class Placed:
     run_id: UUID
     queued_at: datetime
     session_id: UUID | None
+    pools: frozenset[UUID]
     machine: Machine
-
-
-# Runs read per lane and pass, and hence the most assignments a pass makes in one lane.
-HEADS_PER_LANE = 200
 
 
 async def place(database: Database, organization_id: str) -> tuple[list[Placed], bool]:
@@ -183,19 +184,22 @@ async def place(database: Database, organization_id: str) -> tuple[list[Placed],
         idle = {row["id"]: Machine(row["id"], row["reserved_session_id"], frozenset(row["pool_ids"])) for row in rows}
         if not idle:
             return [], False
-        lanes = [row["lane"] for row in await connection.fetch(OPEN_LANES, organization_id)]
-        lanes += [f"machine:{machine.id}" for machine in idle.values() if machine.session_id is None]
-        heads = await connection.fetch(HEADS, organization_id, lanes, min(len(idle), HEADS_PER_LANE))
-        if not heads:
-            return [], False
-        sessions = [row["session_id"] for row in heads if row["session_id"] is not None]
-        busy: set[UUID] = set()
-        reserved: dict[UUID, UUID] = {}
-        if sessions:
-            busy = {row["session_id"] for row in await connection.fetch(BUSY_SESSIONS, sessions)}
-            reserved = {row["reserved_session_id"]: row["id"] for row in await connection.fetch(RESERVATIONS, sessions)}
-        chosen = match(heads, idle, busy, reserved)
-        placed = await _lock(connection, chosen)
+        pinned = [f"machine:{machine.id}" for machine in idle.values() if machine.session_id is None]
+        heads = await connection.fetch(HEADS, organization_id, pinned, HEADS_PER_LANE)
+        cut = {lane for lane, count in Counter(head["lane"] for head in heads).items() if count == HEADS_PER_LANE}
+        placed: list[Placed] = []
+        while chosen := match(heads, idle, cut):
+            kept, runs, machines = await _lock(connection, chosen)
+            placed += kept
+            if len(kept) == len(chosen):
+                break
+            # What is held by others must not keep the rest waiting: choose again without it.
+            done = {one.run_id for one in kept}
+            gone = {one.run_id for one in chosen if one.run_id in done or one.run_id not in runs}
+            heads = [head for head in heads if head["id"] not in gone]
+            for one in chosen:
+                if one.run_id in done or one.machine.id not in machines:
+                    del idle[one.machine.id]
         if placed:
             opening = [one for one in placed if one.session_id is not None and one.machine.session_id is None]
             if opening:
@@ -203,46 +207,53 @@ async def place(database: Database, organization_id: str) -> tuple[list[Placed],
                     RESERVE, [one.machine.id for one in opening], [one.session_id for one in opening]
                 )
             await connection.execute(ASSIGN, [one.run_id for one in placed], [one.machine.id for one in placed])
-    return placed, bool(chosen)
+    return placed, bool(placed and cut)
 
 
-async def _lock(connection: Connection, chosen: list[Placed]) -> list[Placed]:
-    """Lock what was chosen and keep what is still as it was read; the rest is for the next pass."""
-    if not chosen:
-        return []
-    runs = {row["id"]: row["queued_at"] for row in await connection.fetch(LOCK_RUNS, [one.run_id for one in chosen])}
+async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[list[Placed], set[UUID], set[UUID]]:
+    """Lock what was chosen: the choices that still hold, and which of the runs and of the machines are as they were read."""
+    rows = await connection.fetch(LOCK_RUNS, [one.run_id for one in chosen])
+    queued = {row["id"]: row["queued_at"] for row in rows}
+    runs = {one.run_id for one in chosen if queued.get(one.run_id) == one.queued_at}
     rows = await connection.fetch(LOCK_MACHINES, [one.machine.id for one in chosen])
-    machines = {row["id"]: row["reserved_session_id"] for row in rows}
-    return [
-        one
+    reserved = {row["id"]: row["reserved_session_id"] for row in rows}
+    pools: dict[UUID, set[UUID]] = defaultdict(set)
+    if any(one.pools for one in chosen):
+        for row in await connection.fetch(POOLS_NOW, list(reserved)):
+            pools[row["machine_id"]].add(row["pool_id"])
+    machines = {
+        one.machine.id
         for one in chosen
-        if runs.get(one.run_id) == one.queued_at and machines.get(one.machine.id, one) == one.machine.session_id
-    ]
+        if reserved.get(one.machine.id, one) == one.machine.session_id and one.pools <= pools[one.machine.id]
+    }
+    return [one for one in chosen if one.run_id in runs and one.machine.id in machines], runs, machines
 
 
-def match(heads: Sequence[Any], idle: dict[UUID, Machine], busy: set[UUID], reserved: dict[UUID, UUID]) -> list[Placed]:
-    """Give machines to the heads of lanes, best head first; a lane whose head finds none is done."""
+def match(heads: Sequence[Any], idle: dict[UUID, Machine], cut: set[str]) -> list[Placed]:
+    """Give machines to the heads of lanes, best head first; a lane whose head finds none is done.
+
+    It ends with the last run that was read of a lane in `cut`: that lane has more, which may go before what is left.
+    """
     lanes: dict[str, deque[Any]] = defaultdict(deque)
-    for row in heads:
-        lanes[row["lane"]].append(row)
-        if row["pinned_machine_id"] in idle:
-            idle[row["pinned_machine_id"]].wanted = True
+    for head in heads:
+        lanes[head["lane"]].append(head)
     queue = [_entry(runs[0]) for runs in lanes.values()]
     heapq.heapify(queue)
+    machines = _Machines(idle, {head["pinned_machine_id"] for head in heads})
     chosen: list[Placed] = []
-    while queue and idle:
+    while queue and len(chosen) < len(idle):
         run = heapq.heappop(queue)[-1]
-        if run["session_id"] in busy:
-            continue
-        machine = _machine_for(run, idle, reserved)
+        pools = _pools(run)
+        machine = machines.take(run, pools)
         if machine is None:
             continue
-        del idle[machine.id]
-        chosen.append(Placed(run["id"], run["queued_at"], run["session_id"], machine))
+        chosen.append(Placed(run["id"], run["queued_at"], run["session_id"], pools, machine))
         waiting = lanes[run["lane"]]
         waiting.popleft()
         if waiting:
             heapq.heappush(queue, _entry(waiting[0]))
+        elif run["lane"] in cut:
+            break
     return chosen
 
 
@@ -250,14 +261,39 @@ def _entry(run: Any) -> tuple[bool, Any, UUID, Any]:
     return not run["is_priority"], run["queued_at"], run["id"], run
 
 
-def _machine_for(run: Any, idle: dict[UUID, Machine], reserved: dict[UUID, UUID]) -> Machine | None:
-    """An eligible machine: the session's reserved one, else the pinned one, else the least sought-after in all pools."""
-    session_id: UUID | None = run["session_id"]
-    if session_id is not None and session_id in reserved:
-        return idle.get(reserved[session_id])
-    if run["pinned_machine_id"] is not None:
-        machine = idle.get(run["pinned_machine_id"])
-        return machine if machine is not None and machine.session_id is None else None
-    pools = frozenset(run["pool_ids"] or ())
-    eligible = (machine for machine in idle.values() if machine.session_id is None and pools <= machine.pools)
-    return min(eligible, key=lambda machine: (machine.wanted, len(machine.pools), machine.id), default=None)
+def _pools(run: Any) -> frozenset[UUID]:
+    """The pools that decide where a run goes: a session's reserved machine and a pinned one win over them."""
+    if run["reserved_machine_id"] is not None or run["pinned_machine_id"] is not None:
+        return frozenset()
+    return frozenset(run["pool_ids"] or ())
+
+
+class _Machines:
+    """Idle machines, taken one after the other."""
+
+    def __init__(self, idle: dict[UUID, Machine], sought: set[UUID | None]) -> None:
+        self._left = dict(idle)
+        # Those that others ask for by name or by pool go last.
+        self._open = sorted(
+            (machine for machine in idle.values() if machine.session_id is None),
+            key=lambda machine: (machine.id in sought, len(machine.pools), machine.id),
+        )
+        # Machines only go, so what was passed over for some pools never needs to be looked at again for them.
+        self._in_pools: dict[frozenset[UUID], Iterator[Machine]] = {}
+
+    def take(self, run: Any, pools: frozenset[UUID]) -> Machine | None:
+        """An eligible machine: the session's reserved one, else the pinned one, else the least sought-after."""
+        machine: Machine | None
+        if run["reserved_machine_id"] is not None:
+            machine = self._left.get(run["reserved_machine_id"])
+        elif run["pinned_machine_id"] is not None:
+            machine = self._left.get(run["pinned_machine_id"])
+            if machine is not None and machine.session_id is not None:
+                machine = None
+        else:
+            if pools not in self._in_pools:
+                self._in_pools[pools] = iter([machine for machine in self._open if pools <= machine.pools])
+            machine = next((machine for machine in self._in_pools[pools] if machine.id in self._left), None)
+        if machine is not None:
+            del self._left[machine.id]
+        return machine

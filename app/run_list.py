@@ -6,6 +6,7 @@ No query reads a column that the reply does not show, and the page's ids are fou
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -119,14 +120,20 @@ async def wait_for_run(parts: Parts, wanted: RunFilter, seconds: float) -> None:
     arms, values = wanted.arms()
     exists = f"SELECT EXISTS (SELECT FROM runs r WHERE {arms[0]})"
     until = time.monotonic() + seconds
-    while True:
-        async with parts.database.connection() as connection:
-            if await connection.fetchval(exists, *values):
+    with nullcontext() if wanted.machine_id is None else parts.waiters.listen(wanted.machine_id) as assigned:
+        while True:
+            async with parts.database.connection() as connection:
+                if await connection.fetchval(exists, *values):
+                    return
+            left = until - time.monotonic()
+            if left <= 0:
                 return
-        left = until - time.monotonic()
-        if left <= 0:
-            return
-        if wanted.machine_id is not None:
-            await parts.waiters.wait(wanted.machine_id, left)
-        else:
-            await asyncio.sleep(min(left, LOOK_AGAIN_SECONDS))
+            if assigned is None:
+                await asyncio.sleep(min(left, LOOK_AGAIN_SECONDS))
+                continue
+            try:
+                async with asyncio.timeout(left):
+                    await assigned.wait()
+            except TimeoutError:
+                return
+            assigned.clear()

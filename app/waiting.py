@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from uuid import UUID
 
 
@@ -21,15 +22,13 @@ class Waiters:
             for event in self._events.get(machine, ()):
                 event.set()
 
-    async def wait(self, machine_id: UUID, seconds: float) -> None:
-        """Until the machine may have got a run, or the time is over."""
+    @contextmanager
+    def listen(self, machine_id: UUID) -> Iterator[asyncio.Event]:
+        """An event that is set when the machine may have got a run. Listen first, then look: nothing falls in between."""
         event = asyncio.Event()
         self._events[machine_id].add(event)
         try:
-            async with asyncio.timeout(seconds):
-                await event.wait()
-        except TimeoutError:
-            return
+            yield event
         finally:
             self._events[machine_id].discard(event)
             if not self._events[machine_id]:
