@@ -44,11 +44,19 @@ _IDEMPOTENCY_KEY = {
 
 
 def operation(
-    *refusals: type[Refusal], body: type[BaseModel] | None = None, write: bool = False, body_required: bool = True
+    *refusals: type[Refusal],
+    body: type[BaseModel] | None = None,
+    write: bool = False,
+    body_required: bool = True,
+    public: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments of a route: its refusals, and for a write its body and the Idempotency-Key."""
-    possible = (*_REFUSED_ALWAYS, *(_REFUSED_WRITES if write else ()), *refusals)
-    extra: dict[str, Any] = {"security": [{"bearer": []}]}
+    """Keyword arguments of a route: its refusals, and for a write its body and the Idempotency-Key.
+
+    A public route needs no API key.
+    """
+    always = tuple(refusal for refusal in _REFUSED_ALWAYS if not (public and refusal is Unauthorized))
+    possible = (*always, *(_REFUSED_WRITES if write else ()), *refusals)
+    extra: dict[str, Any] = {} if public else {"security": [{"bearer": []}]}
     if write:
         extra["parameters"] = [_IDEMPOTENCY_KEY]
     if body is not None:

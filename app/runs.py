@@ -318,11 +318,17 @@ async def delete(parts: Parts, write: Write, run_id: UUID) -> Reply:
 
 # An active run keeps its inputs: it may be reading them. The run's lock keeps a retry from adopting what is expiring.
 EXPIRED = """
-SELECT a.id, a.attachment_type, a.storage_path, r.organization_id
+SELECT a.id, r.organization_id
 FROM run_attachments a JOIN runs r ON r.id = a.run_id
 WHERE a.expires_at <= now() + $1 AND a.storage_path IS NOT NULL
   AND (a.attachment_type = 'output' OR r.status NOT IN ('scheduling', 'running'))
 ORDER BY a.expires_at LIMIT 200 FOR NO KEY UPDATE OF r SKIP LOCKED
+"""
+
+# Read again under the lock: a PUT may have given the file more time since the first look.
+STILL_EXPIRED = """
+SELECT id, storage_path FROM run_attachments
+WHERE id = ANY($1::uuid[]) AND expires_at <= now() + $2 AND storage_path IS NOT NULL
 """
 
 
@@ -334,10 +340,11 @@ async def expire_attachments(database: Database, *, ahead: timedelta = timedelta
     async with database.transaction() as connection:
         rows = await connection.fetch(EXPIRED, ahead)
         if rows:
-            ids = [row["id"] for row in rows]
+            expired = await connection.fetch(STILL_EXPIRED, [row["id"] for row in rows], ahead)
+            ids = [row["id"] for row in expired]
             await connection.execute(
                 "DELETE FROM run_attachments WHERE id = ANY($1::uuid[]) AND attachment_type = 'output'", ids
             )
             await connection.execute("UPDATE run_attachments SET storage_path = NULL WHERE id = ANY($1::uuid[])", ids)
-            await deletions.due(connection, [Name("storage", row["storage_path"]) for row in rows])
+            await deletions.due(connection, [Name("storage", row["storage_path"]) for row in expired])
     return {row["organization_id"] for row in rows}

@@ -62,7 +62,7 @@ _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d
 
 
 def _rfc3339(value: object) -> object:
-    if isinstance(value, str) and not _RFC3339.fullmatch(value):
+    if not isinstance(value, str) or not _RFC3339.fullmatch(value):
         raise PydanticCustomError("datetime_parsing", "not RFC 3339")
     return value
 
@@ -78,8 +78,9 @@ Text = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_TEXT)
 Name = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_NAME)]
 JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_storable_json)]
 Variables = Annotated[dict[str, JsonValue], Field(max_length=MAX_VARIABLES), AfterValidator(_storable_json)]
-# A time without an offset is read as UTC: the SDK sends what datetime.isoformat() gives.
-Timestamp = Annotated[datetime, BeforeValidator(_rfc3339), AfterValidator(_utc)]
+# A time without an offset is read as UTC: the SDK sends what datetime.isoformat() gives. Strings alone pass the first check;
+# strict would then refuse them too, because what a validator returns no longer counts as JSON.
+Timestamp = Annotated[datetime, Field(strict=False), BeforeValidator(_rfc3339), AfterValidator(_utc)]
 PoolIds = Annotated[list[UUID], Field(max_length=MAX_IDS)]
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -311,18 +312,14 @@ AttachmentType = Literal["input", "output"]
 _MEDIA_TYPE = r"^[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}( ?; ?[A-Za-z0-9_-]+=[A-Za-z0-9_.-]+)*$"
 
 
-class RunAttachmentCreate(Payload):
+class RunAttachmentCreate(FileInput):
     """A file that an executor hands in for its run."""
 
     run_id: UUID = Field(description="The run; it must be running.")
-    filename: FileName = Field(description="Bare file name, without any path.", examples=["result.csv"])
-    content: Base64 = Field(description="The bytes, base64.", examples=["aGVsbG8="])
     content_type: str = Field(
         pattern=_MEDIA_TYPE, max_length=MAX_NAME, description="Media type.", examples=["text/csv"]
     )
     attachment_type: AttachmentType = Field(description="Only `output` can be added to an existing run.")
-    target_path: TargetPath | None = None
-    cleanup_imports_after_run: bool = False
     expires_at: Timestamp | None = Field(
         None, description="When the file is deleted; null keeps it as long as the run."
     )

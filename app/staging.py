@@ -18,9 +18,10 @@ from app import deletions, vault
 from app.auth import Principal
 from app.database import Connection
 from app.deletions import Name
+from app.downloads import file_headers
 from app.errors import PayloadTooLarge
 from app.parts import Parts
-from app.schemas import FileInput
+from app.schemas import FileInput, RunAttachmentCreate
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,11 @@ class Staged:
         return None if self.aliases is None else orjson.dumps(self.aliases).decode()
 
 
-def content_type(filename: str) -> str:
-    """The media type that the name suggests."""
-    return mimetypes.guess_type(filename, strict=True)[0] or "application/octet-stream"
+def content_type(file: FileInput) -> str:
+    """The media type that an executor gave, else the one that the name suggests."""
+    if isinstance(file, RunAttachmentCreate):
+        return file.content_type
+    return mimetypes.guess_type(file.filename, strict=True)[0] or "application/octet-stream"
 
 
 def check_sizes(
@@ -67,7 +70,7 @@ def check_sizes(
     if len(files) > settings.max_files:
         raise PayloadTooLarge(f"At most {settings.max_files} files can be sent; send fewer file_inputs.")
     if any(len(file.content) > settings.max_file_bytes for file in files):
-        raise PayloadTooLarge(f"A file may have at most {settings.max_file_bytes} bytes; send smaller file_inputs.")
+        raise PayloadTooLarge(f"A file may have at most {settings.max_file_bytes} bytes; send a smaller file.")
     if copies * sum(len(file.content) for file in files) > settings.max_body_bytes:
         raise PayloadTooLarge(
             f"count times the files' bytes may be at most {settings.max_body_bytes}; send fewer runs or smaller files."
@@ -95,7 +98,8 @@ async def stage(
                     if staged.secret_path is not None and secrets:
                         group.create_task(parts.secrets.write(staged.secret_path, secrets, deadline=deadline))
                     for file, content in zip(staged.files, contents, strict=True):
-                        group.create_task(parts.files.put(file.key, content, deadline=deadline))
+                        headers = file_headers(file.filename, file.content_type)
+                        group.create_task(parts.files.put(file.key, content, deadline=deadline, attributes=headers))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # one refusal is enough for one reply
     return planned
@@ -114,7 +118,7 @@ def _plan(
                 uuid4(),
                 parts.files.new_key(organization_id, run_id),
                 file.filename,
-                content_type(file.filename),
+                content_type(file),
                 len(file.content),
                 file.target_path,
                 file.cleanup_imports_after_run,
