@@ -27,6 +27,10 @@ T = TypeVar("T")
 MAX_SECRET_BYTES = 1_000_000
 MAX_SECRET_NAMES = 400
 
+# What hvac and requests raise when a call fails. The last four: an answer that is not Vault's (a proxy's error page),
+# or a token that cannot be sent as a header. They carry URL, body or token and never leave this file.
+_FAILURES = (VaultError, requests.RequestException, OSError, AttributeError, LookupError, TypeError, ValueError)
+
 # The collector and the health check never take a slot of a request, nor the other way round.
 _COLLECTOR_SLOTS = 2
 _HEALTH_SLOTS = 1
@@ -100,7 +104,6 @@ class SecretStore:
         Not begun after `deadline` (of time.monotonic()). Raises VaultUnavailable: the secret may or may not exist then.
         Raises PayloadTooLarge.
         """
-
         secret = stored(values)
 
         def write(client: hvac.Client) -> bool:
@@ -133,7 +136,7 @@ class SecretStore:
 
         try:
             return await self._health.run(health, wait=self._timeout, patience=self._timeout)
-        except (VaultError, requests.RequestException, OSError):
+        except _FAILURES:
             return False
 
     async def close(self) -> None:
@@ -174,12 +177,12 @@ class SecretStore:
                     refused = client.token
                 else:
                     break
-        except (VaultError, requests.RequestException, OSError) as error:
+        except _FAILURES as error:
             # A store set up with a lower limit; sending it again would never help.
             reasons = getattr(error, "errors", None) or ()
             if any("too large" in reason or "complexity" in reason for reason in reasons):
                 raise _too_large() from None
-            # The kind alone: the text of these errors holds URL and body.
+            # The kind alone, see above.
             log.warning("Vault call failed: %s", type(error).__name__)
             raise VaultUnavailable from None
         if not done:

@@ -365,6 +365,21 @@ async def test_a_store_with_a_lower_limit(fake: Fake) -> None:
     await store.close()
 
 
+@pytest.mark.parametrize("status", [200, 204, 500])
+@pytest.mark.parametrize("body", [b"[1]", b"<html>", b"", b'{"errors": [1]}', b'{"errors": null}'])
+async def test_answers_that_are_not_vaults(fake: Fake, status: int, body: bytes, tmp_path: Path) -> None:
+    store = SecretStore(settings(fake.address, vault_role_id="r"))
+    fake.replies["POST"] = (status, {}, b"" if status == 204 else body)
+    with pytest.raises(VaultUnavailable):
+        await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    await store.close()
+    (tmp_path / "token").write_text("no header \u540d\n")
+    store = SecretStore(settings(fake.address, vault_token_file=tmp_path / "token"))
+    with pytest.raises(VaultUnavailable):
+        await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    await store.close()
+
+
 async def test_slow_writes_leave_the_collector_its_slots(fake: Fake) -> None:
     store = SecretStore(settings(fake.address, vault_token="t", vault_concurrency=1))
     fake.replies["DELETE"] = (204, {}, b"")
