@@ -6,10 +6,13 @@ from fastapi import Query
 from starlette.responses import Response
 
 from app.idempotency import Reply
+from app.schemas import Timestamp
 from app.views import encode
 
 Skip = Annotated[int, Query(ge=0, le=2**31 - 1, description="Items to pass over.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Items in the page.")]
+From = Annotated[Timestamp | None, Query(description="At or after this time.")]
+To = Annotated[Timestamp | None, Query(description="At or before this time.")]
 
 
 def json_reply(document: object) -> Response:
