@@ -185,8 +185,11 @@ async def place(database: Database, organization_id: str) -> tuple[list[Placed],
         if not idle:
             return [], False
         pinned = [f"machine:{machine.id}" for machine in idle.values() if machine.session_id is None]
-        heads = await connection.fetch(HEADS, organization_id, pinned, HEADS_PER_LANE)
-        cut = {lane for lane, count in Counter(head["lane"] for head in heads).items() if count == HEADS_PER_LANE}
+        limit = min(len(idle), HEADS_PER_LANE)
+        heads = await connection.fetch(HEADS, organization_id, pinned, limit)
+        cut: set[str] = set()
+        if limit < len(idle):
+            cut = {lane for lane, count in Counter(head["lane"] for head in heads).items() if count == limit}
         placed: list[Placed] = []
         while chosen := match(heads, idle, cut):
             kept, runs, machines = await _lock(connection, chosen)
