@@ -275,8 +275,7 @@ async def set_pools(parts: Parts, write: Write, machine_id: UUID, options: Machi
         await lock_machines(connection, organization_id, [machine_id])
         await connection.execute(LEAVE_OTHERS, machine_id, options.pool_ids)
         await connection.execute(JOIN, options.pool_ids, [machine_id])
-        machine = await get(connection, organization_id, machine_id)
-        return Reply(200, views.encode(machine["pools"]))
+        return Reply(200, views.encode(await get(connection, organization_id, machine_id)))
 
     reply = await once(parts.database, write, work)
     parts.background.wake(organization_id)

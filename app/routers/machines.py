@@ -90,10 +90,10 @@ async def get_pools(machine_id: UUID, request: Request) -> Response:
 
 @router.put(
     "/{machine_id}/pools",
-    response_model=list[PoolResponse],
+    response_model=MachineResponse,
     **operation(MachineNotFound, PoolNotFound, body=MachinePoolUpdate, write=True),
 )
 async def update_pools(machine_id: UUID, request: Request) -> Response:
-    """Put a machine into exactly these pools."""
+    """Put a machine into exactly these pools. Answers the machine: that is what every SDK reads."""
     options, write = await read(request, MachinePoolUpdate)
     return send(await machines.set_pools(parts(request), write, machine_id, options))
