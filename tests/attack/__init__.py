@@ -1,0 +1,1 @@
+"""Attacks on the promises: crashes, outages, races, leaks. Everything here drives the real service over HTTP."""

@@ -1,0 +1,303 @@
+"""Start the real service as a process with a fault in the layer below it; the application knows nothing of this.
+
+The process wraps asyncpg's statements, hvac's two calls, obstore's put and delete, the syscalls that make bytes durable,
+and the reply, and counts each as a named point ("COMMIT after#2": the second COMMIT has been answered). Only points of
+requests that come in after `arm()` count, so setting a scene costs none. At the chosen point the fault happens.
+
+Processes are forked from one that has the application imported, so a start takes a tenth of a second.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import hvac.api.secrets_engines.kv_v2
+import obstore
+import uvicorn
+
+from app import deletions
+from app.cli import application
+from app.config import Settings
+from app.database import Database
+from app.storage import FileStore
+from app.vault import SecretStore
+from dev.stack import free_port
+from tests.conftest import Server, Stack, until
+
+# What happens at the point; it gets what the wrapped call was given. It must be picklable.
+Fault = Callable[[Sequence[object]], None]
+
+
+def kill(_: Sequence[object]) -> None:
+    """As a power cut: no handler, no flush, no goodbye."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_processes(pids: Sequence[int], _: Sequence[object]) -> None:
+    """End parts that the service depends on, at this very moment."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def lose_answer(_: Sequence[object]) -> None:
+    """The connection to PostgreSQL breaks after the server has done its work."""
+    raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+
+
+def fail_with_everything(given: Sequence[object]) -> None:
+    """An error of the worst kind: its text holds all that the call was given."""
+    raise RuntimeError(repr(given))
+
+
+def die_while_writing(size: int, _: Sequence[object]) -> None:
+    """The kernel kills the process at the first byte beyond this size that it writes to any file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def wait_for(gate: Path, _: Sequence[object]) -> None:
+    """Stall here until the file exists; `reached` beside it says that we are here."""
+    gate.with_name(gate.name + ".reached").touch()
+    end = time.monotonic() + 60
+    while not gate.exists() and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where (None: nowhere, only write down the points) and what."""
+
+    point: str | None = None
+    fault: Fault = kill
+
+
+IN_REQUEST: ContextVar[bool] = ContextVar("in_request", default=False)
+
+
+class Faults:
+    """Counts points and makes the fault happen."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.plan = plan
+        self._armed = folder / "armed"
+        self._points = folder / "points"
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def point(self, name: str, given: Sequence[object] = ()) -> None:
+        if not IN_REQUEST.get():
+            return
+        with self._lock:
+            self._counts[name] += 1
+            point = f"{name}#{self._counts[name]}"
+            if self.plan.point is None:
+                with self._points.open("a") as file:
+                    file.write(point + "\n")
+        if point == self.plan.point:
+            self.plan.fault(given)
+
+    def wrap(self, holder: Any, method: str, name: Callable[..., str]) -> None:
+        """Points before and after a call that blocks."""
+        original = getattr(holder, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            what = name(*args)
+            self.point(f"{what} before", (args, kwargs))
+            result = original(*args, **kwargs)
+            self.point(f"{what} after", (args, kwargs))
+            return result
+
+        setattr(holder, method, call)
+
+    def wrap_statement(self, method: str) -> None:
+        """Points before and after a statement, and for COMMIT also between: sent, not answered."""
+        original = getattr(asyncpg.Connection, method)
+
+        async def call(connection: Any, sql: str, *args: Any, **kwargs: Any) -> Any:
+            what = _statement(sql)
+            self.point(f"{what} before", args)
+            if sql == "COMMIT" and IN_REQUEST.get():
+                answer = asyncio.ensure_future(original(connection, sql, *args, **kwargs))
+                await asyncio.sleep(0)  # its first step sends
+                await asyncio.sleep(0)  # the event loop writes
+                self.point(f"{what} sent", args)
+                result = await answer
+            else:
+                result = await original(connection, sql, *args, **kwargs)
+            self.point(f"{what} after", args)
+            return result
+
+        setattr(asyncpg.Connection, method, call)
+
+    def install(self) -> None:
+        for method in ("execute", "fetch", "fetchrow", "fetchval"):
+            self.wrap_statement(method)
+        vault = hvac.api.secrets_engines.kv_v2.KvV2
+        self.wrap(vault, "create_or_update_secret", lambda *_: "vault write")
+        self.wrap(vault, "delete_metadata_and_all_versions", lambda *_: "vault delete")
+        self.wrap(obstore, "put", lambda *_: "put")
+        self.wrap(obstore, "delete", lambda *_: "delete")
+        for call in ("fsync", "rmdir"):
+            self.wrap(os, call, partial(_first, call))
+
+    def serving(self, app: Any) -> Any:
+        """The application with points around its reply, for requests that come after arming."""
+
+        async def served(scope: Any, receive: Any, send: Any) -> None:
+            async def reply(message: Any) -> None:
+                self.point(f"{message['type']} before")
+                await send(message)
+                self.point(f"{message['type']} after")
+
+            if scope["type"] != "http" or not self._armed.exists():
+                await app(scope, receive, send)
+                return
+            IN_REQUEST.set(True)
+            await app(scope, receive, reply)
+
+        return served
+
+
+def _first(name: str, *_: object) -> str:
+    return name
+
+
+def _statement(sql: str) -> str:
+    """A statement's first words: enough to tell which one it is."""
+    return " ".join(sql.split()[:4])
+
+
+def _enter(environment: Mapping[str, str], log: Path) -> None:
+    """Become a process of this environment; its output goes where a service's would."""
+    os.environ.clear()
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # it is a text stream
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; for die_while_writing
+
+
+def serve(folder: Path, environment: Mapping[str, str], plan: Plan) -> None:
+    """A server process: what `python -m app serve` runs, with the faults of the plan."""
+    _enter(environment, folder / "app.log")
+    faults = Faults(folder, plan)
+    faults.install()
+    uvicorn.run(
+        faults.serving(application()),
+        host="127.0.0.1",
+        port=int(environment["PORT"]),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def collect(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: float) -> None:
+    """One round of the collector, with the database's clock read that many seconds later."""
+    _enter(environment, folder / "app.log")
+    faults = Faults(folder, plan)
+    faults.install()
+    IN_REQUEST.set(True)
+    asyncio.run(collect_until_empty(Settings(), ahead))
+
+
+async def collect_until_empty(settings: Settings, ahead: float) -> int:
+    """Run the collector on a clock that is `ahead` seconds later until it finds nothing; returns the rows it took."""
+    database = await Database.open(settings)
+    vault, files = SecretStore(settings), FileStore(settings)
+    try:
+        taken = rows = await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead))
+        while rows:
+            rows = await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead))
+            taken += rows
+        return taken
+    finally:
+        await vault.close()
+        await files.close()
+        await database.close()
+
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["tests.attack.faults", "uvloop", "uvicorn.protocols.http.httptools_impl"])
+
+
+class FaultyServer(Server):
+    """A server process of our own making, and clients for it."""
+
+    def __init__(self, stack: Stack, plan: Plan | None = None, **settings: object) -> None:
+        port = free_port()
+        self.stack = stack
+        self.url = f"http://127.0.0.1:{port}"
+        self.folder = Path(tempfile.mkdtemp(prefix="faulty-", dir=stack.folder))
+        quiet = {"BACKGROUND_PERIOD_SECONDS": 3600}  # what it does by itself must not mix with what is counted
+        environment = stack.environment(PORT=port, **(quiet | settings))
+        self._process = _forks.Process(target=serve, args=(self.folder, environment, plan or Plan()), daemon=True)
+        self._process.start()
+        until(self._answers, what="the faulty server's start")
+
+    def _answers(self) -> bool:
+        assert self._process.is_alive(), self.log()
+        try:
+            return httpx.get(f"{self.url}/health/live", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def arm(self) -> None:
+        """From now on requests count."""
+        (self.folder / "armed").touch()
+
+    def points(self) -> list[str]:
+        """The points that were passed, in order; only without a fault."""
+        return (self.folder / "points").read_text().splitlines()
+
+    def log(self) -> str:
+        file = self.folder / "app.log"
+        return file.read_text() if file.exists() else ""
+
+    @property
+    def died(self) -> bool:
+        return not self._process.is_alive()
+
+    def stop(self) -> None:
+        """Hard: what it leaves behind is what the tests look at."""
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+    def __enter__(self) -> "FaultyServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def collect_as_process(stack: Stack, plan: Plan, *, ahead: float) -> list[str]:
+    """One collector process with a fault; returns the points it passed, without one."""
+    folder = Path(tempfile.mkdtemp(prefix="collector-", dir=stack.folder))
+    process = _forks.Process(target=collect, args=(folder, stack.environment(), plan, ahead), daemon=True)
+    process.start()
+    process.join(60)
+    assert not process.is_alive()
+    process.close()
+    points = folder / "points"
+    return points.read_text().splitlines() if points.exists() else []

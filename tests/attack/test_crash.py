@@ -1,0 +1,262 @@
+"""Killed at every step: the run is wholly before or wholly after, nothing is lost, a resend makes it right."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+
+from tests.attack.faults import FaultyServer, Plan, collect_as_process, die_while_writing
+from tests.attack.scene import (
+    DAY,
+    SOAK,
+    Picture,
+    assert_exactly_named,
+    assert_nothing_lost,
+    chance,
+    picture,
+)
+from tests.conftest import Client, Stack, file_input, until
+
+OLD, NEW = {"password": "old", "nested": {"a": 1}}, {"password": "new", "pin": 7}
+STORED = {"password": "new", "pin": "7"}
+OLD_FILES, NEW_FILES = [b"old one", b"old two"], [b"new one" * 40_000, b"new two" * 40_000]
+INPUTS = [file_input(content, f"{index}.txt") for index, content in enumerate(NEW_FILES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A request, and how the organization looks when it has happened."""
+
+    method: str
+    path: str
+    body: dict[str, Any] | None
+    status: int
+    happened: Callable[[Picture], bool]
+
+    def send(self, client: Client) -> httpx.Response:
+        return client.request(self.method, self.path, json=self.body, headers={"Idempotency-Key": "the-key"})
+
+
+def retry(client: Client) -> Write:
+    run_id = client.finished("error", sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
+
+    def happened(now: Picture) -> bool:
+        run = now.run
+        cleared = ("error", "output_data", "run_message_history", "started_at", "ended_at")
+        return (
+            (run["status"], run["attempt"], run["secrets"]) == ("scheduling", 2, STORED)
+            and all(run[name] is None for name in cleared)
+            and now.files("input") == sorted(NEW_FILES)
+            and now.files("output") == []
+            and [(row["attempt"], row["status"]) for row in now.attempts] == [(1, "error")]
+        )
+
+    body = {"sensitive_input_values": NEW, "file_inputs": INPUTS}
+    return Write("POST", f"/v1/runs/{run_id}/retry", body, 200, happened)
+
+
+def create(client: Client) -> Write:
+    def happened(now: Picture) -> bool:
+        return (now.run["secrets"], now.files("input")) == (STORED, sorted(NEW_FILES))
+
+    body = {"workflow_id": client.workflow(), "sensitive_input_values": NEW, "file_inputs": INPUTS}
+    return Write("POST", "/v1/runs", body, 201, happened)
+
+
+def upload(client: Client) -> Write:
+    run_id = client.run(sensitive_input_values=OLD)["id"]
+    client.report(run_id, status="running")
+
+    def happened(now: Picture) -> bool:
+        return now.files("output") == [NEW_FILES[0]] and now.run["status"] == "running"
+
+    body = INPUTS[0] | {"run_id": run_id, "content_type": "text/plain", "attachment_type": "output"}
+    return Write("POST", "/v1/run-attachments", body, 201, happened)
+
+
+def finish(client: Client) -> Write:
+    run_id = client.run(sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
+    client.report(run_id, status="running")
+
+    def happened(now: Picture) -> bool:
+        return (now.run["status"], now.run["output_data"]) == ("success", '{"answer":42}')
+
+    return Write("PATCH", f"/v1/runs/{run_id}", {"status": "success", "output_data": {"answer": 42}}, 200, happened)
+
+
+def delete(client: Client) -> Write:
+    run_id = client.finished(sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
+
+    def happened(now: Picture) -> bool:
+        return not (now.runs or now.attachments or now.attempts)
+
+    return Write("DELETE", f"/v1/runs/{run_id}", None, 204, happened)
+
+
+def _files(contents: list[bytes]) -> list[dict[str, object]]:
+    return [file_input(content, f"{index}.txt") for index, content in enumerate(contents)]
+
+
+def points_of(stack: Stack, scene: Callable[[Client], Write]) -> list[str]:
+    """Every point that the request passes, in one order for all; parallel writes take turns as they like."""
+    with FaultyServer(stack) as server, server.client() as client:
+        write = scene(client)
+        server.arm()
+        assert write.send(client).status_code == write.status
+        return sorted(server.points())
+
+
+def gone(stack: Stack) -> bool:
+    """PostgreSQL has noticed that the service died: its transactions are over."""
+    return not stack.sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'runs-api'")
+
+
+def crash(stack: Stack, scene: Callable[[Client], Write], plan: Plan, last_commit: str) -> Picture:
+    """Kill at the point, look, start again, resend, look again. Returns how it looked after the kill."""
+    with FaultyServer(stack, plan) as server, server.client() as client:
+        write = scene(client)
+        before = picture(stack, client.organization)
+        server.arm()
+        answered = False
+        with suppress(httpx.TransportError):
+            answered = write.send(client).status_code == write.status
+        until(lambda: server.died, what=f"the kill at {plan.point}")
+        organization, authorization = client.organization, client.headers["Authorization"]
+    until(lambda: gone(stack), what="the end of the dead service's transactions")
+
+    after_kill = picture(stack, organization)
+    happened = after_kill != before
+    assert not happened or write.happened(after_kill), f"half done: {before} -> {after_kill}"
+    committed = f"COMMIT after#{last_commit}"
+    if answered or plan.point == committed or (plan.point or "").startswith("http.response"):
+        assert happened, "it was answered, or committed, and is not there"
+    elif plan.point != f"COMMIT sent#{last_commit}":
+        assert not happened, "it happened before its commit"
+    assert_nothing_lost(stack, organization)
+
+    with FaultyServer(stack) as server, server.client(organization, key=authorization.split()[1]) as client:
+        reply = write.send(client)
+        assert reply.status_code == write.status, reply.text
+        assert ("Idempotency-Status" in reply.headers) == happened, "replayed only what had happened"
+    now = picture(stack, organization)
+    assert write.happened(now), f"the resend did not make it right: {now}"
+    assert len(now.keys) == 1
+    assert_exactly_named(stack, organization)
+    collected = picture(stack, organization)
+    for run in collected.runs:
+        if run["status"] == "success":  # only the secrets of a finished run go with time
+            run["secrets"] = now.run["secrets"]
+    assert collected == now, "the collector took something of the run"
+    return after_kill
+
+
+def crash_at(stack: Stack, scene: Callable[[Client], Write], points: list[str], every: list[str]) -> None:
+    last = str(sum(point.startswith("COMMIT before") for point in every))
+    for point in points:
+        try:
+            crash(stack, scene, Plan(point), last)
+        except BaseException as failure:
+            failure.add_note(f"killed at {point}")
+            raise
+    print(f"{scene.__name__}: {len(points)} of {len(every)} points")
+
+
+SHARDS = 6
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_a_retry_killed_at_every_point(attacked: Stack, shard: int) -> None:
+    every = points_of(attacked, retry)
+    assert len(every) > 50
+    crash_at(attacked, retry, every[shard::SHARDS], every)
+
+
+@pytest.mark.parametrize("scene", [create, upload, finish, delete])
+def test_other_writes_killed(attacked: Stack, scene: Callable[[Client], Write]) -> None:
+    every = points_of(attacked, scene)
+    # Those around the last commit always: there "before" becomes "after".
+    last = max(point.rpartition("#")[2] for point in every if point.startswith("COMMIT"))
+    around = {f"COMMIT {when}#{last}" for when in ("before", "sent", "after")}
+    others = sorted(set(every) - around)
+    chosen = others if SOAK else chance(scene.__name__).sample(others, 3)
+    crash_at(attacked, scene, [*sorted(around), *chosen], every)
+
+
+@pytest.mark.parametrize("scene", [retry, create, upload])
+def test_killed_while_a_file_is_written(attacked: Stack, scene: Callable[[Client], Write]) -> None:
+    half = len(NEW_FILES[0]) // 2
+    folders = set(attacked.files.iterdir())
+    crash(attacked, scene, Plan("put before#1", partial(die_while_writing, half)), "2")
+    assert set(attacked.files.iterdir()) - folders, "the resend stored nothing"
+
+
+def test_what_a_killed_put_leaves_is_collected(attacked: Stack) -> None:
+    """The assumption behind the test above: a killed put does leave a file that no listing shows."""
+    plan = Plan("put before#1", partial(die_while_writing, len(NEW_FILES[0]) // 2))
+    with FaultyServer(attacked, plan) as server, server.client() as client:
+        write = retry(client)
+        server.arm()
+        with pytest.raises(httpx.TransportError):
+            write.send(client)
+        organization = client.organization
+    assert any("#" in blob for blob in attacked.blobs(organization))
+    until(lambda: gone(attacked))
+    assert_exactly_named(attacked, organization)
+    assert not any("#" in blob for blob in attacked.blobs(organization))
+
+
+def collector_scene(stack: Stack) -> str:
+    """An organization with all that a collector meets: what a retry replaced, what a killed one staged, half a file."""
+    half = partial(die_while_writing, len(NEW_FILES[0]) // 2)
+    with FaultyServer(stack) as server, server.client() as client:
+        key = client.headers["Authorization"].split()[1]
+        organization = client.organization
+        # Nobody wakes this server's collector: its list is as the commits left it.
+        run = retry(client)
+        other = retry(client)
+        client.finished(sensitive_input_values=OLD)
+        assert client.delete(delete(client).path).status_code == 204
+    for plan in (Plan("BEGIN before#2"), Plan("put before#2", half)):
+        with FaultyServer(stack, plan) as server, server.client(organization, key=key) as client:
+            server.arm()
+            with pytest.raises(httpx.TransportError):
+                run.send(client)
+            until(lambda: server.died)
+    # The last one retries for good and dies before its own collector can begin.
+    with FaultyServer(stack, Plan("COMMIT after#2")) as server, server.client(organization, key=key) as client:
+        server.arm()
+        with pytest.raises(httpx.TransportError):
+            other.send(client)
+    until(lambda: gone(stack))
+    return organization
+
+
+def test_a_collector_killed_at_its_points(attacked: Stack) -> None:
+    collector_scene(attacked)
+    every = collect_as_process(attacked, Plan(), ahead=3 * DAY)
+    assert {"vault delete after#1", "delete after#1", "rmdir after#1", "COMMIT after#2"} <= set(every)
+    chosen = every if SOAK else chance("collector").sample(every, 6)
+    for point in chosen:
+        organization = collector_scene(attacked)
+        before = picture(attacked, organization)
+        active = [run for run in before.runs if run["status"] == "scheduling"]
+        assert active
+        collect_as_process(attacked, Plan(point), ahead=3 * DAY)
+        until(lambda: gone(attacked))
+        assert_nothing_lost(attacked, organization)
+        assert_exactly_named(attacked, organization)
+        now = picture(attacked, organization)
+        assert [run for run in now.runs if run["status"] == "scheduling"] == active
+        assert [row for row in now.attachments if row["run_id"] in _ids(active)] == [
+            row for row in before.attachments if row["run_id"] in _ids(active)
+        ]
+    print(f"collector: {len(chosen)} of {len(every)} points")
+
+
+def _ids(runs: list[dict[str, Any]]) -> set[UUID]:
+    return {run["id"] for run in runs}
