@@ -108,6 +108,8 @@ async def stage(
 def _plan(
     parts: Parts, organization_id: str, run_id: UUID, secrets: dict[str, Any] | None, files: Sequence[FileInput]
 ) -> Staged:
+    # In order: files of one request are created at the same time, and lists break the tie by id.
+    ids = sorted(uuid4() for _ in files)
     path = parts.secrets.new_path(organization_id, run_id) if secrets else None
     aliases = None if secrets is None else vault.aliases(parts.secrets.mount, path, secrets) if path else {}
     return Staged(
@@ -115,7 +117,7 @@ def _plan(
         aliases,
         [
             StagedFile(
-                uuid4(),
+                file_id,
                 parts.files.new_key(organization_id, run_id),
                 file.filename,
                 content_type(file),
@@ -123,7 +125,7 @@ def _plan(
                 file.target_path,
                 file.cleanup_imports_after_run,
             )
-            for file in files
+            for file_id, file in zip(ids, files, strict=True)
         ],
     )
 
