@@ -110,7 +110,7 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in dev_env.items()]
     write_private(data_dir / "dev.env", "".join(lines))
     psql = shlex.join([str(postgres.binaries / "psql"), postgres.url])
-    look = shlex.join([str(bao.binary), "kv", "list", f"secret/runs/{demo.ORGANIZATION}"])
+    look = shlex.join([str(bao.binary), "kv", "list", f"secret/runs/{demo.ORGANIZATION}/{facts.run_id}"])
     _say(f"""
 Ready: {url}   (docs: {url}/docs)
 
