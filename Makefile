@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --re
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run test lint fmt lock
+.PHONY: help run test test-sdk example lint fmt lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,13 @@ run: .venv/run.stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.
 
 test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
+
+test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the README's table
+	SDK_VERSIONS=all $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_sdk.py
+	$(BIN)/python -m tests.sdk.table
+
+example: .venv/dev.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
+	@$(BIN)/python -m examples.lifecycle
 
 lint: .venv/dev.stamp ## ruff and mypy
 	$(BIN)/ruff check .
