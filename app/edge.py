@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +21,7 @@ from app.parts import Parts
 
 log = logging.getLogger("app.request")
 
+_UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 # How long a refused upload is read and thrown away: closing at once would reset the connection before the reply is read.
@@ -137,7 +138,8 @@ class _Exchange:
         """One line a request: the route's template and its ids, never a query, a header or a body."""
         if not log.isEnabledFor(logging.INFO):
             return
-        ids = {name: str(value) for name, value in self.scope.get("path_params", {}).items() if isinstance(value, UUID)}
+        parameters = self.scope.get("path_params", {}).items()
+        ids = {name: value for name, value in parameters if _UUID.fullmatch(str(value))}
         log.info(
             {
                 "event": "request",
