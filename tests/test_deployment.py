@@ -5,11 +5,13 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -268,6 +270,62 @@ def test_what_a_machine_lacks_is_said(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find_spec(name))
     told = check_machine.problem()
     assert (told is None) if sentence is None else (told is not None and sentence in told)
+
+
+def test_two_starts_and_the_printed_curl(tmp_path: Path) -> None:
+    data_dir, port = tmp_path / "my data", str(free_port())
+
+    @contextmanager
+    def started() -> Iterator[str]:
+        """What it printed until it was ready; at the end it is stopped as Ctrl-C does."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dev.run"],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], "PORT": port, "DATA_DIR": str(data_dir), "VAULT_TOKEN": "of elsewhere"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            printed = ""
+            while not printed.endswith("Ctrl-C stops everything.\n"):
+                assert (line := process.stdout.readline()), printed
+                printed += line
+            yield printed
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert not list(data_dir.glob("*/*.pid"))
+
+    def facts() -> dict[str, str]:
+        assert (data_dir / "dev.env").stat().st_mode & 0o777 == 0o600
+        return dict(line.split("=", 1) for line in (data_dir / "dev.env").read_text().splitlines())
+
+    with started() as printed:
+        before = facts()
+        names = ("API_URL", "API_KEY", "DEMO_RUN_ID", "DATABASE_URL", "VAULT_ADDR", "VAULT_TOKEN", "STORAGE_URL")
+        assert tuple(before) == names
+        command = shlex.split(printed[printed.index("\ncurl ") : printed.index("Ctrl-C")].replace("\\\n", " "))
+        options = {option: command[place + 1] for place, option in enumerate(command) if option in ("-X", "-d")}
+        headers = dict(command[place + 1].split(": ") for place, option in enumerate(command) if option == "-H")
+        url = next(part for part in command if part.startswith("http"))
+        status, retried = http(options["-X"], url, json.loads(options["-d"]), headers)
+        assert (status, retried["id"], retried["status"]) == (200, before["DEMO_RUN_ID"], "scheduling")
+        second = run(sys.executable, "-m", "dev.run", PORT=port, DATA_DIR=str(data_dir))
+        assert second.returncode == 1
+        assert "Another `make run` uses" in second.stderr
+
+    with started():
+        after = facts()
+        assert {name for name in before if before[name] != after[name]} == {"DEMO_RUN_ID"}  # the other is not finished
+        headers = {"Authorization": f"Bearer {after['API_KEY']}"}
+        runs = http("GET", f"{after['API_URL']}/v1/runs", None, headers)[1]["items"]
+        assert {each["id"]: each["status"] for each in runs} == {
+            before["DEMO_RUN_ID"]: "scheduling",
+            after["DEMO_RUN_ID"]: "success",
+        }
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
