@@ -290,7 +290,8 @@ def test_two_starts_and_the_printed_curl(tmp_path: Path) -> None:
         try:
             printed = ""
             while not printed.endswith("Ctrl-C stops everything.\n"):
-                assert (line := process.stdout.readline()), printed
+                line = process.stdout.readline()
+                assert line, printed
                 printed += line
             yield printed
         finally:
