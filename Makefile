@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --re
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run test test-sdk example lint fmt lock
+.PHONY: help run test test-sdk example lint fmt bench lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ lint: .venv/dev.stamp ## ruff and mypy
 fmt: .venv/dev.stamp ## format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: .venv/run.stamp ## measure: ratios to the bare framework and the bare database (ARGS="retry --seconds 3")
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 lock: ## renew the locked lists from pyproject.toml (needs uv)
 	$(COMPILE) --upgrade pyproject.toml -o requirements.lock

@@ -1,0 +1,352 @@
+"""What is measured: real server processes with production settings on a real PostgreSQL (fsync on) and a real OpenBao.
+
+Every request gets a finished run of its own from a stock that is filled by SQL, so that nothing but retries is measured.
+The background task of each server works as in production while requests are served.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+from uuid import UUID, uuid4
+
+import asyncpg
+import psutil
+
+from app.auth import digest, new_key
+from benchmarks import load
+from benchmarks.load import Pressure
+from benchmarks.measure import Sample
+from dev.run import APP, ROOT, App
+from dev.stack import Bao, Part, Postgres, free_port, http
+
+ORGANIZATION = "bench"
+MACHINES = 10  # connected and soon busy: assignment is on, as in production
+RETRY_BODY = b'{"input_values": {"customer": "Ada Lovelace", "amount": 120.5, "urgent": true}}'
+HISTORY = 4096
+
+# Runs number $2 to $3; run n has the id md5(n). $4 is the history (null: none), $5 whether it has an output attachment,
+# $6 the age in days of run 0: each is a second younger than the one before it.
+FINISHED = """
+WITH fresh AS (
+    INSERT INTO runs (id, organization_id, workflow_id, status, attempt, input_values, output_data,
+                      run_message_history, lane, created_at, queued_at, started_at, ended_at)
+    SELECT md5(n::text)::uuid, 'bench', $1, 'success', 1, '{"customer": "Grace", "amount": 12}', '{"receipt": "R-1"}',
+           $4::json, 'any', at, at, at, at + interval '1 minute'
+    FROM generate_series($2::bigint, $3::bigint) AS n,
+         LATERAL (SELECT now() - make_interval(days => $6::int) + n * interval '1 s') AS t (at)
+)
+INSERT INTO run_attachments (id, organization_id, run_id, attachment_type, filename, content_type, size_bytes, storage_path)
+SELECT gen_random_uuid(), 'bench', md5(n::text)::uuid, 'output', 'result.txt', 'text/plain', 6,
+       'bench/' || md5(n::text)::uuid || '/' || gen_random_uuid()
+FROM generate_series($2::bigint, $3::bigint) AS n WHERE $5
+"""
+
+
+def run_id(number: int) -> str:
+    """The id of run `number` in every database here; the same as md5(number::text)::uuid."""
+    return str(UUID(hashlib.md5(str(number).encode()).hexdigest()))
+
+
+def history(size: int) -> str:
+    """A message history of about this many bytes. Its text is random: PostgreSQL must not compress it to nothing."""
+    messages: list[dict[str, str]] = []
+    left = size
+    while left > 0:
+        part = min(left, 16384)
+        messages.append({"role": "assistant", "content": secrets.token_urlsafe(max(1, (part - 40) * 3 // 4))})
+        left -= part
+    return json.dumps(messages)
+
+
+class Data:
+    """One database with runs in it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.key = new_key()
+        self.workflow = uuid4()
+        self._next = 1
+        self._stock: dict[tuple[int | None, bool], range] = {}
+
+    @classmethod
+    def create(cls, url: str, runs: int) -> Self:
+        """The schema by the migrations, then `runs` finished runs without history or files."""
+        subprocess.run(
+            [*APP, "migrate"],
+            env={"PATH": os.environ["PATH"], "DATABASE_URL": url},
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        )
+        data = cls(url)
+        data.sql(
+            "INSERT INTO api_keys (id, organization_id, key_hash) VALUES (gen_random_uuid(), $1, $2)",
+            ORGANIZATION,
+            digest(data.key.encode()),
+        )
+        data.sql(
+            "INSERT INTO workflows (id, organization_id, main_prompt) VALUES ($1, $2, 'Do it.')",
+            data.workflow,
+            ORGANIZATION,
+        )
+        data.sql(
+            "INSERT INTO machines (id, organization_id, fingerprint, unkey_key_id)"
+            " SELECT gen_random_uuid(), $1, n, 'key' FROM generate_series(1, $2::int) AS n",
+            ORGANIZATION,
+            MACHINES,
+        )
+        data._add(runs, None, attachment=False, age=30)
+        data.sql("VACUUM ANALYZE")
+        return data
+
+    def sql(self, query: str, *arguments: object) -> list[Any]:
+        """Rows of one statement, as the database's owner."""
+
+        async def fetch() -> list[Any]:
+            connection = await asyncpg.connect(self.url, timeout=10)
+            try:
+                return list(await connection.fetch(query, *arguments))
+            finally:
+                await connection.close()
+
+        return asyncio.run(fetch())
+
+    def stock(self, least: int, history_bytes: int | None = HISTORY, *, attachment: bool = True) -> range:
+        """The numbers of at least this many finished runs that no request was sent for yet; see `used`."""
+        kind = (history_bytes, attachment)
+        have = self._stock.get(kind, range(0))
+        if len(have) < least:  # what is left over goes to waste: a range must be without gaps
+            have = self._add(least, history_bytes, attachment=attachment)
+            self.sql("ANALYZE")
+        self._stock[kind] = have
+        return have
+
+    def used(self, count: int, history_bytes: int | None = HISTORY, *, attachment: bool = True) -> None:
+        kind = (history_bytes, attachment)
+        self._stock[kind] = self._stock[kind][count:]
+
+    def drain(self, seconds: float = 60) -> float:
+        """Wait until everything due is deleted, so that it is not paid by what is measured next; how long it took."""
+        began = time.monotonic()
+        while self.sql("SELECT FROM deletions WHERE due_at <= now() LIMIT 1"):
+            if time.monotonic() - began > seconds:
+                raise TimeoutError(f"The deletion list was not empty after {seconds:.0f} s")
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def _add(self, count: int, history_bytes: int | None, *, attachment: bool, age: int = 90) -> range:
+        """The stock is older than the rest, so that the first pages of a list stay as they are."""
+        first, self._next = self._next, self._next + count
+        text = None if history_bytes is None else history(history_bytes)
+        step = 100_000 if (history_bytes or 0) < 100_000 else 200
+        for low in range(first, first + count, step):
+            high = min(low + step, first + count) - 1
+            self.sql(FINISHED, self.workflow, low, high, text, attachment, age)
+        return range(first, first + count)
+
+
+class Server:
+    """A server process, and what its requests cost."""
+
+    def __init__(self, app: App, port: int, data: Data, postgres: Postgres) -> None:
+        self.app = app
+        self.port = port
+        self.data = data
+        self._postgres = postgres
+        self._pace = 1500.0  # requests per second, to size the stock
+
+    def head(self, method: str, path: str, *headers: str, body: bytes = b"", key: str | None = None) -> str:
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            f"Host: 127.0.0.1:{self.port}",
+            f"Authorization: Bearer {key or self.data.key}",
+            *headers,
+        ]
+        if body:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        return "\r\n".join([*lines, "", ""])
+
+    def get(self, path: str) -> Any:
+        status, reply = self.call("GET", path)
+        if status != 200:
+            raise RuntimeError(f"GET {path} answered {status}")
+        return reply
+
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        return http(method, f"http://127.0.0.1:{self.port}{path}", body, {"Authorization": f"Bearer {self.data.key}"})
+
+    def retries(
+        self, pressure: Pressure, *headers: str, body: bytes = RETRY_BODY, history_bytes: int | None = HISTORY
+    ) -> Sample:
+        """Retry runs of the stock, each once. `{id}` in a header is the run's id."""
+        most = pressure.limit or int(self._pace * 1.5 * (pressure.seconds + pressure.warmup)) + 100
+        numbers = self.data.stock(most, history_bytes)[:most]
+        outcome, cost = self._measured(
+            load.Plan(
+                self.port,
+                pressure,
+                self.head("POST", "/v1/runs/{id}/retry", *headers, body=body),
+                body=body,
+                ids=[run_id(number) for number in numbers],
+            )
+        )
+        self.data.used(outcome.sent, history_bytes)
+        if pressure.limit is None:
+            if outcome.sent >= most:
+                raise RuntimeError("The stock of runs was used up before the time was")
+            self._pace = max(self._pace, outcome.requests / outcome.seconds)
+        cost["drain s"] = self.data.drain()
+        return sample(outcome, cost)
+
+    def repeat(self, pressure: Pressure, head: str, *, expect: int = 200, body: bytes = b"") -> Sample:
+        """The same request again and again."""
+        outcome, cost = self._measured(load.Plan(self.port, pressure, head, expect, body))
+        return sample(outcome, cost)
+
+    def _measured(self, plan: load.Plan) -> tuple[load.Outcome, dict[str, float]]:
+        app, postgres = cpu_seconds(self.app), cpu_seconds(self._postgres)
+        outcome = load.run(plan)
+        return outcome, {
+            "app us": (cpu_seconds(self.app) - app) / outcome.sent * 1e6,
+            "db us": (cpu_seconds(self._postgres) - postgres) / outcome.sent * 1e6,
+        }
+
+
+class Bare(Part):
+    """(f), as a server process."""
+
+    name = "bare"
+
+    def __init__(self, folder: Path, documents: dict[str, Any]) -> None:
+        super().__init__(folder / self.name)
+        self.port = free_port()
+        self._documents = folder / "documents.json"
+        self._documents.write_text(json.dumps(documents), encoding="utf-8")
+
+    def start(self) -> Self:
+        self.launch(
+            [sys.executable, "-m", "benchmarks.bare", str(self.port), str(self._documents)],
+            {"PATH": os.environ["PATH"]},
+            cwd=ROOT,
+        )
+        self.wait_until(self._answers)
+        return self
+
+    def repeat(self, pressure: Pressure, method: str, path: str, *, body: bytes = b"") -> Sample:
+        """`{id}` in the path is another id in each request."""
+        head = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1"]
+        if body:
+            head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        ids = range(20_000 * int(pressure.seconds + pressure.warmup + 1)) if "{id}" in path else ()
+        used = cpu_seconds(self)
+        outcome = load.run(
+            load.Plan(
+                self.port,
+                pressure,
+                "\r\n".join([*head, "", ""]),
+                body=body,
+                ids=[run_id(number) for number in ids],
+            )
+        )
+        return sample(outcome, {"app us": (cpu_seconds(self) - used) / outcome.sent * 1e6})
+
+    def _answers(self) -> bool:
+        try:
+            return http("GET", f"http://127.0.0.1:{self.port}/v1/runs/{uuid4()}")[0] == 200
+        except OSError:
+            return False
+
+
+class World:
+    """Starts what a group asks for, once; stops everything at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._started = ExitStack()
+        self._servers: dict[tuple[str, int], Server] = {}
+
+    def __enter__(self) -> Self:
+        self.postgres = self._started.enter_context(Postgres(self.folder, fsync=True))
+        self.bao = self._started.enter_context(Bao(self.folder))
+        self.vault_token = self.bao.token()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._started.close()
+
+    @cached_property
+    def small(self) -> Data:
+        """10,000 runs beside the stock."""
+        return Data.create(self.postgres.url, 10_000)
+
+    @cached_property
+    def million(self) -> Data:
+        """1,000,000 runs beside the stock, in a database of its own."""
+        self.small.sql("CREATE DATABASE million")
+        return Data.create(f"{self.postgres.url.rpartition('/')[0]}/million", 1_000_000)
+
+    @property
+    def server(self) -> Server:
+        """One worker on the small database."""
+        return self.server_of(self.small)
+
+    def server_of(self, data: Data, workers: int = 1) -> Server:
+        kind = (data.url, workers)
+        if kind not in self._servers:
+            folder = self.folder / f"server{len(self._servers)}"
+            files = folder / "files"
+            files.mkdir(parents=True)
+            port = free_port()
+            environment = {
+                "PATH": os.environ["PATH"],
+                "PORT": str(port),
+                "WORKERS": str(workers),
+                "LOG_LEVEL": "info",
+                "DATABASE_URL": data.url,
+                "VAULT_ADDR": self.bao.address,
+                "VAULT_TOKEN": self.vault_token,
+                "STORAGE_URL": files.as_uri(),
+                "SERVER_KEY": secrets.token_hex(32),
+                "NO_PROXY": "127.0.0.1",
+            }
+            app = self._started.enter_context(App(folder, f"http://127.0.0.1:{port}", environment))
+            self._servers[kind] = Server(app, port, data, self.postgres)
+        return self._servers[kind]
+
+    @cached_property
+    def bare(self) -> Bare:
+        """(f) with what the service itself answers to a retry and to a list."""
+        [number] = self.small.stock(1)[:1]
+        status, run = self.server.call("POST", f"/v1/runs/{run_id(number)}/retry", json.loads(RETRY_BODY))
+        if status != 200:
+            raise RuntimeError(f"The first retry answered {status}: {run}")
+        self.small.used(1)
+        return self._started.enter_context(
+            Bare(self.folder, {"run": run, "page": self.server.get("/v1/runs?limit=100")})
+        )
+
+
+def sample(outcome: load.Outcome, cost: dict[str, float]) -> Sample:
+    figures = cost | {"client busy": outcome.client_busy}
+    return Sample(outcome.requests / outcome.seconds, outcome.p50, outcome.p99, figures)
+
+
+def cpu_seconds(part: Part) -> float:
+    """Processor time of a part so far: its living processes, and the ended ones that its first process waited for."""
+    tree = processes(part)
+    ended = tree[0].cpu_times()
+    return sum(sum(process.cpu_times()[:2]) for process in tree) + ended.children_user + ended.children_system
+
+
+def processes(part: Part) -> list[psutil.Process]:
+    parent = psutil.Process(part.pid)
+    return [parent, *parent.children(recursive=True)]
