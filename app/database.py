@@ -5,7 +5,7 @@ statement, because a retry through SQLAlchemy's own execution costs three to fiv
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol, Self
 
 import asyncpg
@@ -98,7 +98,8 @@ class Database:
         except _LOST:
             if connection is not None:
                 # After a timeout asyncpg would wait for the server to confirm the cancellation: it may never answer.
-                connection.terminate()
+                with suppress(asyncpg.InterfaceError):  # it broke, and the pool has taken it back
+                    connection.terminate()
             raise DatabaseUnavailable from None
         except asyncpg.LockNotAvailableError:
             raise LockTimeout from None
@@ -106,7 +107,8 @@ class Database:
             raise DatabaseUnavailable from None
         finally:
             if connection is not None:
-                await self._pool.release(connection, timeout=self._timeout)
+                with suppress(*_LOST):  # it broke since; what was answered until then is still true
+                    await self._pool.release(connection, timeout=self._timeout)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -125,5 +127,5 @@ class Database:
                 raise
             try:
                 await connection.execute("COMMIT")
-            except _LOST:
+            except (*_LOST, asyncpg.OperatorInterventionError):  # a server that stops may have committed
                 raise OutcomeUnknown from None

@@ -19,7 +19,7 @@ from app.auth import Principal
 from app.database import Connection
 from app.deletions import Name
 from app.downloads import file_headers
-from app.errors import PayloadTooLarge
+from app.errors import DatabaseUnavailable, OutcomeUnknown, PayloadTooLarge
 from app.parts import Parts
 from app.schemas import FileInput, RunAttachmentCreate
 
@@ -89,8 +89,11 @@ async def stage(
     names = [name for staged in planned for name in staged.names()]
     if names:
         deadline = time.monotonic() + parts.settings.stage_timeout_seconds
-        async with parts.database.transaction() as connection:
-            await deletions.stage(connection, names, parts.settings.stage_grace_seconds)
+        try:
+            async with parts.database.transaction() as connection:
+                await deletions.stage(connection, names, parts.settings.stage_grace_seconds)
+        except OutcomeUnknown:
+            raise DatabaseUnavailable from None  # at most names are listed that nothing was written under
         contents = [file.content for file in files or ()]
         try:
             async with asyncio.TaskGroup() as group:
