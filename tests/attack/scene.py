@@ -85,9 +85,11 @@ def named(stack: Stack, organization: str) -> tuple[set[str], set[str]]:
 
 def assert_nothing_lost(stack: Stack, organization: str) -> None:
     """The invariant: what exists is named by a run or on the list, and what an active run names exists."""
-    # What exists is read first: a name is never taken off before its thing is gone.
+    # A collector or a stage may be at work: what exists in between is named before or after.
+    earlier = named(stack, organization)
     paths, blobs = stack.secret_paths(f"runs/{organization}/"), stack.blobs(organization)
-    vault, storage = named(stack, organization)
+    later = named(stack, organization)
+    vault, storage = earlier[0] | later[0], earlier[1] | later[1]
     assert paths <= vault, f"secrets that nothing names: {paths - vault}"
     whole = {blob.partition("#")[0] for blob in blobs}  # a killed put leaves KEY#1, which goes when KEY is deleted
     assert whole <= storage, f"blobs that nothing names: {whole - storage}"
