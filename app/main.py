@@ -1,8 +1,11 @@
 """The application: its parts, its routers, and how refusals are rendered."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from types import FrameType
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -33,6 +36,7 @@ def create_app(settings: Settings) -> FastAPI:
         background = Background(settings, database, secrets, files, waiters)
         app.state.parts = Parts(settings, database, secrets, files, background, waiters)
         task = asyncio.create_task(background.run())
+        _when_told_to_stop(waiters.stop)
         yield
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -70,6 +74,22 @@ def create_app(settings: Settings) -> FastAPI:
             max_age=600,
         )
     return app
+
+
+def _when_told_to_stop(act: Callable[[], None]) -> None:
+    """The lifespan ends only when all requests have ended, and long polls would take their 30 s: they must hear it before."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # an application inside another program, which has the signals
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        servers = signal.getsignal(number)
+
+        def handle(number: int, frame: FrameType | None, servers: object = servers) -> None:
+            loop.call_soon_threadsafe(act)
+            if callable(servers):
+                servers(number, frame)
+
+        signal.signal(number, handle)
 
 
 async def _refusal(_: Request, error: Exception) -> Response:

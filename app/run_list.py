@@ -126,7 +126,7 @@ async def wait_for_run(parts: Parts, wanted: RunFilter, seconds: float) -> None:
                 if await connection.fetchval(exists, *values):
                     return
             left = until - time.monotonic()
-            if left <= 0:
+            if left <= 0 or parts.waiters.stopping:
                 return
             if assigned is None:
                 await asyncio.sleep(min(left, LOOK_AGAIN_SECONDS))

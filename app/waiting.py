@@ -12,6 +12,7 @@ class Waiters:
 
     def __init__(self) -> None:
         self._events: dict[UUID, set[asyncio.Event]] = defaultdict(set)
+        self.stopping = False
 
     def machines(self) -> set[UUID]:
         return set(self._events)
@@ -21,6 +22,11 @@ class Waiters:
         for machine in machines:
             for event in self._events.get(machine, ()):
                 event.set()
+
+    def stop(self) -> None:
+        """Nobody waits any longer, now or later: the process is about to end."""
+        self.stopping = True
+        self.assigned(self.machines())
 
     @contextmanager
     def listen(self, machine_id: UUID) -> Iterator[asyncio.Event]:
