@@ -17,6 +17,7 @@ import traceback
 import urllib.request
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -641,7 +642,10 @@ def main() -> None:
     for style, key in job["keys"].items():
         sdk = Sdk(job["url"], key, style)
         others = [Sdk(job["url"], other, style) for other in (job["foreign_key"], "no-such-key")]
-        scenarios = {**SCENARIOS, "errors": lambda sdk, others=others: errors(sdk, *others)}
+        scenarios: dict[str, Callable[[Sdk], None]] = {
+            **SCENARIOS,
+            "errors": partial(errors, foreign=others[0], stranger=others[1]),
+        }
         for group, scenario in scenarios.items():
             try:
                 scenario(sdk)

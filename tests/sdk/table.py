@@ -23,7 +23,7 @@ def row(report: dict[str, Any]) -> str:
     sends_keys = all(writes["sends_keys"] for writes in report["writes"].values())
     notes = sorted(set(report["limits"].values()))
     if report["version"] == NEEDS_UNKNOWN_KEY:
-        notes = ["demands `run_kind` of every run, a key that no other version knows: use the next version"]
+        notes = ["demands `run_kind` of every run, a key that only 2.2.35 and 2.2.36 know: use 2.2.37 or newer"]
     return (
         f"| {report['version']} | {' | '.join(cells)} | {'sent' if sends_keys else 'not sent'} | {'; '.join(notes)} |\n"
     )

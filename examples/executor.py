@@ -1,0 +1,171 @@
+"""A small executor: the program on a machine that takes its runs, does them and reports. Copy it and replace `work`.
+
+    API_URL=... API_KEY=... VAULT_ADDR=... VAULT_TOKEN=... MACHINE_ID=... python -m examples.executor
+
+VAULT_TOKEN needs no more than policies/executor.hcl gives: to read the secrets of one organization's runs.
+"""
+
+import base64
+import json
+import os
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import httpx
+import hvac
+
+LONG_POLL_SECONDS = 30  # the longest the service holds a request for us
+
+
+class WorkFailed(Exception):
+    """The work went wrong; the message is shown to people, so it must not contain a secret."""
+
+
+class Superseded(Exception):
+    """The attempt is no longer ours: the run was cancelled, deleted or retried meanwhile. Drop it."""
+
+
+class Executor:
+    """One machine's worker."""
+
+    def __init__(self, api: httpx.Client, vault: hvac.Client, machine_id: str) -> None:
+        self.api = api
+        self.vault = vault
+        self.machine_id = machine_id
+
+    def serve(self) -> None:
+        """Until killed: wait for a run, do it."""
+        while True:
+            try:
+                if (run := self.take()) is not None:
+                    self.execute(run)
+            except Superseded:
+                say(f"attempt {run['attempt'] if run else '?'} is no longer ours, dropped")
+            except httpx.HTTPError as problem:
+                say(f"the service cannot be reached ({problem}), again in 1 s")
+                time.sleep(1)
+
+    def take(self) -> dict[str, Any] | None:
+        """The run that was assigned to this machine, as soon as there is one; None after a while without any."""
+        reply = self.api.get(
+            "/v1/runs",
+            params={"machine_id": self.machine_id, "status": "scheduling", "wait": LONG_POLL_SECONDS},
+            timeout=LONG_POLL_SECONDS + 10,
+        )
+        for run in reply.raise_for_status().json()["items"]:
+            # machine_id may be a wish (a pinned run that waits); assigned_machine_id is the decision.
+            if run["assigned_machine_id"] == self.machine_id:
+                found: dict[str, Any] = run
+                return found
+        return None
+
+    def execute(self, run: dict[str, Any]) -> None:
+        """One attempt from `running` to its end.
+
+        If the service cannot be reached for the last report, the run stays `running`: RUN_SILENCE_SECONDS ends such runs.
+        """
+        self.report(run, status="running")
+        say(f"took run {run['id']}, attempt {run['attempt']}")
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                secrets = self.resolve(run["sensitive_input_aliases"] or {})
+                files = self.download(run["input_attachment_ids"], Path(folder))
+                say(f"has secrets {sorted(secrets)} and files {[file.name for file in files]}")
+                output, document = work(run["input_values"] or {}, secrets, files)
+                self.upload(run, "receipt.txt", document)
+            except WorkFailed as problem:
+                self.report(run, status="error", error=[str(problem)])
+                say(f"reported error: {problem}")
+            except (Superseded, httpx.HTTPError):
+                raise
+            except Exception as problem:  # noqa: BLE001 - the attempt must end, and unforeseen messages may hold secrets
+                self.report(run, status="error", error=[f"The executor failed: {type(problem).__name__}."])
+                say(f"failed: {type(problem).__name__}")
+            else:
+                self.report(run, status="success", output_data=output)
+                say(f"reported success: {output}")
+
+    def report(self, run: dict[str, Any], **fields: Any) -> None:
+        """Naming the attempt keeps a slow executor from overwriting the attempt of a retry. Raises Superseded."""
+        reply = self.api.patch(f"/v1/runs/{run['id']}", json={"attempt": run["attempt"], **fields})
+        if reply.status_code in (404, 409):  # attempt_superseded, invalid_transition (cancelled), or deleted
+            raise Superseded
+        reply.raise_for_status()
+
+    def resolve(self, aliases: dict[str, str]) -> dict[str, Any]:
+        """Secrets by name, from the aliases of a run.
+
+        vault://<mount>/<path>#<name> is a string, vault+json://<mount>/<path>#<name> any other value as JSON text;
+        the name of the variable is percent-encoded.
+        """
+        documents: dict[tuple[str, str], dict[str, str]] = {}  # all variables of a run are in one secret
+        values: dict[str, Any] = {}
+        for variable, alias in aliases.items():
+            place = urlsplit(alias)
+            mount, path = place.netloc, place.path.lstrip("/")
+            if (mount, path) not in documents:
+                secret = self.vault.secrets.kv.v2.read_secret_version(
+                    mount_point=mount, path=path, raise_on_deleted_version=True
+                )
+                documents[mount, path] = secret["data"]["data"]
+            text = documents[mount, path][unquote(place.fragment)]
+            values[variable] = json.loads(text) if place.scheme == "vault+json" else text
+        return values
+
+    def download(self, attachment_ids: list[str], folder: Path) -> list[Path]:
+        """The run's input files, under their own names (the service refuses names that are paths)."""
+        files = []
+        for attachment_id in attachment_ids:
+            described = self.api.get(f"/v1/run-attachments/{attachment_id}").raise_for_status().json()
+            file = folder / described["filename"]
+            with (
+                self.api.stream("GET", f"/v1/run-attachments/{attachment_id}/download") as reply,
+                file.open("wb") as to,
+            ):
+                for chunk in reply.raise_for_status().iter_bytes():
+                    to.write(chunk)
+            files.append(file)
+        return files
+
+    def upload(self, run: dict[str, Any], filename: str, content: bytes) -> None:
+        """An output file; refused when the run is no longer running."""
+        body = {
+            "run_id": run["id"],
+            "filename": filename,
+            "content": base64.b64encode(content).decode(),
+            "content_type": "text/plain",
+            "attachment_type": "output",
+        }
+        reply = self.api.post("/v1/run-attachments", json=body)
+        if reply.status_code in (404, 409):
+            raise Superseded
+        reply.raise_for_status()
+
+
+def work(values: dict[str, Any], secrets: dict[str, Any], files: list[Path]) -> tuple[dict[str, Any], bytes]:
+    """What a real executor does on its desktop: here, log in and post each file. Returns output data and a document."""
+    if secrets.get("password") != "correct horse":  # what the pretended application accepts
+        raise WorkFailed(f"The application refused the password of user {values.get('user')!r}.")
+    lines = [f"{file.name}: {len(file.read_bytes())} bytes, posted by {values['user']}\n" for file in files]
+    return {"posted": len(lines), "booked_on": secrets["account"]["number"]}, "".join(lines).encode()
+
+
+def say(text: str) -> None:
+    print(f"{datetime.now().astimezone():%H:%M:%S.%f}"[:-3], " executor ", text, flush=True)
+
+
+def main() -> None:
+    setting = os.environ
+    api = httpx.Client(
+        base_url=setting["API_URL"], headers={"Authorization": f"Bearer {setting['API_KEY']}"}, timeout=30
+    )
+    vault = hvac.Client(url=setting["VAULT_ADDR"], token=setting["VAULT_TOKEN"], timeout=10)
+    Executor(api, vault, setting["MACHINE_ID"]).serve()
+
+
+if __name__ == "__main__":
+    main()
