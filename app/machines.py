@@ -223,8 +223,7 @@ async def delete(parts: Parts, write: Write, machine_id: UUID) -> Reply:
 async def _detach_runs(connection: Connection, machine_id: UUID, settings: Settings) -> None:
     """End the active runs of a machine and take it out of all its runs.
 
-    The foreign key would do the latter, but in one statement, however many runs there are, and without seeing that a retry
-    has just made one of them active.
+    The foreign key would do the latter too, but in one statement: too long for a machine with a long history.
     """
     columns: tuple[Owner, ...] = ("assigned_machine_id", "pinned_machine_id")
     for column in columns:
