@@ -48,6 +48,8 @@ lock: ## renew the locked lists from pyproject.toml (needs uv)
 	$(COMPILE) --upgrade pyproject.toml -o requirements.lock
 	$(COMPILE) --upgrade --group stack -c requirements.lock -o requirements-stack.lock
 	$(COMPILE) --upgrade --group dev pyproject.toml -c requirements.lock -c requirements-stack.lock -o requirements-dev.lock
+	for list in tests/sdk/locks/*.txt; do \
+		grep -oE '^(cyberdesk==[0-9.]+|pydantic|python-dateutil)' $$list | $(COMPILE) --upgrade - -o $$list || exit; done
 
 # The stamps are written last, so that an interrupted installation is done again.
 .venv/created.stamp:
