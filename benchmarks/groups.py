@@ -1,11 +1,28 @@
 """What is measured, group by group. Cases of one group take turns; targets are ratios within a round."""
 
+import base64
+import json
+import os
+import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import uuid4
 
-from benchmarks.load import Pressure
-from benchmarks.measure import Case, Group, Round, Target
+from benchmarks import load, plans
+from benchmarks.load import Plan, Pressure
+from benchmarks.measure import Case, Group, Round, Sample, Target
+from benchmarks.memory import PeakMemory
 from benchmarks.pgbench import SixStatements
-from benchmarks.world import RETRY_BODY, World
+from benchmarks.world import ORGANIZATION, RETRY_BODY, World, run_id, sample
+
+MIB = 1024 * 1024
+
+# Without the wide columns: what a user interface asks for.
+SOME_FIELDS = "fields=id,workflow_id,machine_id,status,created_at,attempt,error,started_at,ended_at"
 
 
 def rate(case: str, against: str) -> Callable[[Round], float]:
@@ -16,29 +33,341 @@ def p50(case: str, against: str) -> Callable[[Round], float]:
     return lambda one: one[case].p50 / one[against].p50
 
 
+def figure(case: str, name: str) -> Callable[[Round], float]:
+    return lambda one: one[case].figures[name]
+
+
 def retry(world: World, pressure: Pressure) -> Group:
     server, bare = world.server, world.bare
-    six = SixStatements(world.postgres, world.small, world.folder)
     clients = pressure.connections
+    six = SixStatements(world.postgres, world.small, world.folder)
     return Group(
         "retry",
         f"without files and secrets, {clients} connections, one worker",
         [
-            Case("retry", lambda: server.retries(pressure)),
-            Case("f", lambda: bare.repeat(pressure, "POST", "/v1/runs/{id}/retry", body=RETRY_BODY), "bare FastAPI"),
-            Case("g", lambda: six.on_plain_tables(clients, 8000 // clients), "pgbench, plain tables"),
-            Case("g own", lambda: six.on_own_tables(clients, 4800 // clients), "pgbench, the service's tables"),
-            Case("retry+key", lambda: server.retries(pressure, "Idempotency-Key: {id}"), "with Idempotency-Key"),
+            Case("retry", partial(server.retries, pressure)),
+            Case("f", partial(bare.repeat, pressure, "POST", "/v1/runs/{id}/retry", body=RETRY_BODY), "bare FastAPI"),
+            Case("g", partial(six.on_plain_tables, clients, 8000 // clients), "pgbench, plain tables"),
+            Case("g own", partial(six.on_own_tables, clients, 4800 // clients), "pgbench, the service's tables"),
+            Case("retry+key", partial(server.retries, pressure, "Idempotency-Key: {id}"), "with Idempotency-Key"),
         ],
         [
             Target("retry / f", rate("retry", "f"), at_least=0.20),
             Target("retry / g", rate("retry", "g"), at_least=0.25),
             Target("retry / g own", rate("retry", "g own")),
             Target("retry+key / retry", rate("retry+key", "retry"), at_least=0.85),
-            Target("retry p99 / p50", lambda one: one["retry"].p99 / one["retry"].p50, at_most=5),
-            Target("load generator busy at f", lambda one: one["f"].figures["client busy"], at_most=0.8),
+            Target("retry: p99 / p50", lambda one: one["retry"].p99 / one["retry"].p50, at_most=5),
+            Target("load generator's use of a core at f", figure("f", "client busy"), at_most=0.8),
         ],
     )
 
 
-GROUPS: dict[str, Callable[[World, Pressure], Group]] = {"retry": retry}
+def scale(world: World, pressure: Pressure) -> Group:
+    one, two = world.server, world.server_of(world.small, workers=2)
+    cases = [
+        Case(f"{workers}w {connections}c", partial(server.retries, replace(pressure, connections=connections)))
+        for workers, server, several in ((1, one, (1, 16, 64)), (2, two, (16, 64)))
+        for connections in several
+    ]
+    return Group(
+        "scale",
+        "retry by workers (w) and connections (c)",
+        cases,
+        [
+            Target("64 / 16 connections, one worker", rate("1w 64c", "1w 16c")),
+            Target("2 / 1 workers, 16 connections", rate("2w 16c", "1w 16c")),
+            Target("2 / 1 workers, 64 connections", rate("2w 64c", "1w 64c")),
+        ],
+    )
+
+
+def size(world: World, pressure: Pressure) -> Group:
+    small, million = world.server, world.server_of(world.million)
+    few = replace(pressure, connections=1)
+    return Group(
+        "size",
+        "retry with 10,000 and with 1,000,000 runs in the table",
+        [
+            Case("10k", partial(small.retries, pressure)),
+            Case("1M", partial(million.retries, pressure)),
+            Case("10k 1c", partial(small.retries, few), "one connection"),
+            Case("1M 1c", partial(million.retries, few), "one connection"),
+        ],
+        [
+            Target("p50, 1M / 10k", p50("1M", "10k"), at_most=1.2),
+            Target("p50, 1M / 10k, one connection", p50("1M 1c", "10k 1c"), at_most=1.2),
+        ],
+    )
+
+
+def history(world: World, pressure: Pressure) -> Group:
+    fixed = Pressure(min(pressure.connections, 4), seconds=60, warmup=0, limit=200)
+    server = world.server
+    return Group(
+        "history",
+        f"retry of runs with short and long histories (random text: the worst case), {fixed.connections} connections",
+        [
+            Case("1 KB", partial(server.retries, fixed, history_bytes=1024)),
+            Case("1 MB", partial(server.retries, fixed, history_bytes=MIB)),
+        ],
+        [Target("p50, 1 MB / 1 KB", p50("1 MB", "1 KB"), at_most=1.5)],
+    )
+
+
+def secret(world: World, pressure: Pressure) -> Group:
+    server = world.server
+    body = b'{"sensitive_input_values": {"password": "correct horse battery staple"}}'
+    value = b'{"options": {"cas": 0}, "data": {"password": "correct horse battery staple"}}'
+    port = urlsplit(world.bao.address).port
+    assert port is not None
+    head = "\r\n".join(
+        [
+            f"POST /v1/secret/data/runs/{ORGANIZATION}/bare/{{id}} HTTP/1.1",
+            "Host: 127.0.0.1",
+            f"X-Vault-Token: {world.vault_token}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(value)}\r\n\r\n",
+        ]
+    )
+
+    def write(pressure: Pressure) -> Sample:
+        ids = [str(uuid4()) for _ in range(8000 * int(pressure.seconds + pressure.warmup + 1))]
+        return sample(load.run(Plan(port, pressure, head, body=value, ids=ids)), {})
+
+    one = replace(pressure, connections=1)
+    return Group(
+        "secret",
+        "retry with one secret; the same run has none yet, so nothing old is destroyed",
+        [
+            Case("secret", partial(server.retries, pressure, body=body)),
+            Case("write", partial(write, pressure), "bare KV v2 write over HTTP"),
+            Case("retry", partial(server.retries, pressure), "without a secret"),
+            Case("secret 1c", partial(server.retries, one, body=body), "one connection"),
+            Case("write 1c", partial(write, one), "one connection"),
+            Case("retry 1c", partial(server.retries, one), "one connection"),
+        ],
+        [
+            Target("secret / write", rate("secret", "write")),
+            Target("secret / retry", rate("secret", "retry")),
+            Target("p50, secret / (write + retry), one connection", _secret_over_parts),
+        ],
+    )
+
+
+def _secret_over_parts(one: Round) -> float:
+    return one["secret 1c"].p50 / (one["write 1c"].p50 + one["retry 1c"].p50)
+
+
+def files(world: World, pressure: Pressure) -> Group:
+    server = world.server
+    server.retries(replace(pressure, seconds=0.2))  # its usual size, before the first file
+    memory = PeakMemory(server.app)
+    folder = world.folder / "plain"
+    folder.mkdir(exist_ok=True)
+
+    def body(megabytes: int) -> bytes:
+        content = base64.b64encode(os.urandom(megabytes * MIB)).decode()
+        return json.dumps({"file_inputs": [{"filename": "scan.bin", "content": content}]}).encode()
+
+    def upload(body: bytes, count: int) -> Sample:
+        memory.reset()
+        seen = server.retries(Pressure(1, seconds=60, warmup=0, limit=count), body=body)
+        seen.figures["MB/s"] = len(body) / 1e6 / (seen.p50 / 1000)
+        seen.figures["peak growth / body"] = memory.growth() / len(body)
+        return seen
+
+    def plain(body: bytes, count: int) -> Sample:
+        """What has to be done in any case, in this process."""
+        took = []
+        for _ in range(count):
+            began = time.perf_counter()
+            content = base64.b64decode(json.loads(body)["file_inputs"][0]["content"])
+            took.append(_write(folder, content, began))
+        return _plain_sample(took, body)
+
+    def decode(body: bytes, count: int) -> Sample:
+        text = json.loads(body)["file_inputs"][0]["content"].encode()
+        took = []
+        for _ in range(count):
+            began = time.perf_counter()
+            took.append(_write(folder, base64.b64decode(text), began))
+        return _plain_sample(took, body)
+
+    one, large = body(1), body(25)
+    return Group(
+        "files",
+        "retry with one file, one connection; MB/s of the body",
+        [
+            Case("25 MB", partial(upload, large, 3)),
+            Case("25 MB plain", partial(decode, large, 3), "b64decode + write + fsync"),
+            Case("25 MB parsed", partial(plain, large, 3), "json.loads + b64decode + write + fsync"),
+            Case("1 MB", partial(upload, one, 30)),
+            Case("1 MB plain", partial(decode, one, 30), "b64decode + write + fsync"),
+        ],
+        [
+            Target("25 MB: speed / plain", lambda one: one["25 MB plain"].p50 / one["25 MB"].p50, at_least=0.4),
+            Target("25 MB: speed / parsed", lambda one: one["25 MB parsed"].p50 / one["25 MB"].p50),
+            Target("25 MB: peak memory growth / body", figure("25 MB", "peak growth / body"), at_most=3.5),
+            Target("1 MB: speed / plain", lambda one: one["1 MB plain"].p50 / one["1 MB"].p50),
+        ],
+    )
+
+
+def _write(folder: Path, content: bytes, began: float) -> float:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return time.perf_counter() - began
+
+
+def _plain_sample(took: list[float], body: bytes) -> Sample:
+    took = sorted(took)
+    middle = took[len(took) // 2]
+    return Sample(1 / middle, middle * 1000, took[-1] * 1000, {"MB/s": len(body) / 1e6 / middle})
+
+
+def refused(world: World, pressure: Pressure) -> Group:
+    server = world.server
+    [number] = world.small.stock(1)[:1]
+    world.small.used(1)
+    path = f"/v1/runs/{run_id(number)}/retry"
+    server.call("POST", path, {})  # from now on it is not terminal
+
+    def post(path: str, expect: int, *, body: bytes = RETRY_BODY, key: str | None = None) -> Callable[[], Sample]:
+        head = server.head("POST", path, body=body, key=key)
+        return partial(server.repeat, pressure, head, expect=expect, body=body)
+
+    unknown = "rk_" + "x" * 43
+    cases = [
+        Case("retry", partial(server.retries, pressure)),
+        Case("401", post(path, 401, body=b"", key=unknown), "unknown key, no body"),
+        Case("401+body", post(path, 401, key=unknown), "the server closes: each request is a new connection"),
+        Case("404", post(f"/v1/runs/{uuid4()}/retry", 404)),
+        Case("409", post(path, 409), "run is not terminal"),
+        Case("422", post(path, 422, body=b'{"file_inputs": [{"filename": "a", "content": "?"}]}'), "bad base64"),
+    ]
+    return Group(
+        "refused",
+        "refusals must be cheaper than what they refuse",
+        cases,
+        [Target(f"{case.name} / retry", rate(case.name, "retry"), at_least=1) for case in cases[1:]],
+    )
+
+
+def frozen(world: World, pressure: Pressure) -> Group:
+    server = world.server
+
+    def without_vault() -> Sample:
+        world.bao.freeze()
+        try:
+            return server.retries(pressure)
+        finally:
+            world.bao.thaw()
+
+    return Group(
+        "frozen",
+        "retry without secrets while OpenBao is frozen",
+        [Case("answering", partial(server.retries, pressure)), Case("frozen", without_vault)],
+        [
+            Target("p50, frozen / answering", p50("frozen", "answering"), at_most=1.15),
+            Target("frozen / answering", rate("frozen", "answering")),
+        ],
+    )
+
+
+def lists(world: World, pressure: Pressure) -> Group:
+    bare, small, million = world.bare, world.server, world.server_of(world.million)
+    page = "/v1/runs?limit=100"
+    [newest] = small.get("/v1/runs?limit=1")["items"]
+    [newest_of_million] = million.get("/v1/runs?limit=1")["items"]
+    return Group(
+        "lists",
+        "a page of 100 runs without history, and one run",
+        [
+            Case("page f", partial(bare.repeat, pressure, "GET", page), "bare FastAPI, an equal page"),
+            Case("page", partial(small.repeat, pressure, small.head("GET", page)), "10,000 runs"),
+            Case("page fields", partial(small.repeat, pressure, small.head("GET", f"{page}&{SOME_FIELDS}"))),
+            Case("page 1M", partial(million.repeat, pressure, million.head("GET", page)), "1,000,000 runs"),
+            Case("run f", partial(bare.repeat, pressure, "GET", "/v1/runs/{id}"), "bare FastAPI"),
+            Case("run", partial(small.repeat, pressure, small.head("GET", f"/v1/runs/{newest['id']}"))),
+            Case(
+                "run 1M", partial(million.repeat, pressure, million.head("GET", f"/v1/runs/{newest_of_million['id']}"))
+            ),
+        ],
+        [
+            Target("page / page f", rate("page", "page f"), at_least=0.3),
+            Target("page 1M / page f", rate("page 1M", "page f")),
+            Target("page fields / page", rate("page fields", "page")),
+            Target("run / run f", rate("run", "run f"), at_least=0.3),
+            Target("run 1M / run", rate("run 1M", "run"), at_least=0.8),
+        ],
+    )
+
+
+def pages(world: World, pressure: Pressure) -> Group:
+    """Where a list's time goes when the table is large."""
+    server = world.server_of(world.million)
+    data = world.million
+    few = replace(pressure, connections=1, seconds=min(pressure.seconds, 1.0))
+
+    def get(query: str) -> Callable[[], Sample]:
+        return partial(server.repeat, few, server.head("GET", f"/v1/runs?limit=100{query}"))
+
+    def total() -> Sample:
+        took = sorted(data.timed("SELECT count(*) FROM runs r WHERE r.organization_id = $1", ORGANIZATION, times=10))
+        return Sample(1 / took[5], took[5] * 1000, took[-1] * 1000)
+
+    return Group(
+        "pages",
+        "pages of 100 of 1,000,000 runs, one connection",
+        [
+            Case("total", total, "the count alone"),
+            *(Case(f"skip {skip:,}", get(f"&skip={skip}")) for skip in (0, 10_000, 100_000, 900_000)),
+            Case("status, few", get("&status=scheduling"), "a filter with few runs"),
+            Case("status, most", get("&status=success"), "a filter with most runs"),
+            Case("fields", get(f"&{SOME_FIELDS}")),
+        ],
+        [
+            Target("p50, skip 900,000 / skip 0", p50("skip 900,000", "skip 0")),
+            Target("p50, total / skip 0", p50("total", "skip 0")),
+        ],
+        appendix=partial(plans.of_million, data),
+    )
+
+
+def big_histories(world: World, pressure: Pressure) -> Group:
+    """After `pages`: it makes the newest runs wide."""
+    server, data = world.server_of(world.million), world.million
+    newest = server.get("/v1/runs?limit=1")["items"][0]["id"]
+    before = partial(server.repeat, pressure, server.head("GET", f"/v1/runs?limit=100&skip=100&{SOME_FIELDS}"))
+    wide = partial(server.repeat, pressure, server.head("GET", f"/v1/runs?limit=100&{SOME_FIELDS}"))
+    data.widen(100, MIB)
+    return Group(
+        "wide",
+        "a page of 100 runs with and without histories of 1 MB, by `fields=`, which leaves the history out",
+        [
+            Case("narrow", before),
+            Case("wide", wide),
+            Case(
+                "run",
+                partial(server.repeat, replace(pressure, connections=1), server.head("GET", f"/v1/runs/{newest}")),
+            ),
+        ],
+        [Target("p50, wide / narrow", p50("wide", "narrow"), at_most=1.2)],
+    )
+
+
+GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
+    "retry": retry,
+    "scale": scale,
+    "history": history,
+    "secret": secret,
+    "files": files,
+    "refused": refused,
+    "frozen": frozen,
+    "size": size,
+    "lists": lists,
+    "pages": pages,
+    "wide": big_histories,
+}

@@ -49,6 +49,7 @@ class Group:
     title: str
     cases: Sequence[Case]
     targets: Sequence[Target] = ()
+    appendix: Callable[[], str] = str  # more to tell once the cases are measured, as Markdown
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Result:
     cases: dict[str, Sample]
     notes: dict[str, str]
     targets: list[Verdict]
+    appendix: str
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +95,7 @@ def run(group: Group, rounds: int, say: Callable[[str], None]) -> Result:
         {case.name: _middle([one[case.name] for one in seen]) for case in group.cases},
         {case.name: case.note for case in group.cases},
         [_judge(target, seen) for target in group.targets],
+        group.appendix(),
     )
 
 
@@ -146,7 +149,7 @@ def table(result: Result) -> str:
             for verdict in result.targets
         ]
         lines += ["", *_markdown(["", "median", "rounds", "target", ""], judged)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", result.appendix])
 
 
 def _number(value: float) -> str:

@@ -120,6 +120,33 @@ class Data:
 
         return asyncio.run(fetch())
 
+    def timed(self, query: str, *arguments: object, times: int) -> list[float]:
+        """Seconds that a statement takes on one connection."""
+
+        async def run() -> list[float]:
+            connection = await asyncpg.connect(self.url, timeout=10, server_settings={"jit": "off"})
+            took = []
+            try:
+                for _ in range(times):
+                    began = time.perf_counter()
+                    await connection.fetch(query, *arguments)
+                    took.append(time.perf_counter() - began)
+            finally:
+                await connection.close()
+            return took
+
+        return asyncio.run(run())
+
+    def widen(self, count: int, history_bytes: int) -> None:
+        """Give the newest runs a history."""
+        self.sql(
+            "UPDATE runs SET run_message_history = $1::json"
+            " WHERE id IN (SELECT id FROM runs ORDER BY created_at DESC, id DESC LIMIT $2)",
+            history(history_bytes),
+            count,
+        )
+        self.sql("VACUUM ANALYZE runs")
+
     def stock(self, least: int, history_bytes: int | None = HISTORY, *, attachment: bool = True) -> range:
         """The numbers of at least this many finished runs that no request was sent for yet; see `used`."""
         kind = (history_bytes, attachment)

@@ -1,0 +1,106 @@
+"""What PostgreSQL does for a list of 1,000,000 runs: EXPLAIN ANALYZE of the very statements that the service sends."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+
+from app import retry, views
+from app.auth import AUTHENTICATE, digest
+from app.database import Connection, Database, Record
+from app.models import RunStatus
+from app.run_list import RunFilter, list_runs
+from benchmarks.world import ORGANIZATION, Data, run_id
+
+EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, COSTS OFF, TIMING OFF)"
+
+
+class _Explained:
+    """A connection that runs each statement twice, once to see its plan."""
+
+    def __init__(self, connection: Any, plans: list[str]) -> None:
+        self._connection = connection
+        self._plans = plans
+
+    async def _explain(self, sql: str, *args: object) -> None:
+        rows = await self._connection.fetch(f"{EXPLAIN} {sql}", *args)
+        self._plans.append("\n".join(row[0] for row in rows))
+
+    async def execute(self, sql: str, *args: object) -> str:
+        raise NotImplementedError("reads only")
+
+    async def executemany(self, sql: str, args: Sequence[Sequence[object]]) -> None:
+        raise NotImplementedError("reads only")
+
+    async def fetch(self, sql: str, *args: object) -> list[Record]:
+        await self._explain(sql, *args)
+        rows: list[Record] = await self._connection.fetch(sql, *args)
+        return rows
+
+    async def fetchrow(self, sql: str, *args: object) -> Record | None:
+        await self._explain(sql, *args)
+        row: Record | None = await self._connection.fetchrow(sql, *args)
+        return row
+
+    async def fetchval(self, sql: str, *args: object) -> Any:
+        await self._explain(sql, *args)
+        return await self._connection.fetchval(sql, *args)
+
+
+class _ExplainedDatabase(Database):
+    """Gives that connection to whoever asks for one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._only = connection
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        yield self._only
+
+
+def of_million(data: Data) -> str:
+    """The plans, as Markdown."""
+    return asyncio.run(_explain(data))
+
+
+async def _explain(data: Data) -> str:
+    plans: list[str] = []
+    raw = await asyncpg.connect(data.url, timeout=10, server_settings={"jit": "off"})
+    try:
+        connection = _Explained(raw, plans)
+        database = _ExplainedDatabase(connection)
+        everything = RunFilter(ORGANIZATION)
+        sections: list[tuple[str, list[str]]] = []
+
+        def section(title: str) -> None:
+            sections.append((title, plans[:]))
+            plans.clear()
+
+        await connection.fetchrow(AUTHENTICATE, digest(data.key.encode()))
+        section("authenticate")
+        await connection.fetchrow(views.GET_RUN, run_id(1), ORGANIZATION)
+        section("one run")
+        await connection.fetchrow(retry.LOCK, run_id(1), ORGANIZATION)
+        section("retry: lock and read")
+        await list_runs(database, everything, None, 0, 100)
+        section("list: total, then the newest page")
+        await list_runs(database, everything, None, 900_000, 100)
+        section("list: skip=900000")
+        of_workflow = RunFilter(ORGANIZATION, workflow_id=data.workflow, status=RunStatus.SUCCESS)
+        await list_runs(database, of_workflow, None, 0, 100)
+        section("list: workflow_id and status")
+        await list_runs(
+            database, RunFilter(ORGANIZATION, created_at_from=datetime(2020, 1, 1, tzinfo=UTC)), None, 0, 100
+        )
+        section("list: created_at_from")
+        [machine] = await raw.fetch("SELECT id FROM machines LIMIT 1")
+        await list_runs(database, RunFilter(ORGANIZATION, machine_id=machine["id"]), None, 0, 100)
+        section("list: machine_id")
+    finally:
+        await raw.close()
+    return "\n".join(
+        f"#### {title}\n\n" + "\n".join(f"```\n{plan}\n```\n" for plan in found) for title, found in sections
+    )
