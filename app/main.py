@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Route
 
 from app import docs
 from app.background import Background
@@ -24,6 +25,8 @@ from app.routers import attachments, health, machines, pools, runs, workflows
 from app.storage import FileStore
 from app.vault import SecretStore
 from app.waiting import Waiters
+
+ROUTERS = (runs.router, attachments.router, workflows.router, machines.router, pools.router, health.router)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -59,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
         },
         redirect_slashes=False,  # a redirect would make clients send their key and body twice
     )
-    for router in (runs.router, attachments.router, workflows.router, machines.router, pools.router, health.router):
+    for router in ROUTERS:
         app.include_router(router)
     docs.install(app)
     app.add_middleware(Edge)
@@ -105,9 +108,15 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http_exception(request: Request, error: Exception) -> Response:
     """What the router itself refuses: an unknown path, or a method that the path does not have."""
     assert isinstance(error, HTTPException)  # noqa: S101 - as above
-    headers = dict(error.headers or {})
-    refusal = MethodNotAllowed(headers=headers) if error.status_code == 405 else RouteNotFound()
-    return await _refusal(request, refusal)
+    if error.status_code != 405:
+        return await _refusal(request, RouteNotFound())
+    # Each method of a path is a route of its own, and the framework names those of the first one alone.
+    allowed = {method for method in (error.headers or {}).get("Allow", "").split(", ") if method}
+    for router in ROUTERS:
+        for route in router.routes:
+            if isinstance(route, Route) and route.matches(request.scope)[0] is Match.PARTIAL:
+                allowed |= route.methods or set()
+    return await _refusal(request, MethodNotAllowed(headers={"Allow": ", ".join(sorted(allowed))}))
 
 
 async def _unexpected(request: Request, _: Exception) -> Response:
