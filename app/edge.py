@@ -8,14 +8,13 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Iterable
 from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.auth import authenticate, bearer
-from app.errors import InternalError, Refusal, Unauthorized
+from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized
 from app.logs import describe
 from app.parts import Parts
 
@@ -26,6 +25,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 # How long a refused upload is read and thrown away: closing at once would reset the connection before the reply is read.
 LINGER_SECONDS = 5.0
+
+# A rest no larger than this is thrown away by the server itself, and the connection lives on.
+SMALL_BODY = 64 * 1024
 
 
 def is_public(path: str) -> bool:
@@ -76,11 +78,10 @@ class _Exchange:
         self.started = False
         self.status = 0
         self._lingers = False
-        headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
-        self._body_left = any(
-            name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")) for name, value in headers
-        )
-        given = next((value for name, value in headers if name == b"x-request-id"), b"")
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        length = self._headers.get(b"content-length", b"0")
+        self._body_left = b"transfer-encoding" in self._headers or not length.isdigit() or int(length) > SMALL_BODY
+        given = self._headers.get(b"x-request-id", b"")
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.id
 
@@ -105,7 +106,9 @@ class _Exchange:
             if not any(name == b"cache-control" for name, _ in headers):
                 headers.append((b"cache-control", b"no-store"))
             headers.append((b"x-content-type-options", b"nosniff"))
-            if self._body_left and self.status >= 400:
+            if self.status == RequestTimeout.status:
+                headers.append((b"connection", b"close"))
+            elif self._body_left and self.status >= 400:
                 self._lingers = True
                 headers.append((b"connection", b"close"))
             message["headers"] = headers
@@ -117,7 +120,7 @@ class _Exchange:
 
     async def _drain(self) -> None:
         """Read and forget the rest of a refused body for a while, unless the caller waits for a 100 before sending it."""
-        if any(name == b"expect" for name, _ in self.scope["headers"]):
+        if b"expect" in self._headers:
             return
         try:
             async with asyncio.timeout(LINGER_SECONDS):

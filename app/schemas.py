@@ -74,8 +74,17 @@ def _utc(value: datetime) -> datetime:
         raise PydanticCustomError("datetime_parsing", "out of range") from None
 
 
-Text = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_TEXT)]
-Name = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_NAME)]
+def _whole(value: object) -> object:
+    """1.0 is an integer, as JSON Schema has it: some languages send every number with a fraction."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# The patterns say in the document what the validators check; those give the better sentences.
+_NO_NUL = {"pattern": "^[^\\u0000]*$"}
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+Text = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_TEXT, json_schema_extra=_NO_NUL)]
+Name = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_NAME, json_schema_extra=_NO_NUL)]
 JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_storable_json)]
 Variables = Annotated[dict[str, JsonValue], Field(max_length=MAX_VARIABLES), AfterValidator(_storable_json)]
 # A time without an offset is read as UTC: the SDK sends what datetime.isoformat() gives. Strings alone pass the first check;
@@ -85,7 +94,12 @@ PoolIds = Annotated[list[UUID], Field(max_length=MAX_IDS)]
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_HIDDEN = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+_CONTROL = re.compile(f"[{_HIDDEN}]")
+_FILENAME = {"pattern": rf"^(?!\.{{1,2}}$)[^{_HIDDEN}/\\]*[^{_HIDDEN}/\\\s][^{_HIDDEN}/\\]*$"}
+_TARGET_PATH = {
+    "pattern": rf"^(?!(.*[/\\])?\s*\.{{1,2}}\s*([/\\]|$))[^{_HIDDEN}]*[^{_HIDDEN}\s][^{_HIDDEN}]*$"
+}
 
 
 def _filename(value: str) -> str:
@@ -124,9 +138,17 @@ Base64 = Annotated[
     bytes, BeforeValidator(_base64), WithJsonSchema({"type": "string", "contentEncoding": "base64", "format": "byte"})
 ]
 FileName = Annotated[
-    str, AfterValidator(_storable_text), AfterValidator(_filename), Field(min_length=1, max_length=MAX_NAME)
+    str,
+    AfterValidator(_storable_text),
+    AfterValidator(_filename),
+    Field(min_length=1, max_length=MAX_NAME, json_schema_extra=_FILENAME),
 ]
-TargetPath = Annotated[str, AfterValidator(_storable_text), AfterValidator(_target_path), Field(max_length=4096)]
+TargetPath = Annotated[
+    str,
+    AfterValidator(_storable_text),
+    AfterValidator(_target_path),
+    Field(max_length=4096, json_schema_extra=_TARGET_PATH),
+]
 
 
 class Payload(BaseModel):
@@ -144,7 +166,7 @@ class Reply(BaseModel):
 class FileInput(Payload):
     """A file for the machine."""
 
-    filename: FileName = Field(description="Bare file name, without any path.", examples=["invoice.pdf"])
+    filename: FileName = Field(description="Bare file name, without any path; at most 255 bytes of UTF-8.", examples=["invoice.pdf"])
     content: Base64 = Field(description="The bytes, base64.", examples=["aGVsbG8="])
     target_path: TargetPath | None = Field(None, description="Where to put it on the machine (Windows or POSIX path).")
     cleanup_imports_after_run: bool = Field(default=False, description="Delete it from the machine after the run.")
@@ -192,7 +214,7 @@ class RunBulkCreate(_SessionOverrides):
     """Many runs that are alike."""
 
     workflow_id: UUID = Field(description="What to run.")
-    count: int = Field(ge=1, le=1000, description="How many runs.")
+    count: Integer = Field(ge=1, le=1000, description="How many runs.")
     is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
 
 
@@ -200,7 +222,7 @@ class RunUpdate(Payload):
     """An executor's report. Absent keys stay as they are; null empties a value."""
 
     status: RunStatus | None = Field(None, strict=False, description="The run's new status.")
-    attempt: int | None = Field(
+    attempt: Integer | None = Field(
         None, ge=1, le=2**31 - 1, description="The attempt this report is for; an older one is refused."
     )
     error: Annotated[list[Text], Field(max_length=1000)] | None = Field(None, description="What went wrong.")
@@ -319,7 +341,9 @@ class RunAttachmentCreate(FileInput):
     content_type: str = Field(
         pattern=_MEDIA_TYPE, max_length=MAX_NAME, description="Media type.", examples=["text/csv"]
     )
-    attachment_type: AttachmentType = Field(description="Only `output` can be added to an existing run.")
+    attachment_type: Annotated[AttachmentType, WithJsonSchema({"type": "string", "enum": ["output"]})] = Field(
+        description="Only `output` can be added to an existing run."
+    )
     expires_at: Timestamp | None = Field(
         None, description="When the file is deleted; null keeps it as long as the run."
     )

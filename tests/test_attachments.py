@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import uuid4
 
+import asyncpg
 import httpx
 import pytest
 from pydantic import SecretStr
@@ -221,6 +222,40 @@ class TestOvertaken:
             refused(upload.result(), status, code)
             assert listed() == [{"later": True}]
             assert stack.sql("SELECT 1 FROM run_attachments WHERE run_id = $1", run_id) == []
+
+    def test_staged_bytes_that_are_being_deleted_are_not_used(self, objects: Server, stack: Stack, weed: Weed) -> None:
+        """The upload was stalled for longer than the grace time."""
+        with objects.client() as api, ThreadPoolExecutor(1) as uploads:
+            run_id = running(api)
+            condemn = "UPDATE deletions SET condemned_at = now() WHERE name LIKE $1 RETURNING name"
+            weed.process.send_signal(signal.SIGSTOP)
+            try:
+                upload = uploads.submit(api.post, "/v1/run-attachments", json=output(run_id))
+                until(lambda: stack.sql(condemn, f"%/{run_id}/%"), what="the upload is being staged")
+            finally:
+                weed.process.send_signal(signal.SIGCONT)
+            refused(upload.result(), 503, "storage_unavailable")
+            assert api.get_run(run_id)["output_attachment_ids"] == []
+
+    def test_it_waits_for_whoever_changes_the_run(self, api: Client, stack: Stack) -> None:
+        run_id = running(api)
+
+        async def end_the_run(upload: Callable[[], httpx.Response]) -> httpx.Response:
+            connection = await asyncpg.connect(stack.postgres.url, timeout=10)
+            try:
+                async with connection.transaction():
+                    await connection.execute("UPDATE runs SET status = 'error', ended_at = now() WHERE id = $1", run_id)
+                    reply = asyncio.create_task(asyncio.to_thread(upload))
+                    waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%FROM runs%'"
+                    while not await connection.fetch(waits):
+                        assert not reply.done(), reply.result().text
+                        await asyncio.sleep(0.01)
+                return await reply
+            finally:
+                await connection.close()
+
+        reply = asyncio.run(end_the_run(lambda: api.post("/v1/run-attachments", json=output(run_id))))
+        refused(reply, 409, "invalid_transition")
 
 
 def test_a_store_that_is_down_is_503_and_nothing_changes(objects: Server, stack: Stack, weed: Weed) -> None:

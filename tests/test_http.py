@@ -50,7 +50,7 @@ def _whole(received: bytes) -> bool:
 class TestAuthentication:
     @pytest.mark.parametrize("headers", KEY_ERRORS)
     def test_no_or_bad_key(self, server: Server, headers: dict[str, str]) -> None:
-        encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+        encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
         reply = httpx.post(f"{server.url}/v1/runs/{uuid4()}/retry", json={}, headers=encoded, trust_env=False)
         assert reply.status_code == 401
         assert reply.headers["www-authenticate"] == "Bearer"

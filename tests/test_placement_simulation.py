@@ -11,20 +11,16 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 import asyncpg
-import orjson
 import pytest
-from fastapi import FastAPI
 
-from app.config import Settings
-from app.main import create_app
 from tests.conftest import Stack
+from tests.scheduling import NEVER, Replica
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "16"))
 ORGANIZATIONS = 2
@@ -196,55 +192,6 @@ def better_claim(other: Run, run: Run, machine: Machine, before: State, now: Sta
     if (reserved and reserved.id) != (was_reserved and was_reserved.id):
         return False
     return before.may_start(standing) and now.may_start(other)
-
-
-# --- two replicas -----------------------------------------------------------------------------------------------------
-
-
-class Replica:
-    """A whole application, called without a socket."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self.app = app
-
-    @classmethod
-    @asynccontextmanager
-    async def run(cls, settings: Settings) -> AsyncIterator["Replica"]:
-        app = create_app(settings)
-        async with app.router.lifespan_context(app):
-            yield cls(app)
-
-    async def call(self, key: str, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        content = b"" if body is None else orjson.dumps(body)
-        headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-length", str(len(content)).encode())]
-        headers.append((b"content-type", b"application/json"))
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "scheme": "http",
-            "method": method,
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "headers": headers,
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 1),
-            "state": {},
-        }
-        status, received = 0, b""
-
-        async def receive() -> dict[str, object]:
-            return {"type": "http.request", "body": content, "more_body": False}
-
-        async def send(message: Any) -> None:
-            nonlocal status, received
-            status = message.get("status", status)
-            received += message.get("body", b"")
-
-        await self.app(scope, receive, send)
-        return status, orjson.loads(received) if received else None
 
 
 # --- the actions ------------------------------------------------------------------------------------------------------
@@ -493,25 +440,26 @@ class Simulation:
     ("deaths", "period"),
     [
         # A period longer than the test: every assignment is owed to a wake-up after a commit.
-        pytest.param(False, 3600.0, id="wake-ups alone"),
+        pytest.param(False, NEVER, id="wake-ups alone"),
         # Executors die and wake-ups get lost: what is left is found within a period.
         pytest.param(True, 0.3, id="deaths and lost wake-ups"),
     ],
 )
-def test_simulation(stack: Stack, deaths: bool, period: float) -> None:
+def test_simulation(stack: Stack, *, deaths: bool, period: float) -> None:
     seed = int(os.environ.get("SIMULATION_SEED") or secrets.randbits(32))
     print(f"SIMULATION_SEED={seed}")  # noqa: T201 - pytest shows it when the test fails
-    environment = stack.environment(BACKGROUND_PERIOD_SECONDS=period, RUN_SILENCE_SECONDS=3600 if deaths else 0)
-    settings = Settings(**{name.lower(): value for name, value in environment.items()})  # type: ignore[arg-type]
+    settings: dict[str, object] = {"BACKGROUND_PERIOD_SECONDS": period, "RUN_SILENCE_SECONDS": 3600 if deaths else 0}
     names = [f"simulation-{secrets.token_hex(4)}" for _ in range(ORGANIZATIONS)]
     keys = {name: stack.new_key(name) for name in names}
-    asyncio.run(simulate(settings, keys, stack.postgres.url, seed, deaths=deaths))
+    asyncio.run(simulate(stack, settings, keys, seed, deaths=deaths))
 
 
-async def simulate(settings: Settings, keys: dict[str, str], url: str, seed: int, *, deaths: bool) -> None:
+async def simulate(stack: Stack, settings: dict[str, object], keys: dict[str, str], seed: int, *, deaths: bool) -> None:
+    url = stack.postgres.url
     look = await asyncpg.connect(url)
+    replica = Replica.run
     try:
-        async with Replica.run(settings) as one, Replica.run(settings) as two, asyncio.TaskGroup() as group:
+        async with replica(stack, **settings) as one, replica(stack, **settings) as two, asyncio.TaskGroup() as group:
             simulation = Simulation([one, two], keys, url, look, seed)
             await simulation.set_up()
             watcher = group.create_task(simulation.watch())
