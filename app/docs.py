@@ -27,7 +27,7 @@ from app.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
-from app.schemas import Problem, ValidationProblem
+from app.schemas import MAX_INTEGER, NO_NUL, Problem, ValidationProblem
 
 _BODIES: dict[str, type[BaseModel]] = {}
 
@@ -47,12 +47,11 @@ def operation(
     *refusals: type[Refusal],
     body: type[BaseModel] | None = None,
     write: bool = False,
-    body_required: bool = True,
     public: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments of a route: its refusals, and for a write its body and the Idempotency-Key.
 
-    A public route needs no API key.
+    A public route needs no API key. A body may be absent if none of its fields is required.
     """
     always = tuple(refusal for refusal in _REFUSED_ALWAYS if not (public and refusal is Unauthorized))
     possible = (*always, *(_REFUSED_WRITES if write else ()), *refusals)
@@ -62,7 +61,8 @@ def operation(
     if body is not None:
         _BODIES[body.__name__] = body
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-        extra["requestBody"] = {"required": body_required, "content": {"application/json": {"schema": schema}}}
+        required = any(field.is_required() for field in body.model_fields.values())
+        extra["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
     return {"responses": _responses(possible), "openapi_extra": extra}
 
 
@@ -81,14 +81,48 @@ def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str,
         )
         response["codes"].append(refusal.code)
         if refusal.status == 503 or refusal is IdempotencyInProgress:
-            response.setdefault("headers", {})["Retry-After"] = {
-                "schema": {"type": "string"},
-                "description": "Seconds.",
-            }
+            response.setdefault("headers", {})["Retry-After"] = _header("Seconds.")
+        if refusal is IdempotencyInProgress:
+            response["headers"]["Idempotency-Status"] = _header("`in_progress`, with that code alone: send it again.")
+        if refusal is Unauthorized:
+            response.setdefault("headers", {})["WWW-Authenticate"] = _header("`Bearer`.")
     for response in responses.values():
         if codes := response.pop("codes", None):
             response["description"] = "Code " + " or ".join(f"`{code}`" for code in dict.fromkeys(codes)) + "."
     return responses
+
+
+def _header(description: str) -> dict[str, Any]:
+    return {"schema": {"type": "string"}, "description": description}
+
+
+def _complete(document: dict[str, Any]) -> None:
+    """What holds for every operation, or follows from what it already says."""
+    for operations in document["paths"].values():
+        for described in operations.values():
+            for status, response in described["responses"].items():
+                headers = response.setdefault("headers", {})
+                headers["X-Request-ID"] = _header("Names this request in the log; the caller's own, if it is harmless.")
+                if status.startswith("2") and _IDEMPOTENCY_KEY in described.get("parameters", ()):
+                    headers["Idempotency-Status"] = _header("`replayed` if this is the first reply, sent once more.")
+
+
+# Without a schema of its own a free value would allow what the stores cannot hold.
+_JSON_VALUE = {
+    "description": "Any JSON that is stored as sent: text without U+0000, integers of 64 bits.",
+    "anyOf": [
+        {"type": ["null", "boolean"]},
+        {"type": "string", **NO_NUL},
+        {"type": "integer", "minimum": -MAX_INTEGER - 1, "maximum": MAX_INTEGER},
+        {"type": "number", "not": {"type": "integer"}},
+        {"type": "array", "items": {"$ref": "#/components/schemas/JsonValue"}},
+        {
+            "type": "object",
+            "propertyNames": NO_NUL,
+            "additionalProperties": {"$ref": "#/components/schemas/JsonValue"},
+        },
+    ],
+}
 
 
 def install(app: FastAPI) -> None:
@@ -102,7 +136,9 @@ def install(app: FastAPI) -> None:
             _, definitions = models_json_schema(bodies, ref_template=template)  # type: ignore[arg-type] # literal modes
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             schemas.update(definitions["$defs"])
+            schemas["JsonValue"] = _JSON_VALUE
             document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+            _complete(document)
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -72,6 +72,9 @@ class RunFilter:
 _NEWEST_FIRST = "ORDER BY created_at DESC, id DESC"
 
 
+FIELDS = views.RUN_COLUMNS.keys() | views.RUN_UNSUPPORTED.keys()
+
+
 async def list_runs(
     database: Database, wanted: RunFilter, fields: Sequence[str] | None, skip: int, limit: int
 ) -> dict[str, Any]:
@@ -103,8 +106,8 @@ def _projection(fields: Sequence[str] | None) -> tuple[Sequence[str] | None, dic
     """The columns to read and the always-null keys to show. `fields` may be repeated or comma-separated."""
     if fields is None:
         return None, None
-    names = {name.strip() for part in fields for name in part.split(",") if name.strip()}
-    if not names <= views.RUN_COLUMNS.keys() | views.RUN_UNSUPPORTED.keys():
+    names = {name.strip(" ") for part in fields for name in part.split(",")} - {""}
+    if not names <= FIELDS:
         raise Invalid((("query", "fields"), "Must be names of fields of a run.", "fields"))
     chosen = names | set(views.RUN_BASE_FIELDS)
     return [name for name in views.RUN_COLUMNS if name in chosen], {

@@ -80,13 +80,19 @@ def _whole(value: object) -> object:
 
 
 # The patterns say in the document what the validators check; those give the better sentences.
-_NO_NUL = {"pattern": "^[^\\u0000]*$"}
+NO_NUL = {"pattern": "^[^\\u0000]*$"}
 
 Integer = Annotated[int, BeforeValidator(_whole)]
-Text = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_TEXT, json_schema_extra=_NO_NUL)]
-Name = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_NAME, json_schema_extra=_NO_NUL)]
-JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_storable_json)]
-Variables = Annotated[dict[str, JsonValue], Field(max_length=MAX_VARIABLES), AfterValidator(_storable_json)]
+Text = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_TEXT, json_schema_extra=NO_NUL)]
+Name = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_NAME, json_schema_extra=NO_NUL)]
+JsonObject = Annotated[
+    dict[str, JsonValue], Field(json_schema_extra={"propertyNames": NO_NUL}), AfterValidator(_storable_json)
+]
+Variables = Annotated[
+    dict[str, JsonValue],
+    Field(max_length=MAX_VARIABLES, json_schema_extra={"propertyNames": NO_NUL}),
+    AfterValidator(_storable_json),
+]
 # A time without an offset is read as UTC: the SDK sends what datetime.isoformat() gives. Strings alone pass the first check;
 # strict would then refuse them too, because what a validator returns no longer counts as JSON.
 Timestamp = Annotated[datetime, Field(strict=False), BeforeValidator(_rfc3339), AfterValidator(_utc)]
@@ -97,9 +103,7 @@ PoolIds = Annotated[list[UUID], Field(max_length=MAX_IDS)]
 _HIDDEN = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 _CONTROL = re.compile(f"[{_HIDDEN}]")
 _FILENAME = {"pattern": rf"^(?!\.{{1,2}}$)[^{_HIDDEN}/\\]*[^{_HIDDEN}/\\\s][^{_HIDDEN}/\\]*$"}
-_TARGET_PATH = {
-    "pattern": rf"^(?!(.*[/\\])?\s*\.{{1,2}}\s*([/\\]|$))[^{_HIDDEN}]*[^{_HIDDEN}\s][^{_HIDDEN}]*$"
-}
+_TARGET_PATH = {"pattern": rf"^(?!(.*[/\\])?\s*\.{{1,2}}\s*([/\\]|$))[^{_HIDDEN}]*[^{_HIDDEN}\s][^{_HIDDEN}]*$"}
 
 
 def _filename(value: str) -> str:
@@ -157,6 +161,14 @@ class Payload(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
 
+_ID = "3c90c3cc-0d44-4b50-8888-8dd25736052a"
+
+
+def _example(**values: Any) -> ConfigDict:
+    """A body for the document; ids in it stand for the caller's own."""
+    return ConfigDict(json_schema_extra={"examples": [values]})
+
+
 class Reply(BaseModel):
     """A reply: every key is always present."""
 
@@ -166,7 +178,9 @@ class Reply(BaseModel):
 class FileInput(Payload):
     """A file for the machine."""
 
-    filename: FileName = Field(description="Bare file name, without any path; at most 255 bytes of UTF-8.", examples=["invoice.pdf"])
+    filename: FileName = Field(
+        description="Bare file name, without any path; at most 255 bytes of UTF-8.", examples=["invoice.pdf"]
+    )
     content: Base64 = Field(description="The bytes, base64.", examples=["aGVsbG8="])
     target_path: TargetPath | None = Field(None, description="Where to put it on the machine (Windows or POSIX path).")
     cleanup_imports_after_run: bool = Field(default=False, description="Delete it from the machine after the run.")
@@ -199,12 +213,27 @@ class _SessionOverrides(_Overrides):
 class RunRetry(_SessionOverrides):
     """What to change for the next attempt. Absent and null both mean: keep."""
 
+    model_config = _example(
+        input_values={"customer": "Ada"},
+        sensitive_input_values={"password": "s3cret"},
+        file_inputs=[{"filename": "invoice.pdf", "content": "aGVsbG8=", "target_path": "C:\\in\\invoice.pdf"}],
+        is_priority=True,
+    )
+
     reuse_session: bool | None = Field(default=True, description="false drops the session, unless a new one is given.")
     is_priority: bool | None = Field(None, description="Start before runs without priority.")
 
 
 class RunCreate(_SessionOverrides):
     """A new run of a workflow."""
+
+    model_config = _example(
+        workflow_id=_ID,
+        input_values={"customer": "Ada"},
+        sensitive_input_values={"password": "s3cret"},
+        start_session=True,
+        session_alias="morning",
+    )
 
     workflow_id: UUID = Field(description="What to run.")
     is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
@@ -213,6 +242,8 @@ class RunCreate(_SessionOverrides):
 class RunBulkCreate(_SessionOverrides):
     """Many runs that are alike."""
 
+    model_config = _example(workflow_id=_ID, count=2, input_values={"customer": "Ada"})
+
     workflow_id: UUID = Field(description="What to run.")
     count: Integer = Field(ge=1, le=1000, description="How many runs.")
     is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
@@ -220,6 +251,13 @@ class RunBulkCreate(_SessionOverrides):
 
 class RunUpdate(Payload):
     """An executor's report. Absent keys stay as they are; null empties a value."""
+
+    model_config = _example(
+        status="success",
+        attempt=1,
+        output_data={"total": 42},
+        run_message_history=[{"role": "assistant", "content": "Done."}],
+    )
 
     status: RunStatus | None = Field(None, strict=False, description="The run's new status.")
     attempt: Integer | None = Field(
@@ -258,25 +296,25 @@ class RunResponse(Reply):
         description="The assigned machine, else the session's reserved one, else the pinned one."
     )
     assigned_machine_id: UUID | None = Field(description="Null until a machine is assigned.")
-    user_id: UUID | None
+    user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
     organization_id: str | None
     status: RunStatus
     scheduling_reason: SCHEDULING_REASONS | None = Field(description="Why a scheduling run has not started.")
     attempt: int = Field(description="1 at creation, one more with each retry.")
-    is_priority: bool
-    error: list[str] | None
-    output_data: dict[str, Any] | None
-    output_attachment_ids: list[str]
-    run_message_history: list[dict[str, Any]] | None
-    input_attachment_ids: list[str]
-    input_values: dict[str, Any] | None
+    is_priority: bool = Field(description="Starts before runs without priority.")
+    error: list[str] | None = Field(description="What went wrong.")
+    output_data: dict[str, Any] | None = Field(description="The result.")
+    output_attachment_ids: list[str] = Field(description="Files that the executor handed in.")
+    run_message_history: list[dict[str, Any]] | None = Field(description="What was said and done.")
+    input_attachment_ids: list[str] = Field(description="Files for the machine.")
+    input_values: dict[str, Any] | None = Field(description="Values of the workflow's variables.")
     sensitive_input_aliases: dict[str, str] | None = Field(
         description="Where each secret is in Vault; never the secret."
     )
-    pool_ids: list[UUID] | None
-    session_id: UUID | None
-    session_alias: str | None
-    release_session_after: bool | None
+    pool_ids: list[UUID] | None = Field(description="The machine must be in all of these.")
+    session_id: UUID | None = Field(description="Runs of one session use one machine, one after the other.")
+    session_alias: str | None = Field(description="Name of this run within its session.")
+    release_session_after: bool | None = Field(description="Release the session's machine when this run ends.")
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
@@ -301,7 +339,7 @@ class RunAttemptResponse(Reply):
     attempt: int
     status: RunStatus
     error: list[str] | None
-    machine_id: UUID | None
+    machine_id: UUID | None = Field(description="The machine that was assigned.")
     session_id: UUID | None
     started_at: datetime | None
     ended_at: datetime | None
@@ -315,17 +353,17 @@ class Page(Reply, Generic[T]):
     """One page of a list."""
 
     items: list[T]
-    total: int
-    skip: int
-    limit: int
+    total: int = Field(description="Items in all pages.")
+    skip: int = Field(description="Items passed over.")
+    limit: int = Field(description="Most items in a page.")
 
 
 class RunBulkCreateResponse(Reply):
     """All or nothing: failed_count is always 0."""
 
-    created_runs: list[RunResponse]
-    failed_count: int
-    errors: list[str]
+    created_runs: list[RunResponse] = Field(description="The new runs.")
+    failed_count: int = Field(description="Always 0.")
+    errors: list[str] = Field(description="Always empty.")
 
 
 # --- attachments ------------------------------------------------------------------------------------------------------
@@ -336,6 +374,10 @@ _MEDIA_TYPE = r"^[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}( ?; ?[A
 
 class RunAttachmentCreate(FileInput):
     """A file that an executor hands in for its run."""
+
+    model_config = _example(
+        run_id=_ID, filename="report.csv", content="YSxiCg==", content_type="text/csv", attachment_type="output"
+    )
 
     run_id: UUID = Field(description="The run; it must be running.")
     content_type: str = Field(
@@ -352,6 +394,8 @@ class RunAttachmentCreate(FileInput):
 class RunAttachmentUpdate(Payload):
     """Absent keeps the expiry, null removes it."""
 
+    model_config = _example(expires_at="2030-01-31T12:00:00Z")
+
     expires_at: Timestamp | None = Field(
         None, description="When the file is deleted; null keeps it as long as the run."
     )
@@ -362,23 +406,23 @@ class RunAttachmentResponse(Reply):
 
     id: UUID
     run_id: UUID
-    user_id: UUID | None
+    user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
     organization_id: str | None
     attachment_type: AttachmentType
     filename: str
     content_type: str
-    size_bytes: int
+    size_bytes: int = Field(description="Size of the file itself.")
     storage_path: str = Field(description="Key in the file store; empty once an expired input's bytes were deleted.")
-    target_path: str | None
-    cleanup_imports_after_run: bool
+    target_path: str | None = Field(description="Where to put it on the machine.")
+    cleanup_imports_after_run: bool = Field(description="Delete it from the machine after the run.")
     created_at: datetime
-    expires_at: datetime | None
+    expires_at: datetime | None = Field(description="When the file is deleted; null keeps it as long as the run.")
 
 
 class DownloadUrlResponse(Reply):
     """A URL that works without an API key until it expires."""
 
-    url: str
+    url: str = Field(description="Good for GET alone.")
     expires_in: int = Field(description="Seconds.")
 
 
@@ -388,38 +432,50 @@ class DownloadUrlResponse(Reply):
 class WorkflowCreate(Payload):
     """A new workflow."""
 
+    model_config = _example(name="Monthly report", main_prompt="Open the report, fill in the figures, and save it.")
+
     main_prompt: Text = Field(description="What the agent is told to do.")
-    name: Name | None = None
-    input_schema: Text | None = None
-    output_schema: Text | None = None
-    includes_file_exports: bool = False
-    is_webhooks_enabled: bool = False
+    name: Name | None = Field(None, description="What people call it.")
+    input_schema: Text | None = Field(
+        None, description="JSON Schema of input_values, as text; kept as it is, not applied."
+    )
+    output_schema: Text | None = Field(
+        None, description="JSON Schema of output_data, as text; kept as it is, not applied."
+    )
+    includes_file_exports: bool = Field(default=False, description="Its runs hand in files.")
+    is_webhooks_enabled: bool = Field(default=False, description="Kept for clients; this service sends no webhooks.")
 
 
 class WorkflowUpdate(Payload):
     """Absent keys stay as they are."""
 
-    main_prompt: Text | None = None
-    name: Name | None = None
-    input_schema: Text | None = None
-    output_schema: Text | None = None
-    includes_file_exports: bool | None = None
-    is_webhooks_enabled: bool | None = None
+    model_config = _example(name="Weekly report")
+
+    main_prompt: Text | None = Field(None, description="What the agent is told to do; null keeps it.")
+    name: Name | None = Field(None, description="What people call it.")
+    input_schema: Text | None = Field(
+        None, description="JSON Schema of input_values, as text; kept as it is, not applied."
+    )
+    output_schema: Text | None = Field(
+        None, description="JSON Schema of output_data, as text; kept as it is, not applied."
+    )
+    includes_file_exports: bool | None = Field(None, description="Its runs hand in files.")
+    is_webhooks_enabled: bool | None = Field(None, description="Kept for clients; this service sends no webhooks.")
 
 
 class WorkflowResponse(Reply):
     """A workflow. Keys that are always null belong to features this service does not have."""
 
     id: UUID
-    user_id: UUID | None
+    user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
     organization_id: str | None
     name: str | None
-    main_prompt: str
-    input_schema: str | None
-    output_schema: str | None
-    includes_file_exports: bool
-    is_webhooks_enabled: bool
-    includes_input_variables: bool
+    main_prompt: str = Field(description="What the agent is told to do.")
+    input_schema: str | None = Field(description="JSON Schema of input_values, as text.")
+    output_schema: str | None = Field(description="JSON Schema of output_data, as text.")
+    includes_file_exports: bool = Field(description="Its runs hand in files.")
+    is_webhooks_enabled: bool = Field(description="Kept for clients; this service sends no webhooks.")
+    includes_input_variables: bool = Field(description="Always false.")
     terminal_command_allowlist: None
     model_metadata: None
     post_run_check_failure_cleanup_prompt: None
@@ -437,25 +493,29 @@ MachineStatus = Literal["connected", "disconnected", "error"]
 class MachineCreate(Payload):
     """A machine that registers itself."""
 
+    model_config = _example(fingerprint="5f2b9c", unkey_key_id="key_1", hostname="desk-7")
+
     fingerprint: Name = Field(min_length=1, description="Identifies the hardware.")
     unkey_key_id: Name = Field(min_length=1, description="The vendor's id of the machine's key.")
-    name: Name | None = None
-    version: Name | None = None
-    hostname: Name | None = None
-    os_info: Name | None = None
+    name: Name | None = Field(None, description="What people call it.")
+    version: Name | None = Field(None, description="Version of the software that drives it.")
+    hostname: Name | None = Field(None, description="Its name in the network.")
+    os_info: Name | None = Field(None, description="Its operating system.")
 
 
 class MachineUpdate(Payload):
     """Absent keys stay as they are. `reserved_session_id: null` ends the session on this machine."""
 
-    name: Name | None = None
-    version: Name | None = None
-    hostname: Name | None = None
-    os_info: Name | None = None
-    status: MachineStatus | None = None
-    is_available: bool | None = None
-    alerts_enabled: bool | None = None
-    last_seen: Timestamp | None = None
+    model_config = _example(status="disconnected", is_available=False)
+
+    name: Name | None = Field(None, description="What people call it.")
+    version: Name | None = Field(None, description="Version of the software that drives it.")
+    hostname: Name | None = Field(None, description="Its name in the network.")
+    os_info: Name | None = Field(None, description="Its operating system.")
+    status: MachineStatus | None = Field(None, description="Only a connected machine is given runs.")
+    is_available: bool | None = Field(None, description="Only an available machine is given runs.")
+    alerts_enabled: bool | None = Field(None, description="Kept for clients; this service sends no alerts.")
+    last_seen: Timestamp | None = Field(None, description="When it was last heard of.")
     reserved_session_id: None = Field(
         None, description="Only null: cancels the session's active runs, clears the reservation and frees the machine."
     )
@@ -467,10 +527,10 @@ class PoolResponse(Reply):
     id: UUID
     organization_id: str
     name: str
-    description: str | None
+    description: str | None = Field(description="What it is for.")
     pool_parameters: None
     pool_sensitive_parameters: None
-    machine_count: int
+    machine_count: int = Field(description="Machines in it.")
     created_at: datetime
     updated_at: datetime
 
@@ -479,45 +539,53 @@ class MachineResponse(Reply):
     """A machine. Keys that are always null belong to features this service does not have."""
 
     id: UUID
-    fingerprint: str  # SDKs before 2.2.59 cannot read a machine without it
-    unkey_key_id: str
-    user_id: UUID | None
+    fingerprint: str = Field(
+        description="Identifies the hardware."
+    )  # SDKs before 2.2.59 cannot read a machine without it
+    unkey_key_id: str = Field(description="The vendor's id of the machine's key.")
+    user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
     organization_id: str | None
     name: str | None
-    version: str | None
-    hostname: str | None
-    os_info: str | None
-    status: MachineStatus
-    is_available: bool
-    alerts_enabled: bool
-    reserved_session_id: UUID | None
+    version: str | None = Field(description="Version of the software that drives it.")
+    hostname: str | None = Field(description="Its name in the network.")
+    os_info: str | None = Field(description="Its operating system.")
+    status: MachineStatus = Field(description="Only a connected machine is given runs.")
+    is_available: bool = Field(description="Only an available machine is given runs.")
+    alerts_enabled: bool = Field(description="Kept for clients; this service sends no alerts.")
+    reserved_session_id: UUID | None = Field(description="Only runs of this session are given to it.")
     machine_parameters: None
     machine_sensitive_parameters: None
     linked_keepalive_machine_id: None
     physical_server_id: None
     pools: list[PoolResponse]
     created_at: datetime
-    last_seen: datetime
+    last_seen: datetime = Field(description="When it was last heard of.")
 
 
 class MachinePoolUpdate(Payload):
     """The pools a machine is in from now on."""
 
-    pool_ids: PoolIds
+    model_config = _example(pool_ids=[_ID])
+
+    pool_ids: PoolIds = Field(description="All pools it is in from now on.")
 
 
 class PoolCreate(Payload):
     """A new pool."""
 
-    name: Name = Field(min_length=1)
-    description: Text | None = None
+    model_config = _example(name="Finance", description="Machines that may see the ledgers.")
+
+    name: Name = Field(min_length=1, description="What people call it.")
+    description: Text | None = Field(None, description="What it is for.")
 
 
 class PoolUpdate(Payload):
     """Absent keys stay as they are."""
 
-    name: Name | None = Field(None, min_length=1)
-    description: Text | None = None
+    model_config = _example(description="Machines with the ledger software.")
+
+    name: Name | None = Field(None, min_length=1, description="What people call it; null keeps it.")
+    description: Text | None = Field(None, description="What it is for; null clears it.")
 
 
 class PoolWithMachines(PoolResponse):
@@ -529,7 +597,9 @@ class PoolWithMachines(PoolResponse):
 class MachinePoolAssignment(Payload):
     """Machines to add to a pool, or to take out of it."""
 
-    machine_ids: Annotated[list[UUID], Field(max_length=1000)]
+    model_config = _example(machine_ids=[_ID])
+
+    machine_ids: Annotated[list[UUID], Field(max_length=1000)] = Field(description="The machines.")
 
 
 # --- errors and health ------------------------------------------------------------------------------------------------
@@ -538,9 +608,9 @@ class MachinePoolAssignment(Payload):
 class Problem(BaseModel):
     """RFC 9457 problem details."""
 
-    type: str
-    title: str
-    status: int
+    type: str = Field(description="`urn:problem:` and the code.")
+    title: str = Field(description="The name of the status.")
+    status: int = Field(description="The HTTP status.")
     detail: str = Field(description="What happened and what to do.")
     code: str = Field(description="Stable name of the refusal.")
 
@@ -548,9 +618,9 @@ class Problem(BaseModel):
 class ValidationItem(BaseModel):
     """One thing wrong with a request: where, and what; never the value."""
 
-    loc: list[str | int]
-    msg: str
-    type: str
+    loc: list[str | int] = Field(description="Where: `body`, `path`, `query` or `header`, then the field.")
+    msg: str = Field(description="What is wrong, and what would be right.")
+    type: str = Field(description="Stable name of the kind of error.")
 
 
 class ValidationProblem(BaseModel):

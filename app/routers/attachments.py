@@ -99,7 +99,7 @@ async def get_attachment(attachment_id: UUID, request: Request) -> Response:
 @router.put(
     _PATH + "/{attachment_id}",
     response_model=RunAttachmentResponse,
-    **operation(AttachmentNotFound, InputAttachmentsExpired, body=RunAttachmentUpdate, write=True, body_required=False),
+    **operation(AttachmentNotFound, InputAttachmentsExpired, body=RunAttachmentUpdate, write=True),
 )
 async def update_attachment(attachment_id: UUID, request: Request) -> Response:
     """Change when the file expires; a time in the past expires it now.

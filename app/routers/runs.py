@@ -4,6 +4,7 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
 
 from app import runs, views
 from app.docs import operation
@@ -26,7 +27,7 @@ from app.parts import parts
 from app.payload import read, read_write
 from app.replies import Limit, Skip, json_reply, send
 from app.retry import retry
-from app.run_list import RunFilter, list_runs, wait_for_run
+from app.run_list import FIELDS, RunFilter, list_runs, wait_for_run
 from app.schemas import (
     Page,
     RunAttemptResponse,
@@ -45,6 +46,9 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
 _TARGETS = (MachineNotFound, PoolNotFound, SessionNotFound)
 _STORES = (VaultUnavailable, StorageUnavailable)
 
+_FIELD = f" *({'|'.join(sorted(FIELDS))})? *"
+_FieldNames = Annotated[str, Field(json_schema_extra={"pattern": f"^{_FIELD}(,{_FIELD})*$"})]
+
 
 @router.post(
     "/{run_id}/retry",
@@ -58,7 +62,6 @@ _STORES = (VaultUnavailable, StorageUnavailable)
         *_STORES,
         body=RunRetry,
         write=True,
-        body_required=False,
     ),
 )
 async def retry_run(run_id: UUID, request: Request) -> Response:
@@ -135,7 +138,7 @@ async def list_all(
     status: RunStatus | None = None,
     created_at_from: Annotated[Timestamp | None, Query(description="Created at or after.")] = None,
     created_at_to: Annotated[Timestamp | None, Query(description="Created at or before.")] = None,
-    fields: Annotated[list[str] | None, Query(description="Only these keys, and the base fields.")] = None,
+    fields: Annotated[list[_FieldNames] | None, Query(description="Only these keys, and the base fields.")] = None,
     wait: Annotated[
         float,
         Query(ge=0, le=30, description="Seconds to hold the reply until there is a run (assigned to machine_id)."),
