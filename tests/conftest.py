@@ -99,8 +99,9 @@ class Stack:
         return found
 
     def blobs(self, folder: str = "") -> set[str]:
-        """Every file in the store, leftovers included."""
-        return {str(path.relative_to(self.files)) for path in (self.files / folder).rglob("*") if path.is_file()}
+        """Every file in the store, leftovers included. Folders may go meanwhile: os.walk passes over them, rglob fails."""
+        walked = os.walk(self.files / folder)
+        return {str((Path(path) / name).relative_to(self.files)) for path, _, names in walked for name in names}
 
     def named(self) -> tuple[set[str], set[str]]:
         """Secret paths and blob keys that a run or the deletion list names."""

@@ -24,7 +24,8 @@ from pydantic import SecretStr
 from app.config import Settings
 from app.database import Database
 from app.runs import expire_attachments
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
+from dev.stack import Postgres
+from tests.conftest import Client, Server, Stack, file_input, migrate, start_server, until
 from tests.test_storage import Weed
 
 SERVER_KEY = "a key of the tests, longer than 32 characters"
@@ -158,23 +159,26 @@ def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
 
 
 @pytest.fixture(scope="module")
-def objects(stack: Stack, weed: Weed) -> Iterator[Server]:
-    """A server whose files are in an S3 store."""
-    server = start_server(
-        stack,
-        STORAGE_URL="s3://files",
-        AWS_ENDPOINT_URL=f"http://127.0.0.1:{weed.port}",
-        AWS_ACCESS_KEY_ID="key",
-        AWS_SECRET_ACCESS_KEY="secret",
-        AWS_REGION="us-east-1",
-        AWS_ALLOW_HTTP="true",
-    )
-    with server.client() as client:
-        # Its parts find each other one by one; a put needs all of them, and makes the bucket.
-        run_id = running(client)
-        until(lambda: client.post("/v1/run-attachments", json=output(run_id)).status_code == 201, 30, what="S3 is up")
-    yield server
-    server.app.stop()
+def objects(stack: Stack, weed: Weed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose files are in an S3 store; with a database of its own, because a deletion list is for one store."""
+    folder = tmp_path_factory.mktemp("objects")
+    with Postgres(folder, fsync=False) as postgres:
+        migrate(postgres.url)
+        server = start_server(
+            Stack(folder, postgres, stack.bao),
+            STORAGE_URL="s3://files",
+            AWS_ENDPOINT_URL=f"http://127.0.0.1:{weed.port}",
+            AWS_ACCESS_KEY_ID="key",
+            AWS_SECRET_ACCESS_KEY="secret",
+            AWS_REGION="us-east-1",
+            AWS_ALLOW_HTTP="true",
+        )
+        with server.client() as client:
+            # Its parts find each other one by one; a put needs all of them, and makes the bucket.
+            body = output(running(client))
+            until(lambda: client.post("/v1/run-attachments", json=body).status_code == 201, 30, what="S3 is up")
+        yield server
+        server.app.stop()
 
 
 class TestOvertaken:
@@ -203,13 +207,15 @@ class TestOvertaken:
         ],
     )
     def test_it_is_refused_and_its_bytes_stay_listed(
-        self, objects: Server, stack: Stack, weed: Weed, overtake: Callable[[Client, str], None], status: int, code: str
+        self, objects: Server, weed: Weed, overtake: Callable[[Client, str], None], status: int, code: str
     ) -> None:
         with objects.client() as api, ThreadPoolExecutor(1) as uploads:
             run_id = running(api)
 
             def listed() -> list[dict[str, Any]]:
-                return stack.sql("SELECT due_at > now() AS later FROM deletions WHERE name LIKE $1", f"%/{run_id}/%")
+                return objects.stack.sql(
+                    "SELECT due_at > now() AS later FROM deletions WHERE name LIKE $1", f"%/{run_id}/%"
+                )
 
             weed.process.send_signal(signal.SIGSTOP)
             try:
@@ -221,9 +227,9 @@ class TestOvertaken:
                 weed.process.send_signal(signal.SIGCONT)
             refused(upload.result(), status, code)
             assert listed() == [{"later": True}]
-            assert stack.sql("SELECT 1 FROM run_attachments WHERE run_id = $1", run_id) == []
+            assert objects.stack.sql("SELECT 1 FROM run_attachments WHERE run_id = $1", run_id) == []
 
-    def test_staged_bytes_that_are_being_deleted_are_not_used(self, objects: Server, stack: Stack, weed: Weed) -> None:
+    def test_staged_bytes_that_are_being_deleted_are_not_used(self, objects: Server, weed: Weed) -> None:
         """The upload was stalled for longer than the grace time."""
         with objects.client() as api, ThreadPoolExecutor(1) as uploads:
             run_id = running(api)
@@ -231,7 +237,7 @@ class TestOvertaken:
             weed.process.send_signal(signal.SIGSTOP)
             try:
                 upload = uploads.submit(api.post, "/v1/run-attachments", json=output(run_id))
-                until(lambda: stack.sql(condemn, f"%/{run_id}/%"), what="the upload is being staged")
+                until(lambda: objects.stack.sql(condemn, f"%/{run_id}/%"), what="the upload is being staged")
             finally:
                 weed.process.send_signal(signal.SIGCONT)
             refused(upload.result(), 503, "storage_unavailable")
@@ -246,7 +252,7 @@ class TestOvertaken:
                 async with connection.transaction():
                     await connection.execute("UPDATE runs SET status = 'error', ended_at = now() WHERE id = $1", run_id)
                     reply = asyncio.create_task(asyncio.to_thread(upload))
-                    waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%FROM runs%'"
+                    waits = "SELECT FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
                     while not await connection.fetch(waits):
                         assert not reply.done(), reply.result().text
                         await asyncio.sleep(0.01)
@@ -258,7 +264,7 @@ class TestOvertaken:
         refused(reply, 409, "invalid_transition")
 
 
-def test_a_store_that_is_down_is_503_and_nothing_changes(objects: Server, stack: Stack, weed: Weed) -> None:
+def test_a_store_that_is_down_is_503_and_nothing_changes(objects: Server, weed: Weed) -> None:
     with objects.client() as api, ThreadPoolExecutor(2) as callers:
         run_id = running(api)
         made = api.upload(run_id)
