@@ -73,7 +73,13 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-ID"],
-            expose_headers=["X-Request-ID", "Idempotency-Status", "Retry-After", "Content-Disposition"],
+            expose_headers=[
+                "X-Request-ID",
+                "Idempotency-Status",
+                "Retry-After",
+                "Content-Disposition",
+                "Content-Range",
+            ],
             max_age=600,
         )
     return app
