@@ -116,7 +116,7 @@ def _retried_once(api: Client, stack: Stack, before: dict[str, Any], handed: dic
     assert secret == {"password": "second-secret"}
     secrets_named, blobs_named = stack.named()
     assert stack.secret_paths(f"runs/{api.organization}/") <= secrets_named
-    assert stack.blobs() <= blobs_named
+    assert stack.blobs(api.organization) <= blobs_named
     assert len(run["input_attachment_ids"]) == 1
     assert api.get(f"/v1/run-attachments/{run['input_attachment_ids'][0]}/download").content == b"second file"
 
