@@ -82,7 +82,8 @@ def _whole(value: object) -> object:
 # The patterns say in the document what the validators check; those give the better sentences.
 NO_NUL = {"pattern": "^[^\\u0000]*$"}
 
-Integer = Annotated[int, BeforeValidator(_whole)]
+Attempt = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
 Text = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_TEXT, json_schema_extra=NO_NUL)]
 Name = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_NAME, json_schema_extra=NO_NUL)]
 JsonObject = Annotated[
@@ -245,7 +246,7 @@ class RunBulkCreate(_SessionOverrides):
     model_config = _example(workflow_id=_ID, count=2, input_values={"customer": "Ada"})
 
     workflow_id: UUID = Field(description="What to run.")
-    count: Integer = Field(ge=1, le=1000, description="How many runs.")
+    count: Count = Field(description="How many runs.")
     is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
 
 
@@ -260,9 +261,7 @@ class RunUpdate(Payload):
     )
 
     status: RunStatus | None = Field(None, strict=False, description="The run's new status.")
-    attempt: Integer | None = Field(
-        None, ge=1, le=2**31 - 1, description="The attempt this report is for; an older one is refused."
-    )
+    attempt: Attempt | None = Field(None, description="The attempt this report is for; an older one is refused.")
     error: Annotated[list[Text], Field(max_length=1000)] | None = Field(None, description="What went wrong.")
     output_data: JsonObject | None = Field(None, description="The result.")
     output_attachment_ids: Annotated[list[UUID], Field(max_length=1000)] | None = Field(
