@@ -100,6 +100,9 @@ def _complete(document: dict[str, Any]) -> None:
     """What holds for every operation, or follows from what it already says."""
     for operations in document["paths"].values():
         for described in operations.values():
+            for parameter in described.get("parameters", ()):
+                if parameter["in"] == "path":
+                    parameter["description"] = f"Id of the {parameter['name'].removesuffix('_id')}."
             for status, response in described["responses"].items():
                 headers = response.setdefault("headers", {})
                 headers["X-Request-ID"] = _header("Names this request in the log; the caller's own, if it is harmless.")

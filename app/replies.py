@@ -14,6 +14,9 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="Items in the page.")]
 From = Annotated[Timestamp | None, Query(description="At or after this time.")]
 To = Annotated[Timestamp | None, Query(description="At or before this time.")]
 
+# Of a filter whose name says what it compares.
+ONLY = Query(description="Only those with this value.")
+
 
 def json_reply(document: object) -> Response:
     """200 with this document."""

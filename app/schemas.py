@@ -162,6 +162,8 @@ class Payload(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
 
+Unsupported = Annotated[None, Field(description="Not supported; always null.")]
+
 _ID = "3c90c3cc-0d44-4b50-8888-8dd25736052a"
 
 
@@ -317,10 +319,10 @@ class RunResponse(Reply):
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
-    main_prompt: None = Field(description="Not supported; always null.")
-    model_metadata: None = Field(description="Not supported; always null.")
-    usage_metadata: None = Field(description="Not supported; always null.")
-    post_run_checks: None = Field(description="Not supported; always null.")
+    main_prompt: Unsupported
+    model_metadata: Unsupported
+    usage_metadata: Unsupported
+    post_run_checks: Unsupported
 
 
 class RunProjection(RunResponse):
@@ -337,7 +339,7 @@ class RunAttemptResponse(Reply):
     run_id: UUID
     attempt: int
     status: RunStatus
-    error: list[str] | None
+    error: list[str] | None = Field(description="What went wrong.")
     machine_id: UUID | None = Field(description="The machine that was assigned.")
     session_id: UUID | None
     started_at: datetime | None
@@ -463,7 +465,7 @@ class WorkflowUpdate(Payload):
 
 
 class WorkflowResponse(Reply):
-    """A workflow. Keys that are always null belong to features this service does not have."""
+    """A workflow."""
 
     id: UUID
     user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
@@ -475,13 +477,13 @@ class WorkflowResponse(Reply):
     includes_file_exports: bool = Field(description="Its runs hand in files.")
     is_webhooks_enabled: bool = Field(description="Kept for clients; this service sends no webhooks.")
     includes_input_variables: bool = Field(description="Always false.")
-    terminal_command_allowlist: None
-    model_metadata: None
-    post_run_check_failure_cleanup_prompt: None
-    workflow_metadata: None
-    old_versions: None
-    tags: None
-    post_run_checks: None
+    terminal_command_allowlist: Unsupported
+    model_metadata: Unsupported
+    post_run_check_failure_cleanup_prompt: Unsupported
+    workflow_metadata: Unsupported
+    old_versions: Unsupported
+    tags: Unsupported
+    post_run_checks: Unsupported
     created_at: datetime
     updated_at: datetime
 
@@ -527,15 +529,15 @@ class PoolResponse(Reply):
     organization_id: str
     name: str
     description: str | None = Field(description="What it is for.")
-    pool_parameters: None
-    pool_sensitive_parameters: None
+    pool_parameters: Unsupported
+    pool_sensitive_parameters: Unsupported
     machine_count: int = Field(description="Machines in it.")
     created_at: datetime
     updated_at: datetime
 
 
 class MachineResponse(Reply):
-    """A machine. Keys that are always null belong to features this service does not have."""
+    """A machine."""
 
     id: UUID
     fingerprint: str = Field(
@@ -552,10 +554,10 @@ class MachineResponse(Reply):
     is_available: bool = Field(description="Only an available machine is given runs.")
     alerts_enabled: bool = Field(description="Kept for clients; this service sends no alerts.")
     reserved_session_id: UUID | None = Field(description="Only runs of this session are given to it.")
-    machine_parameters: None
-    machine_sensitive_parameters: None
-    linked_keepalive_machine_id: None
-    physical_server_id: None
+    machine_parameters: Unsupported
+    machine_sensitive_parameters: Unsupported
+    linked_keepalive_machine_id: Unsupported
+    physical_server_id: Unsupported
     pools: list[PoolResponse]
     created_at: datetime
     last_seen: datetime = Field(description="When it was last heard of.")

@@ -20,7 +20,7 @@ from app.errors import (
 )
 from app.parts import parts
 from app.payload import read, read_write
-from app.replies import Limit, Skip, json_reply, send
+from app.replies import ONLY, Limit, Skip, json_reply, send
 from app.schemas import (
     AttachmentType,
     DownloadUrlResponse,
@@ -59,8 +59,8 @@ def _download(*refusals: type[Refusal], public: bool = False) -> dict[str, Any]:
 @router.get(_PATH, response_model=Page[RunAttachmentResponse], **operation())
 async def list_all(
     request: Request,
-    run_id: UUID | None = None,
-    attachment_type: AttachmentType | None = None,
+    run_id: Annotated[UUID | None, ONLY] = None,
+    attachment_type: Annotated[AttachmentType | None, ONLY] = None,
     skip: Skip = 0,
     limit: Limit = 100,
 ) -> Response:
@@ -156,7 +156,7 @@ async def download_signed(
     attachment_id: str,
     request: Request,
     expires: Annotated[str, Query(description="Unix time.")] = "",
-    signature: str = "",
+    signature: Annotated[str, Query(description="Proves that the URL is ours.")] = "",
 ) -> Response:
     """The file's bytes for whoever has the URL, until it expires."""
     own = parts(request)

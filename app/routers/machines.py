@@ -11,7 +11,7 @@ from app.errors import MachineNotFound, PoolNotFound
 from app.models import Machine
 from app.parts import parts
 from app.payload import read, read_write
-from app.replies import From, Limit, Skip, To, json_reply, send
+from app.replies import ONLY, From, Limit, Skip, To, json_reply, send
 from app.schemas import (
     MachineCreate,
     MachinePoolUpdate,
@@ -38,7 +38,7 @@ async def create_machine(request: Request) -> Response:
 async def list_all(
     request: Request,
     name: Annotated[Name | None, Query(description="Exactly this name.")] = None,
-    status: MachineStatus | None = None,
+    status: Annotated[MachineStatus | None, ONLY] = None,
     created_at_from: From = None,
     created_at_to: To = None,
     skip: Skip = 0,

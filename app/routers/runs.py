@@ -25,7 +25,7 @@ from app.errors import (
 from app.models import RunStatus
 from app.parts import parts
 from app.payload import read, read_write
-from app.replies import Limit, Skip, json_reply, send
+from app.replies import ONLY, Limit, Skip, json_reply, send
 from app.retry import retry
 from app.run_list import FIELDS, RunFilter, list_runs, wait_for_run
 from app.schemas import (
@@ -132,10 +132,10 @@ async def list_attempts(run_id: UUID, request: Request, skip: Skip = 0, limit: L
 @router.get("", response_model=Page[RunProjection], **operation())
 async def list_all(
     request: Request,
-    workflow_id: UUID | None = None,
+    workflow_id: Annotated[UUID | None, ONLY] = None,
     machine_id: Annotated[UUID | None, Query(description="Runs whose machine_id is this.")] = None,
-    session_id: UUID | None = None,
-    status: RunStatus | None = None,
+    session_id: Annotated[UUID | None, ONLY] = None,
+    status: Annotated[RunStatus | None, ONLY] = None,
     created_at_from: Annotated[Timestamp | None, Query(description="Created at or after.")] = None,
     created_at_to: Annotated[Timestamp | None, Query(description="Created at or before.")] = None,
     fields: Annotated[list[_FieldNames] | None, Query(description="Only these keys, and the base fields.")] = None,

@@ -1,0 +1,209 @@
+"""The document at /openapi.json: valid, complete, and true; its examples are accepted."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+import schemathesis
+
+from tests.conftest import Client, Server
+
+Document = dict[str, Any]
+METHODS = {"get", "post", "put", "patch", "delete"}
+
+# Names that say it all, the same in every reply.
+SELF_EVIDENT = {
+    *("id", "run_id", "workflow_id", "organization_id", "name", "status", "items", "filename", "content_type"),
+    *("attachment_type", "created_at", "updated_at", "started_at", "ended_at", "retried_at", "attempt", "session_id"),
+    *("pools", "machines", "detail", "expires_in"),
+}
+
+
+@pytest.fixture(scope="module")
+def document(server: Server) -> Document:
+    found: Document = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
+    return found
+
+
+def operations(document: Document) -> Iterator[tuple[str, str, Document]]:
+    for path, described in document["paths"].items():
+        for method in METHODS & described.keys():
+            yield method, path, described[method]
+
+
+def codes(operation: Document, status: int) -> set[str]:
+    """The codes of the refusals that an operation documents with this status."""
+    description = operation["responses"].get(str(status), {}).get("description", "")
+    return set(description.split("`")[1::2])
+
+
+def schema_of(document: Document, schema: Document) -> Document:
+    """The schema itself, where it is a reference."""
+    found = document
+    for part in schema["$ref"].removeprefix("#/").split("/") if "$ref" in schema else ():
+        found = found[part]
+    return found if "$ref" in schema else schema
+
+
+def test_it_is_valid_openapi_3_1(document: Document) -> None:
+    assert document["openapi"].startswith("3.1.")
+    schemathesis.openapi.from_dict(document).validate()
+
+
+def test_every_reference_leads_somewhere_and_nothing_is_left_over(document: Document) -> None:
+    text = json.dumps(document)
+    used = {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert used == document["components"]["schemas"].keys()
+
+
+def test_every_operation_names_the_refusals_that_it_can_give(document: Document) -> None:
+    for method, path, operation in operations(document):
+        where, write = f"{method} {path}", method != "get"
+        statuses = operation["responses"].keys()
+        if not path.startswith("/v1/") or path.startswith("/v1/health"):
+            assert "security" not in operation, where
+            continue
+        assert operation["security"] == [{"bearer": []}], where
+        assert codes(operation, 401) == {"unauthorized"}, where
+        assert codes(operation, 500) == {"internal_error"}, where
+        assert "database_unavailable" in codes(operation, 503), where
+        assert "422" in statuses, where
+        assert {"408", "413", "415"} <= statuses if write else not {"408", "413", "415", "409"} & statuses, where
+        assert ("idempotency_in_progress" in codes(operation, 409)) == write, where
+        for name in _parameters(path):
+            assert f"{name.removesuffix('_id')}_not_found" in codes(operation, 404), where
+        if "requestBody" in operation:
+            [body] = operation["requestBody"]["content"].values()
+            fields = schema_of(document, body["schema"])["properties"]
+            for field, code in BODY_REFUSALS.items():
+                if field in fields:
+                    assert code in codes(operation, 404) | codes(operation, 503), f"{where}: {field}"
+
+
+BODY_REFUSALS = {
+    "workflow_id": "workflow_not_found",
+    "machine_id": "machine_not_found",
+    "machine_ids": "machine_not_found",
+    "pool_ids": "pool_not_found",
+    "session_id": "session_not_found",
+    "run_id": "run_not_found",
+    "sensitive_input_values": "vault_unavailable",
+    "file_inputs": "storage_unavailable",
+    "content": "storage_unavailable",
+}
+
+
+def _parameters(path: str) -> list[str]:
+    return [part.partition("}")[0] for part in path.split("{")[1:]]
+
+
+def test_the_retry_names_all_of_its_refusals(document: Document) -> None:
+    retry = document["paths"]["/v1/runs/{run_id}/retry"]["post"]
+    assert codes(retry, 404) == {"run_not_found", "machine_not_found", "pool_not_found", "session_not_found"}
+    assert codes(retry, 409) == {
+        "run_not_terminal",
+        "sensitive_inputs_expired",
+        "input_attachments_expired",
+        "idempotency_in_progress",
+    }
+    assert codes(retry, 503) == {"vault_unavailable", "storage_unavailable", "database_unavailable"}
+    assert retry["requestBody"]["required"] is False
+
+
+def test_refusals_have_the_form_that_is_sent(document: Document) -> None:
+    for method, path, operation in operations(document):
+        for status, response in operation["responses"].items():
+            if int(status) < 400 or "health" in path:
+                continue
+            form, model = (
+                ("application/json", "ValidationProblem")
+                if status == "422"
+                else ("application/problem+json", "Problem")
+            )
+            expected = {form: {"schema": {"$ref": f"#/components/schemas/{model}"}}}
+            assert response["content"] == expected, f"{method} {path} {status}"
+            assert ("Retry-After" in response["headers"]) >= (status == "503"), f"{method} {path} {status}"
+    item = document["components"]["schemas"]["ValidationItem"]
+    assert item["properties"].keys() == {"loc", "msg", "type"}, "never the input"
+
+
+def test_every_parameter_and_field_is_explained(document: Document) -> None:
+    bare = set()
+    for method, path, operation in operations(document):
+        assert operation.get("summary"), f"{method} {path}"
+        assert operation.get("description"), f"{method} {path}"
+        for parameter in operation.get("parameters", ()):
+            if not parameter.get("description"):
+                bare.add(f"{method} {path}: {parameter['name']}")
+    for name, schema in document["components"]["schemas"].items():
+        for field, described in schema.get("properties", {}).items():
+            explained = described.get("description") or schema_of(document, described).get("description")
+            if not explained and (field not in SELF_EVIDENT or name in BODIES):
+                bare.add(f"{name}.{field}")
+    assert not bare, sorted(bare)
+
+
+BODIES = {
+    *("RunRetry", "RunCreate", "RunBulkCreate", "RunUpdate", "RunAttachmentCreate", "RunAttachmentUpdate", "FileInput"),
+    *("WorkflowCreate", "WorkflowUpdate", "MachineCreate", "MachineUpdate", "MachinePoolUpdate"),
+    *("PoolCreate", "PoolUpdate", "MachinePoolAssignment"),
+}
+
+
+def test_the_key_is_declared(document: Document) -> None:
+    assert document["components"]["securitySchemes"] == {"bearer": {"type": "http", "scheme": "bearer"}}
+
+
+def test_the_examples_are_accepted(document: Document, api: Client) -> None:
+    """With ids of things that exist in place of those in the examples."""
+    sent = []
+    for method, path, operation in operations(document):
+        if "requestBody" not in operation:
+            continue
+        machine, run = api.machine(), api.run()
+        # An executor reports on a run that it runs, and a retry is for one that has ended.
+        api.report(run["id"], status="running")
+        attachment = api.upload(run["id"])
+        if path.endswith("/retry"):
+            api.report(run["id"], status="error")
+        real = {
+            "{run_id}": run["id"],
+            "{attachment_id}": attachment["id"],
+            "{workflow_id}": run["workflow_id"],
+            "{machine_id}": machine,
+            "{pool_id}": api.pool(),
+            "run_id": run["id"],
+            "workflow_id": run["workflow_id"],
+            "machine_ids": [machine],
+            "pool_ids": [api.pool()],
+        }
+        [body] = operation["requestBody"]["content"].values()
+        examples = schema_of(document, body["schema"])["examples"]
+        assert examples, f"{method} {path}"
+        for name in _parameters(path):
+            path = path.replace(f"{{{name}}}", str(real[f"{{{name}}}"]))
+        for example in examples:
+            filled = {name: real.get(name, value) for name, value in example.items()}
+            reply = api.request(method.upper(), path, json=filled, headers={"Idempotency-Key": uuid4().hex})
+            assert str(reply.status_code) in operation["responses"], f"{method} {path}"
+            assert reply.is_success, f"{method} {path}: {reply.text}"
+            sent.append(filled)
+    assert len(sent) >= len(BODIES) - 1  # FileInput is a part of others
+
+
+def test_the_allow_header_names_every_method_of_the_path(document: Document, api: Client) -> None:
+    for path, described in document["paths"].items():
+        if path == "/v1/runs/bulk":
+            continue  # other methods take "bulk" for a run's id
+        allow = api.options(path.replace("{", "").replace("}", "")).headers["allow"].split(", ")
+        assert {method.upper() for method in METHODS & described.keys()} == set(allow), path
+
+
+def test_a_replayed_reply_and_a_refused_one_carry_the_headers_they_announce(document: Document, api: Client) -> None:
+    created = document["paths"]["/v1/pools"]["post"]["responses"]["201"]["headers"]
+    for _ in range(2):
+        reply = api.post("/v1/pools", json={"name": "x"}, headers={"Idempotency-Key": "twice"})
+    assert created.keys() <= {name.title().replace("-Id", "-ID") for name in reply.headers}
