@@ -190,18 +190,16 @@ async def place(database: Database, organization_id: str) -> tuple[list[Placed],
         cut: set[str] = set()
         if limit < len(idle):
             cut = {lane for lane, count in Counter(head["lane"] for head in heads).items() if count == limit}
-        placed: list[Placed] = []
-        while chosen := match(heads, idle, cut):
-            kept, runs, machines = await _lock(connection, chosen)
-            placed += kept
-            if len(kept) == len(chosen):
+        while placed := match(heads, idle, cut):
+            runs, machines = await _lock(connection, placed)
+            if len(runs) == len(machines) == len(placed):
                 break
-            # What is held by others must not keep the rest waiting: choose again without it.
-            done = {one.run_id for one in kept}
-            gone = {one.run_id for one in chosen if one.run_id in done or one.run_id not in runs}
-            heads = [head for head in heads if head["id"] not in gone]
-            for one in chosen:
-                if one.run_id in done or one.machine.id not in machines:
+            # What others hold or changed must not keep the rest waiting: choose anew without it. Not only for whom it was
+            # chosen: a machine that is gone passes its run on to the next machine, before runs of a lesser claim.
+            lost_runs = {one.run_id for one in placed} - runs
+            heads = [head for head in heads if head["id"] not in lost_runs]
+            for one in placed:
+                if one.machine.id not in machines:
                     del idle[one.machine.id]
         if placed:
             opening = [one for one in placed if one.session_id is not None and one.machine.session_id is None]
@@ -213,8 +211,8 @@ async def place(database: Database, organization_id: str) -> tuple[list[Placed],
     return placed, bool(placed and cut)
 
 
-async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[list[Placed], set[UUID], set[UUID]]:
-    """Lock what was chosen: the choices that still hold, and which of the runs and of the machines are as they were read."""
+async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[set[UUID], set[UUID]]:
+    """Lock what was chosen; which of its runs and of its machines are still as they were read."""
     rows = await connection.fetch(LOCK_RUNS, [one.run_id for one in chosen])
     queued = {row["id"]: row["queued_at"] for row in rows}
     runs = {one.run_id for one in chosen if queued.get(one.run_id) == one.queued_at}
@@ -229,7 +227,7 @@ async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[list[Plac
         for one in chosen
         if reserved.get(one.machine.id, one) == one.machine.session_id and one.pools <= pools[one.machine.id]
     }
-    return [one for one in chosen if one.run_id in runs and one.machine.id in machines], runs, machines
+    return runs, machines
 
 
 def match(heads: Sequence[Any], idle: dict[UUID, Machine], cut: set[str]) -> list[Placed]:
