@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import obstore
-from obstore.exceptions import BaseError, GenericError, PermissionDeniedError
+from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
 from app.config import MIB, Settings
@@ -44,7 +44,7 @@ class FileMissingError(Exception):
 class FileStore:
     """One object per file, under a key of its own that is written once.
 
-    obstore runs in threads: a folder blocks by nature, and a put must end with fsync, which obstore does not have.
+    obstore runs in threads: a folder blocks by nature. Into a folder we write ourselves, see `_write_file`.
     No exception of obstore leaves this class: they carry paths and URLs.
     """
 
@@ -114,7 +114,7 @@ class FileStore:
         return chunks(await read(start) if start < end else b"", start)
 
     async def delete(self, key: str) -> None:
-        """Delete the file and what a killed put left of it; a missing key counts as deleted.
+        """Delete the file and the folders that it leaves empty; a missing key counts as deleted.
 
         Raises StorageUnavailable.
         """
@@ -167,20 +167,7 @@ class FileStore:
         if self._root is None:
             obstore.put(self._store, key, data, attributes=dict(attributes or {}), use_multipart=False)
             return
-        self._require_root(self._root)
-        for attempt in range(_FOLDER_ATTEMPTS):
-            try:
-                obstore.put(self._store, key, data, use_multipart=False)
-                break
-            except GenericError as error:
-                # obstore makes the folders first; a collector may remove them again before the file is in them.
-                if "(os error 2)" not in str(error) or attempt == _FOLDER_ATTEMPTS - 1:
-                    raise
-                time.sleep(0.001 * (attempt + 1))  # out of step with the other
-        path = self._root / key
-        # The bytes, their name, and the names of the folders that the put may have made.
-        for changed in (path, *_folders(self._root, path), self._root):
-            _sync(changed)
+        _write_file(self._root, key, data)
 
     def _read(self, key: str, start: int, stop: int) -> bytes:
         try:
@@ -200,9 +187,6 @@ class FileStore:
         if self._root is None:
             return
         path = self._root / key
-        with suppress(FileNotFoundError):  # another delete may take the folder meanwhile
-            for leftover in path.parent.glob(f"{path.name}#*"):
-                leftover.unlink(missing_ok=True)
         # Make it durable too: a file that came back after a power cut would be on no list.
         for folder in _folders(self._root, path):
             try:
@@ -222,7 +206,7 @@ class FileStore:
         return True
 
     def _require_root(self, root: Path | None) -> None:
-        """A folder that is gone (not mounted?) must neither count as empty nor be made again by a put."""
+        """A folder that is gone (not mounted?) must not count as empty."""
         if root is not None and not root.is_dir():
             log.warning("The storage folder is missing")
             raise StorageUnavailable
@@ -231,6 +215,45 @@ class FileStore:
 def _folders(root: Path, path: Path) -> list[Path]:
     """The folders between a file and the root, deepest first."""
     return [folder for folder in path.parents if folder != root and root in folder.parents]
+
+
+def _write_file(root: Path, key: str, data: bytes) -> None:
+    """Write a fresh key below `root`; durable when it returns. Raises OSError; part of the file may exist then.
+
+    obstore's put does not serve here: it makes a missing root again, behind the back of whoever is mounting it; a put that
+    is killed leaves a file that it neither lists nor deletes; and it has no fsync. Every step is relative to the root
+    opened first, so the bytes are in that very folder, wherever it is moved meanwhile. No rename: nobody reads a key
+    before the commit that names it.
+    """
+    *parents, name = key.split("/")
+    with ExitStack() as opened:
+
+        def open_folder(path: str | Path, within: int | None = None) -> int:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=within)
+            opened.callback(os.close, folder)
+            return folder
+
+        top = open_folder(root)
+        for attempt in range(_FOLDER_ATTEMPTS):
+            folders = [top]
+            try:
+                for parent in parents:
+                    with suppress(FileExistsError):
+                        os.mkdir(parent, dir_fd=folders[-1])
+                    folders.append(open_folder(parent, folders[-1]))
+                file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folders[-1])
+                break
+            except FileNotFoundError:  # a collector has removed the folder, empty again, before the file was in it
+                if attempt == _FOLDER_ATTEMPTS - 1:
+                    raise
+                time.sleep(0.001 * (attempt + 1))  # out of step with the other
+        with os.fdopen(file, "wb") as output:
+            output.write(data)
+            output.flush()
+            os.fsync(file)
+        # The file's name, and the names of the folders that were made.
+        for folder in reversed(folders):
+            os.fsync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -81,9 +81,9 @@ class Stack:
 
     def secret(self, path: str) -> dict[str, str] | None:
         """What Vault holds at this path, read as root; None if it holds nothing, not even metadata."""
-        if self.bao.call("GET", f"secret/metadata/{path}")[0] == 404:
-            return None
         status, reply = self.bao.call("GET", f"secret/data/{path}")
+        if status == 404 and self.bao.call("GET", f"secret/metadata/{path}")[0] == 404:
+            return None
         assert status == 200, reply
         values: dict[str, str] = reply["data"]["data"]
         return values

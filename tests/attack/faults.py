@@ -1,6 +1,6 @@
 """Start the real service as a process with a fault in the layer below it; the application knows nothing of this.
 
-The process wraps asyncpg's statements, hvac's two calls, obstore's put and delete, the syscalls that make bytes durable,
+The process wraps asyncpg's statements, hvac's two calls, the file store's put and delete, the syscalls that make bytes durable,
 and the reply, and counts each as a named point ("COMMIT after#2": the second COMMIT has been answered). Only points of
 requests that come in after `arm()` count, so setting a scene costs none. At the chosen point the fault happens.
 
@@ -31,7 +31,7 @@ import hvac.api.secrets_engines.kv_v2
 import obstore
 import uvicorn
 
-from app import deletions
+from app import deletions, storage
 from app.cli import application
 from app.config import Settings
 from app.database import Database
@@ -150,7 +150,7 @@ class Faults:
         vault = hvac.api.secrets_engines.kv_v2.KvV2
         self.wrap(vault, "create_or_update_secret", lambda *_: "vault write")
         self.wrap(vault, "delete_metadata_and_all_versions", lambda *_: "vault delete")
-        self.wrap(obstore, "put", lambda *_: "put")
+        self.wrap(storage, "_write_file", lambda *_: "put")
         self.wrap(obstore, "delete", lambda *_: "delete")
         for call in ("fsync", "rmdir"):
             self.wrap(os, call, partial(_first, call))
