@@ -1,15 +1,68 @@
 """What schemathesis cannot know of this service. Loaded by the process that test_fuzz.py starts."""
 
+import json
+import os
+import re
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import schemathesis
+
+# The id in the document's examples, and what it stands for: names of fields, and ids that exist.
+EXAMPLE = "3c90c3cc-0d44-4b50-8888-8dd25736052a"
+THINGS: dict[str, Any] = json.loads(os.environ["FUZZ_THINGS"])
+
+HTTP = httpx.Client(
+    base_url=os.environ["FUZZ_URL"], headers={"Authorization": f"Bearer {os.environ['FUZZ_KEY']}"}, trust_env=False
+)
 
 
 @schemathesis.hook
-def before_call(_: Any, case: Any, __: Any) -> None:
-    """Nobody waits for half a minute here, and a key belongs to one request: the next one with it would be 422."""
-    if isinstance(case.query.get("wait"), float | int):
-        case.query["wait"] = min(case.query["wait"], 0.05)
-    if case.headers.get("Idempotency-Key"):
+def before_call(_: Any, case: schemathesis.Case[Any], __: Any) -> None:
+    """What would make most requests end at the same few refusals is put right before they are sent."""
+    if "wait" in case.query:  # nobody waits for half a minute here
+        case.query["wait"] = _shorter(case.query["wait"])
+    key = case.headers.get("Idempotency-Key")
+    # A key belongs to one request: the next one with it would be 422.
+    if isinstance(key, str) and re.fullmatch("[!-~]{1,255}", key):
         case.headers["Idempotency-Key"] = uuid4().hex
+    if case.path.endswith("/retry") and _is_uuid(run_id := case.path_parameters.get("run_id")):
+        # Only a run that has ended can be retried.
+        HTTP.patch(f"/v1/runs/{run_id}", json={"status": "cancelled"})
+    if isinstance(case.body, dict):
+        case.body.update(
+            {name: THINGS[name] for name in THINGS.keys() & case.body.keys() if EXAMPLE in str(case.body[name])}
+        )
+        _obey(case.body)
+
+
+def _shorter(wait: Any) -> Any:
+    try:
+        return min(float(wait), 0.05)
+    except (TypeError, ValueError):
+        return wait
+
+
+def _obey(body: dict[str, Any]) -> None:
+    """Rules that the document can only say in words: not both sessions, no alias without one, a run's own outputs."""
+    if isinstance(body.get("session_id"), str) and body.get("start_session") is True:
+        body["start_session"] = False
+    if isinstance(body.get("session_alias"), str) and body.get("session_id") is None:
+        body["start_session"] = body.get("start_session") or True
+    if isinstance(body.get("output_attachment_ids"), list):
+        body["output_attachment_ids"] = [one for one in body["output_attachment_ids"] if not _is_uuid(one)]
+
+
+def _is_uuid(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f-]{36}", value) is not None
+
+
+@schemathesis.check
+def documented_code(_: Any, response: schemathesis.Response, case: schemathesis.Case[Any]) -> None:
+    """A refusal's code is one that the document names for this operation and status."""
+    if response.headers.get("content-type", [""])[0] != "application/problem+json" or response.status_code == 405:
+        return
+    described = case.operation.definition.raw["responses"].get(str(response.status_code), {}).get("description", "")
+    code = response.json()["code"]
+    assert f"`{code}`" in described, f"{code} is not documented: {described!r}"
