@@ -12,7 +12,7 @@ import secrets
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -369,9 +369,12 @@ def sample(outcome: load.Outcome, cost: dict[str, float]) -> Sample:
 
 def cpu_seconds(part: Part) -> float:
     """Processor time of a part so far: its living processes, and the ended ones that its first process waited for."""
-    tree = processes(part)
-    ended = tree[0].cpu_times()
-    return sum(sum(process.cpu_times()[:2]) for process in tree) + ended.children_user + ended.children_system
+    used = 0.0
+    for process in processes(part):
+        with suppress(psutil.NoSuchProcess):  # a connection's process ended meanwhile: it is in the next line's sum
+            used += sum(process.cpu_times()[:2])
+    ended = psutil.Process(part.pid).cpu_times()
+    return used + ended.children_user + ended.children_system
 
 
 def processes(part: Part) -> list[psutil.Process]:
