@@ -4,8 +4,8 @@ SQLAlchemy defines the tables (models.py) and builds the statements whose shape 
 statement, because a retry through SQLAlchemy's own execution costs three to five times the CPU (benchmarks/README.md).
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol, Self
 
 import asyncpg
@@ -46,6 +46,8 @@ _TRANSIENT = (
     asyncpg.IdleInTransactionSessionTimeoutError,
 )
 
+UniqueViolation = asyncpg.UniqueViolationError
+
 _DIALECT = sqlalchemy_asyncpg.dialect()  # type: ignore[no-untyped-call] # SQLAlchemy leaves dialects untyped
 
 
@@ -54,6 +56,17 @@ def sql(statement: ClauseElement) -> tuple[str, list[object]]:
     compiled = statement.compile(dialect=_DIALECT)
     assert isinstance(compiled, SQLCompiler)  # noqa: S101 - what a dialect makes of anything but DDL
     return str(compiled), [compiled.params[name] for name in compiled.positiontup or ()]
+
+
+@contextmanager
+def committing() -> Iterator[None]:
+    """Around a statement that commits. Raises OutcomeUnknown when the connection breaks in it."""
+    try:
+        yield
+    except asyncpg.QueryCanceledError:
+        raise  # the server says that it has rolled back
+    except (*_LOST, asyncpg.OperatorInterventionError):  # a server that stops may have committed
+        raise OutcomeUnknown from None
 
 
 class Database:
@@ -77,6 +90,7 @@ class Database:
             reset=keep_session,
             server_settings={
                 "application_name": "runs-api",
+                "timezone": "UTC",  # how times are shown in documents that PostgreSQL makes
                 "jit": "off",  # short statements: compiling them costs more than it saves
                 "lock_timeout": "2s",  # the longest wait for a twin at the switch
                 "statement_timeout": f"{int(settings.database_timeout_seconds * 1000)}ms",
@@ -95,12 +109,12 @@ class Database:
         try:
             connection = await self._pool.acquire(timeout=self._timeout)
             yield connection
-        except _LOST:
+        except (*_LOST, OutcomeUnknown) as lost:
             if connection is not None:
                 # After a timeout asyncpg would wait for the server to confirm the cancellation: it may never answer.
                 with suppress(asyncpg.InterfaceError):  # it broke, and the pool has taken it back
                     connection.terminate()
-            raise DatabaseUnavailable from None
+            raise (lost if isinstance(lost, OutcomeUnknown) else DatabaseUnavailable()) from None
         except asyncpg.LockNotAvailableError:
             raise LockTimeout from None
         except _TRANSIENT:
@@ -125,7 +139,5 @@ class Database:
             except BaseException:
                 await connection.execute("ROLLBACK")
                 raise
-            try:
+            with committing():
                 await connection.execute("COMMIT")
-            except (*_LOST, asyncpg.OperatorInterventionError):  # a server that stops may have committed
-                raise OutcomeUnknown from None

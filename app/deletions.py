@@ -126,23 +126,29 @@ async def collect(
 
     Raises DatabaseUnavailable. A delete that fails is logged by kind and tried again later.
     """
-    async with database.transaction() as connection:
+    async with database.connection() as connection:
         rows = await connection.fetch(CONDEMN, batch, ahead)
-    if not rows:
-        return 0
+    names = [Name(*row.values()) for row in rows]
 
-    async def delete(name: Name) -> Name | None:
+    async def destroy(name: Name) -> list[Name]:
         try:
-            await (secrets.destroy(name.name) if name.store == "vault" else files.delete(name.name))
+            await secrets.destroy(name.name)
         except Unavailable as error:
             log.warning({"event": "delete_failed", "store": name.store, "code": error.code})
-            return None
-        return name
+            return []
+        return [name]
 
-    deleted = [
-        name for name in await asyncio.gather(*(delete(Name(*row.values())) for row in rows)) if name is not None
-    ]
+    async def delete(keys: list[str]) -> list[Name]:
+        gone = await files.delete(keys)
+        if len(gone) < len(keys):
+            log.warning({"event": "delete_failed", "store": "storage", "count": len(keys) - len(gone)})
+        return [Name("storage", key) for key in gone]
+
+    work = [destroy(name) for name in names if name.store == "vault"]
+    if keys := [name.name for name in names if name.store == "storage"]:
+        work.append(delete(keys))
+    deleted = [name for gone in await asyncio.gather(*work) for name in gone]
     if deleted:
-        async with database.transaction() as connection:
+        async with database.connection() as connection:
             await connection.execute(FINISH, *_columns(deleted), ahead)
     return len(rows)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from app.auth import Principal
-from app.database import Connection, Database, LockTimeout
+from app.database import Connection, Database, LockTimeout, UniqueViolation
 from app.errors import IdempotencyInProgress, Invalid, Refusal
 
 FIND = """
@@ -17,14 +17,13 @@ SELECT fingerprint, status, body FROM idempotency_keys
 WHERE organization_id = $1 AND key = $2 AND expires_at > now()
 """
 
+# A key that is taken fails the statement, and with it all that the transaction has done.
+STORE = "INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, expires_at)"
+
+STORE_REPLY = f"{STORE} VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))"
+
 # An expired key that was not collected yet is free again.
-STORE = """
-INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, expires_at)
-VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))
-ON CONFLICT (organization_id, key) DO UPDATE
-SET fingerprint = excluded.fingerprint, status = excluded.status, body = excluded.body, expires_at = excluded.expires_at
-WHERE idempotency_keys.expires_at <= now()
-"""
+FREE = "DELETE FROM idempotency_keys WHERE organization_id = $1 AND key = $2 AND expires_at <= now()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +43,6 @@ class Write:
     key: str | None
     fingerprints: tuple[bytes, ...]  # under the server key, then under the previous one
     ttl_seconds: int
-
-
-class _Taken(Exception):
-    """The key was stored by another request: roll back and replay."""
 
 
 def fingerprint(server_key: str, method: str, path: str, body: bytes | bytearray) -> bytes:
@@ -78,16 +73,38 @@ async def find(connection: Connection, write: Write) -> Reply | None:
 async def once(database: Database, write: Write, work: Callable[[Connection], Awaitable[Reply]]) -> Reply:
     """Run `work` in one transaction and commit its reply with it; a resend gets the first reply and changes nothing.
 
-    Raises whatever `work` raises, and IdempotencyInProgress when a twin holds the key or the row for longer than 2 s.
+    Raises whatever `work` raises, and what `first` does.
     """
-    try:
+
+    async def attempt() -> Reply:
         async with database.transaction() as connection:
             reply = await work(connection)
             if write.key is not None:
-                await _store(connection, write, reply)
+                own = (write.principal.organization_id, write.key, write.fingerprints[0])
+                await connection.execute(STORE_REPLY, *own, reply.status, reply.body, write.ttl_seconds)
         return reply
-    except _Taken:
-        return await _replay(database, write, IdempotencyInProgress())
+
+    return await first(database, write, attempt)
+
+
+async def first(database: Database, write: Write, attempt: Callable[[], Awaitable[Reply]]) -> Reply:
+    """Run `attempt`, which stores its reply under the key together with its effect; if it fails, a resend is replayed.
+
+    Raises whatever `attempt` raises, and IdempotencyInProgress when a twin holds the key or the row for longer than 2 s.
+    """
+    try:
+        try:
+            return await attempt()
+        except UniqueViolation as taken:
+            if taken.constraint_name != "pk_idempotency_keys":
+                raise
+        async with database.connection() as connection:
+            if (stored := await find(connection, write)) is not None:
+                return stored
+            await connection.execute(FREE, write.principal.organization_id, write.key)
+        return await attempt()
+    except UniqueViolation:
+        raise IdempotencyInProgress from None  # it was freed and taken again meanwhile
     except LockTimeout as timeout:
         return await _replay(database, write, timeout if write.key is None else IdempotencyInProgress())
     except Refusal as refusal:
@@ -95,13 +112,6 @@ async def once(database: Database, write: Write, work: Callable[[Connection], Aw
         if write.key is None or refusal.status >= 500:
             raise
         return await _replay(database, write, refusal)
-
-
-async def _store(connection: Connection, write: Write, reply: Reply) -> None:
-    principal = write.principal
-    arguments = (write.key, write.fingerprints[0], reply.status, reply.body, write.ttl_seconds)
-    if await connection.execute(STORE, principal.organization_id, *arguments) == "INSERT 0 0":
-        raise _Taken
 
 
 async def _replay(database: Database, write: Write, otherwise: Refusal) -> Reply:

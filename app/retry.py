@@ -14,10 +14,10 @@ from uuid import UUID, uuid4
 import orjson
 
 from app import deletions, staging, views
-from app.database import Connection, Record
+from app.database import Connection, Database, Record, committing
 from app.deletions import Name
 from app.errors import InputAttachmentsExpired, Invalid, RunNotFound, RunNotTerminal, SensitiveInputsExpired
-from app.idempotency import Reply, Write, find, once
+from app.idempotency import STORE, Reply, Write, find, first
 from app.models import TERMINAL
 from app.parts import Parts
 from app.placement import check_targets, lane
@@ -104,49 +104,66 @@ def refuse(run: Record | None, options: RunRetry) -> Record:
 # --- the statements ---------------------------------------------------------------------------------------------------
 
 # What the rules need to know of a run. Outputs and history are not read: a megabyte is never loaded to be cleared.
+# `version` changes with every UPDATE of the row.
 READ = """
-SELECT r.status, r.pinned_machine_id, r.pool_ids, r.is_priority, r.session_id, r.session_alias, r.release_session_after,
+SELECT r.xmin::text AS version, r.status, r.pinned_machine_id, r.pool_ids, r.is_priority,
+       r.session_id, r.session_alias, r.release_session_after,
        r.secret_path, CASE WHEN r.secret_path IS NOT NULL THEN r.sensitive_input_aliases END AS sensitive_input_aliases,
        r.secret_path IS NOT NULL AND EXISTS (
            SELECT FROM deletions d
            WHERE d.store = 'vault' AND d.name = r.secret_path AND d.condemned_at IS NULL AND d.due_at > clock_timestamp()
        ) AS secret_is_kept,
-       EXISTS (
-           SELECT FROM run_attachments a
-           WHERE a.run_id = r.id AND a.attachment_type = 'input' AND a.expires_at <= clock_timestamp()
-       ) AS input_is_expired
-FROM runs r WHERE r.id = $1 AND r.organization_id = $2
+       inputs.count AS input_count, coalesce(inputs.expires_first <= clock_timestamp(), false) AS input_is_expired
+FROM runs r, LATERAL (
+    SELECT count(*), min(a.expires_at) AS expires_first FROM run_attachments a
+    WHERE a.run_id = r.id AND a.attachment_type = 'input'
+) AS inputs
+WHERE r.id = $1 AND r.organization_id = $2
 """
 
 LOCK = f"{READ} FOR NO KEY UPDATE OF r"
 
-# Everything that a retry always does, in one round trip: archive the attempt, list and remove the attachments that go,
-# clear and requeue the run, and read it as the reply shows it. A null override keeps what the run has.
+# A statement still sees what it removes, and not yet what takes its place.
+ATTACHMENTS_AFTER = {
+    "output_attachment_ids": "'[]'::json",
+    "input_attachment_ids": f"coalesce($19::text[], {views.RUN_COLUMNS['input_attachment_ids']})",
+}
+
+# All that a retry always does, in one round trip, if the run is still in the version that the rules saw: archive the
+# attempt, list and remove the attachments that go, clear and requeue the run, make the reply and store it under the key.
+# A null override keeps what the run has. The reply is made here because it must be stored by the same statement.
 SWITCH = f"""
-WITH archived AS (
+WITH seen AS MATERIALIZED (
+    SELECT id, attempt, status, error, assigned_machine_id, session_id, started_at, ended_at
+    FROM runs WHERE id = $1 AND organization_id = $2 AND xmin::text = $3 FOR NO KEY UPDATE
+), archived AS (
     INSERT INTO run_attempts (run_id, attempt, status, error, machine_id, session_id, started_at, ended_at,
                               retried_by_key_id, retried_by_user_id, overridden)
-    SELECT id, attempt, status, error, assigned_machine_id, session_id, started_at, ended_at, $2, $3, $4
-    FROM runs WHERE id = $1
+    SELECT id, attempt, status, error, assigned_machine_id, session_id, started_at, ended_at, $4, $5, $6 FROM seen
 ), removed AS (
-    DELETE FROM run_attachments WHERE run_id = $1 AND (attachment_type = 'output' OR $5) RETURNING storage_path
+    DELETE FROM run_attachments a USING seen
+    WHERE a.run_id = seen.id AND (a.attachment_type = 'output' OR $7) RETURNING a.storage_path
 ), listed AS (
     INSERT INTO deletions (store, name, due_at)
     SELECT 'storage', storage_path, now() FROM removed WHERE storage_path IS NOT NULL
 ), r AS (
     UPDATE runs
-    SET status = 'scheduling', attempt = attempt + 1, queued_at = clock_timestamp(), lane = $6, queue_rank = $7,
+    SET status = 'scheduling', attempt = runs.attempt + 1, queued_at = clock_timestamp(), lane = $8, queue_rank = $9,
         error = NULL, output_data = NULL, run_message_history = NULL, started_at = NULL, ended_at = NULL,
-        reported_at = NULL, assigned_machine_id = NULL, pinned_machine_id = $8,
-        pool_ids = coalesce($9, pool_ids), is_priority = $10,
-        session_id = $11, session_alias = $12, release_session_after = $13,
-        input_values = coalesce($14::json, input_values),
-        sensitive_input_aliases = coalesce($15::json, sensitive_input_aliases),
-        secret_path = CASE WHEN $15::json IS NULL THEN secret_path ELSE $16 END
-    WHERE id = $1
-    RETURNING *
+        reported_at = NULL, assigned_machine_id = NULL, pinned_machine_id = $10,
+        pool_ids = coalesce($11, pool_ids), is_priority = $12,
+        session_id = $13, session_alias = $14, release_session_after = $15,
+        input_values = coalesce($16::json, input_values),
+        sensitive_input_aliases = coalesce($17::json, sensitive_input_aliases),
+        secret_path = CASE WHEN $17::json IS NULL THEN secret_path ELSE $18 END
+    FROM seen WHERE runs.id = seen.id
+    RETURNING runs.*
+), shown AS MATERIALIZED (
+    SELECT {views.document(ATTACHMENTS_AFTER)} AS body FROM r {views.RUN_SOURCE}
+), stored AS (
+    {STORE} SELECT $2, $20::text, $21, 200, body, now() + make_interval(secs => $22) FROM shown WHERE $20 IS NOT NULL
 )
-SELECT {views.columns(views.RUN_COLUMNS)} FROM r {views.RUN_SOURCE}
+SELECT body FROM shown
 """
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -165,10 +182,11 @@ async def retry(parts: Parts, write: Write, run_id: UUID, options: RunRetry) -> 
             parts, organization_id, [run_id], options.sensitive_input_values, options.file_inputs
         )
 
-    async def switch(connection: Connection) -> Reply:
-        return await _switch(connection, write, run_id, options, staged)
+    async def switch() -> Reply:
+        reply = await _switch_plain(parts.database, write, run_id, options)
+        return reply or await _switch(parts.database, write, run_id, options, staged)
 
-    reply = await once(parts.database, write, switch)
+    reply = await first(parts.database, write, switch)
     parts.background.wake(write.principal.organization_id)
     return reply
 
@@ -183,26 +201,56 @@ async def _check(parts: Parts, write: Write, run_id: UUID, options: RunRetry) ->
     return None
 
 
-async def _switch(connection: Connection, write: Write, run_id: UUID, options: RunRetry, staged: Staged) -> Reply:
-    principal = write.principal
-    run = refuse(await connection.fetchrow(LOCK, run_id, principal.organization_id), options)
-    await check_targets(connection, principal.organization_id, options)
+async def _switch_plain(database: Database, write: Write, run_id: UUID, options: RunRetry) -> Reply | None:
+    """The switch without a transaction of several statements, for a retry that involves no secret, input file or target.
+
+    The rules decide on a plain read, and the one statement that writes takes effect only if the row has not changed since.
+    None if it has, or if the retry needs more: then nothing has happened.
+    """
+    beyond_the_row = (options.sensitive_input_values, options.file_inputs, options.machine_id, options.session_id)
+    if options.pool_ids or any(given is not None for given in beyond_the_row):
+        return None
+    async with database.connection() as connection:
+        run = refuse(await connection.fetchrow(READ, run_id, write.principal.organization_id), options)
+        if run["secret_path"] is not None or run["input_count"]:
+            return None
+        with committing():
+            return await _write(connection, write, run_id, run, options, Staged())
+
+
+async def _switch(database: Database, write: Write, run_id: UUID, options: RunRetry, staged: Staged) -> Reply:
+    """Decide every rule on the locked run, and do all that follows from it in the same transaction."""
+    organization_id = write.principal.organization_id
+    async with database.transaction() as connection:
+        run = refuse(await connection.fetchrow(LOCK, run_id, organization_id), options)
+        await check_targets(connection, organization_id, options)
+        old_secret: str | None = run["secret_path"]
+        if old_secret is not None:
+            if staged.aliases is not None:
+                await deletions.due(connection, [Name("vault", old_secret)])
+            elif not await deletions.reclaim(connection, old_secret):
+                raise SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
+        reply = await _write(connection, write, run_id, run, options, staged)
+        if reply is None:  # the row is locked
+            raise RunNotFound
+        await staging.adopt(connection, {run_id: staged}, write.principal)
+    return reply
+
+
+async def _write(
+    connection: Connection, write: Write, run_id: UUID, run: Record, options: RunRetry, staged: Staged
+) -> Reply | None:
+    """SWITCH, with what the rules make of the run as it was read; None if it is no longer what was read."""
     session, pinned = next_session(run, options), next_pin(run, options)
     pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
     is_priority = run["is_priority"] if options.is_priority is None else options.is_priority
-
-    old_secret: str | None = run["secret_path"]
-    if old_secret is not None:
-        if staged.aliases is not None:
-            await deletions.due(connection, [Name("vault", old_secret)])
-        elif not await deletions.reclaim(connection, old_secret):
-            raise SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
-
-    row = await connection.fetchrow(
+    body = await connection.fetchval(
         SWITCH,
         run_id,
-        principal.key_id,
-        principal.user_id,
+        write.principal.organization_id,
+        run["version"],
+        write.principal.key_id,
+        write.principal.user_id,
         overridden(options),
         options.file_inputs is not None,
         *lane(session.id, pinned, pool_ids, is_priority),
@@ -215,13 +263,9 @@ async def _switch(connection: Connection, write: Write, run_id: UUID, options: R
         None if options.input_values is None else orjson.dumps(options.input_values).decode(),
         staged.aliases_json(),
         staged.secret_path,
+        None if options.file_inputs is None else [str(file.id) for file in staged.files],
+        write.key,
+        None if write.key is None else write.fingerprints[0],
+        write.ttl_seconds,
     )
-    if row is None:  # the row is locked
-        raise RunNotFound
-    await staging.adopt(connection, {run_id: staged}, principal)
-
-    reply = views.run(row)
-    reply["output_attachment_ids"] = []  # the statement still sees what it removes
-    if options.file_inputs is not None:
-        reply["input_attachment_ids"] = [str(file.id) for file in staged.files]
-    return Reply(200, views.encode(reply))
+    return None if body is None else Reply(200, body)

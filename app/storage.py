@@ -1,11 +1,13 @@
 """Attachment bytes in a folder or an object store: the only file that imports obstore."""
 
+import asyncio
 import errno
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ T = TypeVar("T")
 CHUNK = MIB  # what a download holds in memory at once
 
 # The collector and the health check never take a slot of a request, nor the other way round.
-_COLLECTOR_SLOTS = 2
+_COLLECTOR_SLOTS = 4
 _HEALTH_SLOTS = 1
 # With the default patience of 4 s a request that meets a frozen store is answered in 7 s, with a 25 MB file in 9.5 s.
 _LONGEST_WAIT = 3.0
@@ -44,7 +46,7 @@ class FileMissingError(Exception):
 class FileStore:
     """One object per file, under a key of its own that is written once.
 
-    obstore runs in threads: a folder blocks by nature. Into a folder we write ourselves, see `_write_file`.
+    obstore runs in threads: a folder blocks by nature.
     No exception of obstore leaves this class: they carry paths and URLs.
     """
 
@@ -113,12 +115,25 @@ class FileStore:
 
         return chunks(await read(start) if start < end else b"", start)
 
-    async def delete(self, key: str) -> None:
-        """Delete the file and the folders that it leaves empty; a missing key counts as deleted.
+    async def delete(self, keys: Sequence[str]) -> set[str]:
+        """Delete files and the folders that they leave empty; a missing key counts as deleted.
 
-        Raises StorageUnavailable.
+        Returns the keys that are gone, for good. What failed is logged by kind.
         """
-        await self._run(self._collector, partial(self._delete, key), self._timeout)
+        if self._root is not None:  # one call for all: a thread for each would cost more than the deleting
+            calls = [partial(_delete_files, self._root, keys)]
+        else:
+            calls = [partial(self._delete_object, key) for key in keys]
+        results = await asyncio.gather(
+            *(self._run(self._collector, call, self._timeout) for call in calls), return_exceptions=True
+        )
+        gone: set[str] = set()
+        for result in results:
+            if isinstance(result, set):
+                gone |= result
+            elif not isinstance(result, StorageUnavailable):
+                raise result
+        return gone
 
     async def signed_url(self, key: str, expires_in: int) -> str | None:
         """A URL that reads the file for `expires_in` seconds without our help; None if the store is a folder."""
@@ -179,23 +194,10 @@ class FileStore:
             raise FileMissingError
         return chunk
 
-    def _delete(self, key: str) -> None:
-        try:
+    def _delete_object(self, key: str) -> set[str]:
+        with suppress(FileNotFoundError):
             obstore.delete(self._store, key)
-        except FileNotFoundError:
-            self._require_root(self._root)
-        if self._root is None:
-            return
-        path = self._root / key
-        # Make it durable too: a file that came back after a power cut would be on no list.
-        for folder in _folders(self._root, path):
-            try:
-                if not _remove_if_empty(folder):
-                    _sync(folder)
-                    return
-            except FileNotFoundError:
-                continue  # another delete took it; what matters now is its parent
-        _sync(self._root)
+        return {key}
 
     def _answers(self) -> bool:
         if self._root is not None:
@@ -212,35 +214,37 @@ class FileStore:
             raise StorageUnavailable
 
 
-def _folders(root: Path, path: Path) -> list[Path]:
-    """The folders between a file and the root, deepest first."""
-    return [folder for folder in path.parents if folder != root and root in folder.parents]
+# --- a folder as the store --------------------------------------------------------------------------------------------
+#
+# obstore does not serve for writing and deleting here: its put makes a missing root again, behind the back of whoever is
+# mounting it; a put that is killed leaves a file that it neither lists nor deletes; and it has no fsync. Every step below is
+# relative to the root that was opened first, so it happens in that very folder, wherever it is moved meanwhile.
+
+
+@contextmanager
+def _opened(path: str | Path, within: int | None = None) -> Iterator[int]:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=within)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def _write_file(root: Path, key: str, data: bytes) -> None:
-    """Write a fresh key below `root`; durable when it returns. Raises OSError; part of the file may exist then.
+    """Write a fresh key; durable when it returns. Raises OSError; part of the file may exist then.
 
-    obstore's put does not serve here: it makes a missing root again, behind the back of whoever is mounting it; a put that
-    is killed leaves a file that it neither lists nor deletes; and it has no fsync. Every step is relative to the root
-    opened first, so the bytes are in that very folder, wherever it is moved meanwhile. No rename: nobody reads a key
-    before the commit that names it.
+    No rename at the end: nobody reads a key before the commit that names it.
     """
     *parents, name = key.split("/")
-    with ExitStack() as opened:
-
-        def open_folder(path: str | Path, within: int | None = None) -> int:
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=within)
-            opened.callback(os.close, folder)
-            return folder
-
-        top = open_folder(root)
+    with ExitStack() as stack:
+        top = stack.enter_context(_opened(root))
         for attempt in range(_FOLDER_ATTEMPTS):
             folders = [top]
             try:
                 for parent in parents:
                     with suppress(FileExistsError):
                         os.mkdir(parent, dir_fd=folders[-1])
-                    folders.append(open_folder(parent, folders[-1]))
+                    folders.append(stack.enter_context(_opened(parent, folders[-1])))
                 file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folders[-1])
                 break
             except FileNotFoundError:  # a collector has removed the folder, empty again, before the file was in it
@@ -256,19 +260,51 @@ def _write_file(root: Path, key: str, data: bytes) -> None:
             os.fsync(folder)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _delete_files(root: Path, keys: Sequence[str]) -> set[str]:
+    """Delete files and the folders that they leave empty; returns the keys that are gone, durably. Raises OSError."""
+    changed: dict[str, set[str]] = defaultdict(set)  # by folder, what must not come back after a power cut
+    gone: set[str] = set()
+    with _opened(root) as top:
+        for key in keys:
+            try:
+                with suppress(FileNotFoundError):
+                    os.unlink(key, dir_fd=top)
+                changed[_remove_empty(top, _parent(key))].add(key)
+            except OSError as error:
+                log.warning("A file could not be deleted: %s", type(error).__name__)
+        for folder, deleted in changed.items():
+            try:
+                _sync(top, folder)
+            except OSError as error:
+                log.warning("A folder could not be synced: %s", type(error).__name__)
+            else:
+                gone |= deleted
+    return gone
 
 
-def _remove_if_empty(folder: Path) -> bool:
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _remove_empty(top: int, folder: str) -> str:
+    """Remove a folder and those above it, up to the first that is not empty; returns that one."""
+    while folder:
+        try:
+            os.rmdir(folder, dir_fd=top)
+        except FileNotFoundError:
+            pass  # another delete took it
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return folder
+        folder = _parent(folder)
+    return "."
+
+
+def _sync(top: int, folder: str) -> None:
+    """Make what happened in this folder durable; if it went meanwhile, in the one above it."""
     try:
-        folder.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
-    return True
+        with _opened(folder, top) as descriptor:
+            os.fsync(descriptor)
+    except FileNotFoundError:
+        _sync(top, _parent(folder) or ".")

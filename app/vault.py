@@ -32,7 +32,7 @@ MAX_SECRET_NAMES = 400
 _FAILURES = (VaultError, requests.RequestException, OSError, AttributeError, LookupError, TypeError, ValueError)
 
 # The collector and the health check never take a slot of a request, nor the other way round.
-_COLLECTOR_SLOTS = 2
+_COLLECTOR_SLOTS = 4
 _HEALTH_SLOTS = 1
 
 

@@ -86,6 +86,18 @@ def columns(table: dict[str, str], names: Iterable[str] | None = None) -> str:
     return ", ".join(f"{table[name]} AS {name}" for name in (table if names is None else names))
 
 
+def document(overrides: dict[str, str]) -> str:
+    """A SQL expression for the bytes of a run's reply, with other expressions for some of its keys."""
+    shown = {name: _rfc3339(text) if name.endswith("_at") else text for name, text in RUN_COLUMNS.items()} | overrides
+    pairs = ", ".join(f"'{name}', {text}" for name, text in (shown | dict.fromkeys(RUN_UNSUPPORTED, "NULL")).items())
+    return f"convert_to(json_build_object({pairs})::text, 'UTF8')"
+
+
+def _rfc3339(time: str) -> str:
+    """As `encode` shows times."""
+    return f"""replace(to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), '.000000Z', 'Z')"""
+
+
 GET_RUN = f"SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE} WHERE r.id = $1 AND r.organization_id = $2"
 
 

@@ -119,10 +119,10 @@ async def test_delete_takes_empty_folders(store: FileStore, folder: Path) -> Non
     kept, gone, never = (store.new_key("org", RUN) for _ in range(3))
     await store.put(kept, b"kept", deadline=soon())
     await store.put(gone, b"gone", deadline=soon())
-    for key in (gone, gone, never, store.new_key("other", uuid4())):
-        await store.delete(key)
+    for keys in ([gone, never], [gone], [store.new_key("other", uuid4())]):
+        assert await store.delete(keys) == set(keys)
     assert files(folder) == [folder / kept]
-    await store.delete(kept)
+    assert await store.delete([kept]) == {kept}
     assert names(folder) == []
 
 
@@ -133,13 +133,13 @@ async def test_puts_and_deletes_in_one_run_at_once(store: FileStore, folder: Pat
         if number % 8 == 0:
             return key
         assert await read(store, key, 0, len(str(number))) == b"%d" % number
-        await store.delete(key)
+        assert await store.delete([key]) == {key}
         return ""
 
     for _ in range(5):
         kept = [key for key in await asyncio.gather(*(live(number) for number in range(64))) if key]
         assert files(folder) == sorted(folder / key for key in kept)
-        await asyncio.gather(*(store.delete(key) for key in kept))
+        await asyncio.gather(*(store.delete([key]) for key in kept))
         assert names(folder) == []
 
 
@@ -151,7 +151,7 @@ async def test_two_replicas_in_one_run(store: FileStore, folder: Path) -> None:
             key = store.new_key("org", RUN)
             await store.put(key, b"x", deadline=soon())
             assert await read(store, key, 0, 1) == b"x"
-            await store.delete(key)
+            assert await store.delete([key]) == {key}
 
     other = FileStore(settings(folder.as_uri()))
     await asyncio.gather(*(live(one) for one in (store, other, store, other)))
@@ -240,17 +240,46 @@ async def test_unusable_folder_and_back(
         results = await asyncio.gather(
             *(store.put(store.new_key("org", RUN), b"x", deadline=soon()) for _ in range(64)),
             *(store.stream(key, 0, 6) for _ in range(64)),
-            store.delete(key),
             store.put(store.new_key("org", RUN), os.urandom(5 * MIB), deadline=soon()),
             return_exceptions=True,
         )
+        assert await store.delete([key, store.new_key("org", RUN)]) == set()
         assert time.monotonic() - began < 5
         assert {type(result) for result in results} == {StorageUnavailable}
         assert await store.ready() is (unusable is organization_replaced_by_a_file)
     assert await store.ready()
     assert await read(store, key, 0, 6) == b"before"
     await store.put(store.new_key("org", RUN), b"after", deadline=soon())
-    await store.delete(key)
+    assert await store.delete([key]) == {key}
+
+
+async def test_one_folder_that_fails_does_not_hold_up_the_others(store: FileStore, folder: Path) -> None:
+    good, bad = store.new_key("good", RUN), store.new_key("org", RUN)
+    await store.put(good, b"x", deadline=soon())
+    await store.put(bad, b"x", deadline=soon())
+    with organization_replaced_by_a_file(folder):
+        assert await store.delete([bad, good]) == {good}
+    assert await store.delete([bad]) == {bad}
+    assert names(folder) == []
+
+
+async def test_a_root_that_goes_during_a_delete_does_not_count_as_empty(
+    store: FileStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [store.new_key("org", RUN) for _ in range(3)]
+    for key in keys:
+        await store.put(key, b"x", deadline=soon())
+    real, away = os.unlink, folder.with_name("away")
+
+    def going(path: Any, **others: Any) -> None:
+        if folder.exists():
+            folder.rename(away)
+        real(path, **others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", going)
+        assert await store.delete(keys) == set(keys)
+    assert names(away) == []
 
 
 async def test_disk_full(store: FileStore, folder: Path) -> None:
@@ -262,7 +291,7 @@ async def test_disk_full(store: FileStore, folder: Path) -> None:
             await store.put(key, b"x" * 2 * MIB, deadline=soon())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    await store.delete(key)
+    assert await store.delete([key]) == {key}
     assert names(folder) == []
     await store.put(key, b"x" * 2 * MIB, deadline=soon())
 
@@ -275,7 +304,7 @@ async def test_a_folder_that_hangs(store: FileStore, folder: Path) -> None:
     began = time.monotonic()
     reads = [asyncio.create_task(store.stream(key, 0, 1)) for _ in range(64)]
     await asyncio.wait(reads, timeout=0.2)
-    await store.delete(other)
+    assert await store.delete([other]) == {other}
     assert await store.ready()
     assert not any(task.done() for task in reads)
     results = await asyncio.gather(*reads, return_exceptions=True)
@@ -411,8 +440,8 @@ async def test_s3_roundtrip(bucket: FileStore) -> None:
         assert {name: reply.headers[name] for name in headers} == headers
         assert (await client.get(url.replace(key, bucket.new_key("org", RUN)))).status_code == 403
         assert (await client.get(url.partition("?")[0])).status_code == 403
-    await bucket.delete(key)
-    await bucket.delete(key)
+    assert await bucket.delete([key]) == {key}
+    assert await bucket.delete([key]) == {key}
     with pytest.raises(FileMissingError):
         await bucket.stream(key, 0, 1)
 
@@ -425,11 +454,11 @@ async def test_s3_frozen_then_killed(weed: Weed, bucket: FileStore) -> None:
     results = await asyncio.gather(
         *(bucket.put(bucket.new_key("org", RUN), b"x", deadline=soon()) for _ in range(64)),
         bucket.put(bucket.new_key("org", RUN), bytes(25 * MIB), deadline=soon()),
-        bucket.delete(bucket.new_key("org", RUN)),
         bucket.ready(),
         return_exceptions=True,
     )
-    assert time.monotonic() - began < 10
+    assert await bucket.delete([bucket.new_key("org", RUN)]) == set()
+    assert time.monotonic() - began < 15
     assert results.pop() is False
     assert {type(result) for result in results} == {StorageUnavailable}
     weed.process.send_signal(signal.SIGCONT)
@@ -439,9 +468,9 @@ async def test_s3_frozen_then_killed(weed: Weed, bucket: FileStore) -> None:
     for call in (
         bucket.put(bucket.new_key("org", RUN), b"x", deadline=soon()),
         bucket.stream(key, 0, 1),
-        bucket.delete(key),
     ):
         with pytest.raises(StorageUnavailable):
             await call
+    assert await bucket.delete([key]) == set()
     assert not await bucket.ready()
     assert time.monotonic() - began < 8

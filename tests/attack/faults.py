@@ -28,13 +28,13 @@ from typing import Any
 import asyncpg
 import httpx
 import hvac.api.secrets_engines.kv_v2
-import obstore
 import uvicorn
 
 from app import deletions, storage
 from app.cli import application
 from app.config import Settings
 from app.database import Database
+from app.retry import SWITCH
 from app.storage import FileStore
 from app.vault import SecretStore
 from dev.stack import free_port
@@ -125,13 +125,13 @@ class Faults:
         setattr(holder, method, call)
 
     def wrap_statement(self, method: str) -> None:
-        """Points before and after a statement, and for COMMIT also between: sent, not answered."""
+        """Points before and after a statement, and for those that commit also between: sent, not answered."""
         original = getattr(asyncpg.Connection, method)
 
         async def call(connection: Any, sql: str, *args: Any, **kwargs: Any) -> Any:
             what = _statement(sql)
             self.point(f"{what} before", args)
-            if sql == "COMMIT" and IN_REQUEST.get():
+            if sql in ("COMMIT", SWITCH) and IN_REQUEST.get():
                 answer = asyncio.ensure_future(original(connection, sql, *args, **kwargs))
                 await asyncio.sleep(0)  # its first step sends
                 await asyncio.sleep(0)  # the event loop writes
@@ -151,7 +151,7 @@ class Faults:
         self.wrap(vault, "create_or_update_secret", lambda *_: "vault write")
         self.wrap(vault, "delete_metadata_and_all_versions", lambda *_: "vault delete")
         self.wrap(storage, "_write_file", lambda *_: "put")
-        self.wrap(obstore, "delete", lambda *_: "delete")
+        self.wrap(storage, "_delete_files", lambda *_: "delete")
         for call in ("fsync", "rmdir"):
             self.wrap(os, call, partial(_first, call))
 

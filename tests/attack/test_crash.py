@@ -60,6 +60,21 @@ def retry(client: Client) -> Write:
     return Write("POST", f"/v1/runs/{run_id}/retry", body, 200, happened)
 
 
+def plain_retry(client: Client) -> Write:
+    """Without secrets and input files: one statement is the whole switch, and commits by itself."""
+    run_id = client.finished("error")["id"]
+
+    def happened(now: Picture) -> bool:
+        run = now.run
+        return (
+            (run["status"], run["attempt"], run["error"], run["output_data"]) == ("scheduling", 2, None, None)
+            and now.attachments == []
+            and [(row["attempt"], row["status"]) for row in now.attempts] == [(1, "error")]
+        )
+
+    return Write("POST", f"/v1/runs/{run_id}/retry", {"input_values": {"a": 1}}, 200, happened)
+
+
 def create(client: Client) -> Write:
     def happened(now: Picture) -> bool:
         return (now.run["secrets"], now.files("input")) == (STORED, sorted(NEW_FILES))
@@ -116,8 +131,11 @@ def gone(stack: Stack) -> bool:
     return not stack.sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'runs-api'")
 
 
-def crash(stack: Stack, scene: Callable[[Client], Write], plan: Plan, last_commit: str) -> Picture:
-    """Kill at the point, look, start again, resend, look again. Returns how it looked after the kill."""
+def crash(stack: Stack, scene: Callable[[Client], Write], plan: Plan, commit: str) -> Picture:
+    """Kill at the point, look, start again, resend, look again. Returns how it looked after the kill.
+
+    `commit` is the statement that makes it happen: "COMMIT {}#2" is "COMMIT after#2" once it has been answered.
+    """
     with FaultyServer(stack, plan) as server, server.client() as client:
         write = scene(client)
         before = picture(stack, client.organization)
@@ -132,10 +150,10 @@ def crash(stack: Stack, scene: Callable[[Client], Write], plan: Plan, last_commi
     after_kill = picture(stack, organization)
     happened = after_kill != before
     assert not happened or write.happened(after_kill), f"half done: {before} -> {after_kill}"
-    committed = f"COMMIT after#{last_commit}"
-    if answered or plan.point == committed or (plan.point or "").startswith("http.response"):
+    committed = plan.point == commit.format("after")
+    if answered or committed or (plan.point or "").startswith("http.response"):
         assert happened, "it was answered, or committed, and is not there"
-    elif plan.point != f"COMMIT sent#{last_commit}":
+    elif plan.point != commit.format("sent"):
         assert not happened, "it happened before its commit"
     assert_nothing_lost(stack, organization)
 
@@ -155,11 +173,17 @@ def crash(stack: Stack, scene: Callable[[Client], Write], plan: Plan, last_commi
     return after_kill
 
 
+def last_commit(every: list[str]) -> str:
+    """The statement after which it has happened."""
+    commits = sum(point.startswith("COMMIT before") for point in every)
+    return f"COMMIT {{}}#{commits}" if commits else "WITH seen AS MATERIALIZED {}#1"
+
+
 def crash_at(stack: Stack, scene: Callable[[Client], Write], points: list[str], every: list[str]) -> None:
-    last = str(sum(point.startswith("COMMIT before") for point in every))
+    commit = last_commit(every)
     for point in points:
         try:
-            crash(stack, scene, Plan(point), last)
+            crash(stack, scene, Plan(point), commit)
         except BaseException as failure:
             failure.add_note(f"killed at {point}")
             raise
@@ -174,6 +198,12 @@ def test_a_retry_killed_at_every_point(attacked: Stack, shard: int) -> None:
     every = points_of(attacked, retry)
     assert len(every) > 50
     crash_at(attacked, retry, every[shard::SHARDS], every)
+
+
+def test_a_plain_retry_killed_at_every_point(attacked: Stack) -> None:
+    every = points_of(attacked, plain_retry)
+    assert last_commit(every).format("sent") in every, "it takes one statement, without BEGIN and COMMIT"
+    crash_at(attacked, plain_retry, every, every)
 
 
 @pytest.mark.parametrize("scene", [create, upload, finish, delete])
@@ -191,7 +221,7 @@ def test_other_writes_killed(attacked: Stack, scene: Callable[[Client], Write]) 
 def test_killed_while_a_file_is_written(attacked: Stack, scene: Callable[[Client], Write]) -> None:
     half = len(NEW_FILES[0]) // 2
     folders = set(attacked.files.iterdir())
-    crash(attacked, scene, Plan("put before#1", partial(die_while_writing, half)), "2")
+    crash(attacked, scene, Plan("put before#1", partial(die_while_writing, half)), "COMMIT {}#2")
     assert set(attacked.files.iterdir()) - folders, "the resend stored nothing"
 
 
@@ -239,7 +269,7 @@ def collector_scene(stack: Stack) -> str:
 def test_a_collector_killed_at_its_points(attacked: Stack) -> None:
     collector_scene(attacked)
     every = collect_as_process(attacked, Plan(), ahead=3 * DAY)
-    assert {"vault delete after#1", "delete after#1", "COMMIT after#2"} <= set(every)
+    assert {"vault delete after#1", "delete after#1", "WITH swept AS ( after#1"} <= set(every)
     assert any(point.startswith("rmdir") for point in every), "which delete empties the folder is a race"
     chosen = every if SOAK else chance("collector").sample(every, 6)
     for point in chosen:
