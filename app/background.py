@@ -41,8 +41,8 @@ SELECT organization_id FROM waiting WHERE organization_id IS NOT NULL AND EXISTS
 """
 
 FORGET_KEYS = """
-DELETE FROM idempotency_keys WHERE (organization_id, key) IN (
-    SELECT organization_id, key FROM idempotency_keys WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED)
+DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM idempotency_keys WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED))
 """
 
 

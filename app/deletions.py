@@ -93,16 +93,16 @@ async def reclaim(connection: Connection, secret_path: str) -> bool:
 # --- the collector ----------------------------------------------------------------------------------------------------
 
 # Taking a row also postpones it: if this process dies the row is due again later, ever less often while deletes fail.
+# By ctid: joined by name, the planner may run the subquery again for each row, lock more than the batch, and take seconds.
 CONDEMN = """
 UPDATE deletions
 SET condemned_at = coalesce(condemned_at, now()),
     due_at = now() + $2 + make_interval(secs => 5 * 2 ^ least(failures, 6)),
     failures = least(failures + 1, 1000)
-FROM (
-    SELECT store, name FROM deletions WHERE due_at <= now() + $2 ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
-) AS due
-WHERE deletions.store = due.store AND deletions.name = due.name
-RETURNING deletions.store, deletions.name
+WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM deletions WHERE due_at <= now() + $2 ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
+))
+RETURNING store, name
 """
 
 FINISH = """
