@@ -94,15 +94,28 @@ async def stage(
                 await deletions.stage(connection, names, parts.settings.stage_grace_seconds)
         except OutcomeUnknown:
             raise DatabaseUnavailable from None  # at most names are listed that nothing was written under
+        # Patience with a slot is for those whom others hold up: a request with many writes queues them here, where only the
+        # deadline counts, and never has more of them waiting than run at once.
+        vault_turns = asyncio.Semaphore(parts.settings.vault_concurrency)
+        storage_turns = asyncio.Semaphore(parts.settings.storage_concurrency)
+
+        async def write(path: str, values: dict[str, Any]) -> None:
+            async with vault_turns:
+                await parts.secrets.write(path, values, deadline=deadline)
+
+        async def put(file: StagedFile, content: bytes) -> None:
+            async with storage_turns:
+                headers = file_headers(file.filename, file.content_type)
+                await parts.files.put(file.key, content, deadline=deadline, attributes=headers)
+
         contents = [file.content for file in files or ()]
         try:
             async with asyncio.TaskGroup() as group:
                 for staged in planned:
                     if staged.secret_path is not None and secrets:
-                        group.create_task(parts.secrets.write(staged.secret_path, secrets, deadline=deadline))
+                        group.create_task(write(staged.secret_path, secrets))
                     for file, content in zip(staged.files, contents, strict=True):
-                        headers = file_headers(file.filename, file.content_type)
-                        group.create_task(parts.files.put(file.key, content, deadline=deadline, attributes=headers))
+                        group.create_task(put(file, content))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # one refusal is enough for one reply
     return planned
