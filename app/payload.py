@@ -34,6 +34,7 @@ _SENTENCES = {
     "enum": "Must be one of the documented values.",
     "filename": "Must be a bare file name: no separators, no control characters, not . or .., at most 255 bytes.",
     "finite_number": "Numbers must be finite.",
+    "float_parsing": "Must be a number.",
     "greater_than_equal": "Is too small.",
     "int_parsing": "Must be an integer.",
     "int_type": "Must be an integer.",

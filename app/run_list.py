@@ -18,7 +18,7 @@ from app.errors import Invalid
 from app.models import RunStatus
 from app.parts import Parts
 
-# How often a waiting caller without a machine looks again.
+# How often a caller looks again that waits for anything but an assignment.
 LOOK_AGAIN_SECONDS = 1.0
 
 
@@ -69,17 +69,22 @@ class RunFilter:
         ], values
 
 
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The columns to read, and the always-null keys to show; None means all."""
+
+    columns: Sequence[str] | None = None
+    unsupported: dict[str, None] | None = None
+
+
 _NEWEST_FIRST = "ORDER BY created_at DESC, id DESC"
 
 
 FIELDS = views.RUN_COLUMNS.keys() | views.RUN_UNSUPPORTED.keys()
 
 
-async def list_runs(
-    database: Database, wanted: RunFilter, fields: Sequence[str] | None, skip: int, limit: int
-) -> dict[str, Any]:
-    """One page. Raises Invalid for an unknown field."""
-    names, unsupported = _projection(fields)
+async def list_runs(database: Database, wanted: RunFilter, shown: Projection, skip: int, limit: int) -> dict[str, Any]:
+    """One page."""
     arms, values = wanted.arms()
     total = " + ".join(f"(SELECT count(*) FROM runs r WHERE {arm})" for arm in arms)
     if len(arms) == 1:
@@ -93,37 +98,40 @@ async def list_runs(
         page = f"SELECT id, created_at FROM ({newest}) AS newest {_NEWEST_FIRST} OFFSET {skip:d} LIMIT {limit:d}"
     statement = (
         f"WITH page AS MATERIALIZED ({page})"
-        f" SELECT {views.columns(views.RUN_COLUMNS, names)} FROM page JOIN runs r ON r.id = page.id {views.RUN_SOURCE}"
+        f" SELECT {views.columns(views.RUN_COLUMNS, shown.columns)} FROM page JOIN runs r ON r.id = page.id {views.RUN_SOURCE}"
         " ORDER BY page.created_at DESC, page.id DESC"
     )
     async with database.connection() as connection:
         count = await connection.fetchval(f"SELECT {total}", *values)
         rows = await connection.fetch(statement, *values) if count > skip else []
-    return {"items": [views.run(row, unsupported) for row in rows], "total": count, "skip": skip, "limit": limit}
+    return {"items": [views.run(row, shown.unsupported) for row in rows], "total": count, "skip": skip, "limit": limit}
 
 
-def _projection(fields: Sequence[str] | None) -> tuple[Sequence[str] | None, dict[str, None] | None]:
-    """The columns to read and the always-null keys to show. `fields` may be repeated or comma-separated."""
+def projection(fields: Sequence[str] | None) -> Projection:
+    """What `fields` asks for; it may be repeated or comma-separated. Raises Invalid for an unknown field."""
     if fields is None:
-        return None, None
+        return Projection()
     names = {name.strip(" ") for part in fields for name in part.split(",")} - {""}
     if not names <= FIELDS:
         raise Invalid((("query", "fields"), "Must be names of fields of a run.", "fields"))
     chosen = names | set(views.RUN_BASE_FIELDS)
-    return [name for name in views.RUN_COLUMNS if name in chosen], {
-        name: None for name in views.RUN_UNSUPPORTED if name in chosen
-    }
+    return Projection(
+        [name for name in views.RUN_COLUMNS if name in chosen],
+        {name: None for name in views.RUN_UNSUPPORTED if name in chosen},
+    )
 
 
 async def wait_for_run(parts: Parts, wanted: RunFilter, seconds: float) -> None:
     """Return when the list has a run (with machine_id: one that is assigned to it), or after `seconds`.
 
-    No database connection is held while waiting. Raises DatabaseUnavailable.
+    No database connection is held while waiting. An assignment wakes who waits for it; anything else is looked for again
+    and again. Raises DatabaseUnavailable.
     """
+    machine_id = wanted.machine_id if wanted.status in (None, RunStatus.SCHEDULING) else None
     arms, values = wanted.arms()
     exists = f"SELECT EXISTS (SELECT FROM runs r WHERE {arms[0]})"
     until = time.monotonic() + seconds
-    with nullcontext() if wanted.machine_id is None else parts.waiters.listen(wanted.machine_id) as assigned:
+    with nullcontext() if machine_id is None else parts.waiters.listen(machine_id) as assigned:
         while True:
             async with parts.database.connection() as connection:
                 if await connection.fetchval(exists, *values):

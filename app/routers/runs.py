@@ -27,7 +27,7 @@ from app.parts import parts
 from app.payload import read, read_write
 from app.replies import ONLY, Limit, Skip, json_reply, send
 from app.retry import retry
-from app.run_list import FIELDS, RunFilter, list_runs, wait_for_run
+from app.run_list import FIELDS, RunFilter, list_runs, projection, wait_for_run
 from app.schemas import (
     Page,
     RunAttemptResponse,
@@ -156,10 +156,10 @@ async def list_all(
         created_at_from,
         created_at_to,
     )
-    own = parts(request)
+    own, shown = parts(request), projection(fields)
     if wait:
         await wait_for_run(own, wanted, wait)
-    return json_reply(await list_runs(own.database, wanted, fields, skip, limit))
+    return json_reply(await list_runs(own.database, wanted, shown, skip, limit))
 
 
 @router.patch(
