@@ -24,10 +24,7 @@ from app.schemas import AttachmentType, RunAttachmentCreate, RunAttachmentUpdate
 
 COLUMNS = views.columns(views.ATTACHMENT_COLUMNS)
 
-# An output is gone once it has expired. An input's row stays: it is why a retry is refused.
-VISIBLE = "(a.attachment_type = 'input' OR a.expires_at IS NULL OR a.expires_at > now())"
-
-GET = f"SELECT {COLUMNS} FROM run_attachments a WHERE a.id = $1 AND a.organization_id = $2 AND {VISIBLE}"
+GET = f"SELECT {COLUMNS} FROM run_attachments a WHERE a.id = $1 AND a.organization_id = $2 AND {views.VISIBLE}"
 
 # --- read -------------------------------------------------------------------------------------------------------------
 
@@ -50,7 +47,7 @@ async def list_attachments(
 ) -> dict[str, Any]:
     """One page, newest first."""
     values: list[object] = [organization_id]
-    conditions = ["a.organization_id = $1", VISIBLE]
+    conditions = ["a.organization_id = $1", views.VISIBLE]
     for column, value in (("run_id", run_id), ("attachment_type", kind)):
         if value is not None:
             values.append(value)

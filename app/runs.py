@@ -131,8 +131,9 @@ def _created(row: Any, staged: Staged) -> dict[str, Any]:
 
 LOCK = "SELECT status, attempt, session_id FROM runs WHERE id = $1 AND organization_id = $2 FOR NO KEY UPDATE"
 
-OUTPUTS_OF = """
-SELECT count(*) FROM run_attachments WHERE run_id = $1 AND attachment_type = 'output' AND id = ANY($2::uuid[])
+OUTPUTS_OF = f"""
+SELECT count(*) FROM run_attachments a
+WHERE a.run_id = $1 AND a.attachment_type = 'output' AND a.id = ANY($2::uuid[]) AND {views.VISIBLE}
 """
 
 # Only a retry reopens a terminal run.

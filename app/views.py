@@ -13,11 +13,14 @@ from app.database import Record
 # `m` is the machine reserved for the run's session: a live session decides the machine.
 RUN_SOURCE = "LEFT JOIN machines m ON m.reserved_session_id = r.session_id AND m.organization_id = r.organization_id"
 
+# An output is gone once it has expired, collected or not. An input's row stays: it is why a retry is refused.
+VISIBLE = "(a.attachment_type = 'input' OR a.expires_at IS NULL OR a.expires_at > now())"
+
 
 def _attachment_ids(kind: str) -> str:
     return (
         "ARRAY(SELECT a.id::text FROM run_attachments a"
-        f" WHERE a.run_id = r.id AND a.attachment_type = '{kind}' ORDER BY a.created_at, a.id)"
+        f" WHERE a.run_id = r.id AND a.attachment_type = '{kind}' AND {VISIBLE} ORDER BY a.created_at, a.id)"
     )
 
 
