@@ -23,23 +23,24 @@ from app.parts import Parts
 from app.placement import check_targets, lane
 from app.retry import Session, alias_needs_session, refuse_contradictions
 from app.schemas import RunBulkCreate, RunCreate, RunUpdate
-from app.staging import Staged
 
 # --- create -----------------------------------------------------------------------------------------------------------
 
 KNOWN_WORKFLOW = "SELECT 1 FROM workflows WHERE id = $1 AND organization_id = $2 FOR KEY SHARE"
 
-INSERT = f"""
-WITH r AS (
-    INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
-                      input_values, session_id, session_alias, release_session_after, lane, queue_rank,
-                      sensitive_input_aliases, secret_path, created_at, queued_at)
-    SELECT id, $1, $2, $3, 'scheduling', $4, $5, $6, $7::json, $8, $9, $10, $11, $12,
-           aliases::json, secret_path, clock_timestamp(), clock_timestamp()
-    FROM unnest($13::uuid[], $14::text[], $15::text[]) AS planned (id, aliases, secret_path)
-    RETURNING *
-)
-SELECT {views.columns(views.RUN_COLUMNS)} FROM r {views.RUN_SOURCE}
+INSERT = """
+INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
+                  input_values, session_id, session_alias, release_session_after, lane, queue_rank,
+                  sensitive_input_aliases, secret_path, created_at, queued_at)
+SELECT id, $1, $2, $3, 'scheduling', $4, $5, $6, $7::json, $8, $9, $10, $11, $12,
+       aliases::json, secret_path, clock_timestamp(), clock_timestamp()
+FROM unnest($13::uuid[], $14::text[], $15::text[]) AS planned (id, aliases, secret_path)
+"""
+
+# Read by a statement of its own, which sees all that was inserted: runs of one session wait for each other.
+CREATED = f"""
+SELECT {views.columns(views.RUN_COLUMNS)} FROM runs r {views.RUN_SOURCE}
+WHERE r.id = ANY($1::uuid[]) ORDER BY array_position($1::uuid[], r.id)
 """
 
 
@@ -87,11 +88,10 @@ async def _create(
     planned = await staging.stage(
         parts, principal.organization_id, run_ids, options.sensitive_input_values, options.file_inputs
     )
-    staged = dict(zip(run_ids, planned, strict=True))
 
     async def switch(connection: Connection) -> Reply:
         await _check(connection, principal.organization_id, options)
-        rows = await connection.fetch(
+        await connection.execute(
             INSERT,
             principal.organization_id,
             options.workflow_id,
@@ -108,9 +108,9 @@ async def _create(
             [one.aliases_json() for one in planned],
             [one.secret_path for one in planned],
         )
-        await staging.adopt(connection, staged, principal)
-        created = {row["id"]: _created(row, staged[UUID(row["id"])]) for row in rows}
-        return Reply(201, views.encode(show([created[str(run_id)] for run_id in run_ids])))
+        await staging.adopt(connection, dict(zip(run_ids, planned, strict=True)), principal)
+        rows = await connection.fetch(CREATED, run_ids)
+        return Reply(201, views.encode(show([views.run(row) for row in rows])))
 
     reply = await once(parts.database, write, switch)
     parts.background.wake(principal.organization_id)
@@ -121,10 +121,6 @@ async def _check(connection: Connection, organization_id: str, options: RunCreat
     if not await connection.fetchval(KNOWN_WORKFLOW, options.workflow_id, organization_id):
         raise WorkflowNotFound
     await check_targets(connection, organization_id, options)
-
-
-def _created(row: Any, staged: Staged) -> dict[str, Any]:
-    return views.run(row) | {"input_attachment_ids": [str(file.id) for file in staged.files]}
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
