@@ -186,7 +186,9 @@ class FileInput(Payload):
     )
     content: Base64 = Field(description="The bytes, base64.", examples=["aGVsbG8="])
     target_path: TargetPath | None = Field(None, description="Where to put it on the machine (Windows or POSIX path).")
-    cleanup_imports_after_run: bool = Field(default=False, description="Delete it from the machine after the run.")
+    cleanup_imports_after_run: bool | None = Field(
+        default=False, description="Delete it from the machine after the run."
+    )
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def _plan(
                 content_type(file),
                 len(file.content),
                 file.target_path,
-                file.cleanup_imports_after_run,
+                bool(file.cleanup_imports_after_run),
             )
             for file_id, file in zip(ids, files, strict=True)
         ],
