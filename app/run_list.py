@@ -37,7 +37,8 @@ class RunFilter:
     def arms(self) -> tuple[list[str], list[Any]]:
         """Conditions that exclude each other and together mean the filter, each served by one index; and their values.
 
-        `machine_id` has three sources (assigned, reserved for the session, pinned), so that filter has three arms.
+        `machine_id` has three sources (assigned, reserved for the session, pinned), so that filter has three arms; they say
+        what views.RUN_SOURCE says.
         """
         values: list[Any] = [self.organization_id]
 
@@ -61,10 +62,12 @@ class RunFilter:
             return [common], values
         machine = bind(self.machine_id)
         reserved = f"(SELECT reserved_session_id FROM machines WHERE id = {machine})"
-        unreserved = "NOT EXISTS (SELECT FROM machines m WHERE m.reserved_session_id = r.session_id)"
+        unreserved = (
+            f"NOT ({views.IS_ACTIVE} AND EXISTS (SELECT FROM machines WHERE reserved_session_id = r.session_id))"
+        )
         return [
             f"{common} AND r.assigned_machine_id = {machine}",
-            f"{common} AND r.assigned_machine_id IS NULL AND r.session_id = {reserved}",
+            f"{common} AND r.assigned_machine_id IS NULL AND {views.IS_ACTIVE} AND r.session_id = {reserved}",
             f"{common} AND r.assigned_machine_id IS NULL AND r.pinned_machine_id = {machine} AND {unreserved}",
         ], values
 

@@ -296,7 +296,7 @@ class RunResponse(Reply):
     id: UUID
     workflow_id: UUID
     machine_id: UUID | None = Field(
-        description="The assigned machine, else the session's reserved one, else the pinned one."
+        description="The assigned machine, else (while active) the session's reserved one, else the pinned one."
     )
     assigned_machine_id: UUID | None = Field(description="Null until a machine is assigned.")
     user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")

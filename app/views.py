@@ -10,8 +10,13 @@ import orjson
 
 from app.database import Record
 
-# `m` is the machine reserved for the run's session: a live session decides the machine.
-RUN_SOURCE = "LEFT JOIN machines m ON m.reserved_session_id = r.session_id AND m.organization_id = r.organization_id"
+# `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
+# have ended: their session may have gone on to a machine that they were never on.
+IS_ACTIVE = "r.status IN ('scheduling', 'running')"
+RUN_SOURCE = (
+    "LEFT JOIN machines m ON m.reserved_session_id = r.session_id AND m.organization_id = r.organization_id"
+    f" AND {IS_ACTIVE}"
+)
 
 # An output is gone once it has expired, collected or not. An input's row stays: it is why a retry is refused.
 VISIBLE = "(a.attachment_type = 'input' OR a.expires_at IS NULL OR a.expires_at > now())"

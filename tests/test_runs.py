@@ -282,6 +282,27 @@ def test_the_machine_filter_means_the_machine_that_is_shown(api: Client) -> None
     assert listed(api, runs, machine_id=NOBODY) == ([], 0)
 
 
+def test_a_finished_run_never_shows_a_machine_that_it_was_not_on(api: Client) -> None:
+    """Its own is gone, or it never had one; the session has gone on elsewhere."""
+    machine_id, offline = api.machine(), api.machine(status="disconnected")
+    done = starts(api, start_session=True)
+    session_id = done["session_id"]
+    never = api.run(session_id=session_id)
+    pinned = api.run(session_id=session_id, machine_id=offline)
+    assert [run["machine_id"] for run in (never, pinned)] == [machine_id] * 2, "while it waits, the session's decides"
+    for run in (never, pinned):
+        api.report(run["id"], status="cancelled")
+    api.report(done["id"], status="success")
+    assert api.delete(f"/v1/machines/{machine_id}").status_code == 204
+    other = api.machine()
+    moved = api.run(session_id=session_id)
+    assert until(lambda: api.get_run(moved["id"])["machine_id"]) == other
+    runs = [done, never, pinned, moved]
+    assert [api.get_run(run["id"])["machine_id"] for run in runs] == [None, None, offline, other]
+    assert listed(api, runs, machine_id=other) == ([3], 1)
+    assert listed(api, runs, machine_id=offline) == ([2], 1)
+
+
 # --- wait -------------------------------------------------------------------------------------------------------------
 
 
