@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import asyncpg
 import uvicorn
 from alembic import command
 from alembic.config import Config
+from pydantic import ValidationError
 
 from app import auth
 from app.config import DatabaseSettings, Settings
@@ -45,7 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     revoke.set_defaults(run=_revoke_key)
 
     chosen = parser.parse_args(arguments)
-    code: int = chosen.run(chosen)
+    try:
+        code: int = chosen.run(chosen)
+    except ValidationError as problem:  # of the settings: their names, never their values
+        for error in problem.errors(include_input=False, include_context=False, include_url=False):
+            print(f"{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}", file=sys.stderr)
+        return 2
     return code
 
 

@@ -28,7 +28,8 @@ class MountedSecrets(PydanticBaseSettingsSource):
 class DatabaseSettings(BaseSettings):
     """All that migrations and key management need."""
 
-    model_config = SettingsConfigDict(extra="ignore", frozen=True)
+    # Values are hidden in errors: what is printed when a start fails must not show a key or a password.
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
     database_url: SecretStr = Field(description="postgresql://user:password@host:port/database")
 

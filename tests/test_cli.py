@@ -1,0 +1,86 @@
+"""The command line: API keys from creation to revocation, settings from files, and a start that fails without a leak."""
+
+import re
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from app.cli import main
+from app.config import Settings
+from tests.conftest import Server, Stack
+
+
+@pytest.fixture(autouse=True)
+def environment(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What a server of this stack is started with, and nothing else that is a setting."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in stack.environment().items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.fixture
+def organization() -> str:
+    return f"org-{uuid4().hex}"
+
+
+def test_a_key_from_creation_to_revocation(
+    server: Server, organization: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user_id = str(uuid4())
+    assert main(["keys", "create", "--organization", organization, "--user", user_id, "--name", "ci"]) == 0
+    key = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"rk_[A-Za-z0-9_-]{43}", key)
+    with server.client(organization, key=key) as api:
+        assert api.run()["user_id"] == user_id
+
+        assert main(["keys", "list", "--organization", organization]) == 0
+        [line] = capsys.readouterr().out.splitlines()
+        key_id = line.split()[0]
+        assert line.split()[1:4] == [organization, user_id, "ci"]
+        assert key not in line
+
+        for _ in range(2):  # a second time is harmless
+            assert main(["keys", "revoke", key_id]) == 0
+        assert api.get("/v1/runs").status_code == 401
+    assert main(["keys", "revoke", str(uuid4())]) == 1
+
+
+def test_a_key_that_expires(server: Server, organization: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for days, status in (("1", 200), ("-1", 401)):
+        assert main(["keys", "create", "--organization", organization, f"--expires-in-days={days}"]) == 0
+        key = capsys.readouterr().out.splitlines()[-1]
+        with server.client(organization, key=key) as api:
+            assert api.get("/v1/runs").status_code == status
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "x" * 65, "é", "a\n"])
+def test_an_organization_must_fit_a_path_in_vault(name: str, stack: Stack) -> None:
+    assert main(["keys", "create", f"--organization={name}"]) == 2
+    assert stack.sql("SELECT 1 FROM api_keys WHERE organization_id = $1", name) == []
+
+
+def test_settings_from_files(environment: pytest.MonkeyPatch, tmp_path: Path, stack: Stack, organization: str) -> None:
+    secret = tmp_path / "database-url"
+    secret.write_text(stack.postgres.url + "\n")
+    environment.delenv("DATABASE_URL")
+    environment.setenv("DATABASE_URL_FILE", str(secret))
+    assert main(["keys", "create", "--organization", organization]) == 0
+    assert stack.sql("SELECT 1 AS found FROM api_keys WHERE organization_id = $1", organization) == [{"found": 1}]
+
+
+def test_a_start_that_fails_names_the_settings_and_shows_no_value(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.setenv("PORT", "canary-port")
+    environment.setenv("SERVER_KEY", "canary-key")
+    environment.setenv("DATABASE_URL", "postgresql://canary-user:canary-password@host/database")
+    environment.delenv("STORAGE_URL")
+    assert main(["serve"]) == 2
+    shown = capsys.readouterr()
+    assert [line.partition(":")[0] for line in shown.err.splitlines()] == ["PORT", "STORAGE_URL", "SERVER_KEY"]
+    with pytest.raises(ValueError, match="server_key") as failure:
+        Settings()  # as a worker process does
+    assert "canary" not in shown.out + shown.err + str(failure.value)
