@@ -210,7 +210,7 @@ def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpd
         if current is not status:
             values.setdefault("started_at", now)
     if status in TERMINAL and current is not status:
-        values.setdefault("ended_at", now)
+        values.setdefault("ended_at", func.coalesce(Run.ended_at, now))
     statement, arguments = sql(update(Run).where(Run.id == run_id).values(**values))
     return statement, *arguments
 

@@ -421,6 +421,14 @@ def test_results_are_kept_as_reported(api: Client, before: str, after: str | Non
     assert {name: retried[name] for name in PRODUCED} == dict.fromkeys(PRODUCED)
 
 
+def test_a_time_reported_early_is_kept(api: Client) -> None:
+    run_id = brought_to(api, "running")["id"]
+    times = {name: PRODUCED[name] for name in ("started_at", "ended_at")}
+    api.report(run_id, **times)
+    ended = api.report(run_id, status="success")
+    assert {name: ended[name] for name in times} == times
+
+
 BAD_REPORTS: dict[str, list[Any]] = {
     "status": ["task_failed", "running_checks", "done", "", 1],
     "attempt": [0, "1", 1.5, 2**31],
