@@ -45,7 +45,7 @@ class Write:
     ttl_seconds: int
 
 
-def fingerprint(server_key: str, method: str, path: str, body: bytes | bytearray) -> bytes:
+def fingerprint(server_key: str, method: str, path: str, body: bytes) -> bytes:
     """HMAC-SHA-256 of the request. Keyed, because the body can hold secrets that a plain digest would let anyone guess."""
     mac = hmac.new(server_key.encode(), f"{method}\n{path}\n".encode(), "sha256")
     mac.update(body)

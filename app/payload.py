@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import time
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -77,7 +76,7 @@ def _own(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return loc
 
 
-async def read_body(request: Request, settings: Settings) -> bytes | bytearray:
+async def read_body(request: Request, settings: Settings) -> bytes:
     """The whole body. Raises PayloadTooLarge before buffering more than the limit, RequestTimeout for a slow sender."""
     limit = settings.max_body_bytes
     too_large = PayloadTooLarge(f"The request body may have at most {limit} bytes; send fewer or smaller files.")
@@ -86,33 +85,23 @@ async def read_body(request: Request, settings: Settings) -> bytes | bytearray:
         raise too_large
     if request.headers.get("content-encoding", "identity") != "identity":
         raise UnsupportedMediaType
-    message = await _receive(request, settings.body_timeout_seconds)
-    if not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
-        if len(body) > limit:
-            raise too_large
-        return body
-    # Grown in place: a list of chunks joined at the end would hold the body twice.
-    buffer = bytearray(message.get("body", b""))
-    began = time.monotonic()
-    while message.get("more_body", False):
-        allowed = settings.body_timeout_seconds + len(buffer) / settings.body_min_bytes_per_second
-        message = await _receive(request, began + allowed - time.monotonic())
-        buffer += message.get("body", b"")
-        if len(buffer) > limit:
-            raise too_large
-    return buffer
-
-
-async def _receive(request: Request, patience: float) -> Any:
+    allowed = asyncio.get_running_loop().time() + settings.body_timeout_seconds
+    buffer = bytearray()
     try:
-        async with asyncio.timeout(max(patience, 0)):
-            message = await request.receive()
+        async with asyncio.timeout_at(allowed) as patience:
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                buffer += message.get("body", b"")
+                if len(buffer) > limit:
+                    raise too_large
+                if not message.get("more_body", False):
+                    break
+                patience.reschedule(allowed + len(buffer) / settings.body_min_bytes_per_second)
     except TimeoutError:
         raise RequestTimeout from None
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    return message
+    return bytes(buffer)  # the parser would copy a bytearray, and hold the copy beside what it makes of it
 
 
 async def read(request: Request, model: type[Model]) -> tuple[Model, Write]:
@@ -136,7 +125,7 @@ async def read_write(request: Request) -> Write:
     return _write(request, settings, await read_body(request, settings))
 
 
-def _write(request: Request, settings: Settings, raw: bytes | bytearray) -> Write:
+def _write(request: Request, settings: Settings, raw: bytes) -> Write:
     given = request.headers.getlist("idempotency-key")
     key: str | None = None
     fingerprints: tuple[bytes, ...] = ()
