@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -60,7 +61,10 @@ def application() -> object:
     """The ASGI application of one server process."""
     settings = Settings()
     configure(settings.log_level)
-    return create_app(settings)
+    app = create_app(settings)
+    gc.collect()
+    gc.freeze()  # what start-up made lives as long as the process: collections need not go through it again and again
+    return app
 
 
 def _serve(_: argparse.Namespace) -> int:

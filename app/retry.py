@@ -2,7 +2,9 @@
 
 check    plain reads, only to refuse early, before anything is written outside (skipped without secrets and files)
 stage    new secrets and files are written under fresh names that are on the deletion list first (staging.py)
-switch   one transaction: lock the run, decide every rule on what the lock shows, archive, clear, requeue; then commit
+switch   one transaction: lock the run, decide every rule on what the lock shows, archive, clear, requeue; then commit.
+         A retry without secrets, input files and targets decides on a plain read, and its one statement takes effect only
+         if the run's row is still the one that was read
 settle   after the commit the background task deletes what was replaced and looks for a machine (background.py)
 
 A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
