@@ -23,12 +23,9 @@ _FREE_FORM = frozenset({"input_values", "sensitive_input_values", "output_data",
 # One sentence per kind of error. Pydantic's own sentences can quote the input.
 _SENTENCES = {
     "base64": "Must be base64 as in RFC 4648 section 4, padded and without line breaks.",
-    "bool_parsing": "Must be true or false.",
     "bool_type": "Must be true or false.",
     "bytes_type": "Must be a string of base64.",
     "datetime_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
-    "datetime_type": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
-    "datetime_from_date_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
     "dict_type": "Must be an object.",
     "enum": "Must be one of the documented values.",
     "filename": "Must be a bare file name: no separators, no control characters, not . or .., at most 255 bytes.",

@@ -84,8 +84,9 @@ NO_NUL = {"pattern": "^[^\\u0000]*$"}
 
 Attempt = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
-Text = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_TEXT, json_schema_extra=NO_NUL)]
-Name = Annotated[str, AfterValidator(_storable_text), Field(max_length=MAX_NAME, json_schema_extra=NO_NUL)]
+# A length before a validator, or its error would be the one of a list.
+Text = Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
 JsonObject = Annotated[
     dict[str, JsonValue], Field(json_schema_extra={"propertyNames": NO_NUL}), AfterValidator(_storable_json)
 ]
@@ -144,15 +145,15 @@ Base64 = Annotated[
 ]
 FileName = Annotated[
     str,
+    Field(min_length=1, max_length=MAX_NAME, json_schema_extra=_FILENAME),
     AfterValidator(_storable_text),
     AfterValidator(_filename),
-    Field(min_length=1, max_length=MAX_NAME, json_schema_extra=_FILENAME),
 ]
 TargetPath = Annotated[
     str,
+    Field(max_length=4096, json_schema_extra=_TARGET_PATH),
     AfterValidator(_storable_text),
     AfterValidator(_target_path),
-    Field(max_length=4096, json_schema_extra=_TARGET_PATH),
 ]
 
 
