@@ -23,8 +23,10 @@ _FREE_FORM = frozenset({"input_values", "sensitive_input_values", "output_data",
 # One sentence per kind of error. Pydantic's own sentences can quote the input.
 _SENTENCES = {
     "base64": "Must be base64 as in RFC 4648 section 4, padded and without line breaks.",
+    "bool_parsing": "Must be true or false.",
     "bool_type": "Must be true or false.",
     "bytes_type": "Must be a string of base64.",
+    "datetime_from_date_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
     "datetime_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
     "dict_type": "Must be an object.",
     "enum": "Must be one of the documented values.",
@@ -33,6 +35,7 @@ _SENTENCES = {
     "float_parsing": "Must be a number.",
     "greater_than_equal": "Is too small.",
     "int_parsing": "Must be an integer.",
+    "int_parsing_size": "Integers must fit 64 bits.",
     "int_type": "Must be an integer.",
     "json_invalid": "The body is not valid JSON (RFC 8259), or nested deeper than 200 levels.",
     "less_than_equal": "Is too large.",

@@ -153,5 +153,5 @@ ATTACHMENT_COLUMNS = {
 
 
 def encode(document: object) -> bytes:
-    """JSON bytes: times as RFC 3339 in UTC with a Z."""
-    return orjson.dumps(document, option=orjson.OPT_UTC_Z)
+    """JSON bytes: times as RFC 3339 in UTC with a Z. The driver reads the first and the last moment without an offset."""
+    return orjson.dumps(document, option=orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC)

@@ -287,6 +287,7 @@ def test_what_is_not_valid(spy: Spy, client: Client) -> None:
     others: list[tuple[str, str, dict[str, Any]]] = [
         ("PATCH", f"/v1/runs/{uuid4()}", {"status": new(), "started_at": new(), "error": new(), new(): new()}),
         ("PATCH", f"/v1/runs/{uuid4()}", {"run_message_history": [{new(): new("\0")}], "attempt": new()}),
+        ("PATCH", f"/v1/runs/{uuid4()}", {"ended_at": "2026-02-30T00:00:00Z", "output_data": {new(): new()}}),
         ("PATCH", f"/v1/machines/{uuid4()}", {"status": new(), "reserved_session_id": new(), "last_seen": [new()]}),
         ("POST", "/v1/run-attachments", spy.files()[0] | {"content_type": new(), "attachment_type": new()}),
         ("POST", "/v1/pools", {"name": "", "description": [new()]}),
@@ -295,6 +296,8 @@ def test_what_is_not_valid(spy: Spy, client: Client) -> None:
         assert client.request(method, path, json=body).status_code == 422
     for query in ("skip", "limit", "wait", "fields", "workflow_id", "status", "created_at_from"):
         assert client.get("/v1/runs", params={query: new()}).status_code == 422
+    assert client.get("/v1/runs", params={"skip": "1" + "0" * 5000}).status_code == 422
+    assert client.get(f"/v1/pools/{uuid4()}", params={"include_machines": new()}).status_code == 422
     bad_key = {"Idempotency-Key": f"{new()} {new()}"}
     assert client.post("/v1/runs", json=spy.body(), headers=bad_key).status_code == 422
     assert _SENTENCES.keys() - spy.kinds == {"string_unicode"}, "of every kind, but what the JSON parser refuses before"
