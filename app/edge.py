@@ -23,11 +23,9 @@ log = logging.getLogger("app.request")
 _UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
-# How long a refused upload is read and thrown away: closing at once would reset the connection before the reply is read.
+# How long a body that nobody wants is read and thrown away after the reply: closing at once would reset the connection before
+# the reply is read. The server itself would read it for ever, however slowly it comes.
 LINGER_SECONDS = 5.0
-
-# A rest no larger than this is thrown away by the server itself, and the connection lives on.
-SMALL_BODY = 64 * 1024
 
 
 def is_public(path: str) -> bool:
@@ -79,8 +77,7 @@ class _Exchange:
         self.status = 0
         self._lingers = False
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
-        length = self._headers.get(b"content-length", b"0")
-        self._body_left = b"transfer-encoding" in self._headers or not length.isdigit() or int(length) > SMALL_BODY
+        self._body_left = b"transfer-encoding" in self._headers or self._headers.get(b"content-length", b"0") != b"0"
         given = self._headers.get(b"x-request-id", b"")
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.id
@@ -106,24 +103,24 @@ class _Exchange:
             if not any(name == b"cache-control" for name, _ in headers):
                 headers.append((b"cache-control", b"no-store"))
             headers.append((b"x-content-type-options", b"nosniff"))
-            if self.status == RequestTimeout.status:
-                headers.append((b"connection", b"close"))
-            elif self._body_left and self.status >= 400:
-                self._lingers = True
+            if self._body_left:
+                await self._drain(0)  # what has come costs no wait, and if it is all of it the connection lives on
+            if self._body_left:
+                self._lingers = self.status != RequestTimeout.status
                 headers.append((b"connection", b"close"))
             message["headers"] = headers
         elif self._lingers and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
-            await self._drain()
+            await self._drain(LINGER_SECONDS)
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._send(message)
 
-    async def _drain(self) -> None:
-        """Read and forget the rest of a refused body for a while, unless the caller waits for a 100 before sending it."""
+    async def _drain(self, seconds: float) -> None:
+        """Read and forget the rest of the body for a while, unless the caller waits for a 100 before sending it."""
         if b"expect" in self._headers:
             return
         try:
-            async with asyncio.timeout(LINGER_SECONDS):
+            async with asyncio.timeout(seconds):
                 while self._body_left:
                     if (await self.receive())["type"] == "http.disconnect":
                         return
