@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -67,6 +68,24 @@ class Stack:
                 await connection.close()
 
         return asyncio.run(run())
+
+    @contextmanager
+    def held(self, query: str, *arguments: object, commit: bool = False) -> Iterator[None]:
+        """A transaction of our own, open for as long as the block: others wait for what the statement locked."""
+        with asyncio.Runner() as runner:
+            connection = runner.run(asyncpg.connect(self.postgres.url, timeout=10))
+            try:
+                runner.run(connection.execute("BEGIN"))
+                runner.run(connection.fetch(query, *arguments))
+                yield
+                runner.run(connection.execute("COMMIT" if commit else "ROLLBACK"))
+            finally:
+                runner.run(connection.close())
+
+    def waiting(self) -> int:
+        """How many of the service's statements wait for a lock."""
+        query = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'runs-api' AND wait_event_type = 'Lock'"
+        return len(self.sql(query))
 
     def new_key(self, organization: str, user_id: UUID | None = None) -> str:
         key = new_key()
