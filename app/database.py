@@ -33,6 +33,10 @@ class LockTimeout(DatabaseUnavailable):
     """Another transaction held a row for longer than `lock_timeout`."""
 
 
+class Deadlock(DatabaseUnavailable):
+    """Two transactions waited for each other, and PostgreSQL ended this one so that the other could go on."""
+
+
 # PostgreSQL or the way to it failed; the same request may succeed later. Anything else is a defect of ours and a 500.
 _LOST = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
 _TRANSIENT = (
@@ -117,6 +121,8 @@ class Database:
             raise (lost if isinstance(lost, OutcomeUnknown) else DatabaseUnavailable()) from None
         except asyncpg.LockNotAvailableError:
             raise LockTimeout from None
+        except asyncpg.DeadlockDetectedError:
+            raise Deadlock from None
         except _TRANSIENT:
             raise DatabaseUnavailable from None
         finally:

@@ -105,9 +105,13 @@ WHERE ctid = ANY (ARRAY(
 RETURNING store, name
 """
 
+# Locked in the order in which they are named, as by everyone who changes many rows of the list.
 FINISH = """
 WITH swept AS (
-    SELECT store, name FROM unnest($1::text[], $2::text[]) AS swept (store, name)
+    SELECT deletions.store, deletions.name
+    FROM deletions JOIN unnest($1::text[], $2::text[]) WITH ORDINALITY AS swept (store, name, number)
+        ON deletions.store = swept.store AND deletions.name = swept.name
+    ORDER BY swept.number FOR UPDATE OF deletions
 ), again AS (
     UPDATE deletions SET sweeps = 1, failures = 0, due_at = now() + $3 + interval '1 day'
     FROM swept WHERE deletions.store = swept.store AND deletions.name = swept.name AND sweeps = 2

@@ -9,8 +9,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from app.auth import Principal
-from app.database import Connection, Database, LockTimeout, UniqueViolation
+from app.database import Connection, Database, Deadlock, LockTimeout, UniqueViolation
 from app.errors import IdempotencyInProgress, Invalid, Refusal
+
+# Locks are taken in one order nearly everywhere. Where they cannot be, the loser of a deadlock does its work again.
+TRIES = 3
 
 FIND = """
 SELECT fingerprint, status, body FROM idempotency_keys
@@ -88,23 +91,27 @@ async def once(database: Database, write: Write, work: Callable[[Connection], Aw
 
 
 async def first(database: Database, write: Write, attempt: Callable[[], Awaitable[Reply]]) -> Reply:
-    """Run `attempt`, which stores its reply under the key together with its effect; if it fails, a resend is replayed.
+    """Run `attempt`, which stores its reply under the key together with its effect; if the key is taken, replay.
 
-    Raises whatever `attempt` raises, and IdempotencyInProgress when a twin holds the key or the row for longer than 2 s.
+    `attempt` runs again after a deadlock. Raises whatever it raises, and IdempotencyInProgress when a twin holds the key or
+    the row for longer than 2 s.
     """
     try:
-        try:
-            return await attempt()
-        except UniqueViolation as taken:
-            if taken.constraint_name != "pk_idempotency_keys":
-                raise
-        async with database.connection() as connection:
-            if (stored := await find(connection, write)) is not None:
-                return stored
-            await connection.execute(FREE, write.principal.organization_id, write.key)
-        return await attempt()
-    except UniqueViolation:
-        raise IdempotencyInProgress from None  # it was freed and taken again meanwhile
+        for more in reversed(range(TRIES)):
+            try:
+                return await attempt()
+            except Deadlock:
+                if not more:
+                    raise
+                continue
+            except UniqueViolation as taken:
+                if taken.constraint_name != "pk_idempotency_keys":
+                    raise
+            async with database.connection() as connection:
+                if (stored := await find(connection, write)) is not None:
+                    return stored
+                await connection.execute(FREE, write.principal.organization_id, write.key)
+        raise IdempotencyInProgress  # freed and taken again, each time
     except LockTimeout as timeout:
         return await _replay(database, write, timeout if write.key is None else IdempotencyInProgress())
     except Refusal as refusal:

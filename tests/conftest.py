@@ -70,14 +70,23 @@ class Stack:
         return asyncio.run(run())
 
     @contextmanager
-    def held(self, query: str, *arguments: object, commit: bool = False) -> Iterator[None]:
-        """A transaction of our own, open for as long as the block: others wait for what the statement locked."""
+    def held(
+        self, query: str, *arguments: object, commit: bool = False
+    ) -> Iterator[Callable[..., list[dict[str, Any]]]]:
+        """A transaction of our own, open for as long as the block: others wait for what the statement locked.
+
+        Yields a function that runs more statements in it.
+        """
         with asyncio.Runner() as runner:
             connection = runner.run(asyncpg.connect(self.postgres.url, timeout=10))
+
+            def run(query: str, *arguments: object) -> list[dict[str, Any]]:
+                return [dict(row) for row in runner.run(connection.fetch(query, *arguments))]
+
             try:
                 runner.run(connection.execute("BEGIN"))
-                runner.run(connection.fetch(query, *arguments))
-                yield
+                run(query, *arguments)
+                yield run
                 runner.run(connection.execute("COMMIT" if commit else "ROLLBACK"))
             finally:
                 runner.run(connection.close())
