@@ -17,7 +17,7 @@ from app.errors import (
     InvalidTransition,
     RunNotFound,
 )
-from app.idempotency import Reply, Write, find, once
+from app.idempotency import Reply, Write, early, once
 from app.models import TERMINAL, RunStatus
 from app.parts import Parts
 from app.schemas import AttachmentType, RunAttachmentCreate, RunAttachmentUpdate
@@ -90,10 +90,13 @@ async def create(parts: Parts, write: Write, options: RunAttachmentCreate) -> Re
         )
     staging.check_sizes(parts, None, [options])
     principal = write.principal
-    async with parts.database.connection() as connection:
-        if (replayed := await find(connection, write)) is not None:
-            return replayed
-        attempt = _accepting(await connection.fetchrow(READ_RUN, options.run_id, principal.organization_id))
+
+    async def check(connection: Connection) -> int:
+        return _accepting(await connection.fetchrow(READ_RUN, options.run_id, principal.organization_id))
+
+    attempt = await early(parts.database, write, check)
+    if isinstance(attempt, Reply):
+        return attempt
     [staged] = await staging.stage(parts, principal.organization_id, [options.run_id], None, [options])
     [file] = staged.files
 

@@ -7,10 +7,13 @@ the loser, whose work was rolled back, replays the winner's reply.
 import hmac
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from app.auth import Principal
 from app.database import Connection, Database, Deadlock, LockTimeout, UniqueViolation
 from app.errors import IdempotencyInProgress, Invalid, Refusal
+
+T = TypeVar("T")
 
 # Locks are taken in one order nearly everywhere. Where they cannot be, the loser of a deadlock does its work again.
 TRIES = 3
@@ -71,6 +74,23 @@ async def find(connection: Connection, write: Write) -> Reply | None:
             )
         )
     return Reply(row["status"], row["body"], replayed=True)
+
+
+async def early(database: Database, write: Write, check: Callable[[Connection], Awaitable[T]]) -> Reply | T:
+    """What `check` returns, or the reply to replay: for requests that write outside before they come to `once`.
+
+    The check comes first. What refuses a resend may be the effect of the first request, and whoever has seen the effect
+    finds the reply, which was committed with it; the other way round a commit could fall in between.
+    """
+    async with database.connection() as connection:
+        try:
+            seen = await check(connection)
+        except Refusal:
+            if (stored := await find(connection, write)) is None:
+                raise
+            return stored
+        stored = await find(connection, write)
+        return seen if stored is None else stored
 
 
 async def once(database: Database, write: Write, work: Callable[[Connection], Awaitable[Reply]]) -> Reply:

@@ -19,7 +19,7 @@ from app import deletions, staging, views
 from app.database import Connection, Database, Record, committing
 from app.deletions import Name
 from app.errors import InputAttachmentsExpired, Invalid, RunNotFound, RunNotTerminal, SensitiveInputsExpired
-from app.idempotency import STORE, Reply, Write, find, first
+from app.idempotency import STORE, Reply, Write, early, first
 from app.models import TERMINAL
 from app.parts import Parts
 from app.placement import check_targets, lane
@@ -177,9 +177,13 @@ async def retry(parts: Parts, write: Write, run_id: UUID, options: RunRetry) -> 
     staged = Staged(aliases=None if options.sensitive_input_values is None else {})
     if options.sensitive_input_values or options.file_inputs:
         staging.check_sizes(parts, options.sensitive_input_values, options.file_inputs)
-        if (replayed := await _check(parts, write, run_id, options)) is not None:
-            return replayed
         organization_id = write.principal.organization_id
+
+        async def check(connection: Connection) -> None:
+            await _check(connection, organization_id, run_id, options)
+
+        if (replayed := await early(parts.database, write, check)) is not None:
+            return replayed
         [staged] = await staging.stage(
             parts, organization_id, [run_id], options.sensitive_input_values, options.file_inputs
         )
@@ -193,14 +197,10 @@ async def retry(parts: Parts, write: Write, run_id: UUID, options: RunRetry) -> 
     return reply
 
 
-async def _check(parts: Parts, write: Write, run_id: UUID, options: RunRetry) -> Reply | None:
-    """Refuse, or replay, before anything is staged. Nothing that is decided here is relied on later."""
-    async with parts.database.connection() as connection:
-        if (replayed := await find(connection, write)) is not None:
-            return replayed
-        refuse(await connection.fetchrow(READ, run_id, write.principal.organization_id), options)
-        await check_targets(connection, write.principal.organization_id, options)
-    return None
+async def _check(connection: Connection, organization_id: str, run_id: UUID, options: RunRetry) -> None:
+    """Refuse before anything is staged. Nothing that is decided here is relied on later."""
+    refuse(await connection.fetchrow(READ, run_id, organization_id), options)
+    await check_targets(connection, organization_id, options)
 
 
 async def _switch_plain(database: Database, write: Write, run_id: UUID, options: RunRetry) -> Reply | None:

@@ -17,7 +17,7 @@ from app.config import Settings
 from app.database import Connection, Database, sql
 from app.deletions import Name
 from app.errors import AttemptSuperseded, Invalid, InvalidTransition, PayloadTooLarge, RunNotFound, WorkflowNotFound
-from app.idempotency import Reply, Write, find, once
+from app.idempotency import Reply, Write, early, once
 from app.models import TERMINAL, Run, RunStatus
 from app.parts import Parts
 from app.placement import check_targets, lane
@@ -81,10 +81,12 @@ async def _create(
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal = write.principal
     if options.sensitive_input_values or options.file_inputs:
-        async with parts.database.connection() as connection:
-            if (replayed := await find(connection, write)) is not None:
-                return replayed
+
+        async def check(connection: Connection) -> None:
             await _check(connection, principal.organization_id, options)
+
+        if (replayed := await early(parts.database, write, check)) is not None:
+            return replayed
     planned = await staging.stage(
         parts, principal.organization_id, run_ids, options.sensitive_input_values, options.file_inputs
     )
