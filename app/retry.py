@@ -123,7 +123,8 @@ FROM runs r, LATERAL (
 WHERE r.id = $1 AND r.organization_id = $2
 """
 
-LOCK = f"{READ} FOR NO KEY UPDATE OF r"
+# A statement of its own: one that had to wait for a lock sees all other tables as they were when it began to wait.
+LOCK = "SELECT FROM runs WHERE id = $1 AND organization_id = $2 FOR NO KEY UPDATE"
 
 # A statement still sees what it removes, and not yet what takes its place.
 ATTACHMENTS_AFTER = {
@@ -224,7 +225,8 @@ async def _switch(database: Database, write: Write, run_id: UUID, options: RunRe
     """Decide every rule on the locked run, and do all that follows from it in the same transaction."""
     organization_id = write.principal.organization_id
     async with database.transaction() as connection:
-        run = refuse(await connection.fetchrow(LOCK, run_id, organization_id), options)
+        await connection.execute(LOCK, run_id, organization_id)
+        run = refuse(await connection.fetchrow(READ, run_id, organization_id), options)
         await check_targets(connection, organization_id, options)
         old_secret: str | None = run["secret_path"]
         if old_secret is not None:
