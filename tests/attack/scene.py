@@ -83,7 +83,7 @@ def named(stack: Stack, organization: str) -> tuple[set[str], set[str]]:
     )
 
 
-def assert_nothing_lost(stack: Stack, organization: str) -> None:
+def assert_nothing_lost(stack: Stack, organization: str) -> Picture:
     """The invariant: what exists is named by a run or on the list, and what an active run names exists."""
     # A collector or a stage may be at work: what exists in between is named before or after.
     earlier = named(stack, organization)
@@ -101,6 +101,7 @@ def assert_nothing_lost(stack: Stack, organization: str) -> None:
         if attachment["run_id"] in active and attachment["storage_path"]:
             assert attachment["bytes"] is not None, "an active run names bytes that are gone"
             assert len(attachment["bytes"]) == attachment["size_bytes"]
+    return seen
 
 
 def settings_of(stack: Stack, **settings: object) -> Settings:
