@@ -34,7 +34,7 @@ class LockTimeout(DatabaseUnavailable):
 
 
 class Deadlock(DatabaseUnavailable):
-    """Two transactions waited for each other, and PostgreSQL ended this one so that the other could go on."""
+    """Two transactions wait for each other, or would: this one gives way, and can be done again."""
 
 
 # PostgreSQL or the way to it failed; the same request may succeed later. Anything else is a defect of ours and a 500.

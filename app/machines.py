@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, update
 
 from app import views
 from app.config import Settings
-from app.database import Connection, Database, Record, sql
+from app.database import Connection, Database, Deadlock, Record, sql
 from app.errors import MachineNotFound, PoolNotFound
 from app.idempotency import Reply, Write, once
 from app.models import Machine, RunStatus
@@ -111,12 +111,13 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 """
 
 # The active runs of the session that a machine is reserved for.
-LOCK_SESSION_RUNS = """
-SELECT id FROM runs
+SESSION_RUNS = """
+FROM runs
 WHERE session_id = (SELECT reserved_session_id FROM machines WHERE id = $1 AND organization_id = $2)
   AND organization_id = $2 AND status IN ('scheduling', 'running')
-ORDER BY created_at DESC, id DESC FOR NO KEY UPDATE
 """
+LOCK_SESSION_RUNS = f"SELECT id {SESSION_RUNS} ORDER BY created_at DESC, id DESC FOR NO KEY UPDATE"
+COUNT_SESSION_RUNS = f"SELECT count(*) {SESSION_RUNS}"
 
 LOCK_RESERVATION = """
 SELECT reserved_session_id FROM machines WHERE id = $1 AND organization_id = $2 FOR NO KEY UPDATE
@@ -176,11 +177,14 @@ async def change(parts: Parts, write: Write, machine_id: UUID, options: MachineU
 
 
 async def _end_session(connection: Connection, organization_id: str, machine_id: UUID, settings: Settings) -> bool:
-    """Lock the machine and cancel the active runs of its session; False if it is not reserved."""
+    """Lock the machine and cancel the active runs of its session; False if it is not reserved. Raises Deadlock."""
     await connection.fetch(LOCK_SESSION_RUNS, machine_id, organization_id)
     if await connection.fetchval(LOCK_RESERVATION, machine_id, organization_id) is None:
         return False
-    rows = await connection.fetch(LOCK_SESSION_RUNS, machine_id, organization_id)
+    # A run that came into the session meanwhile, and that somebody holds: he may want the machine, so begin again.
+    rows = await connection.fetch(f"{LOCK_SESSION_RUNS} SKIP LOCKED", machine_id, organization_id)
+    if len(rows) < await connection.fetchval(COUNT_SESSION_RUNS, machine_id, organization_id):
+        raise Deadlock
     await end_runs(connection, [row["id"] for row in rows], RunStatus.CANCELLED, SESSION_ENDED, settings)
     return True
 
