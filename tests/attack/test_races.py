@@ -156,12 +156,21 @@ STAGES: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+BARE: dict[str, Any] = {}  # its plain retry is one statement, decided on a plain read
+
+
 @pytest.mark.parametrize("keyed", [False, True])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("old", "stage"), [(BARE, "plain"), *((OLD, stage) for stage in STAGES)])
 def test_of_many_retries_one_wins(
-    attacked: Stack, client: Client, at_once: Callable[[Sequence[Call]], list[Answer]], stage: str, *, keyed: bool
+    attacked: Stack,
+    client: Client,
+    at_once: Callable[[Sequence[Call]], list[Answer]],
+    old: dict[str, Any],
+    stage: str,
+    *,
+    keyed: bool,
 ) -> None:
-    run_id = client.finished(**OLD)["id"]
+    run_id = client.finished(**old)["id"]
     for number in range(1, ROUNDS + 1):
         calls = [retry(run_id, uuid4().hex if keyed else None, **STAGES[stage](one)) for one in range(AT_ONCE)]
         answers = at_once(calls)
@@ -180,11 +189,15 @@ def test_of_many_retries_one_wins(
         client.report(run_id, status="cancelled")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("old", "stage"), [(BARE, "plain"), *((OLD, stage) for stage in STAGES)])
 def test_of_many_resends_all_get_the_one_reply(
-    attacked: Stack, client: Client, at_once: Callable[[Sequence[Call]], list[Answer]], stage: str
+    attacked: Stack,
+    client: Client,
+    at_once: Callable[[Sequence[Call]], list[Answer]],
+    old: dict[str, Any],
+    stage: str,
 ) -> None:
-    run_id = client.finished(**OLD)["id"]
+    run_id = client.finished(**old)["id"]
     for number in range(1, ROUNDS + 1):
         answers = at_once([retry(run_id, f"key-{number}", **STAGES[stage](0))] * AT_ONCE)
         assert set(tally(answers)) <= {"200", "409 idempotency_in_progress"}
@@ -276,9 +289,26 @@ def test_a_report_and_a_retry_in_both_orders(attacked: Stack, client: Client, la
 def test_the_report_that_ends_a_run_and_its_retry(attacked: Stack, client: Client) -> None:
     run_id = client.run(**OLD)["id"]
     client.report(run_id, status="running")
-    assert in_order(attacked, client, report(run_id, status="error"), retry(run_id)) == ["200", "200"]
+    ended = report(run_id, status="error")
+    # Without a target the retry would be refused at once, on the run as it is committed.
+    assert in_order(attacked, client, ended, retry(run_id, machine_id=client.machine())) == ["200", "200"]
     assert client.get_run(run_id)["attempt"] == 2
     assert picture(attacked, client.organization).run["secrets"] == {"password": "old"}
+
+
+@pytest.mark.parametrize("change", ["UPDATE runs SET is_priority = true WHERE id = $1", "SELECT FROM runs WHERE id = $1"])
+def test_a_plain_retry_whose_run_changes_between_reading_and_writing(
+    attacked: Stack, client: Client, change: str
+) -> None:
+    """It decides again, on what is there then."""
+    run_id = client.finished()["id"]
+    with stopped(attacked, client, retry(run_id), "WITH seen AS MATERIALIZED before#1") as late:
+        attacked.sql(change, run_id)
+        answer = late.go()
+    assert answer.status == 200
+    now = client.get_run(run_id)
+    assert (now["attempt"], now["is_priority"]) == (2, change.startswith("UPDATE"))
+    assert answer.content.decode() == client.get(f"/v1/runs/{run_id}").text or now["assigned_machine_id"] is None
 
 
 def test_reports_and_retries_at_random(
@@ -306,13 +336,13 @@ def calls_by_name(calls: Sequence[Call]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_retry_that_waits_for_a_change_of_an_inputs_expiry(attacked: Stack, client: Client, *, kept: bool) -> None:
     """What counts is when the file expires once the wait is over, not how it was when the wait began."""
-    run_id = client.finished(**OLD)["id"]
+    run_id, machine_id = client.finished(**OLD)["id"], client.machine()
     lock = "SELECT 1 FROM runs WHERE id = $1 FOR NO KEY UPDATE"  # as PUT does
     past = "UPDATE run_attachments SET expires_at = '2020-01-01' WHERE run_id = $1"
     with attacked.held(lock, run_id, commit=True) as change:
         if kept:
             attacked.sql(past, run_id)
-        late = send(client, retry(run_id))
+        late = send(client, retry(run_id, machine_id=machine_id))
         waits(attacked, late)
         change("UPDATE run_attachments SET expires_at = NULL WHERE run_id = $1" if kept else past, run_id)
     assert tally([late.result()]) == {"200" if kept else "409 input_attachments_expired": 1}
