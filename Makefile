@@ -7,6 +7,8 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || true)
 TEST_WORKERS ?= logical
+SOAK ?= 20
+FUZZ_SECONDS ?= 1800
 UV ?= uv
 
 BIN := .venv/bin
@@ -14,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --re
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run test test-sdk example lint fmt bench lock
+.PHONY: help run test soak fuzz test-sdk example lint fmt bench lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +26,12 @@ run: .venv/run.stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.
 
 test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
+
+soak: .venv/dev.stamp ## attack for long: crashes, races, outages, canaries, random lives and placement (SOAK=20: times as much)
+	SOAK=$(SOAK) SOAK_SECONDS=$$((16 * (1 + $(SOAK)))) $(BIN)/python -m pytest -s tests/attack tests/test_placement_simulation.py
+
+fuzz: .venv/dev.stamp ## send what the OpenAPI document allows, and what it does not, for long (FUZZ_SECONDS=1800)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the README's table
 	SDK_VERSIONS=all $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_sdk.py

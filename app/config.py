@@ -110,7 +110,9 @@ class Settings(DatabaseSettings):
     # Retry, retention, background work
     stage_timeout_seconds: float = Field(60, gt=0, description="Deadline for writing a request's secrets and files.")
     stage_grace_seconds: int = Field(900, ge=1, description="When names that were staged but never used are deleted.")
-    secret_retention_seconds: int = Field(86_400, ge=0, description="How long a finished run's secrets stay retryable.")
+    secret_retention_seconds: int = Field(
+        86_400, ge=0, description="How long a finished run's secrets stay retryable; 0 destroys them when it ends."
+    )
     idempotency_ttl_seconds: int = Field(
         86_400, ge=1, description="How long a reply is kept under its Idempotency-Key."
     )
