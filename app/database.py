@@ -1,12 +1,15 @@
-"""PostgreSQL: one asyncpg pool, transactions in plain sight, and the driver's failures turned into 503.
+"""PostgreSQL: one pool of asyncpg connections, transactions in plain sight, and the driver's failures turned into 503.
 
 SQLAlchemy defines the tables (models.py) and builds the statements whose shape depends on the request; asyncpg runs every
 statement, because a retry through SQLAlchemy's own execution costs three to five times the CPU (benchmarks/README.md).
 """
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Protocol, Self
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import Any, Protocol
 
 import asyncpg
 from sqlalchemy.dialects.postgresql import asyncpg as sqlalchemy_asyncpg
@@ -73,25 +76,63 @@ def committing() -> Iterator[None]:
         raise OutcomeUnknown from None
 
 
+# A connection that was idle for longer may have been forgotten by a firewall on the way.
+IDLE_SECONDS = 300.0
+
+
+class _Pool:
+    """Connections, the last used first; made when they are needed.
+
+    asyncpg's own pool costs a task, two timers and a wrapper around each statement every time it is used, a good part of a
+    plain retry (benchmarks/README.md), and resets the session, in which nothing of ours outlives a transaction.
+    """
+
+    def __init__(self, connect: Callable[[], Awaitable[Any]], size: int, timeout: float) -> None:
+        self._connect = connect
+        self._turns = asyncio.Semaphore(size)
+        self._timeout = timeout
+        self._idle: list[tuple[Any, float]] = []
+
+    async def acquire(self) -> Any:
+        """Raises TimeoutError when none comes free in time, and whatever connecting raises."""
+        if self._turns.locked():
+            async with asyncio.timeout(self._timeout):
+                await self._turns.acquire()
+        else:
+            await self._turns.acquire()  # at once
+        try:
+            while self._idle:
+                connection, since = self._idle.pop()
+                if not connection.is_closed() and time.monotonic() - since < IDLE_SECONDS:
+                    return connection
+                connection.terminate()
+            return await self._connect()
+        except BaseException:
+            self._turns.release()
+            raise
+
+    def release(self, connection: Any) -> None:
+        """Take it back, or throw it away if it is closed or in the middle of something."""
+        if connection.is_closed() or connection.is_in_transaction():
+            connection.terminate()
+        else:
+            self._idle.append((connection, time.monotonic()))
+        self._turns.release()
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop()[0].terminate()
+
+
 class Database:
     """The pool of connections of one process. It connects when first used, so the service starts without PostgreSQL."""
 
-    def __init__(self, pool: Any, timeout: float) -> None:
-        self._pool = pool
-        self._timeout = timeout
-
-    @classmethod
-    async def open(cls, settings: Settings) -> Self:
-        async def keep_session(_: object) -> None:
-            """Nothing of ours outlives a transaction in a session: spare asyncpg's reset, a round trip a request."""
-
-        pool = await asyncpg.create_pool(
+    def __init__(self, settings: Settings) -> None:
+        connect = partial(
+            asyncpg.connect,
             settings.database_url.get_secret_value(),
-            min_size=0,
-            max_size=settings.database_pool_size,
             timeout=settings.database_timeout_seconds,
             command_timeout=settings.database_timeout_seconds,
-            reset=keep_session,
             server_settings={
                 "application_name": "runs-api",
                 "timezone": "UTC",  # how times are shown in documents that PostgreSQL makes
@@ -101,34 +142,36 @@ class Database:
                 "idle_in_transaction_session_timeout": "10s",  # a frozen replica must not hold a run's row
             },
         )
-        return cls(pool, settings.database_timeout_seconds)
+        self._pool = _Pool(connect, settings.database_pool_size, settings.database_timeout_seconds)
 
-    async def close(self) -> None:
-        self._pool.terminate()
+    def close(self) -> None:
+        """Close what is idle."""
+        self._pool.close()
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection whose statements commit by themselves. Raises DatabaseUnavailable."""
         connection = None
         try:
-            connection = await self._pool.acquire(timeout=self._timeout)
+            connection = await self._pool.acquire()
             yield connection
-        except (*_LOST, OutcomeUnknown) as lost:
-            if connection is not None:
-                # After a timeout asyncpg would wait for the server to confirm the cancellation: it may never answer.
-                with suppress(asyncpg.InterfaceError):  # it broke, and the pool has taken it back
-                    connection.terminate()
-            raise (lost if isinstance(lost, OutcomeUnknown) else DatabaseUnavailable()) from None
         except asyncpg.LockNotAvailableError:
             raise LockTimeout from None
         except asyncpg.DeadlockDetectedError:
             raise Deadlock from None
         except _TRANSIENT:
             raise DatabaseUnavailable from None
+        except (*_LOST, OutcomeUnknown, asyncio.CancelledError) as lost:
+            # Perhaps in the middle of a statement: asyncpg would wait for the server to confirm that it has stopped, and it
+            # may never answer.
+            if connection is not None:
+                connection.terminate()
+            if isinstance(lost, _LOST):
+                raise DatabaseUnavailable from None
+            raise
         finally:
             if connection is not None:
-                with suppress(*_LOST):  # it broke since; what was answered until then is still true
-                    await self._pool.release(connection, timeout=self._timeout)
+                self._pool.release(connection)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -142,7 +185,7 @@ class Database:
                 yield connection
             except _LOST:
                 raise  # the server rolls back when the connection is gone
-            except BaseException:
+            except Exception:
                 await connection.execute("ROLLBACK")
                 raise
             with committing():

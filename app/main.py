@@ -34,7 +34,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        database = await Database.open(settings)
+        database = Database(settings)
         secrets, files, waiters = SecretStore(settings), FileStore(settings), Waiters()
         background = Background(settings, database, secrets, files, waiters)
         app.state.parts = Parts(settings, database, secrets, files, background, waiters)
@@ -46,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
             await task
         await secrets.close()
         await files.close()
-        await database.close()
+        database.close()
 
     app = FastAPI(
         title="Runs API",

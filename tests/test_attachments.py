@@ -584,7 +584,7 @@ def look_for_expired(stack: Stack, ahead: timedelta = timedelta(0)) -> None:
     """One round of what the background task does, with the database's clock read that much later."""
 
     async def collect() -> None:
-        database = await Database.open(
+        database = Database(
             Settings(
                 database_url=SecretStr(stack.postgres.url),
                 vault_addr=stack.bao.address,
@@ -595,7 +595,7 @@ def look_for_expired(stack: Stack, ahead: timedelta = timedelta(0)) -> None:
         try:
             await expire_attachments(database, ahead=ahead)
         finally:
-            await database.close()
+            database.close()
 
     asyncio.run(collect())
 

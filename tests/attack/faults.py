@@ -223,7 +223,7 @@ def collect(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: flo
 
 async def collect_until_empty(settings: Settings, ahead: float) -> int:
     """Run the collector on a clock that is `ahead` seconds later until it finds nothing; returns the rows it took."""
-    database = await Database.open(settings)
+    database = Database(settings)
     vault, files = SecretStore(settings), FileStore(settings)
     try:
         taken = rows = await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead))
@@ -234,7 +234,7 @@ async def collect_until_empty(settings: Settings, ahead: float) -> int:
     finally:
         await vault.close()
         await files.close()
-        await database.close()
+        database.close()
 
 
 _forks = multiprocessing.get_context("forkserver")

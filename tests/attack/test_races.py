@@ -448,14 +448,14 @@ def slow_collector(stack: Stack, ahead: float) -> Iterator[tuple[threading.Event
     settings, go = settings_of(stack), threading.Event()
 
     async def collect() -> int:
-        database, vault, files = await Database.open(settings), SlowVault(settings), FileStore(settings)
+        database, vault, files = Database(settings), SlowVault(settings), FileStore(settings)
         vault.go = go
         try:
             return await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead))
         finally:
             await vault.close()
             await files.close()
-            await database.close()
+            database.close()
 
     with ThreadPoolExecutor(1) as threads:
         taken = threads.submit(lambda: asyncio.run(collect()))
@@ -664,7 +664,7 @@ def test_a_run_that_was_cancelled_and_retried_since_it_was_read(attacked: Stack,
         client.json_of(client.retry(first))
 
     async def scenario() -> list[str]:
-        database = await Database.open(settings_of(attacked))
+        database = Database(settings_of(attacked))
         try:
             # By hand, so that no server is woken: this test makes the only pass.
             async with database.connection() as connection:
@@ -673,7 +673,7 @@ def test_a_run_that_was_cancelled_and_retried_since_it_was_read(attacked: Stack,
             placed, _ = await place(interrupted, client.organization)
             return [str(one.run_id) for one in placed]
         finally:
-            await database.close()
+            database.close()
 
     assert asyncio.run(scenario()) == []
     # The cancellation and the retry have woken the servers, which waited for the pass to end.

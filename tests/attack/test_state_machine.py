@@ -443,12 +443,12 @@ class QuickStack(Stack):
         settings = settings_of(self)
         self._runner = asyncio.Runner()
         self._connection = self._runner.run(asyncpg.connect(self.postgres.url))
-        self._database = self._runner.run(Database.open(settings))
+        self._database = Database(settings)
         self._vault, self._files = SecretStore(settings), FileStore(settings)
 
     def close(self) -> None:
         self._runner.run(self._connection.close())
-        self._runner.run(self._database.close())
+        self._database.close()
         self._runner.run(self._vault.close())
         self._runner.run(self._files.close())
         self._runner.close()
