@@ -443,15 +443,20 @@ class SlowVault(SecretStore):
 
 
 @contextmanager
-def slow_collector(stack: Stack, ahead: float) -> Iterator[tuple[threading.Event, Future[int]]]:
-    """One round of a collector on a clock that is `ahead`; it has condemned and deletes when the event is set."""
+def slow_collector(
+    stack: Stack, ahead: float, batch: int = deletions.BATCH
+) -> Iterator[tuple[threading.Event, Future[int]]]:
+    """Rounds of a collector on a clock that is `ahead`; it has condemned, and deletes when the event is set."""
     settings, go = settings_of(stack), threading.Event()
 
     async def collect() -> int:
         database, vault, files = Database(settings), SlowVault(settings), FileStore(settings)
         vault.go = go
+        taken = 0
         try:
-            return await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead))
+            while rows := await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead), batch=batch):
+                taken += rows
+            return taken
         finally:
             await vault.close()
             await files.close()
@@ -559,11 +564,15 @@ def test_retries_and_collectors_at_random(
     outcomes: Counter[str] = Counter()
     for _ in range(2 * ROUNDS):
         runs = finished_runs(client, 40, sensitive_input_values={"password": "old"})
-        with ThreadPoolExecutor(2) as threads:
-            collectors = [threads.submit(collect, attacked, 2 * DAY) for _ in range(2)]
+        go_on: list[threading.Event] = []
+        with ExitStack() as collectors:
+            for _ in range(2):  # each begins with a few, and goes on when the retries are sent
+                go, _ = collectors.enter_context(slow_collector(attacked, 2 * DAY, batch=3))
+                go_on.append(go)
+            until(lambda: condemned(attacked, client.organization) >= 6, what="condemning")
+            for go in go_on:
+                go.set()
             answers = at_once([retry(run_id) for run_id in runs])
-            for collector in collectors:
-                collector.result()
         assert set(tally(answers)) <= {"200", "409 sensitive_inputs_expired"}
         outcomes += tally(answers)
         collect(attacked, 2 * DAY)
