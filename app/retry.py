@@ -218,7 +218,7 @@ async def _switch_plain(database: Database, write: Write, run_id: UUID, options:
         if run["secret_path"] is not None or run["input_count"]:
             return None
         with committing():
-            return await _write(connection, write, run_id, run, options, Staged())
+            return await _write(connection, write, run_id, run, options, Staged(), input_ids=[])
 
 
 async def _switch(database: Database, write: Write, run_id: UUID, options: RunRetry, staged: Staged) -> Reply:
@@ -234,7 +234,8 @@ async def _switch(database: Database, write: Write, run_id: UUID, options: RunRe
                 await deletions.due(connection, [Name("vault", old_secret)])
             elif not await deletions.reclaim(connection, old_secret):
                 raise SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
-        reply = await _write(connection, write, run_id, run, options, staged)
+        new_inputs = None if options.file_inputs is None else [str(file.id) for file in staged.files]
+        reply = await _write(connection, write, run_id, run, options, staged, input_ids=new_inputs)
         if reply is None:  # the row is locked
             raise RunNotFound
         await staging.adopt(connection, {run_id: staged}, write.principal)
@@ -242,9 +243,19 @@ async def _switch(database: Database, write: Write, run_id: UUID, options: RunRe
 
 
 async def _write(
-    connection: Connection, write: Write, run_id: UUID, run: Record, options: RunRetry, staged: Staged
+    connection: Connection,
+    write: Write,
+    run_id: UUID,
+    run: Record,
+    options: RunRetry,
+    staged: Staged,
+    *,
+    input_ids: list[str] | None,
 ) -> Reply | None:
-    """SWITCH, with what the rules make of the run as it was read; None if it is no longer what was read."""
+    """SWITCH, with what the rules make of the run as it was read; None if it is no longer what was read.
+
+    `input_ids` are those of the reply; None means those that the run has.
+    """
     session, pinned = next_session(run, options), next_pin(run, options)
     pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
     is_priority = run["is_priority"] if options.is_priority is None else options.is_priority
@@ -267,7 +278,7 @@ async def _write(
         None if options.input_values is None else orjson.dumps(options.input_values).decode(),
         staged.aliases_json(),
         staged.secret_path,
-        None if options.file_inputs is None else [str(file.id) for file in staged.files],
+        input_ids,
         write.key,
         None if write.key is None else write.fingerprints[0],
         write.ttl_seconds,

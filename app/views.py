@@ -13,10 +13,14 @@ from app.database import Record
 # `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
 # have ended: their session may have gone on to a machine that they were never on.
 IS_ACTIVE = "r.status IN ('scheduling', 'running')"
-RUN_SOURCE = (
-    "LEFT JOIN machines m ON m.reserved_session_id = r.session_id AND m.organization_id = r.organization_id"
-    f" AND {IS_ACTIVE}"
-)
+RUN_SOURCE = f"""
+LEFT JOIN LATERAL (
+    SELECT id FROM machines
+    WHERE r.session_id IS NOT NULL AND {IS_ACTIVE} AND reserved_session_id = r.session_id
+      AND organization_id = r.organization_id
+    LIMIT 1  -- it is unique; the limit keeps the planner from joining all machines with the few runs that are shown
+) AS m ON true
+"""
 
 # An output is gone once it has expired, collected or not. An input's row stays: it is why a retry is refused.
 VISIBLE = "(a.attachment_type = 'input' OR a.expires_at IS NULL OR a.expires_at > now())"

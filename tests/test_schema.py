@@ -63,7 +63,6 @@ INSERT_RUN = (
         ("'scheduling'", ", started_at", ", now()"),
         ("'running'", "", ""),
         ("'success'", "", ""),
-        ("'scheduling'", ", input_values", ", '[]'"),
         ("'scheduling'", ", session_alias", ", 'x'"),
         ("'scheduling'", ", secret_path", ", 'x'"),
         ("'scheduling'", ", attempt", ", 0"),

@@ -85,7 +85,7 @@ TABLES = [
     """
     CREATE TABLE runs (
         id uuid CONSTRAINT pk_runs PRIMARY KEY,
-        organization_id text NOT NULL CONSTRAINT ck_runs_organization_id CHECK (organization_id ~ '^[A-Za-z0-9_-]{1,64}$'),
+        organization_id text NOT NULL,
         workflow_id uuid NOT NULL CONSTRAINT fk_runs_workflow_id REFERENCES workflows ON DELETE RESTRICT,
         user_id uuid,
         status text NOT NULL
@@ -95,16 +95,15 @@ TABLES = [
         pinned_machine_id uuid CONSTRAINT fk_runs_pinned_machine_id REFERENCES machines ON DELETE SET NULL,
         assigned_machine_id uuid CONSTRAINT fk_runs_assigned_machine_id REFERENCES machines ON DELETE SET NULL,
         pool_ids uuid[],
-        input_values json CONSTRAINT ck_runs_input_values CHECK (json_typeof(input_values) = 'object'),
-        sensitive_input_aliases json
-            CONSTRAINT ck_runs_sensitive_input_aliases CHECK (json_typeof(sensitive_input_aliases) = 'object'),
+        input_values json,
+        sensitive_input_aliases json,
         secret_path text,
         session_id uuid,
         session_alias text,
         release_session_after boolean,
         error text[],
-        output_data json CONSTRAINT ck_runs_output_data CHECK (json_typeof(output_data) = 'object'),
-        run_message_history json CONSTRAINT ck_runs_run_message_history CHECK (json_typeof(run_message_history) = 'array'),
+        output_data json,
+        run_message_history json,
         lane text COLLATE "C" NOT NULL,
         queue_rank smallint NOT NULL DEFAULT 1,
         created_at timestamptz NOT NULL DEFAULT now(),
@@ -169,8 +168,7 @@ TABLES = [
     """
     CREATE TABLE run_attachments (
         id uuid CONSTRAINT pk_run_attachments PRIMARY KEY,
-        organization_id text NOT NULL
-            CONSTRAINT ck_run_attachments_organization_id CHECK (organization_id ~ '^[A-Za-z0-9_-]{1,64}$'),
+        organization_id text NOT NULL,
         run_id uuid NOT NULL CONSTRAINT fk_run_attachments_run_id REFERENCES runs ON DELETE RESTRICT,
         user_id uuid,
         attachment_type text NOT NULL
@@ -207,8 +205,7 @@ TABLES = [
     "CREATE INDEX ix_deletions_due_at ON deletions (due_at)",
     """
     CREATE TABLE idempotency_keys (
-        organization_id text
-            CONSTRAINT ck_idempotency_keys_organization_id CHECK (organization_id ~ '^[A-Za-z0-9_-]{1,64}$'),
+        organization_id text,
         key text CONSTRAINT ck_idempotency_keys_key CHECK (key ~ '^[!-~]{1,255}$'),
         fingerprint bytea NOT NULL,
         status smallint NOT NULL,
