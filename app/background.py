@@ -46,9 +46,11 @@ DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
 """
 
 
-# The least rest between two rounds. A lone wake-up is answered at once; under load each round does more for its price.
+# The least rest between two rounds, in seconds. A lone wake-up is answered at once; under load each round does more for its
+# price, and rests four times as long as it took (at most a period), so that requests have most of the process.
 PLACEMENT_REST = 0.01
 COLLECTOR_REST = 0.1
+REST_FOR_WORK = 4
 
 
 class Background:
@@ -86,8 +88,9 @@ class Background:
             group.create_task(self._loop(self._announce, asyncio.Event()))
 
     async def _loop(self, work: Callable[[], Awaitable[None]], wake: asyncio.Event, rest: float = 0) -> None:
+        period = self._settings.background_period_seconds
         while True:
-            await asyncio.sleep(rest)
+            began = time.monotonic()
             try:
                 await work()
             except Unavailable as error:
@@ -95,8 +98,9 @@ class Background:
                 wake.clear()  # whatever is woken now meets the same failure: wait a period
             except Exception as error:  # noqa: BLE001 - one bad round must not end the loop for ever
                 log.error({"event": "background_failed", "work": work.__name__, **describe(error)})
+            await asyncio.sleep(min(max(rest, REST_FOR_WORK * (time.monotonic() - began)), period))
             try:
-                async with asyncio.timeout(self._settings.background_period_seconds):
+                async with asyncio.timeout(period):
                     await wake.wait()
             except TimeoutError:
                 continue

@@ -83,7 +83,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise too_large
-    if request.headers.get("content-encoding", "identity") != "identity":
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType
     allowed = asyncio.get_running_loop().time() + settings.body_timeout_seconds
     buffer = bytearray()

@@ -12,12 +12,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from app.config import Settings
 from benchmarks import load, plans
 from benchmarks.load import Plan, Pressure
 from benchmarks.measure import Case, Group, Round, Sample, Target
 from benchmarks.memory import PeakMemory
 from benchmarks.pgbench import SixStatements
-from benchmarks.world import ORGANIZATION, RETRY_BODY, World, run_id, sample
+from benchmarks.placing import ADD_MACHINES, END_ASSIGNED, many, soon
+from benchmarks.world import ORGANIZATION, RETRY_BODY, Server, Unplaced, World, run_id, sample
 
 MIB = 1024 * 1024
 
@@ -78,6 +80,34 @@ def scale(world: World, pressure: Pressure) -> Group:
             Target("2 / 1 workers, 16 connections", rate("2w 16c", "1w 16c")),
             Target("2 / 1 workers, 64 connections", rate("2w 64c", "1w 64c")),
         ],
+    )
+
+
+def placement(world: World, pressure: Pressure) -> Group:
+    """Each retry on `placing` may get one of 1,000 idle machines; `unplaced` is the same without any placement."""
+    placing, unplaced = world.database("placed"), world.database("unplaced")
+    queue = world.database("queue")
+    settings = Settings.model_validate(
+        {name.lower(): value for name, value in world.settings(queue, world.folder).items()}
+    )
+    one, other = world.server_of(placing), world.server_of(unplaced, program=Unplaced)
+
+    def retries(server: Server) -> Sample:
+        server.data.sql(END_ASSIGNED)
+        return server.retries(pressure)
+
+    for data in (placing, unplaced):
+        data.sql(ADD_MACHINES, ORGANIZATION, 1000)
+    return Group(
+        "placement",
+        "from a retry to its machine, and what it costs",
+        [
+            Case("soon", partial(soon, world.server), "one at a time, from the reply to the assignment"),
+            Case("many", partial(many, queue, settings), "10,000 waiting, 1,000 machines; p50 and p99 of a pass"),
+            Case("placing", partial(retries, one), "retries, 1,000 machines idle at the start"),
+            Case("unplaced", partial(retries, other), "retries, placement turned off"),
+        ],
+        [Target("placing / unplaced", rate("placing", "unplaced"), at_least=0.9)],
     )
 
 
@@ -361,6 +391,7 @@ def big_histories(world: World, pressure: Pressure) -> Group:
 GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
     "retry": retry,
     "scale": scale,
+    "placement": placement,
     "history": history,
     "secret": secret,
     "files": files,

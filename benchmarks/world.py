@@ -293,13 +293,22 @@ class Bare(Part):
             return False
 
 
+class Unplaced(App):
+    """The service without its placement."""
+
+    def start(self) -> Self:
+        self.launch([sys.executable, "-m", "benchmarks.unplaced"], self.environment, cwd=ROOT)
+        self.wait_until(self._ready)
+        return self
+
+
 class World:
     """Starts what a group asks for, once; stops everything at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._started = ExitStack()
-        self._servers: dict[tuple[str, int], Server] = {}
+        self._servers: dict[tuple[str, int, type[App]], Server] = {}
 
     def __enter__(self) -> Self:
         self.postgres = self._started.enter_context(Postgres(self.folder, fsync=True))
@@ -326,28 +335,38 @@ class World:
         """One worker on the small database."""
         return self.server_of(self.small)
 
-    def server_of(self, data: Data, workers: int = 1) -> Server:
-        kind = (data.url, workers)
+    def database(self, name: str) -> Data:
+        """A database of its own, with the schema and no runs."""
+        self.small.sql(f"CREATE DATABASE {name}")
+        return Data.create(f"{self.postgres.url.rpartition('/')[0]}/{name}", 0)
+
+    def server_of(self, data: Data, workers: int = 1, program: type[App] = App) -> Server:
+        kind = (data.url, workers, program)
         if kind not in self._servers:
             folder = self.folder / f"server{len(self._servers)}"
             files = folder / "files"
             files.mkdir(parents=True)
             port = free_port()
-            environment = {
+            environment = self.settings(data, files) | {
                 "PATH": os.environ["PATH"],
                 "PORT": str(port),
                 "WORKERS": str(workers),
                 "LOG_LEVEL": "info",
-                "DATABASE_URL": data.url,
-                "VAULT_ADDR": self.bao.address,
-                "VAULT_TOKEN": self.vault_token,
-                "STORAGE_URL": files.as_uri(),
-                "SERVER_KEY": secrets.token_hex(32),
                 "NO_PROXY": "127.0.0.1",
             }
-            app = self._started.enter_context(App(folder, f"http://127.0.0.1:{port}", environment))
+            app = self._started.enter_context(program(folder, f"http://127.0.0.1:{port}", environment))
             self._servers[kind] = Server(app, port, data, self.postgres)
         return self._servers[kind]
+
+    def settings(self, data: Data, files: Path) -> dict[str, str]:
+        """What any process of the service must know."""
+        return {
+            "DATABASE_URL": data.url,
+            "VAULT_ADDR": self.bao.address,
+            "VAULT_TOKEN": self.vault_token,
+            "STORAGE_URL": files.as_uri(),
+            "SERVER_KEY": secrets.token_hex(32),
+        }
 
     @cached_property
     def bare(self) -> Bare:
