@@ -92,6 +92,7 @@ class _Pool:
         self._turns = asyncio.Semaphore(size)
         self._timeout = timeout
         self._idle: list[tuple[Any, float]] = []
+        self._open: set[Any] = set()
 
     async def acquire(self) -> Any:
         """Raises TimeoutError when none comes free in time, and whatever connecting raises."""
@@ -105,8 +106,10 @@ class _Pool:
                 connection, since = self._idle.pop()
                 if not connection.is_closed() and time.monotonic() - since < IDLE_SECONDS:
                     return connection
-                connection.terminate()
-            return await self._connect()
+                self._discard(connection)
+            connection = await self._connect()
+            self._open.add(connection)
+            return connection
         except BaseException:
             self._turns.release()
             raise
@@ -114,14 +117,19 @@ class _Pool:
     def release(self, connection: Any) -> None:
         """Take it back, or throw it away if it is closed or in the middle of something."""
         if connection.is_closed() or connection.is_in_transaction():
-            connection.terminate()
+            self._discard(connection)
         else:
             self._idle.append((connection, time.monotonic()))
         self._turns.release()
 
+    def _discard(self, connection: Any) -> None:
+        connection.terminate()
+        self._open.discard(connection)
+
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop()[0].terminate()
+        """Break every connection off."""
+        for connection in self._open:
+            connection.terminate()
 
 
 class Database:
@@ -145,7 +153,7 @@ class Database:
         self._pool = _Pool(connect, settings.database_pool_size, settings.database_timeout_seconds)
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Break every connection off, also what is under way."""
         self._pool.close()
 
     @asynccontextmanager

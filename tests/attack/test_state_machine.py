@@ -384,7 +384,9 @@ class Model:
             "error": run.error,
             "output_data": run.output,
             "run_message_history": run.history,
-            "output_attachment_ids": sorted(self._of(run_id, "output")),
+            "output_attachment_ids": sorted(
+                name for name, one in self._of(run_id, "output").items() if not one.expired
+            ),
             "input_attachment_ids": sorted(self._of(run_id, "input")),
             "input_values": run.values,
             "pool_ids": run.pools,
