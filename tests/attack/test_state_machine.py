@@ -183,7 +183,7 @@ class Model:
         produced = ("error", "output_data", "run_message_history", "output_attachment_ids")
         if status == "scheduling" and any(body.get(name) is not None for name in produced):
             refusals.add(Outcome(409, "invalid_transition"))
-        if not refusals and not set(body.get("output_attachment_ids") or ()) <= self._of(run_id, "output").keys():
+        if not refusals and not set(body.get("output_attachment_ids") or ()) <= self._outputs(run_id):
             refusals.add(Outcome(422))
         return refusals, set(), 200
 
@@ -373,6 +373,9 @@ class Model:
 
     # What is shown.
 
+    def _outputs(self, run_id: str) -> set[str]:
+        return {name for name, one in self._of(run_id, "output").items() if not one.expired}
+
     def view(self, run_id: str) -> Body:
         run = self.runs[run_id]
         return {
@@ -384,9 +387,7 @@ class Model:
             "error": run.error,
             "output_data": run.output,
             "run_message_history": run.history,
-            "output_attachment_ids": sorted(
-                name for name, one in self._of(run_id, "output").items() if not one.expired
-            ),
+            "output_attachment_ids": sorted(self._outputs(run_id)),
             "input_attachment_ids": sorted(self._of(run_id, "input")),
             "input_values": run.values,
             "pool_ids": run.pools,
