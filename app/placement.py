@@ -109,7 +109,7 @@ WITH RECURSIVE hops AS (
 SELECT head.*, m.id AS reserved_machine_id
 FROM open
 CROSS JOIN LATERAL (
-    SELECT id, lane, is_priority, queued_at, session_id, pinned_machine_id, pool_ids FROM runs
+    SELECT id, lane, is_priority, queue_rank, queued_at, session_id, pinned_machine_id, pool_ids FROM runs
     WHERE organization_id = $1 AND lane = open.lane AND status = 'scheduling' AND assigned_machine_id IS NULL
     ORDER BY queue_rank, queued_at, id
     LIMIT CASE WHEN open.lane LIKE 'session:%' OR open.lane LIKE 'machine:%' THEN 1 ELSE $3 END
@@ -119,6 +119,7 @@ WHERE head.session_id IS NULL OR NOT EXISTS (
     SELECT FROM runs other
     WHERE other.session_id = head.session_id AND other.status IN ('scheduling', 'running')
       AND (other.status = 'running' OR other.assigned_machine_id IS NOT NULL))
+ORDER BY head.queue_rank, head.queued_at, head.id -- a join need not keep the order of what it joins
 """
 
 # --- what a pass writes -----------------------------------------------------------------------------------------------
