@@ -33,7 +33,7 @@ class Connection(Protocol):
 
 
 class LockTimeout(DatabaseUnavailable):
-    """Another transaction held a row for longer than `lock_timeout`."""
+    """Another transaction held a row for longer than `lock_timeout`, or one after the other until `statement_timeout`."""
 
 
 class Deadlock(DatabaseUnavailable):
@@ -146,7 +146,8 @@ class Database:
                 "timezone": "UTC",  # how times are shown in documents that PostgreSQL makes
                 "jit": "off",  # short statements: compiling them costs more than it saves
                 "lock_timeout": "2s",  # the longest wait for a twin at the switch
-                "statement_timeout": f"{int(settings.database_timeout_seconds * 1000)}ms",
+                # Before our own patience ends: the server's word says that nothing was done, our silence says nothing.
+                "statement_timeout": f"{int(settings.database_timeout_seconds * 900)}ms",
                 "idle_in_transaction_session_timeout": "10s",  # a frozen replica must not hold a run's row
             },
         )
@@ -163,7 +164,7 @@ class Database:
         try:
             connection = await self._pool.acquire()
             yield connection
-        except asyncpg.LockNotAvailableError:
+        except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError):
             raise LockTimeout from None
         except asyncpg.DeadlockDetectedError:
             raise Deadlock from None

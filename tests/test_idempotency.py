@@ -1,6 +1,7 @@
 """Idempotency-Key, sentence by sentence (contract, section 7), on every route that writes."""
 
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -424,6 +425,19 @@ def test_a_twin_that_waits_too_long_for_the_run(api: Client, stack: Stack) -> No
         assert (without_key.status_code, without_key.json()["code"]) == (503, "database_unavailable")
         assert "Idempotency-Status" not in without_key.headers
     assert {row for row in rows(stack, api.organization) if row[0] != "staged"} == before
+    assert_first(write.send(api, "the-key"))
+
+
+def test_a_twin_that_waits_for_one_after_the_other(api: Client, stack: Stack) -> None:
+    """Each wait is shorter than the longest one allowed; together they are too long."""
+    write = _retry(api)
+    run_id = write.path.split("/")[3]
+    with ThreadPoolExecutor(1) as threads, stack.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
+        first = threads.submit(write.send, api, "the-key")
+        until(lambda: stack.waiting() or first.done(), what="the wait for the run")
+        time.sleep(0.7)  # not a wait for something: the second one's own patience must outlast the first one's
+        assert_in_progress(write.send(api, "the-key"))
+        assert_in_progress(first.result())
     assert_first(write.send(api, "the-key"))
 
 
