@@ -141,7 +141,7 @@ def _write(request: Request, settings: Settings, raw: bytes) -> Write:
             )
         keys = [settings.server_key, settings.server_key_previous]
         fingerprints = tuple(
-            fingerprint(server_key.get_secret_value(), request.method, request.url.path, raw)
+            fingerprint(server_key.get_secret_value(), request.method, request.scope["path"], raw)
             for server_key in keys
             if server_key is not None
         )
