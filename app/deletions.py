@@ -105,19 +105,19 @@ WHERE ctid = ANY (ARRAY(
 RETURNING store, name
 """
 
-# Locked in the order in which they are named, as by everyone who changes many rows of the list.
+# Locked in the order in which they are named, as by everyone who changes many rows of the list; then by ctid, because the
+# planner, which thinks the list is short, would join two batches row by row. A row that changed while this waited for its
+# lock stays, and is swept again later.
 FINISH = """
 WITH swept AS (
-    SELECT deletions.store, deletions.name
-    FROM deletions JOIN unnest($1::text[], $2::text[]) WITH ORDINALITY AS swept (store, name, number)
-        ON deletions.store = swept.store AND deletions.name = swept.name
-    ORDER BY swept.number FOR UPDATE OF deletions
+    SELECT listed.* FROM unnest($1::text[], $2::text[]) AS gone (store, name), LATERAL (
+        SELECT ctid AS tid, sweeps FROM deletions WHERE store = gone.store AND name = gone.name FOR UPDATE
+    ) AS listed
 ), again AS (
     UPDATE deletions SET sweeps = 1, failures = 0, due_at = now() + $3 + interval '1 day'
-    FROM swept WHERE deletions.store = swept.store AND deletions.name = swept.name AND sweeps = 2
+    WHERE ctid = ANY (ARRAY(SELECT tid FROM swept WHERE sweeps = 2))
 )
-DELETE FROM deletions USING swept
-WHERE deletions.store = swept.store AND deletions.name = swept.name AND sweeps = 1
+DELETE FROM deletions WHERE ctid = ANY (ARRAY(SELECT tid FROM swept WHERE sweeps = 1))
 """
 
 BATCH = 200

@@ -87,6 +87,7 @@ def placement(world: World, pressure: Pressure) -> Group:
     """Each retry on `placing` may get one of 1,000 idle machines; `unplaced` is the same without any placement."""
     placing, unplaced = world.database("placed"), world.database("unplaced")
     queue = world.database("queue")
+    idle = world.server_of(world.database("idle"))  # no run waits there that could take the machine first
     settings = Settings.model_validate(
         {name.lower(): value for name, value in world.settings(queue, world.folder).items()}
     )
@@ -102,7 +103,7 @@ def placement(world: World, pressure: Pressure) -> Group:
         "placement",
         "from a retry to its machine, and what it costs",
         [
-            Case("soon", partial(soon, world.server), "one at a time, from the reply to the assignment"),
+            Case("soon", partial(soon, idle), "one at a time, from the reply to the assignment"),
             Case("many", partial(many, queue, settings), "10,000 waiting, 1,000 machines; p50 and p99 of a pass"),
             Case("placing", partial(retries, one), "retries, 1,000 machines idle at the start"),
             Case("unplaced", partial(retries, other), "retries, placement turned off"),
