@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Iterable
+from io import BytesIO
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -86,22 +87,22 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType
     allowed = asyncio.get_running_loop().time() + settings.body_timeout_seconds
-    buffer = bytearray()
+    buffer = BytesIO()
     try:
         async with asyncio.timeout_at(allowed) as patience:
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                buffer += message.get("body", b"")
-                if len(buffer) > limit:
+                buffer.write(message.get("body", b""))
+                if buffer.tell() > limit:
                     raise too_large
                 if not message.get("more_body", False):
                     break
-                patience.reschedule(allowed + len(buffer) / settings.body_min_bytes_per_second)
+                patience.reschedule(allowed + buffer.tell() / settings.body_min_bytes_per_second)
     except TimeoutError:
         raise RequestTimeout from None
-    return bytes(buffer)  # the parser would copy a bytearray, and hold the copy beside what it makes of it
+    return buffer.getvalue()  # without a copy, unlike bytes(bytearray)
 
 
 async def read(request: Request, model: type[Model]) -> tuple[Model, Write]:

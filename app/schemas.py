@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID
 
+import pybase64
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
@@ -135,7 +136,7 @@ def _base64(value: object) -> object:
     if not isinstance(value, str):
         return value  # the type check says what is wrong
     try:
-        return binascii.a2b_base64(value, strict_mode=True)
+        return pybase64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
         raise PydanticCustomError("base64", "not base64") from None
 

@@ -327,18 +327,17 @@ class World:
     @cached_property
     def million(self) -> Data:
         """1,000,000 runs beside the stock, in a database of its own."""
-        self.small.sql("CREATE DATABASE million")
-        return Data.create(f"{self.postgres.url.rpartition('/')[0]}/million", 1_000_000)
+        return self.database("million", 1_000_000)
 
     @property
     def server(self) -> Server:
         """One worker on the small database."""
         return self.server_of(self.small)
 
-    def database(self, name: str) -> Data:
-        """A database of its own, with the schema and no runs."""
+    def database(self, name: str, runs: int = 0) -> Data:
+        """A database of its own."""
         self.small.sql(f"CREATE DATABASE {name}")
-        return Data.create(f"{self.postgres.url.rpartition('/')[0]}/{name}", 0)
+        return Data.create(f"{self.postgres.url.rpartition('/')[0]}/{name}", runs)
 
     def server_of(self, data: Data, workers: int = 1, program: type[App] = App) -> Server:
         kind = (data.url, workers, program)

@@ -268,6 +268,7 @@ class TestFiles:
             ("content", "YWJj\n"),
             ("content", "YW Jj"),
             ("content", "YWJ"),
+            ("content", "YWJj="),
             ("content", "YWJj*"),
             ("content", "_-8="),
             ("content", "é"),
