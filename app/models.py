@@ -343,10 +343,7 @@ class IdempotencyKey(Base):
     """The first successful reply under a caller's Idempotency-Key, stored with its effect."""
 
     __tablename__ = "idempotency_keys"
-    __table_args__ = (
-        CheckConstraint("key ~ '^[!-~]{1,255}$'", name="key"),
-        Index("ix_idempotency_keys_expires_at", "expires_at"),
-    )
+    __table_args__ = (Index("ix_idempotency_keys_expires_at", "expires_at"),)
 
     organization_id: Mapped[str] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)

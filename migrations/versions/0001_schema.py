@@ -206,7 +206,7 @@ TABLES = [
     """
     CREATE TABLE idempotency_keys (
         organization_id text,
-        key text CONSTRAINT ck_idempotency_keys_key CHECK (key ~ '^[!-~]{1,255}$'),
+        key text,
         fingerprint bytea NOT NULL,
         status smallint NOT NULL,
         body bytea NOT NULL,
