@@ -1,7 +1,8 @@
 """Settle: one task per process that does what follows a commit. It is woken after commits and also polls, so nothing
 depends on the wake-up; every replica runs one, and their work is divided by row locks.
 
-Each round: assign machines, delete what is due, end silent runs, expire attachments and old idempotency keys.
+Each round: assign machines, delete what is due, end silent runs, expire attachments and old idempotency keys, remove the
+outputs of superseded attempts.
 """
 
 import asyncio
@@ -45,6 +46,18 @@ DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM idempotency_keys WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED))
 """
 
+# At most 64 MiB and one more, as they are stored: the server takes some seconds for a gigabyte.
+PRUNE_OUTPUTS = """
+DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(
+    SELECT tid FROM (
+        SELECT tid, sum(octets) OVER (ORDER BY tid) - octets AS before FROM (
+            SELECT ctid AS tid,
+                   coalesce(pg_column_size(output_data), 0) + coalesce(pg_column_size(run_message_history), 0) AS octets
+            FROM run_outputs WHERE is_superseded LIMIT 200 FOR UPDATE SKIP LOCKED
+        ) AS superseded
+    ) AS summed
+    WHERE before < 64 * 1024 * 1024))
+"""
 
 # The least rest between two rounds, in seconds. A lone wake-up is answered at once; under load each round does more for its
 # price, and rests four times as long as it took (at most a period), so that requests have most of the process.
@@ -80,7 +93,7 @@ class Background:
         self._wake_placement.set()
 
     async def run(self) -> None:
-        """Until cancelled. Three loops, so that a frozen Vault never delays an assignment."""
+        """Until cancelled. A loop for each, so that a frozen Vault never delays an assignment."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._loop(self._place, self._wake_placement, PLACEMENT_REST))
             group.create_task(self._loop(self._collect, self._wake_collector, COLLECTOR_REST))
@@ -140,7 +153,9 @@ class Background:
         for organization_id in organizations:
             self.wake(organization_id)
         async with self._database.connection() as connection:
-            await connection.execute(FORGET_KEYS)
+            for statement in (FORGET_KEYS, PRUNE_OUTPUTS):
+                while await connection.execute(statement) != "DELETE 0":
+                    pass
 
     async def _announce(self) -> None:
         """Assignments that other replicas made, for callers that wait here: one query for all of them."""

@@ -181,8 +181,7 @@ class Run(Base):
         CheckConstraint("status IN ('scheduling', 'running', 'success', 'cancelled', 'error')", name="status"),
         CheckConstraint("attempt >= 1", name="attempt"),
         CheckConstraint(
-            "status <> 'scheduling' OR (error IS NULL AND output_data IS NULL AND run_message_history IS NULL"
-            " AND started_at IS NULL AND ended_at IS NULL)",
+            "status <> 'scheduling' OR (error IS NULL AND started_at IS NULL AND ended_at IS NULL)",
             name="scheduling_is_clear",
         ),
         CheckConstraint("status <> 'running' OR started_at IS NOT NULL", name="running_has_started"),
@@ -257,8 +256,6 @@ class Run(Base):
     session_alias: Mapped[str | None]
     release_session_after: Mapped[bool | None]
     error: Mapped[list[str] | None]
-    output_data: Mapped[dict[str, Any] | None]
-    run_message_history: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
     lane: Mapped[str] = mapped_column(Text(collation="C"))  # placement.py hops along it: plain byte order
     queue_rank: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -266,6 +263,23 @@ class Run(Base):
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     reported_at: Mapped[datetime | None]
+
+
+class RunOutput(Base):
+    """What an attempt produced; a run shows that of its current attempt.
+
+    Apart from the run, so that a retry leaves it behind without touching its bytes: to clear a long history in place,
+    PostgreSQL deletes it 2 KB at a time. The background task removes what is superseded.
+    """
+
+    __tablename__ = "run_outputs"
+    __table_args__ = (Index("ix_run_outputs_superseded", "run_id", postgresql_where=text("is_superseded")),)
+
+    run_id: Mapped[UUID] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    output_data: Mapped[dict[str, Any] | None]
+    run_message_history: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
+    is_superseded: Mapped[bool] = mapped_column(server_default=text("false"))
 
 
 class RunAttempt(Base):

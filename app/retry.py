@@ -127,13 +127,16 @@ WHERE r.id = $1 AND r.organization_id = $2
 LOCK = "SELECT FROM runs WHERE id = $1 AND organization_id = $2 FOR NO KEY UPDATE"
 
 # A statement still sees what it removes, and not yet what takes its place.
-ATTACHMENTS_AFTER = {
+AFTER = {
+    "output_data": "NULL",
+    "run_message_history": "NULL",
     "output_attachment_ids": "'[]'::json",
     "input_attachment_ids": f"coalesce($19::text[], {views.RUN_COLUMNS['input_attachment_ids']})",
 }
 
 # All that a retry always does, in one round trip, if the run is still in the version that the rules saw: archive the
-# attempt, list and remove the attachments that go, clear and requeue the run, make the reply and store it under the key.
+# attempt, list and remove the attachments that go, leave the outputs behind (a run has those of its own attempt number),
+# clear and requeue the run, make the reply and store it under the key.
 # A null override keeps what the run has. The reply is made here because it must be stored by the same statement.
 SWITCH = f"""
 WITH seen AS MATERIALIZED (
@@ -149,11 +152,14 @@ WITH seen AS MATERIALIZED (
 ), listed AS (
     INSERT INTO deletions (store, name, due_at)
     SELECT 'storage', storage_path, now() FROM removed WHERE storage_path IS NOT NULL
+), superseded AS (
+    UPDATE run_outputs SET is_superseded = true
+    FROM seen WHERE run_outputs.run_id = seen.id AND run_outputs.attempt = seen.attempt
 ), r AS (
     UPDATE runs
     SET status = 'scheduling', attempt = runs.attempt + 1, queued_at = clock_timestamp(), lane = $8, queue_rank = $9,
-        error = NULL, output_data = NULL, run_message_history = NULL, started_at = NULL, ended_at = NULL,
-        reported_at = NULL, assigned_machine_id = NULL, pinned_machine_id = $10,
+        error = NULL, started_at = NULL, ended_at = NULL, reported_at = NULL,
+        assigned_machine_id = NULL, pinned_machine_id = $10,
         pool_ids = coalesce($11, pool_ids), is_priority = $12,
         session_id = $13, session_alias = $14, release_session_after = $15,
         input_values = coalesce($16::json, input_values),
@@ -162,7 +168,7 @@ WITH seen AS MATERIALIZED (
     FROM seen WHERE runs.id = seen.id
     RETURNING runs.*
 ), shown AS MATERIALIZED (
-    SELECT {views.document(ATTACHMENTS_AFTER)} AS body FROM r {views.RUN_SOURCE}
+    SELECT {views.document(AFTER)} AS body FROM r {views.RUN_SOURCE}
 ), stored AS (
     {STORE} SELECT $2, $20::text, $21, 200, body, now() + make_interval(secs => $22) FROM shown WHERE $20 IS NOT NULL
 )

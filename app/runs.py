@@ -76,7 +76,7 @@ async def _create(
     session_id = new_session_id if options.start_session else options.session_id
     session = alias_needs_session(Session(session_id, options.session_alias, options.release_session_after))
     staging.check_sizes(parts, options.sensitive_input_values, options.file_inputs, copies=len(run_ids))
-    input_values = None if options.input_values is None else orjson.dumps(options.input_values).decode()
+    input_values = _json(options.input_values)
     if len(run_ids) * len(input_values or "") > parts.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal = write.principal
@@ -144,6 +144,15 @@ TRANSITIONS = {
 PRODUCED = ("error", "output_data", "run_message_history", "output_attachment_ids", "started_at", "ended_at")
 
 
+# What the report does not name stays as it is.
+SAVE_OUTPUTS = """
+INSERT INTO run_outputs (run_id, attempt, output_data, run_message_history) VALUES ($1, $2, $3::json, $4::json)
+ON CONFLICT (run_id, attempt) DO UPDATE SET
+    output_data = CASE WHEN $5 THEN excluded.output_data ELSE run_outputs.output_data END,
+    run_message_history = CASE WHEN $6 THEN excluded.run_message_history ELSE run_outputs.run_message_history END
+"""
+
+
 async def report(parts: Parts, write: Write, run_id: UUID, options: RunUpdate) -> Reply:
     """An executor's PATCH, decided under the row lock. Raises every refusal of the route."""
     organization_id = write.principal.organization_id
@@ -168,6 +177,10 @@ async def report(parts: Parts, write: Write, run_id: UUID, options: RunUpdate) -
                     )
                 )
         await connection.execute(*_update(run_id, current, status, options))
+        named = [name in options.model_fields_set for name in ("output_data", "run_message_history")]
+        if any(named):
+            outputs = (_json(options.output_data), _json(options.run_message_history))
+            await connection.execute(SAVE_OUTPUTS, run_id, run["attempt"], *outputs, *named)
         if status in TERMINAL and current not in TERMINAL:
             await _ended(connection, [run_id], parts.settings)
         elif status in TERMINAL and options.release_session_after:
@@ -193,13 +206,11 @@ def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate
 
 
 def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpdate) -> tuple[Any, ...]:
-    """The UPDATE of exactly the columns that the report names, as arguments for `execute`."""
+    """The UPDATE of exactly those columns of the run that the report names, as arguments for `execute`."""
     given = options.model_fields_set
     values: dict[str, Any] = {"status": status.value}
-    for name in ("output_data", "run_message_history", "input_values"):
-        if name in given:
-            value = getattr(options, name)
-            values[name] = None if value is None else orjson.dumps(value).decode()
+    if "input_values" in given:
+        values["input_values"] = _json(options.input_values)
     for name in ("error", "release_session_after"):
         if name in given:
             values[name] = getattr(options, name)
@@ -215,6 +226,10 @@ def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpd
         values.setdefault("ended_at", func.coalesce(Run.ended_at, now))
     statement, arguments = sql(update(Run).where(Run.id == run_id).values(**values))
     return statement, *arguments
+
+
+def _json(value: object) -> str | None:
+    return None if value is None else orjson.dumps(value).decode()
 
 
 # --- end --------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from app.database import Record
 # have ended: their session may have gone on to a machine that they were never on.
 IS_ACTIVE = "r.status IN ('scheduling', 'running')"
 RUN_SOURCE = f"""
+LEFT JOIN run_outputs AS produced ON produced.run_id = r.id AND produced.attempt = r.attempt
 LEFT JOIN LATERAL (
     SELECT id FROM machines
     WHERE r.session_id IS NOT NULL AND {IS_ACTIVE} AND reserved_session_id = r.session_id
@@ -74,9 +75,9 @@ RUN_COLUMNS = {
     "attempt": "r.attempt",
     "is_priority": "r.is_priority",
     "error": "r.error",
-    "output_data": "r.output_data",
+    "output_data": "produced.output_data",
     "output_attachment_ids": _attachment_ids("output"),
-    "run_message_history": "r.run_message_history",
+    "run_message_history": "produced.run_message_history",
     "input_attachment_ids": _attachment_ids("input"),
     "input_values": "r.input_values",
     "sensitive_input_aliases": "r.sensitive_input_aliases",

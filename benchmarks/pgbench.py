@@ -58,8 +58,8 @@ BEGIN;
 SELECT id, organization_id, user_id FROM {keys} WHERE key_hash = decode(:key_hash, 'hex');
 SELECT status, input_values FROM {runs}
   WHERE id = md5((:number)::bigint::text)::uuid AND organization_id = :organization FOR UPDATE;
-UPDATE {runs} SET status = 'scheduling', attempt = attempt + 1, queued_at = now(), output_data = NULL,
-  run_message_history = NULL, started_at = NULL, ended_at = NULL,
+{before_update}UPDATE {runs} SET status = 'scheduling', attempt = attempt + 1, queued_at = now(), {cleared}
+  started_at = NULL, ended_at = NULL,
   input_values = '{{"customer": "Ada Lovelace", "amount": 120.5, "urgent": true}}'
   WHERE id = md5((:number)::bigint::text)::uuid;
 DELETE FROM {attachments} WHERE run_id = md5((:number)::bigint::text)::uuid AND attachment_type = 'output'
@@ -71,6 +71,8 @@ END;
 PLAIN = {
     "keys": "plain_keys",
     "runs": "plain_runs",
+    "before_update": "",
+    "cleared": "output_data = NULL, run_message_history = NULL,",
     "attachments": "plain_attachments",
     "attempts": "plain_attempts",
     "more": "ended_at",
@@ -79,6 +81,9 @@ PLAIN = {
 OWN = {
     "keys": "api_keys",
     "runs": "runs",
+    "before_update": "WITH superseded AS (UPDATE run_outputs SET is_superseded = true"
+    " WHERE run_id = md5((:number)::bigint::text)::uuid)\n",
+    "cleared": "",
     "attachments": "run_attachments",
     "attempts": "run_attempts",
     "more": "overridden",

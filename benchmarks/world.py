@@ -37,12 +37,15 @@ HISTORY = 4096
 # $6 the age in days of run 0: each is a second younger than the one before it.
 FINISHED = """
 WITH fresh AS (
-    INSERT INTO runs (id, organization_id, workflow_id, status, attempt, input_values, output_data,
-                      run_message_history, lane, created_at, queued_at, started_at, ended_at)
-    SELECT md5(n::text)::uuid, 'bench', $1, 'success', 1, '{"customer": "Grace", "amount": 12}', '{"receipt": "R-1"}',
-           $4::json, 'any', at, at, at, at + interval '1 minute'
+    INSERT INTO runs (id, organization_id, workflow_id, status, attempt, input_values, lane, created_at, queued_at, started_at,
+                      ended_at)
+    SELECT md5(n::text)::uuid, 'bench', $1, 'success', 1, '{"customer": "Grace", "amount": 12}', 'any', at, at, at,
+           at + interval '1 minute'
     FROM generate_series($2::bigint, $3::bigint) AS n,
          LATERAL (SELECT now() - make_interval(days => $6::int) + n * interval '1 s') AS t (at)
+), produced AS (
+    INSERT INTO run_outputs (run_id, attempt, output_data, run_message_history)
+    SELECT md5(n::text)::uuid, 1, '{"receipt": "R-1"}', $4::json FROM generate_series($2::bigint, $3::bigint) AS n
 )
 INSERT INTO run_attachments (id, organization_id, run_id, attachment_type, filename, content_type, size_bytes, storage_path)
 SELECT gen_random_uuid(), 'bench', md5(n::text)::uuid, 'output', 'result.txt', 'text/plain', 6,
@@ -140,12 +143,12 @@ class Data:
     def widen(self, count: int, history_bytes: int) -> None:
         """Give the newest runs a history."""
         self.sql(
-            "UPDATE runs SET run_message_history = $1::json"
-            " WHERE id IN (SELECT id FROM runs ORDER BY created_at DESC, id DESC LIMIT $2)",
+            "UPDATE run_outputs SET run_message_history = $1::json"
+            " WHERE run_id IN (SELECT id FROM runs ORDER BY created_at DESC, id DESC LIMIT $2)",
             history(history_bytes),
             count,
         )
-        self.sql("VACUUM ANALYZE runs")
+        self.sql("VACUUM ANALYZE runs, run_outputs")
 
     def stock(self, least: int, history_bytes: int | None = HISTORY, *, attachment: bool = True) -> range:
         """The numbers of at least this many finished runs that no request was sent for yet; see `used`."""
@@ -162,11 +165,14 @@ class Data:
         self._stock[kind] = self._stock[kind][count:]
 
     def drain(self, seconds: float = 60) -> float:
-        """Wait until everything due is deleted, so that it is not paid by what is measured next; how long it took."""
+        """Wait until all that is due or superseded is gone, so that the next measure does not pay for it; how long it took."""
         began = time.monotonic()
-        while self.sql("SELECT FROM deletions WHERE due_at <= now() LIMIT 1"):
+        left = (
+            "SELECT FROM deletions WHERE due_at <= now() UNION ALL SELECT FROM run_outputs WHERE is_superseded LIMIT 1"
+        )
+        while self.sql(left):
             if time.monotonic() - began > seconds:
-                raise TimeoutError(f"The deletion list was not empty after {seconds:.0f} s")
+                raise TimeoutError(f"Something was left to delete after {seconds:.0f} s")
             time.sleep(0.05)
         return time.monotonic() - began
 

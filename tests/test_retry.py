@@ -53,6 +53,23 @@ def test_a_finished_run_is_reset_in_place(api: Client, status: str) -> None:
     assert api.get_run(before["id"]) == after
 
 
+def test_the_outputs_of_former_attempts_are_removed(api: Client, stack: Stack) -> None:
+    run_id = api.finished("error")["id"]
+    for attempt in (2, 3):
+        assert api.retry(run_id).status_code == 200
+        api.report(run_id, status="running")
+        api.report(run_id, status="success", output_data={"attempt": attempt})
+    # More than one round removes at once, and a run is not shown what is not of its attempt.
+    stack.sql(
+        "INSERT INTO run_outputs SELECT $1, -n, NULL, json_build_array(repeat('x', 1000)), true"
+        " FROM generate_series(1, 500) AS n",
+        run_id,
+    )
+    left = "SELECT attempt, output_data::text AS data FROM run_outputs WHERE run_id = $1"
+    until(lambda: stack.sql(left, run_id) == [{"attempt": 3, "data": '{"attempt":3}'}])
+    assert api.get_run(run_id)["output_data"] == {"attempt": 3}
+
+
 def test_an_absent_body_equals_an_empty_object_and_null_equals_absent(api: Client) -> None:
     run = api.finished(input_values={"a": 1}, session_id=None)
     assert api.post(f"/v1/runs/{run['id']}/retry").status_code == 200

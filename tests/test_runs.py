@@ -421,6 +421,16 @@ def test_results_are_kept_as_reported(api: Client, before: str, after: str | Non
     assert {name: retried[name] for name in PRODUCED} == dict.fromkeys(PRODUCED)
 
 
+def test_what_a_report_does_not_name_stays(api: Client) -> None:
+    run_id = brought_to(api, "running")["id"]
+    history = [{"role": "assistant", "content": "x" * 100_000}]
+    api.report(run_id, output_data={"a": 1})
+    api.report(run_id, run_message_history=history)
+    assert api.report(run_id, output_data={"b": 2})["run_message_history"] == history
+    ended = api.report(run_id, status="success", run_message_history=None)
+    assert (ended["output_data"], ended["run_message_history"]) == ({"b": 2}, None)
+
+
 def test_a_time_reported_early_is_kept(api: Client) -> None:
     run_id = brought_to(api, "running")["id"]
     times = {name: PRODUCED[name] for name in ("started_at", "ended_at")}

@@ -59,7 +59,7 @@ INSERT_RUN = (
     ("status", "columns", "values"),
     [
         ("'done'", "", ""),
-        ("'scheduling'", ", output_data", ", '{}'"),
+        ("'scheduling'", ", error", ", '{}'"),
         ("'scheduling'", ", started_at", ", now()"),
         ("'running'", "", ""),
         ("'success'", "", ""),

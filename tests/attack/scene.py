@@ -45,7 +45,8 @@ class Picture(NamedTuple):
 
 def picture(stack: Stack, organization: str) -> Picture:
     tables = {
-        "runs": "SELECT *, sensitive_input_aliases::text AS aliases FROM runs WHERE organization_id = $1 ORDER BY id",
+        "runs": "SELECT r.*, output_data, run_message_history, sensitive_input_aliases::text AS aliases FROM runs r"
+        " LEFT JOIN run_outputs o ON o.run_id = r.id AND o.attempt = r.attempt WHERE organization_id = $1 ORDER BY r.id",
         "attachments": "SELECT * FROM run_attachments WHERE organization_id = $1 ORDER BY id",
         "attempts": "SELECT t.* FROM run_attempts t JOIN runs r ON r.id = run_id WHERE r.organization_id = $1"
         " ORDER BY t.run_id, t.attempt",
