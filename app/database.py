@@ -6,7 +6,7 @@ statement, because a retry through SQLAlchemy's own execution costs three to fiv
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -26,7 +26,6 @@ class Connection(Protocol):
     """What we use of asyncpg's connection, which carries no type information."""
 
     async def execute(self, sql: str, *args: object) -> str: ...
-    async def executemany(self, sql: str, args: Sequence[Sequence[object]]) -> None: ...
     async def fetch(self, sql: str, *args: object) -> list[Record]: ...
     async def fetchrow(self, sql: str, *args: object) -> Record | None: ...
     async def fetchval(self, sql: str, *args: object) -> Any: ...

@@ -97,10 +97,14 @@ def refuse(run: Record | None, options: RunRetry) -> Record:
         raise RunNotTerminal(run["status"])
     next_session(run, options)
     if options.sensitive_input_values is None and run["secret_path"] is not None and not run["secret_is_kept"]:
-        raise SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
+        raise _expired(run)
     if options.file_inputs is None and run["input_is_expired"]:
         raise InputAttachmentsExpired
     return run
+
+
+def _expired(run: Record) -> SensitiveInputsExpired:
+    return SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
 
 
 # --- the statements ---------------------------------------------------------------------------------------------------
@@ -239,7 +243,7 @@ async def _switch(database: Database, write: Write, run_id: UUID, options: RunRe
             if staged.aliases is not None:
                 await deletions.due(connection, [Name("vault", old_secret)])
             elif not await deletions.reclaim(connection, old_secret):
-                raise SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
+                raise _expired(run)
         new_inputs = None if options.file_inputs is None else [str(file.id) for file in staged.files]
         reply = await _write(connection, write, run_id, run, options, staged, input_ids=new_inputs)
         if reply is None:  # the row is locked

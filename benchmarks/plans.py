@@ -1,7 +1,7 @@
 """What PostgreSQL does for a list of 1,000,000 runs: EXPLAIN ANALYZE of the very statements that the service sends."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -30,9 +30,6 @@ class _Explained:
         self._plans.append("\n".join(row[0] for row in rows))
 
     async def execute(self, sql: str, *args: object) -> str:
-        raise NotImplementedError("reads only")
-
-    async def executemany(self, sql: str, args: Sequence[Sequence[object]]) -> None:
         raise NotImplementedError("reads only")
 
     async def fetch(self, sql: str, *args: object) -> list[Record]:

@@ -21,6 +21,9 @@ from dev.stack import Bao, Postgres, free_port
 
 DEADLINE = 15.0
 
+# Longer than any test: what happens is owed to the wake-up after a commit, never to polling.
+NEVER = 3600
+
 
 def until(condition: Callable[[], Any], seconds: float = DEADLINE, *, what: str = "the condition") -> Any:
     """Poll until it holds; fail the test at the deadline."""
@@ -268,6 +271,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def server(stack: Stack) -> Iterator[Server]:
     started = start_server(stack)
+    yield started
+    started.app.stop()
+
+
+@pytest.fixture(scope="session")
+def quiet_server(stack: Stack) -> Iterator[Server]:
+    """A server that does nothing by itself within a test: what changes follows from a request and its commit."""
+    started = start_server(stack, BACKGROUND_PERIOD_SECONDS=NEVER)
     yield started
     started.app.stop()
 

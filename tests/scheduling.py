@@ -11,9 +11,6 @@ from app.config import Settings
 from app.main import create_app
 from tests.conftest import Client, Stack, until
 
-# Longer than any test: what happens is owed to the wake-up after a commit, never to polling.
-NEVER = 3600
-
 
 def assigned(api: Client, run_id: str) -> str:
     """The machine that the run gets, which it must get soon."""

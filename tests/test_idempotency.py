@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ import pytest
 
 from app.idempotency import fingerprint
 from tests.conftest import Client, Server, Stack, file_input, start_server, until
-from tests.scheduling import NEVER
 
 REUSED = {
     "loc": ["header", "Idempotency-Key"],
@@ -24,17 +23,8 @@ NEW_KEY = "another key of the tests, longer than 32 characters"
 
 
 @pytest.fixture(scope="module")
-def server(stack: Stack) -> Iterator[Server]:
-    """A server that does nothing by itself within a test: what changes is owed to the requests."""
-    started = start_server(stack, BACKGROUND_PERIOD_SECONDS=NEVER)
-    yield started
-    started.app.stop()
-
-
-@pytest.fixture
-def api(server: Server) -> Iterator[Client]:
-    with server.client() as client:
-        yield client
+def server(quiet_server: Server) -> Server:
+    return quiet_server
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Placement through the API: which waiting run gets which machine, when, and what a waiting run says about it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -11,22 +11,13 @@ import pytest
 
 from app import placement
 from app.placement import place
-from tests.conftest import Client, Server, Stack, start_server
-from tests.scheduling import NEVER, Probe, Replica, assigned, reason, starts
+from tests.conftest import NEVER, Client, Server, Stack
+from tests.scheduling import Probe, Replica, assigned, reason, starts
 
 
 @pytest.fixture(scope="module")
-def server(stack: Stack) -> Iterator[Server]:
-    """A server that never polls within a test: every assignment follows from the commit that made it possible."""
-    started = start_server(stack, BACKGROUND_PERIOD_SECONDS=NEVER)
-    yield started
-    started.app.stop()
-
-
-@pytest.fixture
-def api(server: Server) -> Iterator[Client]:
-    with server.client() as client:
-        yield client
+def server(quiet_server: Server) -> Server:
+    return quiet_server
 
 
 def change(api: Client, machine_id: str, **fields: object) -> None:

@@ -19,8 +19,8 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from tests.conftest import Stack
-from tests.scheduling import NEVER, Replica
+from tests.conftest import NEVER, Stack
+from tests.scheduling import Replica
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "16"))
 ORGANIZATIONS = 2

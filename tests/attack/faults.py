@@ -221,14 +221,15 @@ def collect(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: flo
     asyncio.run(collect_until_empty(Settings(), ahead))
 
 
-async def collect_until_empty(settings: Settings, ahead: float) -> int:
+async def collect_until_empty(
+    settings: Settings, ahead: float, *, vault: SecretStore | None = None, batch: int = deletions.BATCH
+) -> int:
     """Run the collector on a clock that is `ahead` seconds later until it finds nothing; returns the rows it took."""
     database = Database(settings)
-    vault, files = SecretStore(settings), FileStore(settings)
+    vault, files = vault or SecretStore(settings), FileStore(settings)
+    taken = 0
     try:
-        taken = rows = await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead))
-        while rows:
-            rows = await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead))
+        while rows := await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead), batch=batch):
             taken += rows
         return taken
     finally:

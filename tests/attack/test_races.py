@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ import pytest
 from app import deletions
 from app.database import Database
 from app.placement import place
-from app.storage import FileStore
 from app.vault import SecretStore
 from tests.attack.faults import FaultyServer, Plan, collect_until_empty, wait_for
 from tests.attack.scene import (
@@ -450,17 +448,9 @@ def slow_collector(
     settings, go = settings_of(stack), threading.Event()
 
     async def collect() -> int:
-        database, vault, files = Database(settings), SlowVault(settings), FileStore(settings)
+        vault = SlowVault(settings)
         vault.go = go
-        taken = 0
-        try:
-            while rows := await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead), batch=batch):
-                taken += rows
-            return taken
-        finally:
-            await vault.close()
-            await files.close()
-            database.close()
+        return await collect_until_empty(settings, ahead, vault=vault, batch=batch)
 
     with ThreadPoolExecutor(1) as threads:
         taken = threads.submit(lambda: asyncio.run(collect()))

@@ -49,8 +49,7 @@ from tests.attack.scene import (
     settings_of,
 )
 from tests.attack.storm import Call, storm
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
-from tests.scheduling import NEVER
+from tests.conftest import NEVER, Client, Server, Stack, file_input, start_server, until
 
 SECONDS = 38 * (1 + SOAK)
 UNKNOWN = str(uuid4())
