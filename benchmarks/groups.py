@@ -18,6 +18,7 @@ from benchmarks.measure import Case, Group, Round, Sample, Target
 from benchmarks.memory import PeakMemory
 from benchmarks.pgbench import SixStatements
 from benchmarks.placing import ADD_MACHINES, END_ASSIGNED, many, soon
+from benchmarks.statements import statements
 from benchmarks.world import ORGANIZATION, RETRY_BODY, Server, Unplaced, World, run_id, sample
 
 MIB = 1024 * 1024
@@ -393,6 +394,7 @@ def big_histories(world: World, pressure: Pressure) -> Group:
 
 GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
     "retry": retry,
+    "statements": statements,
     "scale": scale,
     "placement": placement,
     "history": history,

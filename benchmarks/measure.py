@@ -130,13 +130,13 @@ def table(result: Result) -> str:
         rows.append(
             [
                 f"{name} ({note})" if note else name,
-                _number(sample.rate),
-                _number(sample.p50),
-                _number(sample.p99),
-                *(_number(sample.figures[figure]) if figure in sample.figures else "" for figure in figures),
+                number(sample.rate),
+                number(sample.p50),
+                number(sample.p99),
+                *(number(sample.figures[figure]) if figure in sample.figures else "" for figure in figures),
             ]
         )
-    lines = [f"### {result.name}: {result.title}", "", *_markdown(header, rows)]
+    lines = [f"### {result.name}: {result.title}", "", *markdown(header, rows)]
     if result.targets:
         judged = [
             [
@@ -148,15 +148,17 @@ def table(result: Result) -> str:
             ]
             for verdict in result.targets
         ]
-        lines += ["", *_markdown(["", "median", "rounds", "target", ""], judged)]
+        lines += ["", *markdown(["", "median", "rounds", "target", ""], judged)]
     return "\n".join([*lines, "", result.appendix])
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """As the tables show it."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table; all columns but the first hold numbers."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: list[str]) -> str:

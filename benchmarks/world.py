@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
@@ -311,13 +312,14 @@ class Unplaced(App):
 class World:
     """Starts what a group asks for, once; stops everything at the end."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: Mapping[str, str] | None = None) -> None:
         self.folder = folder
+        self._options = options
         self._started = ExitStack()
         self._servers: dict[tuple[str, int, type[App]], Server] = {}
 
     def __enter__(self) -> Self:
-        self.postgres = self._started.enter_context(Postgres(self.folder, fsync=True))
+        self.postgres = self._started.enter_context(Postgres(self.folder, fsync=True, options=self._options))
         self.bao = self._started.enter_context(Bao(self.folder))
         self.vault_token = self.bao.token()
         return self
@@ -344,6 +346,12 @@ class World:
         """A database of its own."""
         self.small.sql(f"CREATE DATABASE {name}")
         return Data.create(f"{self.postgres.url.rpartition('/')[0]}/{name}", runs)
+
+    def beside(self, name: str, options: Mapping[str, str]) -> "World":
+        """Another world, whose PostgreSQL has other settings."""
+        folder = self.folder / name
+        folder.mkdir()
+        return self._started.enter_context(World(folder, options))
 
     def server_of(self, data: Data, workers: int = 1, program: type[App] = App) -> Server:
         kind = (data.url, workers, program)

