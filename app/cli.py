@@ -76,11 +76,12 @@ def _serve(_: argparse.Namespace) -> int:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop",
-        http="httptools",
+        http="app.protocol:Protocol",
         ws="none",
         access_log=False,  # the edge writes one line a request, without queries
         log_config=None,
         server_header=False,
+        timeout_keep_alive=75,  # longer than balancers keep idle connections: else they send requests into closed ones
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     return 0

@@ -12,6 +12,7 @@ Refusal
 │   └── RouteNotFound          route_not_found
 ├── MethodNotAllowed           405 method_not_allowed
 ├── RequestTimeout             408 request_timeout
+│   └── HeadTooSlow
 ├── Conflict                   409
 │   ├── RunNotTerminal             run_not_terminal
 │   ├── SensitiveInputsExpired     sensitive_inputs_expired
@@ -22,6 +23,7 @@ Refusal
 ├── PayloadTooLarge            413 payload_too_large
 ├── UnsupportedMediaType       415 unsupported_media_type
 ├── RangeNotSatisfiable        416 range_not_satisfiable
+├── HeadTooLarge               431 request_header_fields_too_large
 ├── Invalid                    422, in FastAPI's list form
 ├── InternalError              500 internal_error
 └── Unavailable                503, with Retry-After
@@ -47,6 +49,7 @@ TITLES = {
     415: "Unsupported Media Type",
     416: "Range Not Satisfiable",
     422: "Unprocessable Content",
+    431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     503: "Service Unavailable",
 }
@@ -127,6 +130,15 @@ class MethodNotAllowed(Refusal):
 class RequestTimeout(Refusal):
     status, code = 408, "request_timeout"
     detail = "The request body came too slowly; send it again over a faster connection."
+
+
+class HeadTooSlow(RequestTimeout):
+    detail = "The request's head came too slowly; send it again over a faster connection."
+
+
+class HeadTooLarge(Refusal):
+    status, code = 431, "request_header_fields_too_large"
+    detail = "The request line and headers are too long; send shorter ones."
 
 
 class Conflict(Refusal):

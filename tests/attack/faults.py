@@ -34,6 +34,7 @@ from app import deletions, storage
 from app.cli import application
 from app.config import Settings
 from app.database import Database
+from app.protocol import Protocol
 from app.retry import SWITCH
 from app.storage import FileStore
 from app.vault import SecretStore
@@ -203,7 +204,7 @@ def serve(folder: Path, environment: Mapping[str, str], plan: Plan) -> None:
         host="127.0.0.1",
         port=int(environment["PORT"]),
         loop="uvloop",
-        http="httptools",
+        http=Protocol,
         ws="none",
         access_log=False,
         log_config=None,
