@@ -43,7 +43,7 @@ SELECT organization_id FROM waiting WHERE organization_id IS NOT NULL AND EXISTS
 
 FORGET_KEYS = """
 DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM idempotency_keys WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED))
+    SELECT ctid FROM idempotency_keys WHERE expires_at <= now() ORDER BY expires_at LIMIT 1000 FOR UPDATE SKIP LOCKED))
 """
 
 # At most 64 MiB and one more, as they are stored: the server takes some seconds for a gigabyte.
@@ -53,7 +53,7 @@ DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(
         SELECT tid, sum(octets) OVER (ORDER BY tid) - octets AS before FROM (
             SELECT ctid AS tid,
                    coalesce(pg_column_size(output_data), 0) + coalesce(pg_column_size(run_message_history), 0) AS octets
-            FROM run_outputs WHERE is_superseded LIMIT 200 FOR UPDATE SKIP LOCKED
+            FROM run_outputs WHERE is_superseded ORDER BY run_id LIMIT 200 FOR UPDATE SKIP LOCKED
         ) AS superseded
     ) AS summed
     WHERE before < 64 * 1024 * 1024))
@@ -98,6 +98,8 @@ class Background:
             group.create_task(self._loop(self._place, self._wake_placement, PLACEMENT_REST))
             group.create_task(self._loop(self._collect, self._wake_collector, COLLECTOR_REST))
             group.create_task(self._loop(self._tidy, asyncio.Event()))
+            group.create_task(self._loop(self._forget, asyncio.Event()))
+            group.create_task(self._loop(self._prune, asyncio.Event()))
             group.create_task(self._loop(self._announce, asyncio.Event()))
 
     async def _loop(self, work: Callable[[], Awaitable[None]], wake: asyncio.Event, rest: float = 0) -> None:
@@ -152,10 +154,19 @@ class Background:
         organizations |= await expire_attachments(self._database)
         for organization_id in organizations:
             self.wake(organization_id)
+
+    async def _forget(self) -> None:
+        await self._delete(FORGET_KEYS)
+
+    async def _prune(self) -> None:
+        await self._delete(PRUNE_OUTPUTS)
+
+    async def _delete(self, statement: str) -> None:
+        """Again and again until it finds nothing, or a period has passed."""
+        until = time.monotonic() + self._settings.background_period_seconds
         async with self._database.connection() as connection:
-            for statement in (FORGET_KEYS, PRUNE_OUTPUTS):
-                while await connection.execute(statement) != "DELETE 0":
-                    pass
+            while await connection.execute(statement) != "DELETE 0" and time.monotonic() < until:
+                pass
 
     async def _announce(self) -> None:
         """Assignments that other replicas made, for callers that wait here: one query for all of them."""

@@ -143,6 +143,9 @@ class Database:
             server_settings={
                 "application_name": "runs-api",
                 "timezone": "UTC",  # how times are shown in documents that PostgreSQL makes
+                # Plans are kept. One made while a table was empty, as the deletion list often is, would read all of it once it
+                # is full; everything here has an index.
+                "enable_seqscan": "off",
                 "jit": "off",  # short statements: compiling them costs more than it saves
                 "lock_timeout": "2s",  # the longest wait for a twin at the switch
                 # Before our own patience ends: the server's word says that nothing was done, our silence says nothing.

@@ -185,7 +185,9 @@ class AttemptSuperseded(Conflict):
 
 class IdempotencyInProgress(Conflict):
     code = "idempotency_in_progress"
-    detail = "A request with this Idempotency-Key is still being worked on; send the same request again shortly."
+    detail = (
+        "Another request is still working on this Idempotency-Key or this run; send the same request again shortly."
+    )
 
     def __init__(self) -> None:
         super().__init__(headers={"Idempotency-Status": "in_progress", "Retry-After": "1"})

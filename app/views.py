@@ -14,7 +14,6 @@ from app.database import Record
 # have ended: their session may have gone on to a machine that they were never on.
 IS_ACTIVE = "r.status IN ('scheduling', 'running')"
 RUN_SOURCE = f"""
-LEFT JOIN run_outputs AS produced ON produced.run_id = r.id AND produced.attempt = r.attempt
 LEFT JOIN LATERAL (
     SELECT id FROM machines
     WHERE r.session_id IS NOT NULL AND {IS_ACTIVE} AND reserved_session_id = r.session_id
@@ -32,6 +31,11 @@ def _attachment_ids(kind: str) -> str:
         "ARRAY(SELECT a.id::text FROM run_attachments a"
         f" WHERE a.run_id = r.id AND a.attachment_type = '{kind}' AND {VISIBLE} ORDER BY a.created_at, a.id)"
     )
+
+
+def _produced(column: str) -> str:
+    """Of the current attempt. Not joined: a plan made while the table is nearly empty would read all of it ever after."""
+    return f"(SELECT o.{column} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt)"
 
 
 # Why a scheduling run has not started. Computed on read: it depends on other rows and would be stale when stored.
@@ -75,9 +79,9 @@ RUN_COLUMNS = {
     "attempt": "r.attempt",
     "is_priority": "r.is_priority",
     "error": "r.error",
-    "output_data": "produced.output_data",
+    "output_data": _produced("output_data"),
     "output_attachment_ids": _attachment_ids("output"),
-    "run_message_history": "produced.run_message_history",
+    "run_message_history": _produced("run_message_history"),
     "input_attachment_ids": _attachment_ids("input"),
     "input_values": "r.input_values",
     "sensitive_input_aliases": "r.sensitive_input_aliases",

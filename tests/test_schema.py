@@ -1,17 +1,24 @@
 """The database's schema: the migrations make what the models say, can be undone, and may run together."""
 
+import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
 import pytest
+from pydantic import SecretStr
 
+from app import auth, background, deletions, idempotency, retry, runs, views
+from app.config import Settings
+from app.database import Database
 from dev.readme import README, replaced, settings_table
 from dev.run import ROOT
-from tests.conftest import Stack
+from tests.conftest import Stack, migrate
 
 
 @pytest.fixture
@@ -33,6 +40,81 @@ def test_models_and_migrations_agree_and_can_be_undone(url: str) -> None:
     for arguments in (["upgrade", "head"], ["check"], ["downgrade", "base"], ["upgrade", "head"], ["check"]):
         done = alembic(url, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_runs_have_produced_moves_with_them(url: str) -> None:
+    """0002 and back, with data."""
+    columns = "(id, organization_id, workflow_id, status, lane, attempt, ended_at"
+    first = "SELECT id, attempt, {0}output_data::text AS data, {0}run_message_history::text AS history FROM "
+
+    async def run(*statements: str) -> list[Any]:
+        connection = await asyncpg.connect(url, timeout=10)
+        try:
+            for statement in statements:
+                rows = await connection.fetch(statement)
+            return [tuple(row.values()) for row in rows]
+        finally:
+            await connection.close()
+
+    assert alembic(url, "upgrade", "0001").returncode == 0
+    before = asyncio.run(
+        run(
+            "INSERT INTO workflows (id, organization_id, main_prompt) VALUES (gen_random_uuid(), 'o', 'x')",
+            f"INSERT INTO runs {columns}, output_data, run_message_history)"
+            " SELECT gen_random_uuid(), 'o', id, 'success', 'any', n, now(),"
+            " CASE WHEN n > 1 THEN json_build_object('n', n) END, CASE WHEN n > 2 THEN '[{}]'::json END"
+            " FROM workflows, generate_series(1, 3) AS n",
+            first.format("") + "runs ORDER BY attempt",
+        )
+    )
+    assert [row[1:] for row in before] == [(1, None, None), (2, '{"n" : 2}', None), (3, '{"n" : 3}', "[{}]")]
+    moved = first.format("o.").replace("attempt", "r.attempt")
+    moved += "runs r LEFT JOIN run_outputs o ON run_id = id AND o.attempt = r.attempt ORDER BY r.attempt"
+    assert alembic(url, "upgrade", "0002").returncode == 0
+    assert asyncio.run(run(moved)) == before
+    assert alembic(url, "downgrade", "0001").returncode == 0
+    assert asyncio.run(run(first.format("") + "runs ORDER BY attempt")) == before
+
+
+STATEMENTS = {
+    "authenticate": auth.AUTHENTICATE,
+    "find": idempotency.FIND,
+    "read": retry.READ,
+    "switch": retry.SWITCH,
+    "get": views.GET_RUN,
+    "created": runs.CREATED,
+    "save outputs": runs.SAVE_OUTPUTS,
+    "list names": runs.LIST_NAMES,
+    "adopt": deletions.ADOPT,
+    "due": deletions.DUE,
+    "reclaim": deletions.RECLAIM,
+    "condemn": deletions.CONDEMN,
+    "finish": deletions.FINISH,
+    "prune outputs": background.PRUNE_OUTPUTS,
+    "forget keys": background.FORGET_KEYS,
+}
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_no_plan_reads_a_whole_table(url: str, name: str) -> None:
+    """Not even one that was made while the tables were empty, which is kept when they are full."""
+
+    async def plan() -> str:
+        database = Database(Settings.model_construct(database_url=SecretStr(url)))
+        try:
+            async with database.connection() as connection:
+                await connection.execute("VACUUM ANALYZE")
+                await connection.execute("SET plan_cache_mode = force_generic_plan")
+                await connection.execute(f"PREPARE planned AS {STATEMENTS[name]}")
+                parameters = len(set(re.findall(r"\$\d+", STATEMENTS[name])))
+                values = f"({', '.join(['NULL'] * parameters)})" if parameters else ""
+                rows = await connection.fetch(f"EXPLAIN EXECUTE planned{values}")
+                return "\n".join(row["QUERY PLAN"] for row in rows)
+        finally:
+            database.close()
+
+    migrate(url)
+    assert "Seq Scan" not in asyncio.run(plan())
 
 
 def test_replicas_may_migrate_together(url: str) -> None:

@@ -102,6 +102,8 @@ TABLES = [
         session_alias text,
         release_session_after boolean,
         error text[],
+        output_data json,
+        run_message_history json,
         lane text COLLATE "C" NOT NULL,
         queue_rank smallint NOT NULL DEFAULT 1,
         created_at timestamptz NOT NULL DEFAULT now(),
@@ -110,7 +112,8 @@ TABLES = [
         ended_at timestamptz,
         reported_at timestamptz,
         CONSTRAINT ck_runs_scheduling_is_clear CHECK (
-            status <> 'scheduling' OR (error IS NULL AND started_at IS NULL AND ended_at IS NULL)),
+            status <> 'scheduling' OR (error IS NULL AND output_data IS NULL AND run_message_history IS NULL
+                                       AND started_at IS NULL AND ended_at IS NULL)),
         CONSTRAINT ck_runs_running_has_started CHECK (status <> 'running' OR started_at IS NOT NULL),
         CONSTRAINT ck_runs_terminal_has_ended CHECK (status IN ('scheduling', 'running') OR ended_at IS NOT NULL),
         CONSTRAINT ck_runs_alias_has_session CHECK (session_alias IS NULL OR session_id IS NOT NULL),
@@ -145,17 +148,6 @@ TABLES = [
         WHERE session_id IS NOT NULL AND status IN ('scheduling', 'running')
     """,
     "CREATE INDEX ix_runs_reported ON runs (reported_at) WHERE status = 'running'",
-    """
-    CREATE TABLE run_outputs (
-        run_id uuid CONSTRAINT fk_run_outputs_run_id REFERENCES runs ON DELETE CASCADE,
-        attempt integer,
-        output_data json,
-        run_message_history json,
-        is_superseded boolean NOT NULL DEFAULT false,
-        CONSTRAINT pk_run_outputs PRIMARY KEY (run_id, attempt)
-    )
-    """,
-    "CREATE INDEX ix_run_outputs_superseded ON run_outputs (run_id) WHERE is_superseded",
     """
     CREATE TABLE run_attempts (
         run_id uuid CONSTRAINT fk_run_attempts_run_id REFERENCES runs ON DELETE CASCADE,
@@ -214,7 +206,7 @@ TABLES = [
     """
     CREATE TABLE idempotency_keys (
         organization_id text,
-        key text,
+        key text CONSTRAINT ck_idempotency_keys_key CHECK (key ~ '^[!-~]{1,255}$'),
         fingerprint bytea NOT NULL,
         status smallint NOT NULL,
         body bytea NOT NULL,
@@ -233,6 +225,6 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.execute(
-        "DROP TABLE idempotency_keys, deletions, run_attachments, run_attempts, run_outputs, runs,"
+        "DROP TABLE idempotency_keys, deletions, run_attachments, run_attempts, runs,"
         " pool_machines, pools, machines, workflows, api_keys"
     )
