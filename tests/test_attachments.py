@@ -312,7 +312,7 @@ class TestDownload:
             ("100%41.txt", "100_41.txt"),
             ("'a'*<b>|?:.html", "_a___b____.html"),
             ("🦆" * 63, "_" * 63),
-            (" . ", " . "),
+            (" .a ", " .a "),
         ],
     )
     def test_any_name_is_a_safe_header(self, api: Client, filename: str, plain: str) -> None:
