@@ -46,7 +46,7 @@ DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM idempotency_keys WHERE expires_at <= now() ORDER BY expires_at LIMIT 1000 FOR UPDATE SKIP LOCKED))
 """
 
-# At most 64 MiB and one more, as they are stored: the server takes some seconds for a gigabyte.
+# At most 16 MiB and one more, as they are stored: the server takes some seconds for a gigabyte.
 PRUNE_OUTPUTS = """
 DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(
     SELECT tid FROM (
@@ -56,7 +56,7 @@ DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(
             FROM run_outputs WHERE is_superseded ORDER BY run_id LIMIT 200 FOR UPDATE SKIP LOCKED
         ) AS superseded
     ) AS summed
-    WHERE before < 64 * 1024 * 1024))
+    WHERE before < 16 * 1024 * 1024))
 """
 
 # The least rest between two rounds, in seconds. A lone wake-up is answered at once; under load each round does more for its
@@ -81,6 +81,8 @@ class Background:
         self._look_around_at = 0.0
         self._wake_placement = asyncio.Event()
         self._wake_collector = asyncio.Event()
+        self._more_keys = asyncio.Event()
+        self._more_outputs = asyncio.Event()
 
     def wake(self, organization_id: str) -> None:
         """Called after a commit that may have left something to assign or to delete."""
@@ -98,8 +100,8 @@ class Background:
             group.create_task(self._loop(self._place, self._wake_placement, PLACEMENT_REST))
             group.create_task(self._loop(self._collect, self._wake_collector, COLLECTOR_REST))
             group.create_task(self._loop(self._tidy, asyncio.Event()))
-            group.create_task(self._loop(self._forget, asyncio.Event()))
-            group.create_task(self._loop(self._prune, asyncio.Event()))
+            group.create_task(self._loop(self._forget, self._more_keys))
+            group.create_task(self._loop(self._prune, self._more_outputs))
             group.create_task(self._loop(self._announce, asyncio.Event()))
 
     async def _loop(self, work: Callable[[], Awaitable[None]], wake: asyncio.Event, rest: float = 0) -> None:
@@ -156,17 +158,14 @@ class Background:
             self.wake(organization_id)
 
     async def _forget(self) -> None:
-        await self._delete(FORGET_KEYS)
+        async with self._database.connection() as connection:
+            if await connection.execute(FORGET_KEYS) != "DELETE 0":
+                self._more_keys.set()  # to forget: again, after a rest
 
     async def _prune(self) -> None:
-        await self._delete(PRUNE_OUTPUTS)
-
-    async def _delete(self, statement: str) -> None:
-        """Again and again until it finds nothing, or a period has passed."""
-        until = time.monotonic() + self._settings.background_period_seconds
         async with self._database.connection() as connection:
-            while await connection.execute(statement) != "DELETE 0" and time.monotonic() < until:
-                pass
+            if await connection.execute(PRUNE_OUTPUTS) != "DELETE 0":
+                self._more_outputs.set()
 
     async def _announce(self) -> None:
         """Assignments that other replicas made, for callers that wait here: one query for all of them."""

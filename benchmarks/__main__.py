@@ -20,7 +20,7 @@ RESULTS = Path(__file__).with_name("results")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; default: all")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, after 0.5 s of warm-up")
+    parser.add_argument("--seconds", type=float, default=1.8, help="of each measurement, after 0.5 s of warm-up")
     parser.add_argument("--rounds", type=int, default=0, help="default: 5 for retry, 3 for the others")
     parser.add_argument("--connections", type=int, default=16, help="where a group does not vary them")
     parser.add_argument("--json", type=Path, help=f"default: {RESULTS.name}/latest.json if all groups ran")
