@@ -6,6 +6,7 @@ Whoever connects has not said yet who they are: an endless head must not fill th
 import asyncio
 import logging
 from typing import Any
+from uuid import uuid4
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -69,6 +70,8 @@ class Protocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._patience = None
+        if self.transport.is_closing():
+            return
         if self._is_answering():  # the next request on the same connection: it cannot be answered yet
             self._patience = self.loop.call_later(HEAD_SECONDS, self._too_slow)
         elif self._silent:
@@ -85,13 +88,15 @@ class Protocol(HttpToolsProtocol):
         if self._is_answering():
             self.transport.abort()
             return
-        log.info({"event": "head_refused", "status": refusal.status})
+        request_id = uuid4().hex
+        log.info({"event": "head_refused", "request_id": request_id, "status": refusal.status})
         body = refusal.body()
         headers: dict[str, Any] = {
             "content-type": refusal.media_type,
             "content-length": len(body),
             "connection": "close",
             "cache-control": "no-store",
+            "x-request-id": request_id,
         }
         lines = b"".join(f"{name}: {value}\r\n".encode() for name, value in headers.items())
         self.transport.write(STATUS_LINE[refusal.status] + lines + b"\r\n" + body)

@@ -747,6 +747,8 @@ def test_heads(scene: Scene, name: str) -> None:
     assert set(statuses(received)) <= {400, 401, 404, 405, 431}, received[:200]
     if len(HEADS[name]) > 900_000 and name != "a long method":  # which no parser reads to its end
         assert statuses(received) == [431], received[:200]
+        assert b"application/problem+json" in received
+        assert b"\r\nx-request-id: " in received
     assert scene.client.get("/v1/runs").status_code == 200
 
 
