@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import asyncpg
+import orjson
 from sqlalchemy.dialects.postgresql import asyncpg as sqlalchemy_asyncpg
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -62,6 +63,11 @@ def sql(statement: ClauseElement) -> tuple[str, list[object]]:
     compiled = statement.compile(dialect=_DIALECT)
     assert isinstance(compiled, SQLCompiler)  # noqa: S101 - what a dialect makes of anything but DDL
     return str(compiled), [compiled.params[name] for name in compiled.positiontup or ()]
+
+
+def json_text(value: object) -> str | None:
+    """A value as asyncpg takes it for a `json` column; None is NULL."""
+    return None if value is None else orjson.dumps(value).decode()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 import orjson
 
 from app import deletions, staging, views
-from app.database import Connection, Database, Record, committing
+from app.database import Connection, Database, Record, committing, json_text
 from app.deletions import Name
 from app.errors import InputAttachmentsExpired, Invalid, RunNotFound, RunNotTerminal, SensitiveInputsExpired
 from app.idempotency import STORE, Reply, Write, early, first
@@ -285,8 +285,8 @@ async def _write(
         session.id,
         session.alias,
         session.release_after,
-        None if options.input_values is None else orjson.dumps(options.input_values).decode(),
-        staged.aliases_json(),
+        json_text(options.input_values),
+        json_text(staged.aliases),
         staged.secret_path,
         input_ids,
         write.key,

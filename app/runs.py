@@ -9,12 +9,11 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-import orjson
 from sqlalchemy import func, update
 
 from app import deletions, staging, views
 from app.config import Settings
-from app.database import Connection, Database, sql
+from app.database import Connection, Database, json_text, sql
 from app.deletions import Name
 from app.errors import AttemptSuperseded, Invalid, InvalidTransition, PayloadTooLarge, RunNotFound, WorkflowNotFound
 from app.idempotency import Reply, Write, early, once
@@ -76,7 +75,7 @@ async def _create(
     session_id = new_session_id if options.start_session else options.session_id
     session = alias_needs_session(Session(session_id, options.session_alias, options.release_session_after))
     staging.check_sizes(parts, options.sensitive_input_values, options.file_inputs, copies=len(run_ids))
-    input_values = _json(options.input_values)
+    input_values = json_text(options.input_values)
     if len(run_ids) * len(input_values or "") > parts.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal = write.principal
@@ -107,7 +106,7 @@ async def _create(
             session.release_after,
             *lane(session.id, options.machine_id, options.pool_ids, bool(options.is_priority)),
             run_ids,
-            [one.aliases_json() for one in planned],
+            [json_text(one.aliases) for one in planned],
             [one.secret_path for one in planned],
         )
         await staging.adopt(connection, dict(zip(run_ids, planned, strict=True)), principal)
@@ -179,7 +178,7 @@ async def report(parts: Parts, write: Write, run_id: UUID, options: RunUpdate) -
         await connection.execute(*_update(run_id, current, status, options))
         named = [name in options.model_fields_set for name in ("output_data", "run_message_history")]
         if any(named):
-            outputs = (_json(options.output_data), _json(options.run_message_history))
+            outputs = (json_text(options.output_data), json_text(options.run_message_history))
             await connection.execute(SAVE_OUTPUTS, run_id, run["attempt"], *outputs, *named)
         if status in TERMINAL and current not in TERMINAL:
             await _ended(connection, [run_id], parts.settings)
@@ -210,7 +209,7 @@ def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpd
     given = options.model_fields_set
     values: dict[str, Any] = {"status": status.value}
     if "input_values" in given:
-        values["input_values"] = _json(options.input_values)
+        values["input_values"] = json_text(options.input_values)
     for name in ("error", "release_session_after"):
         if name in given:
             values[name] = getattr(options, name)
@@ -226,10 +225,6 @@ def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpd
         values.setdefault("ended_at", func.coalesce(Run.ended_at, now))
     statement, arguments = sql(update(Run).where(Run.id == run_id).values(**values))
     return statement, *arguments
-
-
-def _json(value: object) -> str | None:
-    return None if value is None else orjson.dumps(value).decode()
 
 
 # --- end --------------------------------------------------------------------------------------------------------------

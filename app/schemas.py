@@ -105,16 +105,16 @@ PoolIds = Annotated[list[UUID], Field(max_length=MAX_IDS)]
 
 _HIDDEN = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 _CONTROL = re.compile(f"[{_HIDDEN}]")
-_FILENAME = {"pattern": rf"^(?![ .]*$)(?![A-Za-z]:)[^{_HIDDEN}/\\]*[^{_HIDDEN}/\\\s][^{_HIDDEN}/\\]*$"}
-_TARGET_PATH = {"pattern": rf"^(?!(.*[/\\:])?[ .]*\.[ .]*([/\\:]|$))[^{_HIDDEN}]*[^{_HIDDEN}\s][^{_HIDDEN}]*$"}
+_FILENAME = {"pattern": rf"^(?![\s.]*$)(?![A-Za-z]:)[^{_HIDDEN}/\\]*[^{_HIDDEN}/\\\s][^{_HIDDEN}/\\]*$"}
+_TARGET_PATH = {"pattern": rf"^(?!(.*[/\\:])?[\s.]*\.[\s.]*([/\\:]|$))[^{_HIDDEN}]*[^{_HIDDEN}\s][^{_HIDDEN}]*$"}
 _DRIVE = re.compile(r"[A-Za-z]:")  # on Windows, what follows is on another drive
+_NO_NAME = re.compile(r"[\s.]*")  # Windows takes dots and spaces from the end of a name
 
 
 def _filename(value: str) -> str:
     """A bare name: it becomes a path on the machine and a Content-Disposition here."""
     if (
-        not value.strip()
-        or not value.strip(" .")
+        _NO_NAME.fullmatch(value)
         or _DRIVE.match(value)
         or "/" in value
         or "\\" in value
@@ -126,12 +126,9 @@ def _filename(value: str) -> str:
 
 
 def _target_path(value: str) -> str:
-    """A path on the machine, Windows or POSIX: never climbing, never hiding characters.
-
-    `C:..` climbs from C:'s current folder, and Windows takes dots and spaces from the end of a name.
-    """
-    parts = re.split(r"[/\\:]", value)
-    if not value.strip() or _CONTROL.search(value) or any("." in part and not part.strip(" .") for part in parts):
+    """A path on the machine, Windows or POSIX: never climbing, never hiding characters."""
+    parts = re.split(r"[/\\:]", value)  # C:.. climbs from C:'s current folder
+    if not value.strip() or _CONTROL.search(value) or any("." in part and _NO_NAME.fullmatch(part) for part in parts):
         raise PydanticCustomError("target_path", "unsafe path")
     return value
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
 
-import orjson
-
 from app import deletions, vault
 from app.auth import Principal
 from app.database import Connection
@@ -48,9 +46,6 @@ class Staged:
     def names(self) -> list[Name]:
         secret = [Name("vault", self.secret_path)] if self.secret_path is not None else []
         return secret + [Name("storage", file.key) for file in self.files]
-
-    def aliases_json(self) -> str | None:
-        return None if self.aliases is None else orjson.dumps(self.aliases).decode()
 
 
 def content_type(file: FileInput) -> str:
