@@ -54,8 +54,9 @@ bench: .venv/run.stamp ## measure: ratios to the bare framework and the bare dat
 
 lock: ## renew the locked lists from pyproject.toml (needs uv)
 	$(COMPILE) --upgrade pyproject.toml -o requirements.lock
-	$(COMPILE) --upgrade --group stack -c requirements.lock -o requirements-stack.lock
-	$(COMPILE) --upgrade --group dev pyproject.toml -c requirements.lock -c requirements-stack.lock -o requirements-dev.lock
+	$(COMPILE) --upgrade --all-extras pyproject.toml -c requirements.lock -o requirements-extras.lock
+	$(COMPILE) --upgrade --group stack -c requirements-extras.lock -o requirements-stack.lock
+	$(COMPILE) --upgrade --group dev --all-extras pyproject.toml -c requirements-extras.lock -c requirements-stack.lock -o requirements-dev.lock
 	for list in tests/sdk/locks/*.txt; do \
 		grep -oE '^(cyberdesk==[0-9.]+|pydantic|python-dateutil)' $$list | $(COMPILE) --upgrade - -o $$list || exit; done
 
