@@ -40,10 +40,11 @@ test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the READM
 example: .venv/dev.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
 	@$(BIN)/python -m examples.lifecycle
 
-lint: .venv/dev.stamp ## ruff and mypy
+lint: .venv/dev.stamp ## ruff, mypy and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 fmt: .venv/dev.stamp ## format, and fix what can be fixed
 	$(BIN)/ruff format .

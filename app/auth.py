@@ -6,8 +6,8 @@ import secrets
 from dataclasses import dataclass
 from uuid import UUID
 
-from app.database import Connection
 from app.errors import Unauthorized
+from app.stores.database import Connection
 
 _KEY = re.compile(rb"[A-Za-z0-9_-]{20,128}")
 

@@ -11,16 +11,15 @@ import time
 from collections.abc import Awaitable, Callable
 from uuid import UUID
 
-from app import deletions
-from app.config import Settings
-from app.database import Database, LockTimeout
 from app.errors import Unavailable
-from app.logs import describe
-from app.placement import place
-from app.runs import end_silent_runs, expire_attachments
-from app.storage import FileStore
-from app.vault import SecretStore
-from app.waiting import Waiters
+from app.runs.attachments import expire_attachments
+from app.runs.ending import end_silent_runs
+from app.runs.outputs import PRUNE_OUTPUTS
+from app.scheduling.placement import place
+from app.services import Services
+from app.stores import deletions
+from app.stores.database import LockTimeout
+from app.telemetry.logs import describe
 
 log = logging.getLogger("app.background")
 
@@ -46,19 +45,6 @@ DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM idempotency_keys WHERE expires_at <= now() ORDER BY expires_at LIMIT 1000 FOR UPDATE SKIP LOCKED))
 """
 
-# At most 16 MiB and one more, as they are stored: the server takes some seconds for a gigabyte.
-PRUNE_OUTPUTS = """
-DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(
-    SELECT tid FROM (
-        SELECT tid, sum(octets) OVER (ORDER BY tid) - octets AS before FROM (
-            SELECT ctid AS tid,
-                   coalesce(pg_column_size(output_data), 0) + coalesce(pg_column_size(run_message_history), 0) AS octets
-            FROM run_outputs WHERE is_superseded ORDER BY run_id LIMIT 200 FOR UPDATE SKIP LOCKED
-        ) AS superseded
-    ) AS summed
-    WHERE before < 16 * 1024 * 1024))
-"""
-
 # The least rest between two rounds, in seconds. A lone wake-up is answered at once; under load each round does more for its
 # price, and rests four times as long as it took (at most a period), so that requests have most of the process.
 PLACEMENT_REST = 0.01
@@ -69,36 +55,21 @@ REST_FOR_WORK = 4
 class Background:
     """The background task of one process."""
 
-    def __init__(
-        self, settings: Settings, database: Database, secrets: SecretStore, files: FileStore, waiters: Waiters
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._secrets = secrets
-        self._files = files
-        self._waiters = waiters
-        self._woken: set[str] = set()
+    def __init__(self, services: Services) -> None:
+        self._settings = services.settings
+        self._database = services.database
+        self._secrets = services.secrets
+        self._files = services.files
+        self._wakeups = services.wakeups
         self._look_around_at = 0.0
-        self._wake_placement = asyncio.Event()
-        self._wake_collector = asyncio.Event()
         self._more_keys = asyncio.Event()
         self._more_outputs = asyncio.Event()
-
-    def wake(self, organization_id: str) -> None:
-        """Called after a commit that may have left something to assign or to delete."""
-        self.wake_placement(organization_id)
-        self._wake_collector.set()
-
-    def wake_placement(self, organization_id: str) -> None:
-        """Called after a commit that may have left something to assign."""
-        self._woken.add(organization_id)
-        self._wake_placement.set()
 
     async def run(self) -> None:
         """Until cancelled. A loop for each, so that a frozen Vault never delays an assignment."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._loop(self._place, self._wake_placement, PLACEMENT_REST))
-            group.create_task(self._loop(self._collect, self._wake_collector, COLLECTOR_REST))
+            group.create_task(self._loop(self._place, self._wakeups.placement, PLACEMENT_REST))
+            group.create_task(self._loop(self._collect, self._wakeups.collector, COLLECTOR_REST))
             group.create_task(self._loop(self._tidy, asyncio.Event()))
             group.create_task(self._loop(self._forget, self._more_keys))
             group.create_task(self._loop(self._prune, self._more_outputs))
@@ -126,12 +97,12 @@ class Background:
 
     async def _place(self) -> None:
         """One pass for each organization that was woken and, once a period, for each that may have something to place."""
+        woken = self._wakeups.take_organizations()
         if time.monotonic() >= self._look_around_at:
             # Also while wake-ups keep coming: another replica may have died between a commit and its wake-up.
             self._look_around_at = time.monotonic() + self._settings.background_period_seconds
             async with self._database.connection() as connection:
-                self._woken.update(row["organization_id"] for row in await connection.fetch(WITH_WORK))
-        woken, self._woken = self._woken, set()
+                woken.update(row["organization_id"] for row in await connection.fetch(WITH_WORK))
         for organization_id in woken:
             try:
                 placed, again = await place(self._database, organization_id)
@@ -143,9 +114,9 @@ class Background:
             except Exception as error:  # noqa: BLE001 - one organization's trouble must not hold up the others
                 log.error({"event": "placement_failed", "organization_id": organization_id, **describe(error)})
                 continue
-            self._waiters.assigned({one.machine.id for one in placed})
+            self._wakeups.assigned({one.machine.id for one in placed})
             if again:  # after the others had their turn
-                self.wake_placement(organization_id)
+                self._wakeups.wake_placement(organization_id)
 
     async def _collect(self) -> None:
         while await deletions.collect(self._database, self._secrets, self._files) == deletions.BATCH:
@@ -155,7 +126,7 @@ class Background:
         organizations = await end_silent_runs(self._database, self._settings)
         organizations |= await expire_attachments(self._database)
         for organization_id in organizations:
-            self.wake(organization_id)
+            self._wakeups.wake(organization_id)
 
     async def _forget(self) -> None:
         async with self._database.connection() as connection:
@@ -169,7 +140,7 @@ class Background:
 
     async def _announce(self) -> None:
         """Assignments that other replicas made, for callers that wait here: one query for all of them."""
-        machines: set[UUID] = self._waiters.machines()
+        machines: set[UUID] = self._wakeups.awaited_machines()
         if machines:
             async with self._database.connection() as connection:
                 rows = await connection.fetch(
@@ -177,4 +148,4 @@ class Background:
                     " WHERE assigned_machine_id = ANY($1::uuid[]) AND status = 'scheduling'",
                     list(machines),
                 )
-            self._waiters.assigned({row["assigned_machine_id"] for row in rows})
+            self._wakeups.assigned({row["assigned_machine_id"] for row in rows})

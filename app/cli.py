@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from app import auth
 from app.config import DatabaseSettings, Settings
-from app.logs import configure
 from app.main import create_app
+from app.telemetry.logs import configure
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def _serve(_: argparse.Namespace) -> int:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop",
-        http="app.protocol:Protocol",
+        http="app.api.server:Protocol",
         ws="none",
         access_log=False,  # the edge writes one line a request, without queries
         log_config=None,

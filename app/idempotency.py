@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from app.auth import Principal
-from app.database import Connection, Database, Deadlock, LockTimeout, UniqueViolation
 from app.errors import IdempotencyInProgress, Invalid, Refusal
+from app.services import Services
+from app.stores.database import Connection, Deadlock, LockTimeout, UniqueViolation
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
+class WriteRequest:
     """One write request: who sent it, and what makes a resend recognizable. `key` is None without the header."""
 
     principal: Principal
@@ -58,7 +59,7 @@ def fingerprint(server_key: str, method: str, path: str, body: bytes) -> bytes:
     return mac.digest()
 
 
-async def find(connection: Connection, write: Write) -> Reply | None:
+async def find(connection: Connection, write: WriteRequest) -> Reply | None:
     """The stored reply of this very request. Raises Invalid when the key belongs to another request."""
     if write.key is None:
         return None
@@ -76,13 +77,15 @@ async def find(connection: Connection, write: Write) -> Reply | None:
     return Reply(row["status"], row["body"], replayed=True)
 
 
-async def early(database: Database, write: Write, check: Callable[[Connection], Awaitable[T]]) -> Reply | T:
+async def check_or_replay(
+    services: Services, write: WriteRequest, check: Callable[[Connection], Awaitable[T]]
+) -> Reply | T:
     """What `check` returns, or the reply to replay: for requests that write outside before they come to `once`.
 
     The check comes first. What refuses a resend may be the effect of the first request, and whoever has seen the effect
     finds the reply, which was committed with it; the other way round a commit could fall in between.
     """
-    async with database.connection() as connection:
+    async with services.database.connection() as connection:
         try:
             seen = await check(connection)
         except Refusal:
@@ -93,25 +96,26 @@ async def early(database: Database, write: Write, check: Callable[[Connection], 
         return seen if stored is None else stored
 
 
-async def once(database: Database, write: Write, work: Callable[[Connection], Awaitable[Reply]]) -> Reply:
+async def once(services: Services, write: WriteRequest, work: Callable[[Connection], Awaitable[Reply]]) -> Reply:
     """Run `work` in one transaction and commit its reply with it; a resend gets the first reply and changes nothing.
 
-    Raises whatever `work` raises, and what `first` does.
+    Raises whatever `work` raises, and what `attempt_or_replay` does.
     """
 
     async def attempt() -> Reply:
-        async with database.transaction() as connection:
+        async with services.database.transaction() as connection:
             reply = await work(connection)
             if write.key is not None:
                 own = (write.principal.organization_id, write.key, write.fingerprints[0])
                 await connection.execute(STORE_REPLY, *own, reply.status, reply.body, write.ttl_seconds)
         return reply
 
-    return await first(database, write, attempt)
+    return await attempt_or_replay(services, write, attempt)
 
 
-async def first(database: Database, write: Write, attempt: Callable[[], Awaitable[Reply]]) -> Reply:
-    """Run `attempt`, which stores its reply under the key together with its effect; if the key is taken, replay.
+async def attempt_or_replay(services: Services, write: WriteRequest, attempt: Callable[[], Awaitable[Reply]]) -> Reply:
+    """Run `attempt`, which stores its reply under the key together with its effect, then wake the loops of this process; if the
+    key is taken, replay.
 
     `attempt` runs again after a deadlock. Raises whatever it raises, and IdempotencyInProgress when a twin holds the key or
     the row for longer than 2 s.
@@ -119,7 +123,9 @@ async def first(database: Database, write: Write, attempt: Callable[[], Awaitabl
     try:
         for more in reversed(range(TRIES)):
             try:
-                return await attempt()
+                reply = await attempt()
+                services.wakeups.wake(write.principal.organization_id)
+                return reply
             except Deadlock:
                 if not more:
                     raise
@@ -127,22 +133,22 @@ async def first(database: Database, write: Write, attempt: Callable[[], Awaitabl
             except UniqueViolation as taken:
                 if taken.constraint_name != "pk_idempotency_keys":
                     raise
-            async with database.connection() as connection:
+            async with services.database.connection() as connection:
                 if (stored := await find(connection, write)) is not None:
                     return stored
                 await connection.execute(FREE, write.principal.organization_id, write.key)
         raise IdempotencyInProgress  # freed and taken again, each time
     except LockTimeout as timeout:
-        return await _replay(database, write, timeout if write.key is None else IdempotencyInProgress())
+        return await _replay(services, write, timeout if write.key is None else IdempotencyInProgress())
     except Refusal as refusal:
         # A resend of a request that succeeded is refused by its own effect (the run is scheduling): look before refusing.
         if write.key is None or refusal.status >= 500:
             raise
-        return await _replay(database, write, refusal)
+        return await _replay(services, write, refusal)
 
 
-async def _replay(database: Database, write: Write, otherwise: Refusal) -> Reply:
-    async with database.connection() as connection:
+async def _replay(services: Services, write: WriteRequest, otherwise: Refusal) -> Reply:
+    async with services.database.connection() as connection:
         stored = await find(connection, write)
     if stored is None:
         raise otherwise from None

@@ -1,4 +1,4 @@
-"""The application: its parts, its routers, and how refusals are rendered."""
+"""The application: its services, its routers, and how refusals are rendered."""
 
 import asyncio
 import signal
@@ -7,26 +7,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from types import FrameType
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Match, Route
 
-from app import docs
+from app.api import openapi, refusals
+from app.api.edge import Edge
+from app.api.routes import ROUTERS
 from app.background import Background
 from app.config import Settings
-from app.database import Database
-from app.edge import Edge
-from app.errors import InternalError, MethodNotAllowed, Refusal, RouteNotFound
-from app.parts import Parts
-from app.payload import invalid
-from app.routers import attachments, health, machines, pools, runs, workflows
-from app.storage import FileStore
-from app.vault import SecretStore
-from app.waiting import Waiters
-
-ROUTERS = (runs.router, attachments.router, workflows.router, machines.router, pools.router, health.router)
+from app.services import Services
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -34,19 +23,15 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        database = Database(settings)
-        secrets, files, waiters = SecretStore(settings), FileStore(settings), Waiters()
-        background = Background(settings, database, secrets, files, waiters)
-        app.state.parts = Parts(settings, database, secrets, files, background, waiters)
-        task = asyncio.create_task(background.run())
-        _when_told_to_stop(waiters.stop)
+        services = Services.open(settings)
+        app.state.services = services
+        task = asyncio.create_task(Background(services).run())
+        _when_told_to_stop(services.wakeups.stop)
         yield
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        await secrets.close()
-        await files.close()
-        database.close()
+        await services.close()
 
     app = FastAPI(
         title="Runs API",
@@ -54,17 +39,12 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        exception_handlers={
-            Refusal: _refusal,
-            RequestValidationError: _invalid,
-            HTTPException: _http_exception,
-            Exception: _unexpected,
-        },
+        exception_handlers=refusals.HANDLERS,
         redirect_slashes=False,  # a redirect would make clients send their key and body twice
     )
     for router in ROUTERS:
         app.include_router(router)
-    docs.install(app)
+    openapi.install(app)
     app.add_middleware(Edge)
     if settings.cors_origins:
         # Outside the edge, so that a browser can read refusals too.
@@ -99,31 +79,3 @@ def _when_told_to_stop(act: Callable[[], None]) -> None:
                 servers(number, frame)
 
         signal.signal(number, handle)
-
-
-async def _refusal(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)  # noqa: S101 - narrows what Starlette declares too widely
-    return Response(error.body(), error.status, error.headers, error.media_type)
-
-
-async def _invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - as above
-    return await _refusal(request, invalid(error.errors()))
-
-
-async def _http_exception(request: Request, error: Exception) -> Response:
-    """What the router itself refuses: an unknown path, or a method that the path does not have."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - as above
-    if error.status_code != 405:
-        return await _refusal(request, RouteNotFound())
-    # Each method of a path is a route of its own, and the framework names those of the first one alone.
-    allowed = {method for method in (error.headers or {}).get("Allow", "").split(", ") if method}
-    for router in ROUTERS:
-        for route in router.routes:
-            if isinstance(route, Route) and route.matches(request.scope)[0] is Match.PARTIAL:
-                allowed |= route.methods or set()
-    return await _refusal(request, MethodNotAllowed(headers={"Allow": ", ".join(sorted(allowed))}))
-
-
-async def _unexpected(request: Request, _: Exception) -> Response:
-    return await _refusal(request, InternalError())

@@ -13,7 +13,8 @@ from uuid import UUID
 import uvicorn
 from fastapi import FastAPI
 
-from app.schemas import Page, RunProjection, RunResponse, RunRetry
+from app.schemas.runs import RunProjection, RunResponse, RunRetry
+from app.schemas.values import Page
 
 
 def create_app(documents: Path) -> FastAPI:

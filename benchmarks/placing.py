@@ -7,8 +7,8 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from app.config import Settings
-from app.database import Database
-from app.placement import place
+from app.scheduling.placement import place
+from app.stores.database import Database
 from benchmarks.measure import Sample
 from benchmarks.world import ORGANIZATION, Data, Server, run_id
 

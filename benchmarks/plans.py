@@ -8,11 +8,11 @@ from typing import Any
 
 import asyncpg
 
-from app import retry, views
 from app.auth import AUTHENTICATE, digest
-from app.database import Connection, Database, Record
 from app.models import RunStatus
-from app.run_list import Projection, RunFilter, list_runs
+from app.runs import projection, retry
+from app.runs.listing import Projection, RunFilter, list_runs
+from app.stores.database import Connection, Database, Record
 from benchmarks.world import ORGANIZATION, Data, run_id
 
 EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, COSTS OFF, TIMING OFF)"
@@ -78,7 +78,7 @@ async def _explain(data: Data) -> str:
 
         await connection.fetchrow(AUTHENTICATE, digest(data.key.encode()))
         section("authenticate")
-        await connection.fetchrow(views.GET_RUN, run_id(1), ORGANIZATION)
+        await connection.fetchrow(projection.GET_RUN, run_id(1), ORGANIZATION)
         section("one run")
         await connection.fetchrow(retry.READ, run_id(1), ORGANIZATION)
         section("retry: read")

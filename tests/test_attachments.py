@@ -22,8 +22,8 @@ import pytest
 from pydantic import SecretStr
 
 from app.config import Settings
-from app.database import Database
-from app.runs import expire_attachments
+from app.runs.attachments import expire_attachments
+from app.stores.database import Database
 from dev.stack import Postgres
 from tests.conftest import Client, Server, Stack, file_input, migrate, start_server, until
 from tests.test_storage import Weed

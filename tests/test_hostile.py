@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from app.payload import _SENTENCES
+from app.api.requests import _SENTENCES
 from tests.conftest import Client, Server, Stack, file_input, start_server
 
 Document = dict[str, Any]

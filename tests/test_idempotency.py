@@ -28,13 +28,13 @@ def server(quiet_server: Server) -> Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
+class WriteRequest:
     """A request, and one without a key that makes a second effect of the first visible."""
 
     method: str
     path: str
     body: dict[str, Any] | None = None
-    later: "Write | None" = None
+    later: "WriteRequest | None" = None
 
     def send(self, client: Client, key: str | None = None, **changes: object) -> httpx.Response:
         headers = {} if key is None else {"Idempotency-Key": key}
@@ -42,74 +42,80 @@ class Write:
         return client.request(self.method, self.path, json=body, headers=headers)
 
 
-def _retry(api: Client) -> Write:
+def _retry(api: Client) -> WriteRequest:
     run = api.finished(sensitive_input_values={"pw": "old"}, file_inputs=[file_input()])
     body = {"sensitive_input_values": {"pw": "new"}, "file_inputs": [file_input(b"new")]}
-    return Write("POST", f"/v1/runs/{run['id']}/retry", body, Write("PATCH", f"/v1/runs/{run['id']}", CANCEL))
+    return WriteRequest(
+        "POST", f"/v1/runs/{run['id']}/retry", body, WriteRequest("PATCH", f"/v1/runs/{run['id']}", CANCEL)
+    )
 
 
-def _create(api: Client) -> Write:
+def _create(api: Client) -> WriteRequest:
     body = {"workflow_id": api.workflow(), "sensitive_input_values": {"pw": "x"}, "file_inputs": [file_input()]}
-    return Write("POST", "/v1/runs", body)
+    return WriteRequest("POST", "/v1/runs", body)
 
 
-def _report(api: Client) -> Write:
+def _report(api: Client) -> WriteRequest:
     path = f"/v1/runs/{api.run()['id']}"
-    return Write("PATCH", path, {"status": "running"}, Write("PATCH", path, {"status": "success"}))
+    return WriteRequest("PATCH", path, {"status": "running"}, WriteRequest("PATCH", path, {"status": "success"}))
 
 
-def _upload(api: Client) -> Write:
+def _upload(api: Client) -> WriteRequest:
     run_id = api.run()["id"]
     api.report(run_id, status="running")
     body = file_input() | {"run_id": run_id, "content_type": "text/plain", "attachment_type": "output"}
-    return Write("POST", "/v1/run-attachments", body)
+    return WriteRequest("POST", "/v1/run-attachments", body)
 
 
-def _expire(api: Client) -> Write:
+def _expire(api: Client) -> WriteRequest:
     path = f"/v1/run-attachments/{api.run(file_inputs=[file_input()])['input_attachment_ids'][0]}"
-    return Write("PUT", path, {"expires_at": "2090-01-01T00:00:00Z"}, Write("PUT", path, {"expires_at": None}))
+    return WriteRequest(
+        "PUT", path, {"expires_at": "2090-01-01T00:00:00Z"}, WriteRequest("PUT", path, {"expires_at": None})
+    )
 
 
-def _change(path: str, **body: object) -> Write:
-    return Write("PATCH", path, body, Write("PATCH", path, dict.fromkeys(body, "later")))
+def _change(path: str, **body: object) -> WriteRequest:
+    return WriteRequest("PATCH", path, body, WriteRequest("PATCH", path, dict.fromkeys(body, "later")))
 
 
-def _join(api: Client) -> Write:
+def _join(api: Client) -> WriteRequest:
     path, body = f"/v1/pools/{api.pool()}/machines", {"machine_ids": [api.machine()]}
-    return Write("POST", path, body, Write("DELETE", path, body))
+    return WriteRequest("POST", path, body, WriteRequest("DELETE", path, body))
 
 
-def _leave(api: Client) -> Write:
+def _leave(api: Client) -> WriteRequest:
     machine_id = api.machine()
     path, body = f"/v1/pools/{api.pool(machine_id)}/machines", {"machine_ids": [machine_id]}
-    return Write("DELETE", path, body, Write("POST", path, body))
+    return WriteRequest("DELETE", path, body, WriteRequest("POST", path, body))
 
 
-def _pools_of_a_machine(api: Client) -> Write:
+def _pools_of_a_machine(api: Client) -> WriteRequest:
     path = f"/v1/machines/{api.machine()}/pools"
-    return Write("PUT", path, {"pool_ids": [api.pool()]}, Write("PUT", path, {"pool_ids": []}))
+    return WriteRequest("PUT", path, {"pool_ids": [api.pool()]}, WriteRequest("PUT", path, {"pool_ids": []}))
 
 
 CANCEL = {"status": "cancelled"}
-WRITES: dict[str, Callable[[Client], Write]] = {
+WRITES: dict[str, Callable[[Client], WriteRequest]] = {
     "POST /v1/runs": _create,
-    "POST /v1/runs/bulk": lambda api: Write("POST", "/v1/runs/bulk", {"workflow_id": api.workflow(), "count": 2}),
+    "POST /v1/runs/bulk": lambda api: WriteRequest(
+        "POST", "/v1/runs/bulk", {"workflow_id": api.workflow(), "count": 2}
+    ),
     "POST /v1/runs/{run_id}/retry": _retry,
     "PATCH /v1/runs/{run_id}": _report,
-    "DELETE /v1/runs/{run_id}": lambda api: Write("DELETE", f"/v1/runs/{api.run()['id']}"),
+    "DELETE /v1/runs/{run_id}": lambda api: WriteRequest("DELETE", f"/v1/runs/{api.run()['id']}"),
     "POST /v1/run-attachments": _upload,
     "PUT /v1/run-attachments/{attachment_id}": _expire,
-    "DELETE /v1/run-attachments/{attachment_id}": lambda api: Write("DELETE", _expire(api).path),
-    "POST /v1/workflows": lambda _: Write("POST", "/v1/workflows", {"main_prompt": "Do it."}),
+    "DELETE /v1/run-attachments/{attachment_id}": lambda api: WriteRequest("DELETE", _expire(api).path),
+    "POST /v1/workflows": lambda _: WriteRequest("POST", "/v1/workflows", {"main_prompt": "Do it."}),
     "PATCH /v1/workflows/{workflow_id}": lambda api: _change(f"/v1/workflows/{api.workflow()}", name="now"),
-    "DELETE /v1/workflows/{workflow_id}": lambda api: Write("DELETE", f"/v1/workflows/{api.workflow()}"),
-    "POST /v1/machines": lambda _: Write("POST", "/v1/machines", {"fingerprint": "f", "unkey_key_id": "k"}),
+    "DELETE /v1/workflows/{workflow_id}": lambda api: WriteRequest("DELETE", f"/v1/workflows/{api.workflow()}"),
+    "POST /v1/machines": lambda _: WriteRequest("POST", "/v1/machines", {"fingerprint": "f", "unkey_key_id": "k"}),
     "PATCH /v1/machines/{machine_id}": lambda api: _change(f"/v1/machines/{api.machine()}", name="now"),
-    "DELETE /v1/machines/{machine_id}": lambda api: Write("DELETE", f"/v1/machines/{api.machine()}"),
+    "DELETE /v1/machines/{machine_id}": lambda api: WriteRequest("DELETE", f"/v1/machines/{api.machine()}"),
     "PUT /v1/machines/{machine_id}/pools": _pools_of_a_machine,
-    "POST /v1/pools": lambda _: Write("POST", "/v1/pools", {"name": "pool"}),
+    "POST /v1/pools": lambda _: WriteRequest("POST", "/v1/pools", {"name": "pool"}),
     "PATCH /v1/pools/{pool_id}": lambda api: _change(f"/v1/pools/{api.pool()}", name="now"),
-    "DELETE /v1/pools/{pool_id}": lambda api: Write("DELETE", f"/v1/pools/{api.pool()}"),
+    "DELETE /v1/pools/{pool_id}": lambda api: WriteRequest("DELETE", f"/v1/pools/{api.pool()}"),
     "POST /v1/pools/{pool_id}/machines": _join,
     "DELETE /v1/pools/{pool_id}/machines": _leave,
 }
@@ -189,10 +195,10 @@ def test_a_key_is_for_one_request(api: Client, stack: Stack, route: str) -> None
     assert_first(first)
     before = rows(stack, api.organization)
     assert_reused(write.send(api, key, unknown_to_this_server=1))
-    assert_reused(Write("POST", "/v1/pools", {"name": "other path"}).send(api, key))
-    assert_reused(Write("DELETE", f"/v1/pools/{uuid4()}").send(api, key))  # also when it would be refused
+    assert_reused(WriteRequest("POST", "/v1/pools", {"name": "other path"}).send(api, key))
+    assert_reused(WriteRequest("DELETE", f"/v1/pools/{uuid4()}").send(api, key))  # also when it would be refused
     if write.method != "DELETE" and write.path.count("/") == 3 and not write.path.endswith("/bulk"):
-        assert_reused(Write("DELETE", write.path, write.body).send(api, key))
+        assert_reused(WriteRequest("DELETE", write.path, write.body).send(api, key))
     assert rows(stack, api.organization) == before
     assert_replayed(write.send(api, key), first)
 
@@ -203,10 +209,10 @@ def test_a_refusal_is_not_stored(api: Client, stack: Stack, route: str) -> None:
     before = rows(stack, api.organization)
     if "{" in route:
         known = write.path.split("/")[3]
-        refused = Write(write.method, write.path.replace(known, str(uuid4())), write.body).send(api, key)
+        refused = WriteRequest(write.method, write.path.replace(known, str(uuid4())), write.body).send(api, key)
         assert refused.status_code == 404
     else:
-        assert Write(write.method, write.path, {}).send(api, key).status_code == 422
+        assert WriteRequest(write.method, write.path, {}).send(api, key).status_code == 422
     assert rows(stack, api.organization) == before
     first = write.send(api, key)
     assert_first(first)
@@ -215,7 +221,7 @@ def test_a_refusal_is_not_stored(api: Client, stack: Stack, route: str) -> None:
 
 def test_a_conflict_is_not_stored(api: Client) -> None:
     run_id = api.run()["id"]
-    retry = Write("POST", f"/v1/runs/{run_id}/retry", {})
+    retry = WriteRequest("POST", f"/v1/runs/{run_id}/retry", {})
     refused = retry.send(api, "again")
     assert (refused.status_code, refused.json()["code"]) == (409, "run_not_terminal")
     assert "Idempotency-Status" not in refused.headers
@@ -242,7 +248,7 @@ def test_a_failure_of_ours_is_not_stored(api: Client, stack: Stack) -> None:
 
 
 def test_a_key_belongs_to_its_organization(api: Client, server: Server, stack: Stack) -> None:
-    write = Write("POST", "/v1/pools", {"name": "pool"})
+    write = WriteRequest("POST", "/v1/pools", {"name": "pool"})
     with server.client() as foreign, server.client(api.organization) as colleague:
         first, theirs = write.send(api, "the-key"), write.send(foreign, "the-key")
         assert_first(first)
@@ -258,7 +264,7 @@ def test_a_key_belongs_to_its_organization(api: Client, server: Server, stack: S
 
 
 def test_a_key_lives_a_day(api: Client, stack: Stack) -> None:
-    assert_first(Write("POST", "/v1/pools", {"name": "pool"}).send(api, "the-key"))
+    assert_first(WriteRequest("POST", "/v1/pools", {"name": "pool"}).send(api, "the-key"))
     query = "SELECT expires_at - now() BETWEEN '23:59' AND '24:00' AS a_day FROM idempotency_keys WHERE organization_id = $1"
     assert stack.sql(query, api.organization) == [{"a_day": True}]
 
@@ -267,10 +273,10 @@ def test_a_keys_life_can_be_set_and_is_forgotten_after_it(stack: Stack) -> None:
     short = start_server(stack, IDEMPOTENCY_TTL_SECONDS=1)
     try:
         with short.client() as api:
-            assert_first(Write("POST", "/v1/pools", {"name": "pool"}).send(api, "the-key"))
+            assert_first(WriteRequest("POST", "/v1/pools", {"name": "pool"}).send(api, "the-key"))
             query = "SELECT 1 FROM idempotency_keys WHERE organization_id = $1"
             until(lambda: not stack.sql(query, api.organization), what="the key is forgotten")
-            assert_first(Write("POST", "/v1/pools", {"name": "another"}).send(api, "the-key"))
+            assert_first(WriteRequest("POST", "/v1/pools", {"name": "another"}).send(api, "the-key"))
     finally:
         short.app.stop()
 
@@ -278,7 +284,7 @@ def test_a_keys_life_can_be_set_and_is_forgotten_after_it(stack: Stack) -> None:
 @pytest.mark.parametrize("same", [True, False])
 def test_an_expired_key_is_free_again(api: Client, stack: Stack, *, same: bool) -> None:
     """Before anyone has forgotten it, for the same request and for another."""
-    write = Write("POST", "/v1/pools", {"name": "pool"})
+    write = WriteRequest("POST", "/v1/pools", {"name": "pool"})
     first = write.send(api, "the-key")
     stack.sql("UPDATE idempotency_keys SET expires_at = now() WHERE organization_id = $1", api.organization)
     second = write.send(api, "the-key") if same else write.send(api, "the-key", name="another")
@@ -289,7 +295,7 @@ def test_an_expired_key_is_free_again(api: Client, stack: Stack, *, same: bool) 
 
 
 def test_of_twins_with_an_expired_key_one_wins(api: Client, stack: Stack) -> None:
-    write = Write("POST", "/v1/pools", {"name": "pool"})
+    write = WriteRequest("POST", "/v1/pools", {"name": "pool"})
     write.send(api, "the-key")
     stack.sql("UPDATE idempotency_keys SET expires_at = now() WHERE organization_id = $1", api.organization)
     with ThreadPoolExecutor(8) as threads:
@@ -307,7 +313,7 @@ def test_of_twins_with_an_expired_key_one_wins(api: Client, stack: Stack) -> Non
 
 @pytest.mark.parametrize("key", ["!", "~", "a", "0" * 255, '"quoted"', "%00,;=", "".join(map(chr, range(33, 127)))])
 def test_keys_of_visible_ascii(api: Client, key: str) -> None:
-    write = Write("POST", "/v1/pools", {"name": "pool"})
+    write = WriteRequest("POST", "/v1/pools", {"name": "pool"})
     first = write.send(api, key)
     assert_first(first)
     assert_replayed(write.send(api, key), first)
@@ -357,7 +363,7 @@ def test_replicas_and_rotated_keys_recognize_a_request(server: Server, stack: St
         with server.client() as client:
             organization, token = client.organization, client.headers["Authorization"].split()[1]
         clients = [one.client(organization, key=token) for one in (server, first_step, second_step, after)]
-        write = Write("POST", "/v1/pools", {"name": "pool"})
+        write = WriteRequest("POST", "/v1/pools", {"name": "pool"})
         known = {0: (0, 1, 2), 1: (0, 1, 2), 2: (1, 2, 3), 3: (1, 2, 3)}  # by whom what one stored is recognized
         for number, others in known.items():
             first = write.send(clients[number], f"key-{number}")
@@ -380,7 +386,7 @@ def test_the_body_is_not_stored_and_not_to_be_guessed(api: Client, stack: Stack)
     canary = secrets.token_hex(16)
     write = _retry(api)
     body = {"sensitive_input_values": {"password": canary}}
-    assert_first(Write("POST", write.path, body).send(api, "the-key"))
+    assert_first(WriteRequest("POST", write.path, body).send(api, "the-key"))
     [row] = stack.sql("SELECT * FROM idempotency_keys WHERE organization_id = $1", api.organization)
     assert canary not in str(row)
     sent = api.build_request("POST", write.path, json=body).content
@@ -440,7 +446,7 @@ VALUES ($1, 'the-key', $2, 201, '{"first": true}', now() + interval '1 hour')
 @pytest.mark.parametrize("commit", [True, False])
 def test_a_twin_that_waits_too_long_for_the_key(api: Client, stack: Stack, *, commit: bool) -> None:
     """The first is about to commit, and takes its time."""
-    write = Write("POST", "/v1/pools", {"name": "pool"})
+    write = WriteRequest("POST", "/v1/pools", {"name": "pool"})
     sent = api.build_request("POST", write.path, json=write.body).content
     mark = fingerprint(stack.environment()["SERVER_KEY"], "POST", write.path, sent)
     with stack.held(HOLD_KEY, api.organization, mark, commit=commit):
@@ -454,7 +460,7 @@ def test_a_twin_that_waits_too_long_for_the_key(api: Client, stack: Stack, *, co
 
 
 def test_a_twin_waits_for_the_key_and_then_replays(api: Client, stack: Stack) -> None:
-    write = Write("POST", "/v1/pools", {"name": "pool"})
+    write = WriteRequest("POST", "/v1/pools", {"name": "pool"})
     sent = api.build_request("POST", write.path, json=write.body).content
     mark = fingerprint(stack.environment()["SERVER_KEY"], "POST", write.path, sent)
     with ThreadPoolExecutor(2) as threads:

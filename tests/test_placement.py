@@ -9,8 +9,8 @@ from uuid import UUID
 import httpx
 import pytest
 
-from app import placement
-from app.placement import place
+from app.scheduling import placement
+from app.scheduling.placement import place
 from tests.conftest import NEVER, Client, Server, Stack
 from tests.scheduling import Probe, Replica, assigned, reason, starts
 
@@ -318,14 +318,14 @@ def test_what_changed_since_it_was_read_is_not_assigned(
 
     async def scenario() -> None:
         async with Replica.run(stack, BACKGROUND_PERIOD_SECONDS=NEVER) as replica:
-            parts = replica.app.state.parts
-            parts.background.wake = lambda _: None  # this test makes the only pass
+            services = replica.app.state.services
+            services.wakeups.wake = lambda _: None  # this test makes the only pass
             assert (await replica.call(key, "POST", f"/v1/runs/{run_id}/retry"))[0] == 200
 
             def interruption() -> Any:
                 return replica.call(key, method, path.format(**ids), body)
 
-            database: Any = Interrupted(parts.database, interruption)
+            database: Any = Interrupted(services.database, interruption)
             placed, again = await place(database, organization)
             assert [str(one.machine.id) for one in placed] == ([ids[expected]] if expected else [])
             assert not again

@@ -13,9 +13,11 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from app import auth, background, deletions, idempotency, retry, runs, views
+from app import auth, background, idempotency
 from app.config import Settings
-from app.database import Database
+from app.runs import create, ending, outputs, projection, retry
+from app.stores import deletions
+from app.stores.database import Database
 from dev.readme import README, replaced, settings_table
 from dev.run import ROOT
 from tests.conftest import Stack, migrate
@@ -81,16 +83,16 @@ STATEMENTS = {
     "find": idempotency.FIND,
     "read": retry.READ,
     "switch": retry.SWITCH,
-    "get": views.GET_RUN,
-    "created": runs.CREATED,
-    "save outputs": runs.SAVE_OUTPUTS,
-    "list names": runs.LIST_NAMES,
+    "get": projection.GET_RUN,
+    "created": create.CREATED,
+    "save outputs": outputs.SAVE_OUTPUTS,
+    "list names": ending.LIST_NAMES,
     "adopt": deletions.ADOPT,
     "due": deletions.DUE,
     "reclaim": deletions.RECLAIM,
     "condemn": deletions.CONDEMN,
     "finish": deletions.FINISH,
-    "prune outputs": background.PRUNE_OUTPUTS,
+    "prune outputs": outputs.PRUNE_OUTPUTS,
     "forget keys": background.FORGET_KEYS,
 }
 

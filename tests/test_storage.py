@@ -22,7 +22,7 @@ from pydantic import SecretStr
 
 from app.config import MIB, Settings
 from app.errors import StorageUnavailable
-from app.storage import CHUNK, FileMissingError, FileStore
+from app.stores.files import CHUNK, FileMissingError, FileStore
 from dev.stack import free_port
 
 pytestmark = pytest.mark.anyio

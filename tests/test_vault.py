@@ -19,7 +19,7 @@ from pydantic import JsonValue, SecretStr
 
 from app.config import Settings
 from app.errors import PayloadTooLarge, VaultUnavailable
-from app.vault import MAX_SECRET_BYTES, MAX_SECRET_NAMES, SecretStore
+from app.stores.vault import MAX_SECRET_BYTES, MAX_SECRET_NAMES, SecretStore
 from dev.stack import Bao
 
 pytestmark = pytest.mark.anyio

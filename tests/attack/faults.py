@@ -30,14 +30,14 @@ import httpx
 import hvac.api.secrets_engines.kv_v2
 import uvicorn
 
-from app import deletions, storage
+from app.api.server import Protocol
 from app.cli import application
 from app.config import Settings
-from app.database import Database
-from app.protocol import Protocol
-from app.retry import SWITCH
-from app.storage import FileStore
-from app.vault import SecretStore
+from app.runs.retry import SWITCH
+from app.stores import deletions, files
+from app.stores.database import Database
+from app.stores.files import FileStore
+from app.stores.vault import SecretStore
 from dev.stack import free_port
 from tests.conftest import Server, Stack, until
 
@@ -151,8 +151,8 @@ class Faults:
         vault = hvac.api.secrets_engines.kv_v2.KvV2
         self.wrap(vault, "create_or_update_secret", lambda *_: "vault write")
         self.wrap(vault, "delete_metadata_and_all_versions", lambda *_: "vault delete")
-        self.wrap(storage, "_write_file", lambda *_: "put")
-        self.wrap(storage, "_delete_files", lambda *_: "delete")
+        self.wrap(files, "_write_file", lambda *_: "put")
+        self.wrap(files, "_delete_files", lambda *_: "delete")
         for call in ("fsync", "rmdir"):
             self.wrap(os, call, partial(_first, call))
 

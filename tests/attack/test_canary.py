@@ -21,7 +21,7 @@ import asyncpg
 import httpx
 import pytest
 
-from app.payload import _SENTENCES
+from app.api.requests import _SENTENCES
 from tests.attack.faults import FaultyServer, Plan, fail_with_everything
 from tests.attack.scene import SOAK, chance, resolved
 from tests.attack.test_outages import OUTAGES, is_ready

@@ -29,7 +29,7 @@ INPUTS = [file_input(content, f"{index}.txt") for index, content in enumerate(NE
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
+class WriteRequest:
     """A request, and how the organization looks when it has happened."""
 
     method: str
@@ -42,7 +42,7 @@ class Write:
         return client.request(self.method, self.path, json=self.body, headers={"Idempotency-Key": "the-key"})
 
 
-def retry(client: Client) -> Write:
+def retry(client: Client) -> WriteRequest:
     run_id = client.finished("error", sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
 
     def happened(now: Picture) -> bool:
@@ -57,10 +57,10 @@ def retry(client: Client) -> Write:
         )
 
     body = {"sensitive_input_values": NEW, "file_inputs": INPUTS}
-    return Write("POST", f"/v1/runs/{run_id}/retry", body, 200, happened)
+    return WriteRequest("POST", f"/v1/runs/{run_id}/retry", body, 200, happened)
 
 
-def plain_retry(client: Client) -> Write:
+def plain_retry(client: Client) -> WriteRequest:
     """Without secrets and input files: one statement is the whole switch, and commits by itself."""
     run_id = client.finished("error")["id"]
 
@@ -72,18 +72,18 @@ def plain_retry(client: Client) -> Write:
             and [(row["attempt"], row["status"]) for row in now.attempts] == [(1, "error")]
         )
 
-    return Write("POST", f"/v1/runs/{run_id}/retry", {"input_values": {"a": 1}}, 200, happened)
+    return WriteRequest("POST", f"/v1/runs/{run_id}/retry", {"input_values": {"a": 1}}, 200, happened)
 
 
-def create(client: Client) -> Write:
+def create(client: Client) -> WriteRequest:
     def happened(now: Picture) -> bool:
         return (now.run["secrets"], now.files("input")) == (STORED, sorted(NEW_FILES))
 
     body = {"workflow_id": client.workflow(), "sensitive_input_values": NEW, "file_inputs": INPUTS}
-    return Write("POST", "/v1/runs", body, 201, happened)
+    return WriteRequest("POST", "/v1/runs", body, 201, happened)
 
 
-def upload(client: Client) -> Write:
+def upload(client: Client) -> WriteRequest:
     run_id = client.run(sensitive_input_values=OLD)["id"]
     client.report(run_id, status="running")
 
@@ -91,33 +91,35 @@ def upload(client: Client) -> Write:
         return now.files("output") == [NEW_FILES[0]] and now.run["status"] == "running"
 
     body = INPUTS[0] | {"run_id": run_id, "content_type": "text/plain", "attachment_type": "output"}
-    return Write("POST", "/v1/run-attachments", body, 201, happened)
+    return WriteRequest("POST", "/v1/run-attachments", body, 201, happened)
 
 
-def finish(client: Client) -> Write:
+def finish(client: Client) -> WriteRequest:
     run_id = client.run(sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
     client.report(run_id, status="running")
 
     def happened(now: Picture) -> bool:
         return (now.run["status"], now.run["output_data"]) == ("success", '{"answer":42}')
 
-    return Write("PATCH", f"/v1/runs/{run_id}", {"status": "success", "output_data": {"answer": 42}}, 200, happened)
+    return WriteRequest(
+        "PATCH", f"/v1/runs/{run_id}", {"status": "success", "output_data": {"answer": 42}}, 200, happened
+    )
 
 
-def delete(client: Client) -> Write:
+def delete(client: Client) -> WriteRequest:
     run_id = client.finished(sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
 
     def happened(now: Picture) -> bool:
         return not (now.runs or now.attachments or now.attempts)
 
-    return Write("DELETE", f"/v1/runs/{run_id}", None, 204, happened)
+    return WriteRequest("DELETE", f"/v1/runs/{run_id}", None, 204, happened)
 
 
 def _files(contents: list[bytes]) -> list[dict[str, object]]:
     return [file_input(content, f"{index}.txt") for index, content in enumerate(contents)]
 
 
-def points_of(stack: Stack, scene: Callable[[Client], Write]) -> list[str]:
+def points_of(stack: Stack, scene: Callable[[Client], WriteRequest]) -> list[str]:
     """Every point that the request passes, in one order for all; parallel writes take turns as they like."""
     with FaultyServer(stack) as server, server.client() as client:
         write = scene(client)
@@ -131,7 +133,7 @@ def gone(stack: Stack) -> bool:
     return not stack.sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'runs-api'")
 
 
-def crash(stack: Stack, scene: Callable[[Client], Write], plan: Plan, commit: str) -> Picture:
+def crash(stack: Stack, scene: Callable[[Client], WriteRequest], plan: Plan, commit: str) -> Picture:
     """Kill at the point, look, start again, resend, look again. Returns how it looked after the kill.
 
     `commit` is the statement that makes it happen: "COMMIT {}#2" is "COMMIT after#2" once it has been answered.
@@ -179,7 +181,7 @@ def last_commit(every: list[str]) -> str:
     return f"COMMIT {{}}#{commits}" if commits else "WITH seen AS MATERIALIZED {}#1"
 
 
-def crash_at(stack: Stack, scene: Callable[[Client], Write], points: list[str], every: list[str]) -> None:
+def crash_at(stack: Stack, scene: Callable[[Client], WriteRequest], points: list[str], every: list[str]) -> None:
     commit = last_commit(every)
     for point in points:
         try:
@@ -207,7 +209,7 @@ def test_a_plain_retry_killed_at_every_point(attacked: Stack) -> None:
 
 
 @pytest.mark.parametrize("scene", [create, upload, finish, delete])
-def test_other_writes_killed(attacked: Stack, scene: Callable[[Client], Write]) -> None:
+def test_other_writes_killed(attacked: Stack, scene: Callable[[Client], WriteRequest]) -> None:
     every = points_of(attacked, scene)
     # Those around the last commit always: there "before" becomes "after".
     last = max(point.rpartition("#")[2] for point in every if point.startswith("COMMIT"))
@@ -218,7 +220,7 @@ def test_other_writes_killed(attacked: Stack, scene: Callable[[Client], Write]) 
 
 
 @pytest.mark.parametrize("scene", [retry, create, upload])
-def test_killed_while_a_file_is_written(attacked: Stack, scene: Callable[[Client], Write]) -> None:
+def test_killed_while_a_file_is_written(attacked: Stack, scene: Callable[[Client], WriteRequest]) -> None:
     half = len(NEW_FILES[0]) // 2
     folders = set(attacked.files.iterdir())
     crash(attacked, scene, Plan("put before#1", partial(die_while_writing, half)), "COMMIT {}#2")

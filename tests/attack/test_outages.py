@@ -1,4 +1,4 @@
-"""Parts frozen, killed and unusable: 503 in bounded time, nothing changed, and back to work without a restart."""
+"""Services frozen, killed and unusable: 503 in bounded time, nothing changed, and back to work without a restart."""
 
 import asyncio
 import statistics

@@ -20,10 +20,10 @@ from uuid import uuid4
 
 import pytest
 
-from app import deletions
-from app.database import Database
-from app.placement import place
-from app.vault import SecretStore
+from app.scheduling.placement import place
+from app.stores import deletions
+from app.stores.database import Database
+from app.stores.vault import SecretStore
 from tests.attack.faults import FaultyServer, Plan, collect_until_empty, wait_for
 from tests.attack.scene import (
     DAY,

@@ -1,4 +1,4 @@
-"""A run's life in random order against the real parts, with a small model beside it that knows only the contract.
+"""A run's life in random order against the real services, with a small model beside it that knows only the contract.
 
 Each step is a request (or some at once), a collector's pass on a clock that is ahead, a part that goes away or comes back.
 After each the model must agree with what the service shows, and the invariant must hold. It ends with all that is not
@@ -34,12 +34,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from app import deletions
-from app.database import Database
-from app.machines import MACHINE_DELETED
-from app.runs import expire_attachments
-from app.storage import FileStore
-from app.vault import SecretStore
+from app.resources.machines import MACHINE_DELETED
+from app.runs.attachments import expire_attachments
+from app.stores import deletions
+from app.stores.database import Database
+from app.stores.files import FileStore
+from app.stores.vault import SecretStore
 from tests.attack.scene import (
     DAY,
     SEED,

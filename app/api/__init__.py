@@ -1,0 +1,1 @@
+"""HTTP: what comes in, what goes out. Everything below knows nothing of it."""

@@ -1,0 +1,135 @@
+"""Downloads: an attachment's bytes over HTTP, and URLs that need no API key until they expire.
+
+The rules of ranges are RFC 9110 section 14; those of Content-Disposition RFC 6266 and RFC 8187.
+"""
+
+import hmac
+import re
+import time
+from dataclasses import dataclass
+from uuid import UUID
+
+from starlette.datastructures import Headers
+from starlette.responses import Response, StreamingResponse
+
+from app.config import Settings
+from app.errors import AttachmentNotFound, RangeNotSatisfiable
+from app.services import Services
+from app.stores.database import Connection, Database, Record
+from app.stores.files import FileMissingError, file_headers
+
+# One range alone. Anything else is ignored, as RFC 9110 section 14.2 allows.
+_RANGE = re.compile(r"bytes=([0-9]{0,100})-([0-9]{0,100})", re.IGNORECASE)
+
+
+def requested_range(headers: Headers, size: int, etag: str) -> tuple[int, int] | None:
+    """The bytes asked for, as start and end (exclusive); None means all of them. Raises RangeNotSatisfiable."""
+    match = _RANGE.fullmatch(headers.get("range", ""))
+    if match is None or headers.get("if-range", etag) != etag:
+        return None
+    first, last = match.groups()
+    if not first:
+        if not last:
+            return None
+        length = min(int(last), size)
+        if length > 0:
+            return size - length, size
+        if size == 0 and int(last) > 0:
+            return None  # the whole of an empty file
+    elif last and int(last) < int(first):
+        return None
+    elif int(first) < size:
+        return int(first), min(int(last) + 1, size) if last else size
+    raise RangeNotSatisfiable(headers={"Content-Range": f"bytes */{size}"})
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+# An expired file cannot be read, also before its bytes are collected. No row: unknown, foreign, expired or collected.
+READABLE = """
+SELECT id, filename, content_type, size_bytes, storage_path FROM run_attachments
+WHERE id = $1 AND storage_path IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
+"""
+
+READABLE_OF_ORGANIZATION = f"{READABLE} AND organization_id = $2"
+
+
+async def readable(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
+    """What is needed to read an attachment of this organization. Raises AttachmentNotFound."""
+    file = await connection.fetchrow(READABLE_OF_ORGANIZATION, attachment_id, organization_id)
+    if file is None:
+        raise AttachmentNotFound
+    return file
+
+
+async def respond(services: Services, file: Record, headers: Headers) -> Response:
+    """The bytes, or the range that the request asks for, in chunks; no connection to the database is held meanwhile.
+
+    Raises RangeNotSatisfiable, StorageUnavailable, and AttachmentNotFound if the bytes went since the row was read. A file
+    that goes while it is being sent breaks the connection: the caller has less than Content-Length.
+    """
+    size = file["size_bytes"]
+    etag = f'"{file["id"]}"'  # the bytes of an attachment never change
+    wanted = requested_range(headers, size, etag)
+    start, end = wanted or (0, size)
+    try:
+        chunks = await services.files.stream(file["storage_path"], start, end)
+    except FileMissingError:
+        raise AttachmentNotFound from None
+    described = file_headers(file["filename"], file["content_type"]) | {
+        "Content-Length": str(end - start),
+        "Accept-Ranges": "bytes",
+        "ETag": etag,
+    }
+    if wanted is not None:
+        described["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    return StreamingResponse(chunks, 200 if wanted is None else 206, described)
+
+
+# --- URLs that need no key --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The claim in a URL that we signed: this attachment, until then. Its parts are text as the URL has it."""
+
+    attachment_id: str
+    expires: str
+    signature: str
+
+    @classmethod
+    def sign(cls, settings: Settings, attachment_id: UUID, expires_in: int) -> "Ticket":
+        """A ticket for so many seconds by this server's clock."""
+        expires = str(int(time.time()) + expires_in)
+        key = settings.server_key.get_secret_value()
+        return cls(str(attachment_id), expires, _signature(key, str(attachment_id), expires))
+
+    @property
+    def url(self) -> str:
+        return f"/downloads/{self.attachment_id}?expires={self.expires}&signature={self.signature}"
+
+    def holds(self, settings: Settings) -> bool:
+        """Whether we signed exactly this, under the current or the previous key, and it has not expired."""
+        signed = [
+            hmac.compare_digest(
+                _signature(key.get_secret_value(), self.attachment_id, self.expires).encode(), self.signature.encode()
+            )
+            for key in (settings.server_key, settings.server_key_previous)
+            if key is not None
+        ]
+        return any(signed) and time.time() < int(self.expires)
+
+
+def _signature(key: str, attachment_id: str, expires: str) -> str:
+    return hmac.new(key.encode(), f"download\n{attachment_id}\n{expires}".encode(), "sha256").hexdigest()
+
+
+async def redeem(database: Database, settings: Settings, ticket: Ticket) -> Record:
+    """What is needed to read the ticket's attachment. Raises AttachmentNotFound whatever is wrong: it helps nobody guess."""
+    if not ticket.holds(settings):
+        raise AttachmentNotFound
+    async with database.connection() as connection:
+        file = await connection.fetchrow(READABLE, UUID(ticket.attachment_id))
+    if file is None:
+        raise AttachmentNotFound
+    return file

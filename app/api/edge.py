@@ -1,0 +1,154 @@
+"""The outermost layer of every request: its id, who calls, the headers of the reply, one log line, and no leak on failure.
+
+Authentication happens here because a framework reads the body before it runs dependencies: a caller without a key must be
+refused before a byte of the body is read.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from uuid import uuid4
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.auth import authenticate, bearer
+from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized
+from app.services import Services
+from app.telemetry.logs import describe
+
+log = logging.getLogger("app.request")
+
+_UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+# How long a body that nobody wants is read and thrown away after the reply: closing at once would reset the connection before
+# the reply is read. The server itself would read it for ever, however slowly it comes.
+LINGER_SECONDS = 5.0
+
+
+def is_public(path: str) -> bool:
+    """Everything under /v1 but its health needs a key."""
+    return not path.startswith("/v1/") or path == "/v1/health" or path.startswith("/v1/health/")
+
+
+class Edge:
+    """ASGI middleware; expects `app.state.services` on the application in the scope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        refusal: Refusal | None = None
+        try:
+            if not is_public(scope["path"]):
+                services: Services = scope["app"].state.services
+                key = bearer(exchange.only_header(b"authorization"))
+                async with services.database.connection() as connection:
+                    exchange.principal = scope["state"]["principal"] = await authenticate(connection, key)
+            await self.app(scope, exchange.receive, exchange.send)
+        except Refusal as error:
+            refusal = error
+        except ClientDisconnect:
+            exchange.status = 499  # nobody is left to answer
+        except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback and no detail may leave
+            log.error({"event": "unhandled", "request_id": exchange.id, **describe(error)})
+            refusal = InternalError()
+        if refusal is not None and not exchange.started:
+            await exchange.refuse(refusal)
+        exchange.report()
+
+
+class _Exchange:
+    """One request and its reply."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self._receive = receive
+        self._send = send
+        self._began = time.perf_counter()
+        self.principal: object | None = None
+        self.started = False
+        self.status = 0
+        self._lingers = False
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._body_left = b"transfer-encoding" in self._headers or self._headers.get(b"content-length", b"0") != b"0"
+        given = self._headers.get(b"x-request-id", b"")
+        self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = self.id
+
+    def only_header(self, name: bytes) -> bytes:
+        values = [value for key, value in self.scope["headers"] if key == name]
+        if len(values) != 1:
+            raise Unauthorized
+        return bytes(values[0])
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if not message.get("more_body", False):
+            self._body_left = False
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.status = message["status"]
+            headers = list(message.get("headers", ()))
+            headers.append((b"x-request-id", self.id.encode()))
+            if not any(name == b"cache-control" for name, _ in headers):
+                headers.append((b"cache-control", b"no-store"))
+            headers.append((b"x-content-type-options", b"nosniff"))
+            if self._body_left:
+                await self._drain(0)  # what has come costs no wait, and if it is all of it the connection lives on
+            if self._body_left:
+                self._lingers = self.status != RequestTimeout.status
+                headers.append((b"connection", b"close"))
+            message["headers"] = headers
+        elif self._lingers and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._drain(LINGER_SECONDS)
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    async def _drain(self, seconds: float) -> None:
+        """Read and forget the rest of the body for a while, unless the caller waits for a 100 before sending it."""
+        if b"expect" in self._headers:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                while self._body_left:
+                    if (await self.receive())["type"] == "http.disconnect":
+                        return
+        except TimeoutError:
+            return  # slow or endless: the connection is closed on it
+
+    async def refuse(self, refusal: Refusal) -> None:
+        body = refusal.body()
+        headers = [(b"content-type", refusal.media_type.encode()), (b"content-length", str(len(body)).encode())]
+        headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
+        await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def report(self) -> None:
+        """One line a request: the route's template and its ids, never a query, a header or a body."""
+        if not log.isEnabledFor(logging.INFO):
+            return
+        parameters = self.scope.get("path_params", {}).items()
+        ids = {name: value for name, value in parameters if _UUID.fullmatch(str(value))}
+        log.info(
+            {
+                "event": "request",
+                "request_id": self.id,
+                "method": self.scope["method"] if self.scope["method"].isalpha() else "-",
+                "route": getattr(self.scope.get("route"), "path", None),
+                "status": self.status,
+                "ms": round((time.perf_counter() - self._began) * 1000, 1),
+                "organization_id": getattr(self.principal, "organization_id", None),
+                **ids,
+            }
+        )

@@ -1,0 +1,49 @@
+"""How refusals are rendered: the only place where an exception becomes a reply."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
+
+from app.api.requests import invalid
+from app.api.routes import ROUTERS
+from app.errors import InternalError, MethodNotAllowed, Refusal, RouteNotFound
+
+
+async def _refusal(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)  # noqa: S101 - narrows what Starlette declares too widely
+    return Response(error.body(), error.status, error.headers, error.media_type)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - as above
+    return await _refusal(request, invalid(error.errors()))
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """What the router itself refuses: an unknown path, or a method that the path does not have."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - as above
+    if error.status_code != 405:
+        return await _refusal(request, RouteNotFound())
+    # Each method of a path is a route of its own, and the framework names those of the first one alone.
+    allowed = {method for method in (error.headers or {}).get("Allow", "").split(", ") if method}
+    for router in ROUTERS:
+        for route in router.routes:
+            if isinstance(route, Route) and route.matches(request.scope)[0] is Match.PARTIAL:
+                allowed |= route.methods or set()
+    return await _refusal(request, MethodNotAllowed(headers={"Allow": ", ".join(sorted(allowed))}))
+
+
+async def _unexpected(request: Request, _: Exception) -> Response:
+    return await _refusal(request, InternalError())
+
+
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
+    Refusal: _refusal,
+    RequestValidationError: _invalid,
+    HTTPException: _http_exception,
+    Exception: _unexpected,
+}

@@ -1,0 +1,156 @@
+"""From the wire to a checked model: the body with its limits, the Idempotency-Key, and errors that never echo input."""
+
+import asyncio
+import re
+from collections.abc import Iterable
+from io import BytesIO
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from app.config import Settings
+from app.errors import Invalid, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
+from app.idempotency import WriteRequest, fingerprint
+from app.services import Services
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_JSON = re.compile(r"\s*application/([A-Za-z0-9.+-]+\+)?json\s*(;.*)?", re.IGNORECASE)
+_KEY = re.compile(r"[!-~]{1,255}")
+
+# Fields whose content is the caller's own: an error inside them is reported at the field, never at a key of the caller.
+_FREE_FORM = frozenset({"input_values", "sensitive_input_values", "output_data", "run_message_history"})
+
+# One sentence per kind of error. Pydantic's own sentences can quote the input.
+_SENTENCES = {
+    "base64": "Must be base64 as in RFC 4648 section 4, padded and without line breaks.",
+    "bool_parsing": "Must be true or false.",
+    "bool_type": "Must be true or false.",
+    "bytes_type": "Must be a string of base64.",
+    "datetime_from_date_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
+    "datetime_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
+    "dict_type": "Must be an object.",
+    "enum": "Must be one of the documented values.",
+    "filename": "Must be a bare file name: no drive, no separators, no control characters, not only dots, at most 255 bytes.",
+    "finite_number": "Numbers must be finite.",
+    "float_parsing": "Must be a number.",
+    "greater_than_equal": "Is too small.",
+    "int_parsing": "Must be an integer.",
+    "int_parsing_size": "Integers must fit 64 bits.",
+    "int_type": "Must be an integer.",
+    "json_invalid": "The body is not valid JSON (RFC 8259), or nested deeper than 200 levels.",
+    "less_than_equal": "Is too large.",
+    "list_type": "Must be an array.",
+    "literal_error": "Must be one of the documented values.",
+    "missing": "This field is required.",
+    "model_type": "Must be an object.",
+    "none_required": "Only null is accepted here.",
+    "number_out_of_range": "Integers must fit 64 bits.",
+    "string_nul": "The character U+0000 is not allowed.",
+    "string_pattern_mismatch": "Does not have the documented form.",
+    "string_too_long": "Is too long.",
+    "string_too_short": "Is too short.",
+    "string_type": "Must be a string.",
+    "string_unicode": "Must be valid Unicode, without lone surrogates.",
+    "target_path": "Must be a path on the machine without . or .. parts and without control characters.",
+    "too_long": "Has too many entries.",
+    "uuid_parsing": "Must be a UUID.",
+    "uuid_type": "Must be a UUID.",
+}
+MAX_ERRORS = 20
+
+
+def invalid(errors: Iterable[Any], prefix: tuple[str, ...] = ()) -> Invalid:
+    """Pydantic's errors as our 422: where and what, never the input."""
+    listed: dict[tuple[tuple[str | int, ...], str], tuple[tuple[str | int, ...], str, str]] = {}
+    for error in errors:
+        kind = error["type"]
+        loc = _own(prefix + tuple(error["loc"]))
+        listed.setdefault((loc, kind), (loc, _SENTENCES.get(kind, "Is not valid."), kind))
+    return Invalid(*list(listed.values())[:MAX_ERRORS])
+
+
+def _own(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    for position, part in enumerate(loc):
+        if part in _FREE_FORM:
+            return loc[: position + 1]
+    return loc
+
+
+def services(request: Request) -> Services:
+    """What the application that serves this request works with."""
+    found: Services = request.app.state.services
+    return found
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """The whole body. Raises PayloadTooLarge before buffering more than the limit, RequestTimeout for a slow sender."""
+    limit = settings.max_body_bytes
+    too_large = PayloadTooLarge(f"The request body may have at most {limit} bytes; send fewer or smaller files.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType
+    allowed = asyncio.get_running_loop().time() + settings.body_timeout_seconds
+    buffer = BytesIO()
+    try:
+        async with asyncio.timeout_at(allowed) as patience:
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                buffer.write(message.get("body", b""))
+                if buffer.tell() > limit:
+                    raise too_large
+                if not message.get("more_body", False):
+                    break
+                patience.reschedule(allowed + buffer.tell() / settings.body_min_bytes_per_second)
+    except TimeoutError:
+        raise RequestTimeout from None
+    return buffer.getvalue()  # without a copy, unlike bytes(bytearray)
+
+
+async def read(request: Request, model: type[Model]) -> tuple[Model, WriteRequest]:
+    """The body as `model` (an absent body equals `{}`) and what idempotency needs to know of the request."""
+    settings: Settings = request.app.state.services.settings
+    raw = await read_body(request, settings)
+    write = _write(request, settings, raw)
+    if not raw:
+        raw = b"{}"
+    elif not _JSON.fullmatch(request.headers.get("content-type", "application/json")):
+        raise UnsupportedMediaType
+    try:
+        return model.model_validate_json(raw), write
+    except ValidationError as error:
+        raise invalid(error.errors(include_url=False, include_context=False, include_input=False), ("body",)) from None
+
+
+async def read_write(request: Request) -> WriteRequest:
+    """For writes whose body means nothing (DELETE)."""
+    settings: Settings = request.app.state.services.settings
+    return _write(request, settings, await read_body(request, settings))
+
+
+def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:
+    given = request.headers.getlist("idempotency-key")
+    key: str | None = None
+    fingerprints: tuple[bytes, ...] = ()
+    if given:
+        key = given[0]
+        if len(given) > 1 or not _KEY.fullmatch(key):
+            raise Invalid(
+                (
+                    ("header", "Idempotency-Key"),
+                    "Must be 1 to 255 visible ASCII characters, sent once.",
+                    "idempotency_key",
+                )
+            )
+        keys = [settings.server_key, settings.server_key_previous]
+        fingerprints = tuple(
+            fingerprint(server_key.get_secret_value(), request.method, request.scope["path"], raw)
+            for server_key in keys
+            if server_key is not None
+        )
+    return WriteRequest(request.state.principal, key, fingerprints, settings.idempotency_ttl_seconds)

@@ -1,0 +1,29 @@
+"""Small pieces that every router uses: replies and paging."""
+
+from typing import Annotated
+
+from fastapi import Query
+from starlette.responses import Response
+
+from app.idempotency import Reply
+from app.runs.projection import encode
+from app.schemas.values import Timestamp
+
+Skip = Annotated[int, Query(ge=0, le=2**31 - 1, description="Items to pass over.")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Items in the page.")]
+From = Annotated[Timestamp | None, Query(description="At or after this time.")]
+To = Annotated[Timestamp | None, Query(description="At or before this time.")]
+
+# Of a filter whose name says what it compares.
+ONLY = Query(description="Only those with this value.")
+
+
+def json_reply(document: object) -> Response:
+    """200 with this document."""
+    return Response(encode(document), media_type="application/json")
+
+
+def send(reply: Reply) -> Response:
+    """What a write answered, now or the first time."""
+    headers = {"Idempotency-Status": "replayed"} if reply.replayed else None
+    return Response(reply.body, reply.status, headers, None if reply.status == 204 else "application/json")

@@ -1,0 +1,97 @@
+"""Machines: register, list, read, change, delete, and which pools they are in."""
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request, Response
+
+from app.api.openapi import operation
+from app.api.requests import read, read_write, services
+from app.api.responses import ONLY, From, Limit, Skip, To, json_reply, send
+from app.errors import MachineNotFound, PoolNotFound
+from app.models import Machine
+from app.resources import machines
+from app.resources.crud import within
+from app.schemas.resources import (
+    MachineCreate,
+    MachinePoolUpdate,
+    MachineResponse,
+    MachineStatus,
+    MachineUpdate,
+    PoolResponse,
+)
+from app.schemas.values import Name, Page
+
+router = APIRouter(prefix="/v1/machines", tags=["machines"])
+
+
+@router.post("", status_code=201, response_model=MachineResponse, **operation(body=MachineCreate, write=True))
+async def create_machine(request: Request) -> Response:
+    """Register a machine. It is connected and available at once."""
+    options, write = await read(request, MachineCreate)
+    return send(await machines.create(services(request), write, options))
+
+
+@router.get("", response_model=Page[MachineResponse], **operation())
+async def list_all(
+    request: Request,
+    name: Annotated[Name | None, Query(description="Exactly this name.")] = None,
+    status: Annotated[MachineStatus | None, ONLY] = None,
+    created_at_from: From = None,
+    created_at_to: To = None,
+    skip: Skip = 0,
+    limit: Limit = 100,
+) -> Response:
+    """Machines, newest first."""
+    where = within(Machine.created_at, created_at_from, created_at_to)
+    if name is not None:
+        where.append(Machine.name == name)
+    if status is not None:
+        where.append(Machine.status == status)
+    organization_id = request.state.principal.organization_id
+    return json_reply(await machines.list_machines(services(request).database, organization_id, where, skip, limit))
+
+
+@router.get("/{machine_id}", response_model=MachineResponse, **operation(MachineNotFound))
+async def get_machine(machine_id: UUID, request: Request) -> Response:
+    """One machine."""
+    async with services(request).database.connection() as connection:
+        return json_reply(await machines.get(connection, request.state.principal.organization_id, machine_id))
+
+
+@router.patch(
+    "/{machine_id}", response_model=MachineResponse, **operation(MachineNotFound, body=MachineUpdate, write=True)
+)
+async def update_machine(machine_id: UUID, request: Request) -> Response:
+    """Change what the body names; null clears a text.
+
+    `reserved_session_id: null` ends the session on this machine: its active runs are cancelled, the machine is free again.
+    """
+    options, write = await read(request, MachineUpdate)
+    return send(await machines.change(services(request), write, machine_id, options))
+
+
+@router.delete("/{machine_id}", status_code=204, **operation(MachineNotFound, write=True))
+async def delete_machine(machine_id: UUID, request: Request) -> Response:
+    """Remove a machine. Active runs pinned or assigned to it end with an error; all its runs stay, without a machine."""
+    write = await read_write(request)
+    return send(await machines.delete(services(request), write, machine_id))
+
+
+@router.get("/{machine_id}/pools", response_model=list[PoolResponse], **operation(MachineNotFound))
+async def get_pools(machine_id: UUID, request: Request) -> Response:
+    """The pools a machine is in, newest first."""
+    async with services(request).database.connection() as connection:
+        machine = await machines.get(connection, request.state.principal.organization_id, machine_id)
+    return json_reply(machine["pools"])
+
+
+@router.put(
+    "/{machine_id}/pools",
+    response_model=MachineResponse,
+    **operation(MachineNotFound, PoolNotFound, body=MachinePoolUpdate, write=True),
+)
+async def update_pools(machine_id: UUID, request: Request) -> Response:
+    """Put a machine into exactly these pools. Answers the machine: that is what every SDK reads."""
+    options, write = await read(request, MachinePoolUpdate)
+    return send(await machines.set_pools(services(request), write, machine_id, options))

@@ -1,0 +1,78 @@
+"""Pools: create, list, read, change, delete, and which machines are in them."""
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request, Response
+
+from app.api.openapi import operation
+from app.api.requests import read, read_write, services
+from app.api.responses import Limit, Skip, json_reply, send
+from app.errors import MachineNotFound, PoolNotFound
+from app.resources import pools
+from app.schemas.resources import MachinePoolAssignment, PoolCreate, PoolResponse, PoolUpdate, PoolWithMachines
+from app.schemas.values import Page
+
+router = APIRouter(prefix="/v1/pools", tags=["pools"])
+
+
+@router.post("", status_code=201, response_model=PoolResponse, **operation(body=PoolCreate, write=True))
+async def create_pool(request: Request) -> Response:
+    """A new pool, without machines."""
+    options, write = await read(request, PoolCreate)
+    return send(await pools.create(services(request), write, options))
+
+
+@router.get("", response_model=Page[PoolResponse], **operation())
+async def list_all(request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+    """Pools, newest first."""
+    organization_id = request.state.principal.organization_id
+    return json_reply(await pools.list_pools(services(request).database, organization_id, skip, limit))
+
+
+@router.get("/{pool_id}", response_model=PoolWithMachines | PoolResponse, **operation(PoolNotFound))
+async def get_pool(
+    pool_id: UUID,
+    request: Request,
+    include_machines: Annotated[bool, Query(description="Show its machines too.")] = False,
+) -> Response:
+    """One pool."""
+    organization_id = request.state.principal.organization_id
+    async with services(request).database.connection() as connection:
+        return json_reply(await pools.get(connection, organization_id, pool_id, include_machines=include_machines))
+
+
+@router.patch("/{pool_id}", response_model=PoolResponse, **operation(PoolNotFound, body=PoolUpdate, write=True))
+async def update_pool(pool_id: UUID, request: Request) -> Response:
+    """Change what the body names; null clears the description."""
+    options, write = await read(request, PoolUpdate)
+    return send(await pools.change(services(request), write, pool_id, options))
+
+
+@router.delete("/{pool_id}", status_code=204, **operation(PoolNotFound, write=True))
+async def delete_pool(pool_id: UUID, request: Request) -> Response:
+    """Remove a pool. Its machines stay; runs that ask for it keep waiting (`no_machine_in_pools`)."""
+    write = await read_write(request)
+    return send(await pools.delete(services(request), write, pool_id))
+
+
+@router.post(
+    "/{pool_id}/machines",
+    response_model=PoolWithMachines,
+    **operation(PoolNotFound, MachineNotFound, body=MachinePoolAssignment, write=True),
+)
+async def add_machines(pool_id: UUID, request: Request) -> Response:
+    """Add machines to a pool: all of them or none."""
+    options, write = await read(request, MachinePoolAssignment)
+    return send(await pools.add_machines(services(request), write, pool_id, options))
+
+
+@router.delete(
+    "/{pool_id}/machines",
+    status_code=204,
+    **operation(PoolNotFound, MachineNotFound, body=MachinePoolAssignment, write=True),
+)
+async def remove_machines(pool_id: UUID, request: Request) -> Response:
+    """Take machines out of a pool: all of them or none."""
+    options, write = await read(request, MachinePoolAssignment)
+    return send(await pools.remove_machines(services(request), write, pool_id, options))

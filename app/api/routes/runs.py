@@ -1,0 +1,178 @@
+"""Runs: create, list, read, report, delete, and retry."""
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
+
+from app.api.openapi import operation
+from app.api.requests import read, read_write, services
+from app.api.responses import ONLY, Limit, Skip, json_reply, send
+from app.errors import (
+    AttemptSuperseded,
+    InputAttachmentsExpired,
+    InvalidTransition,
+    MachineNotFound,
+    PoolNotFound,
+    RunNotFound,
+    RunNotTerminal,
+    SensitiveInputsExpired,
+    SessionNotFound,
+    StorageUnavailable,
+    VaultUnavailable,
+    WorkflowNotFound,
+)
+from app.models import RunStatus
+from app.runs import create, ending, projection, report
+from app.runs.listing import FIELDS, RunFilter, list_runs, shown_fields, wait_for_run
+from app.runs.retry import retry
+from app.schemas.runs import (
+    RunAttemptResponse,
+    RunBulkCreate,
+    RunBulkCreateResponse,
+    RunCreate,
+    RunProjection,
+    RunResponse,
+    RunRetry,
+    RunUpdate,
+)
+from app.schemas.values import Page, Timestamp
+
+router = APIRouter(prefix="/v1/runs", tags=["runs"])
+
+_TARGETS = (MachineNotFound, PoolNotFound, SessionNotFound)
+_STORES = (VaultUnavailable, StorageUnavailable)
+
+_FIELD = f" *({'|'.join(sorted(FIELDS))})? *"
+_FieldNames = Annotated[str, Field(json_schema_extra={"pattern": f"^{_FIELD}(,{_FIELD})*$"})]
+
+
+@router.post(
+    "/{run_id}/retry",
+    response_model=RunResponse,
+    **operation(
+        RunNotFound,
+        *_TARGETS,
+        RunNotTerminal,
+        SensitiveInputsExpired,
+        InputAttachmentsExpired,
+        *_STORES,
+        body=RunRetry,
+        write=True,
+    ),
+)
+async def retry_run(run_id: UUID, request: Request) -> Response:
+    """Reset a finished run in place and queue it again.
+
+    Clears outputs, history and output attachments; replaces what the body overrides; keeps the rest.
+    """
+    options, write = await read(request, RunRetry)
+    return send(await retry(services(request), write, run_id, options))
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=RunResponse,
+    **operation(WorkflowNotFound, *_TARGETS, *_STORES, body=RunCreate, write=True),
+)
+async def create_run(request: Request) -> Response:
+    """Queue a new run of a workflow."""
+    options, write = await read(request, RunCreate)
+    return send(await create.create(services(request), write, options))
+
+
+@router.post(
+    "/bulk",
+    status_code=201,
+    response_model=RunBulkCreateResponse,
+    **operation(WorkflowNotFound, *_TARGETS, *_STORES, body=RunBulkCreate, write=True),
+)
+async def create_runs(request: Request) -> Response:
+    """Queue many runs that are alike: all of them or none."""
+    options, write = await read(request, RunBulkCreate)
+    return send(await create.create_bulk(services(request), write, options))
+
+
+@router.get("/{run_id}", response_model=RunResponse, **operation(RunNotFound))
+async def get_run(run_id: UUID, request: Request) -> Response:
+    """One run."""
+    async with services(request).database.connection() as connection:
+        row = await connection.fetchrow(projection.GET_RUN, run_id, request.state.principal.organization_id)
+    if row is None:
+        raise RunNotFound
+    return json_reply(projection.run(row))
+
+
+@router.get("/{run_id}/attempts", response_model=Page[RunAttemptResponse], **operation(RunNotFound))
+async def list_attempts(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+    """The archive of finished attempts, newest first."""
+    async with services(request).database.connection() as connection:
+        row = await connection.fetchrow(
+            "SELECT (SELECT count(*) FROM run_attempts t WHERE t.run_id = r.id) AS total"
+            " FROM runs r WHERE r.id = $1 AND r.organization_id = $2",
+            run_id,
+            request.state.principal.organization_id,
+        )
+        if row is None:
+            raise RunNotFound
+        rows = await connection.fetch(
+            f"SELECT {projection.columns(projection.ATTEMPT_COLUMNS)} FROM run_attempts t"
+            " WHERE t.run_id = $1 ORDER BY t.attempt DESC OFFSET $2 LIMIT $3",
+            run_id,
+            skip,
+            limit,
+        )
+    return json_reply({"items": [dict(row) for row in rows], "total": row["total"], "skip": skip, "limit": limit})
+
+
+@router.get("", response_model=Page[RunProjection], **operation())
+async def list_all(
+    request: Request,
+    workflow_id: Annotated[UUID | None, ONLY] = None,
+    machine_id: Annotated[UUID | None, Query(description="Runs whose machine_id is this.")] = None,
+    session_id: Annotated[UUID | None, ONLY] = None,
+    status: Annotated[RunStatus | None, ONLY] = None,
+    created_at_from: Annotated[Timestamp | None, Query(description="Created at or after.")] = None,
+    created_at_to: Annotated[Timestamp | None, Query(description="Created at or before.")] = None,
+    fields: Annotated[list[_FieldNames] | None, Query(description="Only these keys, and the base fields.")] = None,
+    wait: Annotated[
+        float,
+        Query(ge=0, le=30, description="Seconds to hold the reply until there is a run (assigned to machine_id)."),
+    ] = 0,
+    skip: Skip = 0,
+    limit: Limit = 100,
+) -> Response:
+    """Runs, newest first."""
+    wanted = RunFilter(
+        request.state.principal.organization_id,
+        workflow_id,
+        machine_id,
+        session_id,
+        status,
+        created_at_from,
+        created_at_to,
+    )
+    own, shown = services(request), shown_fields(fields)
+    if wait:
+        await wait_for_run(own, wanted, wait)
+    return json_reply(await list_runs(own.database, wanted, shown, skip, limit))
+
+
+@router.patch(
+    "/{run_id}",
+    response_model=RunResponse,
+    **operation(RunNotFound, InvalidTransition, AttemptSuperseded, body=RunUpdate, write=True),
+)
+async def update_run(run_id: UUID, request: Request) -> Response:
+    """An executor's report: status, outputs, history."""
+    options, write = await read(request, RunUpdate)
+    return send(await report.report(services(request), write, run_id, options))
+
+
+@router.delete("/{run_id}", status_code=204, **operation(RunNotFound, write=True))
+async def delete_run(run_id: UUID, request: Request) -> Response:
+    """Remove a run with everything it has; an active one frees its machine."""
+    write = await read_write(request)
+    return send(await ending.delete(services(request), write, run_id))

@@ -1,0 +1,68 @@
+"""Workflows: create, list, read, change, delete."""
+
+from uuid import UUID
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.openapi import operation
+from app.api.requests import read, read_write, services
+from app.api.responses import From, Limit, Skip, To, json_reply, send
+from app.errors import WorkflowNotFound
+from app.models import Workflow
+from app.resources import workflows
+from app.resources.crud import within
+from app.schemas.resources import WorkflowCreate, WorkflowResponse, WorkflowUpdate
+from app.schemas.values import Page
+
+router = APIRouter(prefix="/v1/workflows", tags=["workflows"])
+
+
+@router.post("", status_code=201, response_model=WorkflowResponse, **operation(body=WorkflowCreate, write=True))
+async def create_workflow(request: Request) -> Response:
+    """A new workflow."""
+    options, write = await read(request, WorkflowCreate)
+    return send(await workflows.create(services(request), write, options))
+
+
+@router.get("", response_model=Page[WorkflowResponse], **operation())
+async def list_all(
+    request: Request,
+    created_at_from: From = None,
+    created_at_to: To = None,
+    updated_at_from: From = None,
+    updated_at_to: To = None,
+    skip: Skip = 0,
+    limit: Limit = 100,
+) -> Response:
+    """Workflows, newest first."""
+    where = [
+        *within(Workflow.created_at, created_at_from, created_at_to),
+        *within(Workflow.updated_at, updated_at_from, updated_at_to),
+    ]
+    organization_id = request.state.principal.organization_id
+    return json_reply(await workflows.list_workflows(services(request).database, organization_id, where, skip, limit))
+
+
+@router.get("/{workflow_id}", response_model=WorkflowResponse, **operation(WorkflowNotFound))
+async def get_workflow(workflow_id: UUID, request: Request) -> Response:
+    """One workflow."""
+    async with services(request).database.connection() as connection:
+        return json_reply(await workflows.get(connection, request.state.principal.organization_id, workflow_id))
+
+
+@router.patch(
+    "/{workflow_id}",
+    response_model=WorkflowResponse,
+    **operation(WorkflowNotFound, body=WorkflowUpdate, write=True),
+)
+async def update_workflow(workflow_id: UUID, request: Request) -> Response:
+    """Change what the body names; null clears a name or a schema."""
+    options, write = await read(request, WorkflowUpdate)
+    return send(await workflows.change(services(request), write, workflow_id, options))
+
+
+@router.delete("/{workflow_id}", status_code=204, **operation(WorkflowNotFound, write=True))
+async def delete_workflow(workflow_id: UUID, request: Request) -> Response:
+    """Remove a workflow and all its runs, with their secrets and files."""
+    write = await read_write(request)
+    return send(await workflows.delete(services(request), write, workflow_id))

@@ -1,0 +1,1 @@
+"""Workflows, machines and pools: what runs need of them."""

@@ -1,0 +1,278 @@
+"""Machines and the pools they are in.
+
+Locks are taken in one order everywhere: pools, runs, machines; each kind by id or newest first. What appears between two of
+them is looked for again under the last lock.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import ColumnElement, update
+
+from app.config import Settings
+from app.errors import MachineNotFound, PoolNotFound
+from app.idempotency import Reply, WriteRequest, once
+from app.models import Machine, RunStatus
+from app.resources.crud import Owner, changes, locked_runs, page
+from app.runs import projection
+from app.runs.ending import end_runs
+from app.schemas.resources import MachineCreate, MachinePoolUpdate, MachineUpdate
+from app.services import Services
+from app.stores.database import Connection, Database, Deadlock, Record
+from app.stores.statements import sql
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "id": "machines.id::text",
+    "fingerprint": "machines.fingerprint",
+    "unkey_key_id": "machines.unkey_key_id",
+    "user_id": "machines.user_id::text",
+    "organization_id": "machines.organization_id",
+    "name": "machines.name",
+    "version": "machines.version",
+    "hostname": "machines.hostname",
+    "os_info": "machines.os_info",
+    "status": "machines.status",
+    "is_available": "machines.is_available",
+    "alerts_enabled": "machines.alerts_enabled",
+    "reserved_session_id": "machines.reserved_session_id::text",
+    "pools": (
+        "ARRAY(SELECT pools.id::text FROM pool_machines JOIN pools ON pools.id = pool_machines.pool_id"
+        " WHERE pool_machines.machine_id = machines.id ORDER BY pools.created_at DESC, pools.id DESC)"
+    ),
+    "created_at": "machines.created_at",
+    "last_seen": "machines.last_seen",
+}
+UNSUPPORTED = {
+    "machine_parameters": None,
+    "machine_sensitive_parameters": None,
+    "linked_keepalive_machine_id": None,
+    "physical_server_id": None,
+}
+
+POOL_COLUMNS = {
+    "id": "pools.id::text",
+    "organization_id": "pools.organization_id",
+    "name": "pools.name",
+    "description": "pools.description",
+    "machine_count": "(SELECT count(*) FROM pool_machines WHERE pool_machines.pool_id = pools.id)",
+    "created_at": "pools.created_at",
+    "updated_at": "pools.updated_at",
+}
+POOL_UNSUPPORTED = {"pool_parameters": None, "pool_sensitive_parameters": None}
+
+GET = f"SELECT {projection.columns(COLUMNS)} FROM machines WHERE id = $1 AND organization_id = $2"
+
+POOLS = f"SELECT {projection.columns(POOL_COLUMNS)} FROM pools WHERE id = ANY($1::uuid[]) AND organization_id = $2"
+
+
+def show_pool(row: Record) -> dict[str, Any]:
+    """A pool as it is sent."""
+    return dict(row.items()) | POOL_UNSUPPORTED
+
+
+async def show(connection: Connection, organization_id: str, rows: Iterable[Record]) -> list[dict[str, Any]]:
+    """Machines as they are sent, each with its pools."""
+    machines = [dict(row.items()) | UNSUPPORTED for row in rows]
+    wanted = {pool_id for machine in machines for pool_id in machine["pools"]}
+    found = await connection.fetch(POOLS, list(wanted), organization_id) if wanted else []
+    pools = {row["id"]: show_pool(row) for row in found}
+    for machine in machines:
+        machine["pools"] = [pools[pool_id] for pool_id in machine["pools"] if pool_id in pools]
+    return machines
+
+
+async def get(connection: Connection, organization_id: str, machine_id: UUID) -> dict[str, Any]:
+    """One machine. Raises MachineNotFound."""
+    row = await connection.fetchrow(GET, machine_id, organization_id)
+    if row is None:
+        raise MachineNotFound
+    [machine] = await show(connection, organization_id, [row])
+    return machine
+
+
+async def list_machines(
+    database: Database, organization_id: str, where: Sequence[ColumnElement[bool]], skip: int, limit: int
+) -> dict[str, Any]:
+    """One page."""
+    own = [Machine.organization_id == organization_id, *where]
+    async with database.connection() as connection:
+        rows, total = await page(connection, Machine, COLUMNS, own, skip, limit)
+        items = await show(connection, organization_id, rows)
+    return {"items": items, "total": total, "skip": skip, "limit": limit}
+
+
+# --- create and change ------------------------------------------------------------------------------------------------
+
+INSERT = """
+INSERT INTO machines (id, organization_id, user_id, fingerprint, unkey_key_id, name, version, hostname, os_info)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+"""
+
+# The active runs of the session that a machine is reserved for.
+SESSION_RUNS = """
+FROM runs
+WHERE session_id = (SELECT reserved_session_id FROM machines WHERE id = $1 AND organization_id = $2)
+  AND organization_id = $2 AND status IN ('scheduling', 'running')
+"""
+LOCK_SESSION_RUNS = f"SELECT id {SESSION_RUNS} ORDER BY created_at DESC, id DESC FOR NO KEY UPDATE"
+COUNT_SESSION_RUNS = f"SELECT count(*) {SESSION_RUNS}"
+
+LOCK_RESERVATION = """
+SELECT reserved_session_id FROM machines WHERE id = $1 AND organization_id = $2 FOR NO KEY UPDATE
+"""
+
+SESSION_ENDED = "The session was ended: its machine's reservation was cleared. Retry the run to start it again."
+
+
+async def create(services: Services, write: WriteRequest, options: MachineCreate) -> Reply:
+    """A new machine, connected and available."""
+    principal = write.principal
+
+    async def work(connection: Connection) -> Reply:
+        machine_id = uuid4()
+        await connection.execute(
+            INSERT,
+            machine_id,
+            principal.organization_id,
+            principal.user_id,
+            options.fingerprint,
+            options.unkey_key_id,
+            options.name,
+            options.version,
+            options.hostname,
+            options.os_info,
+        )
+        return Reply(201, projection.encode(await get(connection, principal.organization_id, machine_id)))
+
+    return await once(services, write, work)
+
+
+async def change(services: Services, write: WriteRequest, machine_id: UUID, options: MachineUpdate) -> Reply:
+    """Set what the request names; a cleared reservation also ends its session. Raises MachineNotFound.
+
+    A machine that goes offline keeps its active run: it may come back.
+    """
+    organization_id = write.principal.organization_id
+
+    async def work(connection: Connection) -> Reply:
+        values = changes(Machine, options)
+        if "reserved_session_id" in values:
+            if await _end_session(connection, organization_id, machine_id, services.settings):
+                values.setdefault("is_available", True)
+            else:
+                del values["reserved_session_id"]
+        if values:
+            own = update(Machine).where(Machine.id == machine_id, Machine.organization_id == organization_id)
+            statement, arguments = sql(own.values(**values))
+            await connection.execute(statement, *arguments)
+        return Reply(200, projection.encode(await get(connection, organization_id, machine_id)))
+
+    return await once(services, write, work)
+
+
+async def _end_session(connection: Connection, organization_id: str, machine_id: UUID, settings: Settings) -> bool:
+    """Lock the machine and cancel the active runs of its session; False if it is not reserved. Raises Deadlock."""
+    await connection.fetch(LOCK_SESSION_RUNS, machine_id, organization_id)
+    if await connection.fetchval(LOCK_RESERVATION, machine_id, organization_id) is None:
+        return False
+    # A run that came into the session meanwhile, and that somebody holds: he may want the machine, so begin again.
+    rows = await connection.fetch(f"{LOCK_SESSION_RUNS} SKIP LOCKED", machine_id, organization_id)
+    if len(rows) < await connection.fetchval(COUNT_SESSION_RUNS, machine_id, organization_id):
+        raise Deadlock
+    await end_runs(connection, [row["id"] for row in rows], RunStatus.CANCELLED, SESSION_ENDED, settings)
+    return True
+
+
+# --- delete -----------------------------------------------------------------------------------------------------------
+
+KNOWN = "SELECT 1 FROM machines WHERE id = $1 AND organization_id = $2"
+
+LOCK_FOR_DELETE = f"{KNOWN} FOR UPDATE"
+
+DETACH = """
+UPDATE runs SET assigned_machine_id = nullif(assigned_machine_id, $2), pinned_machine_id = nullif(pinned_machine_id, $2)
+WHERE id = ANY($1::uuid[])
+"""
+
+MACHINE_DELETED = (
+    "The machine was deleted while the run needed it. Retry the run, with another machine_id if it needs one."
+)
+
+
+async def delete(services: Services, write: WriteRequest, machine_id: UUID) -> Reply:
+    """Remove a machine; its active runs end with an error, and all its runs stay. Raises MachineNotFound."""
+    organization_id = write.principal.organization_id
+
+    async def work(connection: Connection) -> Reply:
+        if not await connection.fetchval(KNOWN, machine_id, organization_id):
+            raise MachineNotFound
+        await _detach_runs(connection, machine_id, services.settings)
+        if not await connection.fetchval(LOCK_FOR_DELETE, machine_id, organization_id):
+            raise MachineNotFound
+        await _detach_runs(connection, machine_id, services.settings)  # what was pinned or assigned to it meanwhile
+        await connection.execute("DELETE FROM machines WHERE id = $1", machine_id)
+        return Reply(204, b"")
+
+    return await once(services, write, work)
+
+
+async def _detach_runs(connection: Connection, machine_id: UUID, settings: Settings) -> None:
+    """End the active runs of a machine and take it out of all its runs.
+
+    The foreign key would do the latter too, but in one statement: too long for a machine with a long history.
+    """
+    columns: tuple[Owner, ...] = ("assigned_machine_id", "pinned_machine_id")
+    for column in columns:
+        async for run_ids in locked_runs(connection, column, machine_id):
+            await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings)
+            await connection.execute(DETACH, run_ids, machine_id)
+
+
+# --- pools of a machine -----------------------------------------------------------------------------------------------
+
+# A pool that is being given machines cannot be deleted meanwhile.
+LOCK_POOLS = "SELECT id FROM pools WHERE id = ANY($1::uuid[]) AND organization_id = $2 ORDER BY id FOR KEY SHARE"
+
+# Placement passes over machines whose pools are being changed.
+LOCK_MACHINES = """
+SELECT id FROM machines WHERE id = ANY($1::uuid[]) AND organization_id = $2 ORDER BY id FOR NO KEY UPDATE
+"""
+
+LEAVE_OTHERS = "DELETE FROM pool_machines WHERE machine_id = $1 AND pool_id <> ALL($2::uuid[])"
+
+JOIN = """
+INSERT INTO pool_machines (pool_id, machine_id)
+SELECT pool_id, machine_id FROM unnest($1::uuid[]) AS pool_id CROSS JOIN unnest($2::uuid[]) AS machine_id
+ON CONFLICT DO NOTHING
+"""
+
+
+async def lock_pools(connection: Connection, organization_id: str, pool_ids: Iterable[UUID]) -> None:
+    """Raises PoolNotFound if the organization lacks one of them."""
+    wanted = set(pool_ids)
+    if len(await connection.fetch(LOCK_POOLS, list(wanted), organization_id)) != len(wanted):
+        raise PoolNotFound
+
+
+async def lock_machines(connection: Connection, organization_id: str, machine_ids: Iterable[UUID]) -> None:
+    """Raises MachineNotFound if the organization lacks one of them."""
+    wanted = set(machine_ids)
+    if len(await connection.fetch(LOCK_MACHINES, list(wanted), organization_id)) != len(wanted):
+        raise MachineNotFound
+
+
+async def set_pools(services: Services, write: WriteRequest, machine_id: UUID, options: MachinePoolUpdate) -> Reply:
+    """Put a machine into exactly these pools. Raises MachineNotFound, PoolNotFound."""
+    organization_id = write.principal.organization_id
+
+    async def work(connection: Connection) -> Reply:
+        await lock_pools(connection, organization_id, options.pool_ids)
+        await lock_machines(connection, organization_id, [machine_id])
+        await connection.execute(LEAVE_OTHERS, machine_id, options.pool_ids)
+        await connection.execute(JOIN, options.pool_ids, [machine_id])
+        return Reply(200, projection.encode(await get(connection, organization_id, machine_id)))
+
+    return await once(services, write, work)

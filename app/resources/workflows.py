@@ -1,0 +1,126 @@
+"""Workflows: what runs execute. A workflow goes with all its runs."""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import ColumnElement, func, update
+
+from app.errors import WorkflowNotFound
+from app.idempotency import Reply, WriteRequest, once
+from app.models import Workflow
+from app.resources.crud import changes, locked_runs, page
+from app.runs import projection
+from app.runs.ending import remove_runs
+from app.schemas.resources import WorkflowCreate, WorkflowUpdate
+from app.services import Services
+from app.stores.database import Connection, Database, Record
+from app.stores.statements import sql
+
+COLUMNS = {
+    "id": "id::text",
+    "user_id": "user_id::text",
+    "organization_id": "organization_id",
+    "name": "name",
+    "main_prompt": "main_prompt",
+    "input_schema": "input_schema",
+    "output_schema": "output_schema",
+    "includes_file_exports": "includes_file_exports",
+    "is_webhooks_enabled": "is_webhooks_enabled",
+    "created_at": "created_at",
+    "updated_at": "updated_at",
+}
+UNSUPPORTED = {
+    "includes_input_variables": False,
+    "terminal_command_allowlist": None,
+    "model_metadata": None,
+    "post_run_check_failure_cleanup_prompt": None,
+    "workflow_metadata": None,
+    "old_versions": None,
+    "tags": None,
+    "post_run_checks": None,
+}
+
+GET = f"SELECT {projection.columns(COLUMNS)} FROM workflows WHERE id = $1 AND organization_id = $2"
+
+INSERT = """
+INSERT INTO workflows (id, organization_id, user_id, name, main_prompt, input_schema, output_schema,
+                       includes_file_exports, is_webhooks_enabled)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+"""
+
+# A run that is created meanwhile holds the key: this waits for it, and the next one finds no workflow.
+LOCK_FOR_DELETE = "SELECT 1 FROM workflows WHERE id = $1 AND organization_id = $2 FOR UPDATE"
+
+
+def show(row: Record) -> dict[str, Any]:
+    """A workflow as it is sent."""
+    return dict(row.items()) | UNSUPPORTED
+
+
+async def get(connection: Connection, organization_id: str, workflow_id: UUID) -> dict[str, Any]:
+    """One workflow. Raises WorkflowNotFound."""
+    row = await connection.fetchrow(GET, workflow_id, organization_id)
+    if row is None:
+        raise WorkflowNotFound
+    return show(row)
+
+
+async def list_workflows(
+    database: Database, organization_id: str, where: Sequence[ColumnElement[bool]], skip: int, limit: int
+) -> dict[str, Any]:
+    """One page."""
+    own = [Workflow.organization_id == organization_id, *where]
+    async with database.connection() as connection:
+        rows, total = await page(connection, Workflow, COLUMNS, own, skip, limit)
+    return {"items": [show(row) for row in rows], "total": total, "skip": skip, "limit": limit}
+
+
+async def create(services: Services, write: WriteRequest, options: WorkflowCreate) -> Reply:
+    """A new workflow."""
+
+    async def work(connection: Connection) -> Reply:
+        workflow_id = uuid4()
+        await connection.execute(
+            INSERT,
+            workflow_id,
+            write.principal.organization_id,
+            write.principal.user_id,
+            options.name,
+            options.main_prompt,
+            options.input_schema,
+            options.output_schema,
+            options.includes_file_exports,
+            options.is_webhooks_enabled,
+        )
+        return Reply(201, projection.encode(await get(connection, write.principal.organization_id, workflow_id)))
+
+    return await once(services, write, work)
+
+
+async def change(services: Services, write: WriteRequest, workflow_id: UUID, options: WorkflowUpdate) -> Reply:
+    """Set what the request names. Raises WorkflowNotFound."""
+    organization_id = write.principal.organization_id
+
+    async def work(connection: Connection) -> Reply:
+        own = update(Workflow).where(Workflow.id == workflow_id, Workflow.organization_id == organization_id)
+        statement, values = sql(own.values(**changes(Workflow, options), updated_at=func.now()))
+        await connection.execute(statement, *values)
+        return Reply(200, projection.encode(await get(connection, organization_id, workflow_id)))
+
+    return await once(services, write, work)
+
+
+async def delete(services: Services, write: WriteRequest, workflow_id: UUID) -> Reply:
+    """Remove a workflow and its runs with everything they name. Raises WorkflowNotFound."""
+    organization_id = write.principal.organization_id
+
+    async def work(connection: Connection) -> Reply:
+        if not await connection.fetchval(LOCK_FOR_DELETE, workflow_id, organization_id):
+            raise WorkflowNotFound
+        async for run_ids in locked_runs(connection, "workflow_id", workflow_id):
+            await remove_runs(connection, run_ids)
+        await connection.execute("DELETE FROM workflows WHERE id = $1", workflow_id)
+        return Reply(204, b"")
+
+    return await once(services, write, work)

@@ -1,1 +1,0 @@
-"""The routes: each parses, calls once, and returns. `responses=` lists every refusal."""

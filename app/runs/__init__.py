@@ -1,0 +1,1 @@
+"""The heart: the life of a run, and its retry. It knows nothing of HTTP."""

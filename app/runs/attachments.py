@@ -1,0 +1,221 @@
+"""Files of a run: an executor hands in outputs; anyone in the organization lists, reads, expires and deletes them.
+
+Whatever changes an attachment locks its run first, as a retry does: the two never see each other half-done.
+"""
+
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from app.errors import (
+    AttachmentNotFound,
+    AttemptSuperseded,
+    InputAttachmentsExpired,
+    Invalid,
+    InvalidTransition,
+    RunNotFound,
+)
+from app.idempotency import Reply, WriteRequest, check_or_replay, once
+from app.models import TERMINAL, RunStatus
+from app.runs import projection, staging
+from app.schemas.attachments import AttachmentType, RunAttachmentCreate, RunAttachmentUpdate
+from app.services import Services
+from app.stores import deletions
+from app.stores.database import Connection, Database, Record
+from app.stores.deletions import Name
+
+COLUMNS = projection.columns(projection.ATTACHMENT_COLUMNS)
+
+GET = f"SELECT {COLUMNS} FROM run_attachments a WHERE a.id = $1 AND a.organization_id = $2 AND {projection.VISIBLE}"
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+async def get(database: Database, organization_id: str, attachment_id: UUID) -> dict[str, Any]:
+    """One attachment. Raises AttachmentNotFound."""
+    async with database.connection() as connection:
+        return dict(await _get(connection, attachment_id, organization_id))
+
+
+async def _get(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
+    row = await connection.fetchrow(GET, attachment_id, organization_id)
+    if row is None:
+        raise AttachmentNotFound
+    return row
+
+
+async def list_attachments(
+    database: Database, organization_id: str, run_id: UUID | None, kind: AttachmentType | None, skip: int, limit: int
+) -> dict[str, Any]:
+    """One page, newest first."""
+    values: list[object] = [organization_id]
+    conditions = ["a.organization_id = $1", projection.VISIBLE]
+    for column, value in (("run_id", run_id), ("attachment_type", kind)):
+        if value is not None:
+            values.append(value)
+            conditions.append(f"a.{column} = ${len(values)}")
+    matching = f"FROM run_attachments a WHERE {' AND '.join(conditions)}"
+    async with database.connection() as connection:
+        total = await connection.fetchval(f"SELECT count(*) {matching}", *values)
+        rows = await connection.fetch(
+            f"SELECT {COLUMNS} {matching} ORDER BY a.created_at DESC, a.id DESC OFFSET {skip:d} LIMIT {limit:d}",
+            *values,
+        )
+    return {"items": [dict(row) for row in rows], "total": total, "skip": skip, "limit": limit}
+
+
+# --- create -----------------------------------------------------------------------------------------------------------
+
+READ_RUN = "SELECT status, attempt FROM runs WHERE id = $1 AND organization_id = $2"
+LOCK_RUN = f"{READ_RUN} FOR NO KEY UPDATE"
+
+INSERT = f"""
+WITH a AS (
+    INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type, size_bytes,
+                                 storage_path, target_path, cleanup_imports_after_run, expires_at)
+    VALUES ($1, $2, $3, $4, 'output', $5, $6, $7, $8, $9, $10, $11)
+    RETURNING *
+)
+SELECT {COLUMNS} FROM a
+"""
+
+
+async def create(services: Services, write: WriteRequest, options: RunAttachmentCreate) -> Reply:
+    """Add an output to a running run, in the steps of a retry: check, stage, switch. Raises every refusal of the route."""
+    if options.attachment_type != "output":
+        raise Invalid(
+            (
+                ("body", "attachment_type"),
+                "Only output can be added to an existing run; send inputs as file_inputs of the run or of its retry.",
+                "attachment_type",
+            )
+        )
+    staging.check_sizes(services, None, [options])
+    principal = write.principal
+
+    async def check(connection: Connection) -> int:
+        return _accepting(await connection.fetchrow(READ_RUN, options.run_id, principal.organization_id))
+
+    attempt = await check_or_replay(services, write, check)
+    if isinstance(attempt, Reply):
+        return attempt
+    [staged] = await staging.stage(services, principal.organization_id, [options.run_id], None, [options])
+    [file] = staged.files
+
+    async def switch(connection: Connection) -> Reply:
+        run = await connection.fetchrow(LOCK_RUN, options.run_id, principal.organization_id)
+        if run is not None and run["attempt"] != attempt:
+            raise AttemptSuperseded(run["attempt"])
+        _accepting(run)
+        await deletions.adopt(connection, staged.names())
+        [row] = await connection.fetch(
+            INSERT,
+            file.id,
+            options.run_id,
+            principal.organization_id,
+            principal.user_id,
+            file.filename,
+            file.content_type,
+            file.size,
+            file.key,
+            file.target_path,
+            file.cleanup,
+            options.expires_at,
+        )
+        return Reply(201, projection.encode(dict(row)))
+
+    return await once(services, write, switch)
+
+
+def _accepting(run: Record | None) -> int:
+    """The run's attempt if it accepts outputs. Used on a plain read by check, and on the locked row by switch."""
+    if run is None:
+        raise RunNotFound
+    status = RunStatus(run["status"])
+    if status is not RunStatus.RUNNING:
+        hint = "Only POST /v1/runs/{run_id}/retry reopens it." if status in TERMINAL else "Report `running` first."
+        raise InvalidTransition(f"A run that is {status} accepts no output files. {hint}")
+    attempt: int = run["attempt"]
+    return attempt
+
+
+# --- change and delete ------------------------------------------------------------------------------------------------
+
+LOCK_RUN_OF = """
+SELECT 1 FROM runs WHERE id = (SELECT run_id FROM run_attachments WHERE id = $1 AND organization_id = $2)
+FOR NO KEY UPDATE
+"""
+
+EXPIRE = f"""
+WITH a AS (UPDATE run_attachments SET expires_at = $2 WHERE id = $1 RETURNING *) SELECT {COLUMNS} FROM a
+"""
+
+
+async def _lock(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
+    """The attachment, under its run's lock. Raises AttachmentNotFound."""
+    await connection.execute(LOCK_RUN_OF, attachment_id, organization_id)
+    return await _get(connection, attachment_id, organization_id)
+
+
+async def update(services: Services, write: WriteRequest, attachment_id: UUID, options: RunAttachmentUpdate) -> Reply:
+    """Change when the file expires; a time in the past expires it now. Raises every refusal of the route."""
+
+    async def work(connection: Connection) -> Reply:
+        row = await _lock(connection, attachment_id, write.principal.organization_id)
+        if "expires_at" in options.model_fields_set:
+            if not row["storage_path"]:
+                raise InputAttachmentsExpired
+            [row] = await connection.fetch(EXPIRE, attachment_id, options.expires_at)
+        return Reply(200, projection.encode(dict(row)))
+
+    return await once(services, write, work)
+
+
+async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -> Reply:
+    """Remove the row and list its bytes in the same transaction. Raises AttachmentNotFound."""
+    organization_id = write.principal.organization_id
+
+    async def work(connection: Connection) -> Reply:
+        row = await _lock(connection, attachment_id, organization_id)
+        if row["storage_path"]:
+            await deletions.due(connection, [Name("storage", row["storage_path"])])
+        await connection.execute("DELETE FROM run_attachments WHERE id = $1", attachment_id)
+        return Reply(204, b"")
+
+    return await once(services, write, work)
+
+
+# --- expire -----------------------------------------------------------------------------------------------------------
+
+# An active run keeps its inputs: it may be reading them. The run's lock keeps a retry from adopting what is expiring.
+EXPIRED = """
+SELECT a.id, r.organization_id
+FROM run_attachments a JOIN runs r ON r.id = a.run_id
+WHERE a.expires_at <= now() + $1 AND a.storage_path IS NOT NULL
+  AND (a.attachment_type = 'output' OR r.status NOT IN ('scheduling', 'running'))
+ORDER BY a.expires_at LIMIT 200 FOR NO KEY UPDATE OF r SKIP LOCKED
+"""
+
+# Read again under the lock: a PUT may have given the file more time since the first look.
+STILL_EXPIRED = """
+SELECT id, storage_path FROM run_attachments
+WHERE id = ANY($1::uuid[]) AND expires_at <= now() + $2 AND storage_path IS NOT NULL
+"""
+
+
+async def expire_attachments(database: Database, *, ahead: timedelta = timedelta(0)) -> set[str]:
+    """Collect attachments past their expiry, one batch; returns their organizations.
+
+    An output goes with its row. An input's row stays, without bytes, so that a retry can say that it has expired.
+    """
+    async with database.transaction() as connection:
+        rows = await connection.fetch(EXPIRED, ahead)
+        if rows:
+            expired = await connection.fetch(STILL_EXPIRED, [row["id"] for row in rows], ahead)
+            ids = [row["id"] for row in expired]
+            await connection.execute(
+                "DELETE FROM run_attachments WHERE id = ANY($1::uuid[]) AND attachment_type = 'output'", ids
+            )
+            await connection.execute("UPDATE run_attachments SET storage_path = NULL WHERE id = ANY($1::uuid[])", ids)
+            await deletions.due(connection, [Name("storage", row["storage_path"]) for row in expired])
+    return {row["organization_id"] for row in rows}

@@ -1,0 +1,117 @@
+"""A run's life around the retry: create, report, end, delete.
+
+Whatever ends a run goes through `end_runs` or `_ended`, and whatever removes its row through `remove_runs`: they free the
+machine, release the session, and put secrets and blobs on the deletion list in the same transaction.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID, uuid4
+
+from app.errors import PayloadTooLarge, WorkflowNotFound
+from app.idempotency import Reply, WriteRequest, check_or_replay, once
+from app.runs import projection, staging
+from app.runs.sessions import Session, alias_needs_session, refuse_contradictions
+from app.scheduling.targets import check_targets, lane
+from app.schemas.runs import RunBulkCreate, RunCreate
+from app.services import Services
+from app.stores.database import Connection
+from app.stores.statements import json_text
+
+# --- create -----------------------------------------------------------------------------------------------------------
+
+KNOWN_WORKFLOW = "SELECT 1 FROM workflows WHERE id = $1 AND organization_id = $2 FOR KEY SHARE"
+
+INSERT = """
+INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
+                  input_values, session_id, session_alias, release_session_after, lane, queue_rank,
+                  sensitive_input_aliases, secret_path, created_at, queued_at)
+SELECT id, $1, $2, $3, 'scheduling', $4, $5, $6, $7::json, $8, $9, $10, $11, $12,
+       aliases::json, secret_path, clock_timestamp(), clock_timestamp()
+FROM unnest($13::uuid[], $14::text[], $15::text[]) AS planned (id, aliases, secret_path)
+"""
+
+# Read by a statement of its own, which sees all that was inserted: runs of one session wait for each other.
+CREATED = f"""
+SELECT {projection.columns(projection.RUN_COLUMNS)} FROM runs r {projection.RUN_SOURCE}
+WHERE r.id = ANY($1::uuid[]) ORDER BY array_position($1::uuid[], r.id)
+"""
+
+
+async def create(services: Services, write: WriteRequest, options: RunCreate) -> Reply:
+    """One new run; with start_session its session's id is its own. Raises every refusal of the route."""
+    run_id = uuid4()
+
+    def show(runs: list[dict[str, Any]]) -> dict[str, Any]:
+        return runs[0]
+
+    return await _create(services, write, options, [run_id], run_id, show)
+
+
+async def create_bulk(services: Services, write: WriteRequest, options: RunBulkCreate) -> Reply:
+    """`count` runs or none; with start_session they share one new session. Raises every refusal of the route."""
+
+    def show(runs: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"created_runs": runs, "failed_count": 0, "errors": []}
+
+    return await _create(services, write, options, [uuid4() for _ in range(options.count)], uuid4(), show)
+
+
+async def _create(
+    services: Services,
+    write: WriteRequest,
+    options: RunCreate | RunBulkCreate,
+    run_ids: Sequence[UUID],
+    new_session_id: UUID,
+    show: Any,
+) -> Reply:
+    """The same steps as a retry: check, stage, switch, settle."""
+    refuse_contradictions(options.session_id, options.start_session)
+    session_id = new_session_id if options.start_session else options.session_id
+    session = alias_needs_session(Session(session_id, options.session_alias, options.release_session_after))
+    staging.check_sizes(services, options.sensitive_input_values, options.file_inputs, copies=len(run_ids))
+    input_values = json_text(options.input_values)
+    if len(run_ids) * len(input_values or "") > services.settings.max_body_bytes:
+        raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
+    principal = write.principal
+    if options.sensitive_input_values or options.file_inputs:
+
+        async def check(connection: Connection) -> None:
+            await _check(connection, principal.organization_id, options)
+
+        if (replayed := await check_or_replay(services, write, check)) is not None:
+            return replayed
+    planned = await staging.stage(
+        services, principal.organization_id, run_ids, options.sensitive_input_values, options.file_inputs
+    )
+
+    async def switch(connection: Connection) -> Reply:
+        await _check(connection, principal.organization_id, options)
+        await connection.execute(
+            INSERT,
+            principal.organization_id,
+            options.workflow_id,
+            principal.user_id,
+            bool(options.is_priority),
+            options.machine_id,
+            options.pool_ids,
+            input_values,
+            session.id,
+            session.alias,
+            session.release_after,
+            *lane(session.id, options.machine_id, options.pool_ids, bool(options.is_priority)),
+            run_ids,
+            [json_text(one.aliases) for one in planned],
+            [one.secret_path for one in planned],
+        )
+        await staging.adopt(connection, dict(zip(run_ids, planned, strict=True)), principal)
+        rows = await connection.fetch(CREATED, run_ids)
+        return Reply(201, projection.encode(show([projection.run(row) for row in rows])))
+
+    return await once(services, write, switch)
+
+
+async def _check(connection: Connection, organization_id: str, options: RunCreate | RunBulkCreate) -> None:
+    if not await connection.fetchval(KNOWN_WORKFLOW, options.workflow_id, organization_id):
+        raise WorkflowNotFound
+    await check_targets(connection, organization_id, options)

@@ -1,0 +1,166 @@
+"""How rows are read and shown: the columns of each reply, and the bytes made of them.
+
+Values that are JSON in the table are put into the reply as they are, without being parsed. UUIDs are read as text.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+
+from app.stores.database import Record
+
+# `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
+# have ended: their session may have gone on to a machine that they were never on.
+IS_ACTIVE = "r.status IN ('scheduling', 'running')"
+RUN_SOURCE = f"""
+LEFT JOIN LATERAL (
+    SELECT id FROM machines
+    WHERE r.session_id IS NOT NULL AND {IS_ACTIVE} AND reserved_session_id = r.session_id
+      AND organization_id = r.organization_id
+    LIMIT 1  -- it is unique; the limit keeps the planner from joining all machines with the few runs that are shown
+) AS m ON true
+"""
+
+# An output is gone once it has expired, collected or not. An input's row stays: it is why a retry is refused.
+VISIBLE = "(a.attachment_type = 'input' OR a.expires_at IS NULL OR a.expires_at > now())"
+
+
+def _attachment_ids(kind: str) -> str:
+    return (
+        "ARRAY(SELECT a.id::text FROM run_attachments a"
+        f" WHERE a.run_id = r.id AND a.attachment_type = '{kind}' AND {VISIBLE} ORDER BY a.created_at, a.id)"
+    )
+
+
+def _produced(column: str) -> str:
+    """Of the current attempt. Not joined: a plan made while the table is nearly empty would read all of it ever after."""
+    return f"(SELECT o.{column} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt)"
+
+
+# Why a scheduling run has not started. Computed on read: it depends on other rows and would be stale when stored.
+SCHEDULING_REASON = """
+CASE
+    WHEN r.status <> 'scheduling' THEN NULL
+    WHEN r.assigned_machine_id IS NOT NULL THEN 'assigned'
+    WHEN r.session_id IS NOT NULL AND EXISTS (
+        SELECT FROM runs o WHERE o.session_id = r.session_id AND o.id <> r.id AND (
+            o.status = 'running'
+            OR (o.status = 'scheduling' AND (o.assigned_machine_id IS NOT NULL OR (o.queued_at, o.id) < (r.queued_at, r.id))))
+    ) THEN 'waiting_for_session'
+    WHEN m.id IS NOT NULL OR r.pinned_machine_id IS NOT NULL THEN (
+        SELECT CASE
+            WHEN t.status <> 'connected' OR NOT t.is_available THEN 'machine_offline'
+            WHEN (t.reserved_session_id IS NOT NULL AND t.reserved_session_id IS DISTINCT FROM r.session_id) OR EXISTS (
+                SELECT FROM runs o WHERE o.assigned_machine_id = t.id AND o.status IN ('scheduling', 'running')
+            ) THEN 'machine_busy'
+            ELSE 'waiting_for_machine'
+        END
+        FROM machines t WHERE t.id = coalesce(m.id, r.pinned_machine_id)
+    )
+    WHEN cardinality(r.pool_ids) > 0 AND NOT EXISTS (
+        SELECT FROM pool_machines one WHERE one.pool_id = r.pool_ids[1] AND NOT EXISTS (
+            SELECT FROM unnest(r.pool_ids) AS wanted (id) WHERE NOT EXISTS (
+                SELECT FROM pool_machines p WHERE p.pool_id = wanted.id AND p.machine_id = one.machine_id))
+    ) THEN 'no_machine_in_pools'
+    ELSE 'waiting_for_machine'
+END
+"""
+
+RUN_COLUMNS = {
+    "id": "r.id::text",
+    "workflow_id": "r.workflow_id::text",
+    "machine_id": "coalesce(r.assigned_machine_id, m.id, r.pinned_machine_id)::text",
+    "assigned_machine_id": "r.assigned_machine_id::text",
+    "user_id": "r.user_id::text",
+    "organization_id": "r.organization_id",
+    "status": "r.status",
+    "scheduling_reason": SCHEDULING_REASON,
+    "attempt": "r.attempt",
+    "is_priority": "r.is_priority",
+    "error": "r.error",
+    "output_data": _produced("output_data"),
+    "output_attachment_ids": _attachment_ids("output"),
+    "run_message_history": _produced("run_message_history"),
+    "input_attachment_ids": _attachment_ids("input"),
+    "input_values": "r.input_values",
+    "sensitive_input_aliases": "r.sensitive_input_aliases",
+    "pool_ids": "r.pool_ids::text[]",
+    "session_id": "r.session_id::text",
+    "session_alias": "r.session_alias",
+    "release_session_after": "r.release_session_after",
+    "created_at": "r.created_at",
+    "started_at": "r.started_at",
+    "ended_at": "r.ended_at",
+}
+RUN_BASE_FIELDS = ("id", "workflow_id", "machine_id", "status", "created_at")
+RUN_UNSUPPORTED = {"main_prompt": None, "model_metadata": None, "usage_metadata": None, "post_run_checks": None}
+_RUN_JSON = ("output_data", "run_message_history", "input_values", "sensitive_input_aliases")
+
+
+def columns(table: dict[str, str], names: Iterable[str] | None = None) -> str:
+    """A SELECT list of these columns, all by default."""
+    return ", ".join(f"{table[name]} AS {name}" for name in (table if names is None else names))
+
+
+def document(overrides: dict[str, str]) -> str:
+    """A SQL expression for the bytes of a run's reply, with other expressions for some of its keys."""
+    shown = {name: _rfc3339(text) if name.endswith("_at") else text for name, text in RUN_COLUMNS.items()} | overrides
+    pairs = ", ".join(f"'{name}', {text}" for name, text in (shown | dict.fromkeys(RUN_UNSUPPORTED, "NULL")).items())
+    return f"convert_to(json_build_object({pairs})::text, 'UTF8')"
+
+
+def _rfc3339(time: str) -> str:
+    """As `encode` shows times."""
+    return f"""replace(to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), '.000000Z', 'Z')"""
+
+
+GET_RUN = f"SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE} WHERE r.id = $1 AND r.organization_id = $2"
+
+
+def run(row: Record, unsupported: dict[str, None] | None = None) -> dict[str, Any]:
+    """A run as it is sent; `unsupported` names the keys that are always null (all of them by default)."""
+    document = dict(row.items())
+    for name in _RUN_JSON:
+        value = document.get(name)
+        if value is not None:
+            document[name] = orjson.Fragment(value)
+    document.update(RUN_UNSUPPORTED if unsupported is None else unsupported)
+    return document
+
+
+ATTEMPT_COLUMNS = {
+    "run_id": "t.run_id::text",
+    "attempt": "t.attempt",
+    "status": "t.status",
+    "error": "t.error",
+    "machine_id": "t.machine_id::text",
+    "session_id": "t.session_id::text",
+    "started_at": "t.started_at",
+    "ended_at": "t.ended_at",
+    "retried_at": "t.retried_at",
+    "retried_by_key_id": "t.retried_by_key_id::text",
+    "retried_by_user_id": "t.retried_by_user_id::text",
+    "overridden": "t.overridden",
+}
+
+ATTACHMENT_COLUMNS = {
+    "id": "a.id::text",
+    "run_id": "a.run_id::text",
+    "user_id": "a.user_id::text",
+    "organization_id": "a.organization_id",
+    "attachment_type": "a.attachment_type",
+    "filename": "a.filename",
+    "content_type": "a.content_type",
+    "size_bytes": "a.size_bytes",
+    "storage_path": "coalesce(a.storage_path, '')",
+    "target_path": "a.target_path",
+    "cleanup_imports_after_run": "a.cleanup_imports_after_run",
+    "created_at": "a.created_at",
+    "expires_at": "a.expires_at",
+}
+
+
+def encode(document: object) -> bytes:
+    """JSON bytes: times as RFC 3339 in UTC with a Z. The driver reads the first and the last moment without an offset."""
+    return orjson.dumps(document, option=orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC)

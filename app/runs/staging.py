@@ -1,0 +1,165 @@
+"""Stage: write a request's secrets and files under fresh names that are already on the deletion list.
+
+No transaction and no pooled connection is held while Vault or the file store answer. Whatever happens afterwards, a name is
+either adopted by the switch or deleted by the collector.
+"""
+
+import asyncio
+import mimetypes
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+from app.auth import Principal
+from app.errors import DatabaseUnavailable, OutcomeUnknown, PayloadTooLarge
+from app.schemas.attachments import FileInput, RunAttachmentCreate
+from app.services import Services
+from app.stores import deletions, vault
+from app.stores.database import Connection
+from app.stores.deletions import Name
+from app.stores.files import file_headers
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """A file whose bytes are in the store, not yet a run's."""
+
+    id: UUID
+    key: str
+    filename: str
+    content_type: str
+    size: int
+    target_path: str | None
+    cleanup: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What was written for one run; nothing by default."""
+
+    secret_path: str | None = None
+    aliases: dict[str, str] | None = None
+    files: Sequence[StagedFile] = ()
+
+    def names(self) -> list[Name]:
+        secret = [Name("vault", self.secret_path)] if self.secret_path is not None else []
+        return secret + [Name("storage", file.key) for file in self.files]
+
+
+def content_type(file: FileInput) -> str:
+    """The media type that an executor gave, else the one that the name suggests."""
+    if isinstance(file, RunAttachmentCreate):
+        return file.content_type
+    return mimetypes.guess_type(file.filename, strict=True)[0] or "application/octet-stream"
+
+
+def check_sizes(
+    services: Services, secrets: dict[str, Any] | None, files: Sequence[FileInput] | None, *, copies: int = 1
+) -> None:
+    """Raises PayloadTooLarge for what will be staged `copies` times. Base64 was decoded when the body was read."""
+    settings = services.settings
+    files = files or ()
+    vault.stored(secrets or {})
+    if len(files) > settings.max_files:
+        raise PayloadTooLarge(f"At most {settings.max_files} files can be sent; send fewer file_inputs.")
+    if any(len(file.content) > settings.max_file_bytes for file in files):
+        raise PayloadTooLarge(f"A file may have at most {settings.max_file_bytes} bytes; send a smaller file.")
+    if copies * sum(len(file.content) for file in files) > settings.max_body_bytes:
+        raise PayloadTooLarge(
+            f"count times the files' bytes may be at most {settings.max_body_bytes}; send fewer runs or smaller files."
+        )
+
+
+async def stage(
+    services: Services,
+    organization_id: str,
+    run_ids: Sequence[UUID],
+    secrets: dict[str, Any] | None,
+    files: Sequence[FileInput] | None,
+) -> list[Staged]:
+    """WriteRequest the secrets and files once per run. Raises VaultUnavailable, StorageUnavailable, DatabaseUnavailable."""
+    planned = [_plan(services, organization_id, run_id, secrets, files or ()) for run_id in run_ids]
+    names = [name for staged in planned for name in staged.names()]
+    if names:
+        deadline = time.monotonic() + services.settings.stage_timeout_seconds
+        try:
+            async with services.database.transaction() as connection:
+                await deletions.stage(connection, names, services.settings.stage_grace_seconds)
+        except OutcomeUnknown:
+            raise DatabaseUnavailable from None  # at most names are listed that nothing was written under
+        # Patience with a slot is for those whom others hold up: a request with many writes queues them here, where only the
+        # deadline counts, and never has more of them waiting than run at once.
+        vault_turns = asyncio.Semaphore(services.settings.vault_concurrency)
+        storage_turns = asyncio.Semaphore(services.settings.storage_concurrency)
+
+        async def write(path: str, values: dict[str, Any]) -> None:
+            async with vault_turns:
+                await services.secrets.write(path, values, deadline=deadline)
+
+        async def put(file: StagedFile, content: bytes) -> None:
+            async with storage_turns:
+                headers = file_headers(file.filename, file.content_type)
+                await services.files.put(file.key, content, deadline=deadline, attributes=headers)
+
+        contents = [file.content for file in files or ()]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for staged in planned:
+                    if staged.secret_path is not None and secrets:
+                        group.create_task(write(staged.secret_path, secrets))
+                    for file, content in zip(staged.files, contents, strict=True):
+                        group.create_task(put(file, content))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # one refusal is enough for one reply
+    return planned
+
+
+def _plan(
+    services: Services, organization_id: str, run_id: UUID, secrets: dict[str, Any] | None, files: Sequence[FileInput]
+) -> Staged:
+    # In order: files of one request are created at the same time, and lists break the tie by id.
+    ids = sorted(uuid4() for _ in files)
+    path = services.secrets.new_path(organization_id, run_id) if secrets else None
+    aliases = None if secrets is None else vault.aliases(services.secrets.mount, path, secrets) if path else {}
+    return Staged(
+        path,
+        aliases,
+        [
+            StagedFile(
+                file_id,
+                services.files.new_key(organization_id, run_id),
+                file.filename,
+                content_type(file),
+                len(file.content),
+                file.target_path,
+                bool(file.cleanup_imports_after_run),
+            )
+            for file_id, file in zip(ids, files, strict=True)
+        ],
+    )
+
+
+ATTACH = """
+INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type, size_bytes,
+                             storage_path, target_path, cleanup_imports_after_run)
+SELECT id, run_id, $1, $2, 'input', filename, content_type, size_bytes, storage_path, target_path, cleanup
+FROM unnest($3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::bigint[], $8::text[], $9::text[], $10::bool[])
+    AS file (id, run_id, filename, content_type, size_bytes, storage_path, target_path, cleanup)
+"""
+
+
+async def adopt(connection: Connection, staged: Mapping[UUID, Staged], principal: Principal) -> None:
+    """Make runs name what was staged for them, in the transaction that changes or creates them.
+
+    Raises VaultUnavailable or StorageUnavailable when staging took so long that a name was condemned.
+    """
+    await deletions.adopt(connection, [name for one in staged.values() for name in one.names()])
+    rows = [
+        (file.id, run_id, file.filename, file.content_type, file.size, file.key, file.target_path, file.cleanup)
+        for run_id, one in staged.items()
+        for file in one.files
+    ]
+    if rows:
+        await connection.execute(ATTACH, principal.organization_id, principal.user_id, *zip(*rows, strict=True))

@@ -1,0 +1,1 @@
+"""Where a run may go, and which run gets which machine."""

@@ -1,0 +1,89 @@
+"""The wire types of files: those sent with a run, and those that an executor hands in."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+from uuid import UUID
+
+from pydantic import Field, WithJsonSchema
+
+from app.schemas.values import (
+    EXAMPLE_ID,
+    MAX_NAME,
+    Base64,
+    FileName,
+    Payload,
+    Reply,
+    TargetPath,
+    Timestamp,
+    example,
+)
+
+AttachmentType = Literal["input", "output"]
+_MEDIA_TYPE = r"^[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}( ?; ?[A-Za-z0-9_-]+=[A-Za-z0-9_.-]+)*$"
+
+
+class FileInput(Payload):
+    """A file for the machine."""
+
+    filename: FileName = Field(
+        description="Bare file name, without any path; at most 255 bytes of UTF-8.", examples=["invoice.pdf"]
+    )
+    content: Base64 = Field(description="The bytes, base64.", examples=["aGVsbG8="])
+    target_path: TargetPath | None = Field(None, description="Where to put it on the machine (Windows or POSIX path).")
+    cleanup_imports_after_run: bool | None = Field(
+        default=False, description="Delete it from the machine after the run."
+    )
+
+
+class RunAttachmentCreate(FileInput):
+    """A file that an executor hands in for its run."""
+
+    model_config = example(
+        run_id=EXAMPLE_ID, filename="report.csv", content="YSxiCg==", content_type="text/csv", attachment_type="output"
+    )
+
+    run_id: UUID = Field(description="The run; it must be running.")
+    content_type: str = Field(
+        pattern=_MEDIA_TYPE, max_length=MAX_NAME, description="Media type.", examples=["text/csv"]
+    )
+    attachment_type: Annotated[AttachmentType, WithJsonSchema({"type": "string", "enum": ["output"]})] = Field(
+        description="Only `output` can be added to an existing run."
+    )
+    expires_at: Timestamp | None = Field(
+        None, description="When the file is deleted; null keeps it as long as the run."
+    )
+
+
+class RunAttachmentUpdate(Payload):
+    """Absent keeps the expiry, null removes it."""
+
+    model_config = example(expires_at="2030-01-31T12:00:00Z")
+
+    expires_at: Timestamp | None = Field(
+        None, description="When the file is deleted; null keeps it as long as the run."
+    )
+
+
+class RunAttachmentResponse(Reply):
+    """A file of a run."""
+
+    id: UUID
+    run_id: UUID
+    user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
+    organization_id: str | None
+    attachment_type: AttachmentType
+    filename: str
+    content_type: str
+    size_bytes: int = Field(description="Size of the file itself.")
+    storage_path: str = Field(description="Key in the file store; empty once an expired input's bytes were deleted.")
+    target_path: str | None = Field(description="Where to put it on the machine.")
+    cleanup_imports_after_run: bool = Field(description="Delete it from the machine after the run.")
+    created_at: datetime
+    expires_at: datetime | None = Field(description="When the file is deleted; null keeps it as long as the run.")
+
+
+class DownloadUrlResponse(Reply):
+    """A URL that works without an API key until it expires."""
+
+    url: str = Field(description="Good for GET alone.")
+    expires_in: int = Field(description="Seconds.")

@@ -1,0 +1,36 @@
+"""The wire types of refusals and of health."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str = Field(description="`urn:problem:` and the code.")
+    title: str = Field(description="The name of the status.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What happened and what to do.")
+    code: str = Field(description="Stable name of the refusal.")
+
+
+class ValidationItem(BaseModel):
+    """One thing wrong with a request: where, and what; never the value."""
+
+    loc: list[str | int] = Field(description="Where: `body`, `path`, `query` or `header`, then the field.")
+    msg: str = Field(description="What is wrong, and what would be right.")
+    type: str = Field(description="Stable name of the kind of error.")
+
+
+class ValidationProblem(BaseModel):
+    """Bad input, in FastAPI's form."""
+
+    detail: list[ValidationItem]
+
+
+class Health(BaseModel):
+    """`ok`, or what is down."""
+
+    status: Literal["ok", "unavailable"]
+    down: list[str] = Field(description="Dependencies that did not answer.")

@@ -1,0 +1,192 @@
+"""The wire types of workflows, machines and pools."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+from uuid import UUID
+
+from pydantic import Field
+
+from app.schemas.values import (
+    EXAMPLE_ID,
+    Name,
+    Payload,
+    PoolIds,
+    Reply,
+    Text,
+    Timestamp,
+    Unsupported,
+    example,
+)
+
+
+class WorkflowCreate(Payload):
+    """A new workflow."""
+
+    model_config = example(name="Monthly report", main_prompt="Open the report, fill in the figures, and save it.")
+
+    main_prompt: Text = Field(description="What the agent is told to do.")
+    name: Name | None = Field(None, description="What people call it.")
+    input_schema: Text | None = Field(
+        None, description="JSON Schema of input_values, as text; kept as it is, not applied."
+    )
+    output_schema: Text | None = Field(
+        None, description="JSON Schema of output_data, as text; kept as it is, not applied."
+    )
+    includes_file_exports: bool = Field(default=False, description="Its runs hand in files.")
+    is_webhooks_enabled: bool = Field(default=False, description="Kept for clients; this service sends no webhooks.")
+
+
+class WorkflowUpdate(Payload):
+    """Absent keys stay as they are."""
+
+    model_config = example(name="Weekly report")
+
+    main_prompt: Text | None = Field(None, description="What the agent is told to do; null keeps it.")
+    name: Name | None = Field(None, description="What people call it.")
+    input_schema: Text | None = Field(
+        None, description="JSON Schema of input_values, as text; kept as it is, not applied."
+    )
+    output_schema: Text | None = Field(
+        None, description="JSON Schema of output_data, as text; kept as it is, not applied."
+    )
+    includes_file_exports: bool | None = Field(None, description="Its runs hand in files.")
+    is_webhooks_enabled: bool | None = Field(None, description="Kept for clients; this service sends no webhooks.")
+
+
+class WorkflowResponse(Reply):
+    """A workflow."""
+
+    id: UUID
+    user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
+    organization_id: str | None
+    name: str | None
+    main_prompt: str = Field(description="What the agent is told to do.")
+    input_schema: str | None = Field(description="JSON Schema of input_values, as text.")
+    output_schema: str | None = Field(description="JSON Schema of output_data, as text.")
+    includes_file_exports: bool = Field(description="Its runs hand in files.")
+    is_webhooks_enabled: bool = Field(description="Kept for clients; this service sends no webhooks.")
+    includes_input_variables: bool = Field(description="Always false.")
+    terminal_command_allowlist: Unsupported
+    model_metadata: Unsupported
+    post_run_check_failure_cleanup_prompt: Unsupported
+    workflow_metadata: Unsupported
+    old_versions: Unsupported
+    tags: Unsupported
+    post_run_checks: Unsupported
+    created_at: datetime
+    updated_at: datetime
+
+
+MachineStatus = Literal["connected", "disconnected", "error"]
+
+
+class MachineCreate(Payload):
+    """A machine that registers itself."""
+
+    model_config = example(fingerprint="5f2b9c", unkey_key_id="key_1", hostname="desk-7")
+
+    fingerprint: Name = Field(min_length=1, description="Identifies the hardware.")
+    unkey_key_id: Name = Field(min_length=1, description="The vendor's id of the machine's key.")
+    name: Name | None = Field(None, description="What people call it.")
+    version: Name | None = Field(None, description="Version of the software that drives it.")
+    hostname: Name | None = Field(None, description="Its name in the network.")
+    os_info: Name | None = Field(None, description="Its operating system.")
+
+
+class MachineUpdate(Payload):
+    """Absent keys stay as they are. `reserved_session_id: null` ends the session on this machine."""
+
+    model_config = example(status="disconnected", is_available=False)
+
+    name: Name | None = Field(None, description="What people call it.")
+    version: Name | None = Field(None, description="Version of the software that drives it.")
+    hostname: Name | None = Field(None, description="Its name in the network.")
+    os_info: Name | None = Field(None, description="Its operating system.")
+    status: MachineStatus | None = Field(None, description="Only a connected machine is given runs.")
+    is_available: bool | None = Field(None, description="Only an available machine is given runs.")
+    alerts_enabled: bool | None = Field(None, description="Kept for clients; this service sends no alerts.")
+    last_seen: Timestamp | None = Field(None, description="When it was last heard of.")
+    reserved_session_id: None = Field(
+        None, description="Only null: cancels the session's active runs, clears the reservation and frees the machine."
+    )
+
+
+class PoolResponse(Reply):
+    """A pool."""
+
+    id: UUID
+    organization_id: str
+    name: str
+    description: str | None = Field(description="What it is for.")
+    pool_parameters: Unsupported
+    pool_sensitive_parameters: Unsupported
+    machine_count: int = Field(description="Machines in it.")
+    created_at: datetime
+    updated_at: datetime
+
+
+class MachineResponse(Reply):
+    """A machine."""
+
+    id: UUID
+    fingerprint: str = Field(
+        description="Identifies the hardware."
+    )  # SDKs before 2.2.59 cannot read a machine without it
+    unkey_key_id: str = Field(description="The vendor's id of the machine's key.")
+    user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
+    organization_id: str | None
+    name: str | None
+    version: str | None = Field(description="Version of the software that drives it.")
+    hostname: str | None = Field(description="Its name in the network.")
+    os_info: str | None = Field(description="Its operating system.")
+    status: MachineStatus = Field(description="Only a connected machine is given runs.")
+    is_available: bool = Field(description="Only an available machine is given runs.")
+    alerts_enabled: bool = Field(description="Kept for clients; this service sends no alerts.")
+    reserved_session_id: UUID | None = Field(description="Only runs of this session are given to it.")
+    machine_parameters: Unsupported
+    machine_sensitive_parameters: Unsupported
+    linked_keepalive_machine_id: Unsupported
+    physical_server_id: Unsupported
+    pools: list[PoolResponse]
+    created_at: datetime
+    last_seen: datetime = Field(description="When it was last heard of.")
+
+
+class MachinePoolUpdate(Payload):
+    """The pools a machine is in from now on."""
+
+    model_config = example(pool_ids=[EXAMPLE_ID])
+
+    pool_ids: PoolIds = Field(description="All pools it is in from now on.")
+
+
+class PoolCreate(Payload):
+    """A new pool."""
+
+    model_config = example(name="Finance", description="Machines that may see the ledgers.")
+
+    name: Name = Field(min_length=1, description="What people call it.")
+    description: Text | None = Field(None, description="What it is for.")
+
+
+class PoolUpdate(Payload):
+    """Absent keys stay as they are."""
+
+    model_config = example(description="Machines with the ledger software.")
+
+    name: Name | None = Field(None, min_length=1, description="What people call it; null keeps it.")
+    description: Text | None = Field(None, description="What it is for; null clears it.")
+
+
+class PoolWithMachines(PoolResponse):
+    """A pool and its machines."""
+
+    machines: list[MachineResponse]
+
+
+class MachinePoolAssignment(Payload):
+    """Machines to add to a pool, or to take out of it."""
+
+    model_config = example(machine_ids=[EXAMPLE_ID])
+
+    machine_ids: Annotated[list[UUID], Field(max_length=1000)] = Field(description="The machines.")

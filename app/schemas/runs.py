@@ -1,0 +1,194 @@
+"""The wire types of runs: what a caller may send, and every key of what we answer.
+
+Replies are declared here for the OpenAPI document; they are built where they are read (runs/projection.py).
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import ConfigDict, Field
+
+from app.models import RunStatus
+from app.schemas.attachments import FileInput
+from app.schemas.values import (
+    EXAMPLE_ID,
+    Attempt,
+    Count,
+    JsonObject,
+    Name,
+    Payload,
+    PoolIds,
+    Reply,
+    Text,
+    Timestamp,
+    Unsupported,
+    Variables,
+    example,
+)
+
+
+class _Overrides(Payload):
+    input_values: Variables | None = Field(
+        None, description="Values of the workflow's variables.", examples=[{"user": "Ada"}]
+    )
+    sensitive_input_values: Variables | None = Field(
+        None,
+        description="Secrets by name, any JSON. They go to Vault; replies show aliases.",
+        examples=[{"password": "s3cret"}],
+    )
+    file_inputs: list[FileInput] | None = Field(None, description="Input files.")
+    machine_id: UUID | None = Field(None, description="Pin this machine; wins over pool_ids.")
+    pool_ids: PoolIds | None = Field(None, description="The machine must be in all of these pools.")
+    session_id: UUID | None = Field(None, description="Join this session.")
+    start_session: bool | None = Field(default=False, description="Start a new session. Not together with session_id.")
+
+
+class _SessionOverrides(_Overrides):
+    session_alias: Name | None = Field(None, description="Name of this run within its session.")
+    release_session_after: bool | None = Field(None, description="Release the session's machine when this run ends.")
+
+
+class RunRetry(_SessionOverrides):
+    """What to change for the next attempt. Absent and null both mean: keep."""
+
+    model_config = example(
+        input_values={"customer": "Ada"},
+        sensitive_input_values={"password": "s3cret"},
+        file_inputs=[{"filename": "invoice.pdf", "content": "aGVsbG8=", "target_path": "C:\\in\\invoice.pdf"}],
+        is_priority=True,
+    )
+
+    reuse_session: bool | None = Field(default=True, description="false drops the session, unless a new one is given.")
+    is_priority: bool | None = Field(None, description="Start before runs without priority.")
+
+
+class RunCreate(_SessionOverrides):
+    """A new run of a workflow."""
+
+    model_config = example(
+        workflow_id=EXAMPLE_ID,
+        input_values={"customer": "Ada"},
+        sensitive_input_values={"password": "s3cret"},
+        start_session=True,
+        session_alias="morning",
+    )
+
+    workflow_id: UUID = Field(description="What to run.")
+    is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
+
+
+class RunBulkCreate(_SessionOverrides):
+    """Many runs that are alike."""
+
+    model_config = example(workflow_id=EXAMPLE_ID, count=2, input_values={"customer": "Ada"})
+
+    workflow_id: UUID = Field(description="What to run.")
+    count: Count = Field(description="How many runs.")
+    is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
+
+
+class RunUpdate(Payload):
+    """An executor's report. Absent keys stay as they are; null empties a value."""
+
+    model_config = example(
+        status="success",
+        attempt=1,
+        output_data={"total": 42},
+        run_message_history=[{"role": "assistant", "content": "Done."}],
+    )
+
+    status: RunStatus | None = Field(None, strict=False, description="The run's new status.")
+    attempt: Attempt | None = Field(None, description="The attempt this report is for; an older one is refused.")
+    error: Annotated[list[Text], Field(max_length=1000)] | None = Field(None, description="What went wrong.")
+    output_data: JsonObject | None = Field(None, description="The result.")
+    output_attachment_ids: Annotated[list[UUID], Field(max_length=1000)] | None = Field(
+        None, description="Checked against the run's output attachments; the attachments themselves are the truth."
+    )
+    run_message_history: Annotated[list[JsonObject], Field(max_length=100_000)] | None = Field(
+        None, description="What was said and done."
+    )
+    input_values: Variables | None = Field(None, description="Values of the workflow's variables.")
+    started_at: Timestamp | None = Field(None, description="When the work began; default: now.")
+    ended_at: Timestamp | None = Field(None, description="When the work ended; default: now.")
+    release_session_after: bool | None = Field(None, description="Release the session's machine when this run ends.")
+
+
+SCHEDULING_REASONS = Literal[
+    "assigned",
+    "waiting_for_machine",
+    "machine_offline",
+    "machine_busy",
+    "no_machine_in_pools",
+    "waiting_for_session",
+]
+
+
+class RunResponse(Reply):
+    """A run."""
+
+    id: UUID
+    workflow_id: UUID
+    machine_id: UUID | None = Field(
+        description="The assigned machine, else (while active) the session's reserved one, else the pinned one."
+    )
+    assigned_machine_id: UUID | None = Field(description="Null until a machine is assigned.")
+    user_id: UUID | None = Field(description="The user whose API key created it, if the key has one.")
+    organization_id: str | None
+    status: RunStatus
+    scheduling_reason: SCHEDULING_REASONS | None = Field(description="Why a scheduling run has not started.")
+    attempt: int = Field(description="1 at creation, one more with each retry.")
+    is_priority: bool = Field(description="Starts before runs without priority.")
+    error: list[str] | None = Field(description="What went wrong.")
+    output_data: dict[str, Any] | None = Field(description="The result.")
+    output_attachment_ids: list[str] = Field(description="Files that the executor handed in.")
+    run_message_history: list[dict[str, Any]] | None = Field(description="What was said and done.")
+    input_attachment_ids: list[str] = Field(description="Files for the machine.")
+    input_values: dict[str, Any] | None = Field(description="Values of the workflow's variables.")
+    sensitive_input_aliases: dict[str, str] | None = Field(
+        description="Where each secret is in Vault; never the secret."
+    )
+    pool_ids: list[UUID] | None = Field(description="The machine must be in all of these.")
+    session_id: UUID | None = Field(description="Runs of one session use one machine, one after the other.")
+    session_alias: str | None = Field(description="Name of this run within its session.")
+    release_session_after: bool | None = Field(description="Release the session's machine when this run ends.")
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    main_prompt: Unsupported
+    model_metadata: Unsupported
+    usage_metadata: Unsupported
+    post_run_checks: Unsupported
+
+
+class RunProjection(RunResponse):
+    """A run in a list; with `fields=`, only those keys and the base fields are present."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"required": ["id", "workflow_id", "machine_id", "status", "created_at"]}
+    )
+
+
+class RunAttemptResponse(Reply):
+    """A finished attempt that a retry replaced."""
+
+    run_id: UUID
+    attempt: int
+    status: RunStatus
+    error: list[str] | None = Field(description="What went wrong.")
+    machine_id: UUID | None = Field(description="The machine that was assigned.")
+    session_id: UUID | None
+    started_at: datetime | None
+    ended_at: datetime | None
+    retried_at: datetime
+    retried_by_key_id: UUID | None = Field(description="The API key that asked for the retry.")
+    retried_by_user_id: UUID | None = Field(description="The user that key belongs to.")
+    overridden: list[str] = Field(description="Names of the fields the retry changed; never values.")
+
+
+class RunBulkCreateResponse(Reply):
+    """All or nothing: failed_count is always 0."""
+
+    created_runs: list[RunResponse] = Field(description="The new runs.")
+    failed_count: int = Field(description="Always 0.")
+    errors: list[str] = Field(description="Always empty.")

@@ -1,0 +1,189 @@
+"""The checked building blocks of the wire types: text, numbers, times, JSON and names that every store can hold.
+
+They know nothing of runs or machines. Requests are checked strictly (no coercion between JSON types) and unknown keys are
+ignored: newer SDKs send keys that we do not know.
+"""
+
+import binascii
+import math
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, Generic, TypeVar
+from uuid import UUID
+
+import pybase64
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+MAX_TEXT = 100_000  # characters in a prompt, a schema or one error line
+MAX_NAME = 255  # characters in a name
+MAX_IDS = 100  # pools of a run, pools of a machine, machines in one pool change
+MAX_VARIABLES = 1_000  # names in input_values or sensitive_input_values
+MAX_INTEGER = 2**63 - 1
+
+# --- what PostgreSQL and JSON can hold --------------------------------------------------------------------------------
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _storable_text(value: str) -> str:
+    if "\x00" in value:
+        raise PydanticCustomError("string_nul", "NUL is not allowed")
+    if _SURROGATE.search(value):
+        raise PydanticCustomError("string_unicode", "lone surrogates are not allowed")
+    return value
+
+
+T = TypeVar("T")
+
+
+def _storable_json(value: T) -> T:
+    """Refuse what the stores would change or reject. Depth is bounded by the JSON parser (200)."""
+    stack: list[Any] = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            _storable_text(item)
+        elif isinstance(item, dict):
+            stack.extend(item)
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                raise PydanticCustomError("finite_number", "numbers must be finite")
+        elif isinstance(item, int) and not -MAX_INTEGER - 1 <= item <= MAX_INTEGER:
+            raise PydanticCustomError("number_out_of_range", "integers must fit 64 bits")
+    return value
+
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)?")
+
+
+def _rfc3339(value: object) -> object:
+    if not isinstance(value, str) or not _RFC3339.fullmatch(value):
+        raise PydanticCustomError("datetime_parsing", "not RFC 3339")
+    return value
+
+
+def _utc(value: datetime) -> datetime:
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError:
+        raise PydanticCustomError("datetime_parsing", "out of range") from None
+
+
+def _whole(value: object) -> object:
+    """1.0 is an integer, as JSON Schema has it: some languages send every number with a fraction."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# The patterns say in the document what the validators check; those give the better sentences.
+NO_NUL = {"pattern": "^[^\\u0000]*$"}
+
+Attempt = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
+# A length before a validator, or its error would be the one of a list.
+Text = Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+JsonObject = Annotated[
+    dict[str, JsonValue], Field(json_schema_extra={"propertyNames": NO_NUL}), AfterValidator(_storable_json)
+]
+Variables = Annotated[
+    dict[str, JsonValue],
+    Field(max_length=MAX_VARIABLES, json_schema_extra={"propertyNames": NO_NUL}),
+    AfterValidator(_storable_json),
+]
+# A time without an offset is read as UTC: the SDK sends what datetime.isoformat() gives. Strings alone pass the first check;
+# strict would then refuse them too, because what a validator returns no longer counts as JSON.
+Timestamp = Annotated[datetime, Field(strict=False), BeforeValidator(_rfc3339), AfterValidator(_utc)]
+PoolIds = Annotated[list[UUID], Field(max_length=MAX_IDS)]
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+_HIDDEN = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+_CONTROL = re.compile(f"[{_HIDDEN}]")
+_FILENAME = {"pattern": rf"^(?![\s.]*$)(?![A-Za-z]:)[^{_HIDDEN}/\\]*[^{_HIDDEN}/\\\s][^{_HIDDEN}/\\]*$"}
+_TARGET_PATH = {"pattern": rf"^(?!(.*[/\\:])?[\s.]*\.[\s.]*([/\\:]|$))[^{_HIDDEN}]*[^{_HIDDEN}\s][^{_HIDDEN}]*$"}
+_DRIVE = re.compile(r"[A-Za-z]:")  # on Windows, what follows is on another drive
+_NO_NAME = re.compile(r"[\s.]*")  # Windows takes dots and spaces from the end of a name
+
+
+def _filename(value: str) -> str:
+    """A bare name: it becomes a path on the machine and a Content-Disposition here."""
+    if (
+        _NO_NAME.fullmatch(value)
+        or _DRIVE.match(value)
+        or "/" in value
+        or "\\" in value
+        or _CONTROL.search(value)
+        or len(value.encode()) > MAX_NAME
+    ):
+        raise PydanticCustomError("filename", "unsafe filename")
+    return value
+
+
+def _target_path(value: str) -> str:
+    """A path on the machine, Windows or POSIX: never climbing, never hiding characters."""
+    parts = re.split(r"[/\\:]", value)  # C:.. climbs from C:'s current folder
+    if not value.strip() or _CONTROL.search(value) or any("." in part and _NO_NAME.fullmatch(part) for part in parts):
+        raise PydanticCustomError("target_path", "unsafe path")
+    return value
+
+
+def _base64(value: object) -> object:
+    """RFC 4648 section 4, strictly: no whitespace, no missing padding, no other alphabet."""
+    if not isinstance(value, str):
+        return value  # the type check says what is wrong
+    try:
+        return pybase64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise PydanticCustomError("base64", "not base64") from None
+
+
+Base64 = Annotated[
+    bytes, BeforeValidator(_base64), WithJsonSchema({"type": "string", "contentEncoding": "base64", "format": "byte"})
+]
+FileName = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_NAME, json_schema_extra=_FILENAME),
+    AfterValidator(_storable_text),
+    AfterValidator(_filename),
+]
+TargetPath = Annotated[
+    str,
+    Field(max_length=4096, json_schema_extra=_TARGET_PATH),
+    AfterValidator(_storable_text),
+    AfterValidator(_target_path),
+]
+
+
+class Payload(BaseModel):
+    """A request body."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+
+
+Unsupported = Annotated[None, Field(description="Not supported; always null.")]
+
+EXAMPLE_ID = "3c90c3cc-0d44-4b50-8888-8dd25736052a"
+
+
+def example(**values: Any) -> ConfigDict:
+    """A body for the document; ids in it stand for the caller's own."""
+    return ConfigDict(json_schema_extra={"examples": [values]})
+
+
+class Reply(BaseModel):
+    """A reply: every key is always present."""
+
+    model_config = ConfigDict(json_schema_mode_override="serialization")
+
+
+class Page(Reply, Generic[T]):
+    """One page of a list."""
+
+    items: list[T]
+    total: int = Field(description="Items in all pages.")
+    skip: int = Field(description="Items passed over.")
+    limit: int = Field(description="Most items in a page.")

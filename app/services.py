@@ -1,0 +1,35 @@
+"""What a request works with, opened once per process: the settings, the three stores, and who is woken after a commit.
+
+It knows no background task: that one is built from the same services.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from app.config import Settings
+from app.stores.database import Database
+from app.stores.files import FileStore
+from app.stores.vault import SecretStore
+from app.wakeups import Wakeups
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Settings, the three stores, and the wake-ups."""
+
+    settings: Settings
+    database: Database
+    secrets: SecretStore
+    files: FileStore
+    wakeups: Wakeups
+
+    @classmethod
+    def open(cls, settings: Settings) -> Self:
+        """They connect when they are first used. Raises ValueError for settings that cannot be used."""
+        return cls(settings, Database(settings), SecretStore(settings), FileStore(settings), Wakeups())
+
+    async def close(self) -> None:
+        """Wait for the calls under way, and close the connections."""
+        await self.secrets.close()
+        await self.files.close()
+        self.database.close()

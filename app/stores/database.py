@@ -1,0 +1,135 @@
+"""PostgreSQL: one pool of asyncpg connections, transactions in plain sight, and the driver's failures turned into 503.
+
+SQLAlchemy defines the tables (models.py) and builds the statements whose shape depends on the request; asyncpg runs every
+statement, because a retry through SQLAlchemy's own execution costs three to five times the CPU (benchmarks/README.md).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import asyncpg
+
+from app.config import Settings
+from app.errors import DatabaseUnavailable, OutcomeUnknown
+from app.stores.pool import Pool
+
+Record = Mapping[str, Any]
+
+
+class Connection(Protocol):
+    """What we use of asyncpg's connection, which carries no type information."""
+
+    async def execute(self, sql: str, *args: object) -> str: ...
+    async def fetch(self, sql: str, *args: object) -> list[Record]: ...
+    async def fetchrow(self, sql: str, *args: object) -> Record | None: ...
+    async def fetchval(self, sql: str, *args: object) -> Any: ...
+
+
+class LockTimeout(DatabaseUnavailable):
+    """Another transaction held a row for longer than `lock_timeout`, or one after the other until `statement_timeout`."""
+
+
+class Deadlock(DatabaseUnavailable):
+    """Two transactions wait for each other, or would: this one gives way, and can be done again."""
+
+
+# PostgreSQL or the way to it failed; the same request may succeed later. Anything else is a defect of ours and a 500.
+_LOST = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
+_TRANSIENT = (
+    asyncpg.TransactionRollbackError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.PostgresSystemError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+)
+
+UniqueViolation = asyncpg.UniqueViolationError
+
+
+@contextmanager
+def committing() -> Iterator[None]:
+    """Around a statement that commits. Raises OutcomeUnknown when the connection breaks in it."""
+    try:
+        yield
+    except asyncpg.QueryCanceledError:
+        raise  # the server says that it has rolled back
+    except (*_LOST, asyncpg.OperatorInterventionError):  # a server that stops may have committed
+        raise OutcomeUnknown from None
+
+
+class Database:
+    """The pool of connections of one process. It connects when first used, so the service starts without PostgreSQL."""
+
+    def __init__(self, settings: Settings) -> None:
+        connect = partial(
+            asyncpg.connect,
+            settings.database_url.get_secret_value(),
+            timeout=settings.database_timeout_seconds,
+            command_timeout=settings.database_timeout_seconds,
+            server_settings={
+                "application_name": "runs-api",
+                "timezone": "UTC",  # how times are shown in documents that PostgreSQL makes
+                # Plans are kept. One made while a table was empty, as the deletion list often is, would read all of it once it
+                # is full; everything here has an index.
+                "enable_seqscan": "off",
+                "jit": "off",  # short statements: compiling them costs more than it saves
+                "lock_timeout": "2s",  # the longest wait for a twin at the switch
+                # Before our own patience ends: the server's word says that nothing was done, our silence says nothing.
+                "statement_timeout": f"{int(settings.database_timeout_seconds * 900)}ms",
+                "idle_in_transaction_session_timeout": "10s",  # a frozen replica must not hold a run's row
+            },
+        )
+        self._pool = Pool(connect, settings.database_pool_size, settings.database_timeout_seconds)
+
+    def close(self) -> None:
+        """Break every connection off, also what is under way."""
+        self._pool.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection whose statements commit by themselves. Raises DatabaseUnavailable."""
+        connection = None
+        try:
+            connection = await self._pool.acquire()
+            yield connection
+        except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError):
+            raise LockTimeout from None
+        except asyncpg.DeadlockDetectedError:
+            raise Deadlock from None
+        except _TRANSIENT:
+            raise DatabaseUnavailable from None
+        except (*_LOST, OutcomeUnknown, asyncio.CancelledError) as lost:
+            # Perhaps in the middle of a statement: asyncpg would wait for the server to confirm that it has stopped, and it
+            # may never answer.
+            if connection is not None:
+                connection.terminate()
+            if isinstance(lost, _LOST):
+                raise DatabaseUnavailable from None
+            raise
+        finally:
+            if connection is not None:
+                self._pool.release(connection)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A transaction that commits when the block ends and rolls back when it raises.
+
+        Raises DatabaseUnavailable (nothing changed), LockTimeout, or OutcomeUnknown when the connection broke in COMMIT.
+        """
+        async with self.connection() as connection:
+            await connection.execute("BEGIN")
+            try:
+                yield connection
+            except _LOST:
+                raise  # the server rolls back when the connection is gone
+            except Exception:
+                await connection.execute("ROLLBACK")
+                raise
+            with committing():
+                await connection.execute("COMMIT")

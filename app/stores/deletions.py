@@ -1,0 +1,158 @@
+"""The deletion list and its collector: the only code that deletes from Vault or the file store.
+
+The invariant, true after every commit: everything that exists in Vault or storage is named by a run (or one of its
+attachments) or is on this list; everything that an active run names exists.
+
+A name gets on the list
+- before it is first written (staged), due after a grace time, and is taken off by the commit that adopts it;
+- when the commit that replaced or removed it makes it due now;
+- when a run finishes: its secret is due after the retention time, and a retry that keeps it takes it off.
+
+Rules: a due row is condemned first, committed, and only then deleted outside, with no transaction open; condemned is never
+undone; only rows that are not condemned can be taken off. A staged name that was never adopted is deleted twice, a day apart,
+because a stalled writer may write after the first time. All times are the database's.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Literal, NamedTuple
+
+from app.errors import StorageUnavailable, Unavailable, VaultUnavailable
+from app.stores.database import Connection, Database
+from app.stores.files import FileStore
+from app.stores.vault import SecretStore
+
+log = logging.getLogger("app.deletions")
+
+Store = Literal["vault", "storage"]
+
+
+class Name(NamedTuple):
+    """Something outside the database: a secret's path or a blob's key."""
+
+    store: Store
+    name: str
+
+
+# --- getting on the list, and off it ----------------------------------------------------------------------------------
+
+# Two sweeps: see above. A staged name is fresh, so there is no conflict to think about.
+STAGE = """
+INSERT INTO deletions (store, name, due_at, sweeps)
+SELECT store, name, now() + make_interval(secs => $3), 2 FROM unnest($1::text[], $2::text[]) AS staged (store, name)
+"""
+
+ADOPT = """
+DELETE FROM deletions USING unnest($1::text[], $2::text[]) AS staged (store, name)
+WHERE deletions.store = staged.store AND deletions.name = staged.name AND condemned_at IS NULL
+"""
+
+# Due earlier wins: a secret that waits for its retention time to pass goes at once when a retry replaces it.
+DUE = """
+INSERT INTO deletions (store, name, due_at)
+SELECT store, name, now() + make_interval(secs => $3) FROM unnest($1::text[], $2::text[]) AS gone (store, name)
+ON CONFLICT (store, name) DO UPDATE SET due_at = least(deletions.due_at, excluded.due_at)
+"""
+
+# A secret whose time has come is as good as gone, condemned or not.
+RECLAIM = "DELETE FROM deletions WHERE store = 'vault' AND name = $1 AND condemned_at IS NULL AND due_at > now()"
+
+
+def _columns(names: Iterable[Name]) -> tuple[list[str], list[str]]:
+    ordered = sorted(names)  # one order everywhere: two writers of the same rows cannot deadlock
+    return [name.store for name in ordered], [name.name for name in ordered]
+
+
+async def stage(connection: Connection, names: Sequence[Name], grace_seconds: float) -> None:
+    """List names before anything is written under them."""
+    await connection.execute(STAGE, *_columns(names), grace_seconds)
+
+
+async def adopt(connection: Connection, names: Sequence[Name]) -> None:
+    """Take staged names off the list because this transaction makes a run name them.
+
+    Raises VaultUnavailable or StorageUnavailable if one was condemned meanwhile: staging took longer than the grace time.
+    """
+    if names and await connection.execute(ADOPT, *_columns(names)) != f"DELETE {len(names)}":
+        raise (VaultUnavailable if any(name.store == "vault" for name in names) else StorageUnavailable)
+
+
+async def due(connection: Connection, names: Sequence[Name], *, after_seconds: float = 0) -> None:
+    """List names that this transaction makes nobody's, to be deleted now or after a while."""
+    if names:
+        await connection.execute(DUE, *_columns(names), after_seconds)
+
+
+async def reclaim(connection: Connection, secret_path: str) -> bool:
+    """Take a finished run's secret off the list because a retry keeps it; False if it has expired."""
+    return await connection.execute(RECLAIM, secret_path) == "DELETE 1"
+
+
+# --- the collector ----------------------------------------------------------------------------------------------------
+
+# Taking a row also postpones it: if this process dies the row is due again later, ever less often while deletes fail.
+# By ctid: joined by name, the planner may run the subquery again for each row, lock more than the batch, and take seconds.
+CONDEMN = """
+UPDATE deletions
+SET condemned_at = coalesce(condemned_at, now()),
+    due_at = now() + $2 + make_interval(secs => 5 * 2 ^ least(failures, 6)),
+    failures = least(failures + 1, 1000)
+WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM deletions WHERE due_at <= now() + $2 ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
+))
+RETURNING store, name
+"""
+
+# Locked in the order in which they are named, as by everyone who changes many rows of the list; then by ctid, because the
+# planner, which thinks the list is short, would join two batches row by row. A row that changed while this waited for its
+# lock stays, and is swept again later.
+FINISH = """
+WITH swept AS (
+    SELECT listed.* FROM unnest($1::text[], $2::text[]) AS gone (store, name), LATERAL (
+        SELECT ctid AS tid, sweeps FROM deletions WHERE store = gone.store AND name = gone.name FOR UPDATE
+    ) AS listed
+), again AS (
+    UPDATE deletions SET sweeps = 1, failures = 0, due_at = now() + $3 + interval '1 day'
+    WHERE ctid = ANY (ARRAY(SELECT tid FROM swept WHERE sweeps = 2))
+)
+DELETE FROM deletions WHERE ctid = ANY (ARRAY(SELECT tid FROM swept WHERE sweeps = 1))
+"""
+
+BATCH = 200
+
+
+async def collect(
+    database: Database, secrets: SecretStore, files: FileStore, *, ahead: timedelta = timedelta(0), batch: int = BATCH
+) -> int:
+    """Delete what is due, one batch; returns how many rows were taken. `ahead` reads the database's clock that much later.
+
+    Raises DatabaseUnavailable. A delete that fails is logged by kind and tried again later.
+    """
+    async with database.connection() as connection:
+        rows = await connection.fetch(CONDEMN, batch, ahead)
+    names = [Name(*row.values()) for row in rows]
+
+    async def destroy(name: Name) -> list[Name]:
+        try:
+            await secrets.destroy(name.name)
+        except Unavailable as error:
+            log.warning({"event": "delete_failed", "store": name.store, "code": error.code})
+            return []
+        return [name]
+
+    async def delete(keys: list[str]) -> list[Name]:
+        gone = await files.delete(keys)
+        if len(gone) < len(keys):
+            log.warning({"event": "delete_failed", "store": "storage", "count": len(keys) - len(gone)})
+        return [Name("storage", key) for key in gone]
+
+    work = [destroy(name) for name in names if name.store == "vault"]
+    if keys := [name.name for name in names if name.store == "storage"]:
+        work.append(delete(keys))
+    deleted = [name for gone in await asyncio.gather(*work) for name in gone]
+    if deleted:
+        async with database.connection() as connection:
+            await connection.execute(FINISH, *_columns(deleted), ahead)
+    return len(rows)

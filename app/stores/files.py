@@ -1,0 +1,321 @@
+"""Attachment bytes in a folder or an object store: the only file that imports obstore."""
+
+import asyncio
+import errno
+import logging
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, urlsplit
+from uuid import UUID
+
+import obstore
+from obstore.exceptions import BaseError, PermissionDeniedError
+from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
+
+from app.config import MIB, Settings
+from app.errors import StorageUnavailable
+from app.stores.threads import Slots, fresh_name
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CHUNK = MIB  # what a download holds in memory at once
+
+# The collector and the health check never take a slot of a request, nor the other way round.
+_COLLECTOR_SLOTS = 4
+_HEALTH_SLOTS = 1
+# With the default patience of 4 s a request that meets a frozen store is answered in 7 s, with a 25 MB file in 9.5 s.
+_LONGEST_WAIT = 3.0
+_BYTES_PER_SECOND = 10 * MIB
+# Meeting a collector in the same folder is rare, and twice in a row rarer; this many times is another fault.
+_FOLDER_ATTEMPTS = 10
+
+
+def file_headers(filename: str, content_type: str) -> dict[str, str]:
+    """How a file is answered, by us and by a pre-signed URL: as a download, whatever its name and type are."""
+    # For clients that do not know filename*: nothing that needs quoting or that a parser could read as syntax.
+    plain = re.sub(r"[^A-Za-z0-9 ._()+,=@-]", "_", filename)
+    return {
+        "Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}",
+        "Content-Type": content_type,
+    }
+
+
+class FileMissingError(Exception):
+    """The store holds nothing, or too little, under this key."""
+
+
+class FileStore:
+    """One object per file, under a key of its own that is written once.
+
+    obstore runs in threads: a folder blocks by nature.
+    No exception of obstore leaves this class: they carry paths and URLs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises ValueError if the URL cannot be used. Credentials come from the usual AWS_*, GOOGLE_* or AZURE_*."""
+        self._timeout = settings.storage_timeout_seconds
+        self._wait = min(self._timeout, _LONGEST_WAIT)
+        scheme = urlsplit(settings.storage_url).scheme
+        if scheme not in {"file", "s3", "gs", "az"}:
+            raise ValueError("STORAGE_URL must begin with file://, s3://, gs:// or az://.")
+        try:
+            if scheme == "file":
+                self._store = from_url(settings.storage_url, mkdir=True)
+            else:
+                self._store = from_url(
+                    settings.storage_url,
+                    client_options={
+                        # Of a whole request, body included: what bounds the thread after its caller gave up.
+                        "timeout": timedelta(seconds=self._patience(settings.max_file_bytes)),
+                        # These options replace what obstore itself would take from this variable.
+                        "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true", "yes"},
+                        "connect_timeout": timedelta(seconds=min(self._timeout, 2)),
+                    },
+                    # Over a dropped connection, not over an outage (obstore's own: 10 times, 3 minutes).
+                    retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=self._timeout)},
+                )
+        except (BaseError, OSError, ValueError):
+            raise ValueError(
+                "STORAGE_URL cannot be opened: check the folder, or the bucket and its settings."
+            ) from None
+        self._root = self._store.prefix if isinstance(self._store, LocalStore) else None
+        self._requests = Slots("storage", settings.storage_concurrency)
+        self._collector = Slots("storage-collector", _COLLECTOR_SLOTS)
+        self._health = Slots("storage-health", _HEALTH_SLOTS)
+
+    def new_key(self, organization_id: str, run_id: UUID) -> str:
+        """A key that no file ever had; nothing a caller sent is part of it."""
+        return fresh_name(organization_id, run_id)
+
+    async def put(self, key: str, data: bytes, *, deadline: float, attributes: Mapping[str, str] | None = None) -> None:
+        """Store the bytes; durable when it returns. Not begun after `deadline` (of time.monotonic()).
+
+        `attributes` (Content-Disposition, Content-Type) are what a pre-signed URL answers with; a folder keeps none.
+        Raises StorageUnavailable: the file may or may not exist then.
+        """
+        patience = self._patience(len(data))
+        # Nothing is begun that nobody waits for any more.
+        begin_by = min(deadline, time.monotonic() + self._wait + patience)
+        await self._run(self._requests, partial(self._put, key, data, begin_by, attributes), patience)
+
+    async def stream(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
+        """Bytes `start` to `end` (exclusive), in chunks of at most CHUNK; the first one is read before this returns.
+
+        No slot is held between two chunks. Raises FileMissingError or StorageUnavailable, and so does the iterator.
+        """
+
+        async def read(offset: int) -> bytes:
+            stop = min(offset + CHUNK, end)
+            return await self._run(self._requests, partial(self._read, key, offset, stop), self._patience(CHUNK))
+
+        async def chunks(chunk: bytes, offset: int) -> AsyncIterator[bytes]:
+            while chunk:
+                yield chunk
+                offset += len(chunk)
+                chunk = await read(offset) if offset < end else b""
+
+        return chunks(await read(start) if start < end else b"", start)
+
+    async def delete(self, keys: Sequence[str]) -> set[str]:
+        """Delete files and the folders that they leave empty; a missing key counts as deleted.
+
+        Returns the keys that are gone, for good. What failed is logged by kind.
+        """
+        if self._root is not None:  # one call for all: a thread for each would cost more than the deleting
+            calls = [partial(_delete_files, self._root, keys)]
+        else:
+            calls = [partial(self._delete_object, key) for key in keys]
+        results = await asyncio.gather(
+            *(self._run(self._collector, call, self._timeout) for call in calls), return_exceptions=True
+        )
+        gone: set[str] = set()
+        for result in results:
+            if isinstance(result, set):
+                gone |= result
+            elif not isinstance(result, StorageUnavailable):
+                raise result
+        return gone
+
+    async def signed_url(self, key: str, expires_in: int) -> str | None:
+        """A URL that reads the file for `expires_in` seconds without our help; None if the store is a folder."""
+        store = self._store
+        if not isinstance(store, S3Store | GCSStore | AzureStore):
+            return None
+        # Signing may fetch short-lived credentials over the network.
+        sign = partial(obstore.sign, store, "GET", key, timedelta(seconds=expires_in))
+        return await self._run(self._requests, sign, self._timeout)
+
+    async def ready(self) -> bool:
+        """Whether the folder can be written, or the object store answers. Bounded by twice the timeout."""
+        try:
+            return await self._run(self._health, self._answers, self._timeout)
+        except StorageUnavailable:
+            return False
+
+    async def close(self) -> None:
+        """Wait for the calls under way."""
+        for slots in (self._requests, self._collector, self._health):
+            await slots.close()
+
+    def _patience(self, size: int) -> float:
+        return self._timeout + size / _BYTES_PER_SECOND
+
+    async def _run(self, slots: Slots, call: Callable[[], T], patience: float) -> T:
+        def guarded() -> T:
+            try:
+                return call()
+            except (BaseError, OSError, ValueError) as error:
+                # The kind alone: the text of these errors holds paths and URLs.
+                log.warning("File store call failed: %s", type(error).__name__)
+                raise StorageUnavailable from None
+
+        try:
+            return await slots.run(guarded, wait=self._wait, patience=patience)
+        except TimeoutError:
+            log.warning("The file store did not answer in time")
+            raise StorageUnavailable from None
+
+    def _put(self, key: str, data: bytes, begin_by: float, attributes: Mapping[str, str] | None) -> None:
+        if time.monotonic() >= begin_by:
+            log.warning("The file store was reached too late; the call was not begun")
+            raise StorageUnavailable
+        # A killed multipart upload would leave parts that no listing shows.
+        if self._root is None:
+            obstore.put(self._store, key, data, attributes=dict(attributes or {}), use_multipart=False)
+            return
+        _write_file(self._root, key, data)
+
+    def _read(self, key: str, start: int, stop: int) -> bytes:
+        try:
+            chunk = bytes(obstore.get_range(self._store, key, start=start, end=stop))
+        except FileNotFoundError:
+            self._require_root(self._root)
+            raise FileMissingError from None
+        if len(chunk) != stop - start:
+            raise FileMissingError
+        return chunk
+
+    def _delete_object(self, key: str) -> set[str]:
+        with suppress(FileNotFoundError):
+            obstore.delete(self._store, key)
+        return {key}
+
+    def _answers(self) -> bool:
+        if self._root is not None:
+            return self._root.is_dir() and os.access(self._root, os.W_OK | os.X_OK)
+        # An answer all the same: S3 says "denied" of a missing key to a role that may not list.
+        with suppress(FileNotFoundError, PermissionDeniedError):
+            obstore.head(self._store, "ready")
+        return True
+
+    def _require_root(self, root: Path | None) -> None:
+        """A folder that is gone (not mounted?) must not count as empty."""
+        if root is not None and not root.is_dir():
+            log.warning("The storage folder is missing")
+            raise StorageUnavailable
+
+
+# --- a folder as the store --------------------------------------------------------------------------------------------
+#
+# obstore does not serve for writing and deleting here: its put makes a missing root again, behind the back of whoever is
+# mounting it; a put that is killed leaves a file that it neither lists nor deletes; and it has no fsync. Every step below is
+# relative to the root that was opened first, so it happens in that very folder, wherever it is moved meanwhile.
+
+
+@contextmanager
+def _opened(path: str | Path, within: int | None = None) -> Iterator[int]:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=within)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _write_file(root: Path, key: str, data: bytes) -> None:
+    """WriteRequest a fresh key; durable when it returns. Raises OSError; part of the file may exist then.
+
+    No rename at the end: nobody reads a key before the commit that names it.
+    """
+    *parents, name = key.split("/")
+    with ExitStack() as stack:
+        top = stack.enter_context(_opened(root))
+        for attempt in range(_FOLDER_ATTEMPTS):
+            folders = [top]
+            try:
+                for parent in parents:
+                    with suppress(FileExistsError):
+                        os.mkdir(parent, dir_fd=folders[-1])
+                    folders.append(stack.enter_context(_opened(parent, folders[-1])))
+                file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folders[-1])
+                break
+            except FileNotFoundError:  # a collector has removed the folder, empty again, before the file was in it
+                if attempt == _FOLDER_ATTEMPTS - 1:
+                    raise
+                time.sleep(0.001 * (attempt + 1))  # out of step with the other
+        with os.fdopen(file, "wb") as output:
+            output.write(data)
+            output.flush()
+            os.fsync(file)
+        # The file's name, and the names of the folders that were made.
+        for folder in reversed(folders):
+            os.fsync(folder)
+
+
+def _delete_files(root: Path, keys: Sequence[str]) -> set[str]:
+    """Delete files and the folders that they leave empty; returns the keys that are gone, durably. Raises OSError."""
+    changed: dict[str, set[str]] = defaultdict(set)  # by folder, what must not come back after a power cut
+    gone: set[str] = set()
+    with _opened(root) as top:
+        for key in keys:
+            try:
+                with suppress(FileNotFoundError):
+                    os.unlink(key, dir_fd=top)
+                changed[_remove_empty(top, _parent(key))].add(key)
+            except OSError as error:
+                log.warning("A file could not be deleted: %s", type(error).__name__)
+        for folder, deleted in changed.items():
+            try:
+                _sync(top, folder)
+            except OSError as error:
+                log.warning("A folder could not be synced: %s", type(error).__name__)
+            else:
+                gone |= deleted
+    return gone
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _remove_empty(top: int, folder: str) -> str:
+    """Remove a folder and those above it, up to the first that is not empty; returns that one."""
+    while folder:
+        try:
+            os.rmdir(folder, dir_fd=top)
+        except FileNotFoundError:
+            pass  # another delete took it
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return folder
+        folder = _parent(folder)
+    return "."
+
+
+def _sync(top: int, folder: str) -> None:
+    """Make what happened in this folder durable; if it went meanwhile, in the one above it."""
+    try:
+        with _opened(folder, top) as descriptor:
+            os.fsync(descriptor)
+    except FileNotFoundError:
+        _sync(top, _parent(folder) or ".")

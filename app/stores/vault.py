@@ -1,0 +1,244 @@
+"""Secrets in Vault or OpenBao, KV version 2: the only file that imports hvac."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+from urllib.parse import quote
+from uuid import UUID
+
+import hvac
+import requests
+from hvac.exceptions import Forbidden, VaultError
+from pydantic import JsonValue
+
+from app.config import Settings
+from app.errors import PayloadTooLarge, VaultUnavailable
+from app.stores.threads import Slots, fresh_name
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Vault and OpenBao with integrated storage refuse an entry over 1 MiB, and OpenBao a request with over 1,000 strings.
+# Held here too, so that the answer does not depend on the storage behind them.
+MAX_SECRET_BYTES = 1_000_000
+MAX_SECRET_NAMES = 400
+
+# What hvac and requests raise when a call fails. The last four: an answer that is not Vault's (a proxy's error page),
+# or a token that cannot be sent as a header. They carry URL, body or token and never leave this file.
+_FAILURES = (VaultError, requests.RequestException, OSError, AttributeError, LookupError, TypeError, ValueError)
+
+# The collector and the health check never take a slot of a request, nor the other way round.
+_COLLECTOR_SLOTS = 4
+_HEALTH_SLOTS = 1
+
+
+def aliases(mount: str, path: str, values: Mapping[str, JsonValue]) -> dict[str, str]:
+    """What a reply shows instead of the values: where each one is, and whether it is stored as JSON text."""
+    return {
+        name: f"{'vault' if isinstance(value, str) else 'vault+json'}://{mount}/{path}#{quote(name, safe='')}"
+        for name, value in values.items()
+    }
+
+
+def stored(values: Mapping[str, JsonValue]) -> dict[str, str]:
+    """A string as it is, anything else as its JSON text: Vault would change large integers and floats.
+
+    Raises PayloadTooLarge. Cheap enough to be called before anything is staged.
+    """
+    texts = {name: value if isinstance(value, str) else _json(value) for name, value in values.items()}
+    whole = _json(texts)
+    # Vault stores "<", ">" and "&" as six characters.
+    size = len(whole.encode("utf-8", "surrogatepass")) + 5 * sum(whole.count(char) for char in "<>&")
+    if size > MAX_SECRET_BYTES or len(texts) > MAX_SECRET_NAMES:
+        raise _too_large()
+    return texts
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"sensitive_input_values is limited to {MAX_SECRET_NAMES} names and, as JSON, {MAX_SECRET_BYTES} bytes."
+    )
+
+
+class SecretStore:
+    """One secret per staged set of values, each under a path of its own that is written once and never read here.
+
+    hvac is synchronous and its sessions are not thread-safe: each thread has a client, and all share one token.
+    A call takes at most three times `vault_timeout_seconds`: for a free slot, for a login, for the request itself.
+    No exception of hvac or requests leaves this class: they carry URL and body.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.mount = settings.vault_mount
+        self.prefix = settings.vault_prefix
+        self._settings = settings
+        self._timeout = settings.vault_timeout_seconds
+        ways = (settings.vault_token, settings.vault_token_file, settings.vault_role_id)
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError(
+                "Set exactly one of VAULT_TOKEN, VAULT_TOKEN_FILE and VAULT_ROLE_ID (with VAULT_SECRET_ID)."
+            )
+        self._token: str | None = None
+        self._login = threading.Lock()
+        self._own = threading.local()
+        self._sessions: list[requests.Session] = []
+        self._requests = Slots("vault", settings.vault_concurrency)
+        self._collector = Slots("vault-collector", _COLLECTOR_SLOTS)
+        self._health = Slots("vault-health", _HEALTH_SLOTS)
+
+    def new_path(self, organization_id: str, run_id: UUID) -> str:
+        """A path under the mount that no secret ever had; an executor's policy can be limited to its organization."""
+        return f"{self.prefix}/{fresh_name(organization_id, run_id)}"
+
+    async def write(self, path: str, values: Mapping[str, JsonValue], *, deadline: float) -> dict[str, str]:
+        """WriteRequest all values as one secret at a fresh path; return their aliases by name.
+
+        Not begun after `deadline` (of time.monotonic()). Raises VaultUnavailable: the secret may or may not exist then.
+        Raises PayloadTooLarge.
+        """
+        secret = stored(values)
+
+        def write(client: hvac.Client) -> bool:
+            reply = client.secrets.kv.v2.create_or_update_secret(
+                path=path, secret=secret, cas=0, mount_point=self.mount
+            )
+            return isinstance(reply, dict)  # hvac hands anything but 200 back as a response, a redirect too
+
+        await self._run(self._requests, write, deadline)
+        return aliases(self.mount, path, values)
+
+    async def destroy(self, path: str) -> None:
+        """Delete all versions and the metadata; a missing secret counts as deleted. Raises VaultUnavailable."""
+
+        def destroy(client: hvac.Client) -> bool:
+            reply = client.secrets.kv.v2.delete_metadata_and_all_versions(path=path, mount_point=self.mount)
+            # A missing secret is a 204 too. A 404 means that the mount is missing, which proves nothing.
+            return isinstance(reply, requests.Response) and reply.status_code == requests.codes.no_content
+
+        await self._run(self._collector, destroy, float("inf"))
+
+    async def ready(self) -> bool:
+        """Whether Vault answers, is initialized and unsealed. Sends no token; bounded by twice the timeout."""
+
+        def health() -> bool:
+            client = self._client()
+            client.token = ""
+            reply = client.sys.read_health_status(standby_ok=True, method="GET")
+            return isinstance(reply, dict)
+
+        try:
+            return await self._health.run(health, wait=self._timeout, patience=self._timeout)
+        except _FAILURES:
+            return False
+
+    async def close(self) -> None:
+        """Wait for the calls under way and close the connections."""
+        for slots in (self._requests, self._collector, self._health):
+            await slots.close()
+        for session in self._sessions:
+            session.close()
+
+    async def _run(self, slots: Slots, call: Callable[[hvac.Client], bool], deadline: float) -> None:
+        patience = 2 * self._timeout
+        # Nothing is begun that nobody waits for any more.
+        begin_by = min(deadline, time.monotonic() + self._timeout + patience)
+        try:
+            await slots.run(lambda: self._send(call, begin_by), wait=self._timeout, patience=patience)
+        except TimeoutError:
+            log.warning("Vault did not answer in time")
+            raise VaultUnavailable from None
+
+    def _send(self, call: Callable[[hvac.Client], bool], begin_by: float) -> None:
+        """Run one request in this thread; after a 403 log in again and run it once more, after anything else never.
+
+        A 403 says that nothing was done; after a lost reply the request may have been, and a path is written once.
+        """
+        refused: str | None = None
+        try:
+            client = self._client()
+            while True:
+                client.token = self._current_token(client, refused)
+                if time.monotonic() >= begin_by:
+                    log.warning("Vault was reached too late; the call was not begun")
+                    raise VaultUnavailable
+                try:
+                    done = call(client)
+                except Forbidden:
+                    if refused is not None:
+                        raise
+                    refused = client.token
+                else:
+                    break
+        except _FAILURES as error:
+            # A store set up with a lower limit; sending it again would never help.
+            reasons = getattr(error, "errors", None) or ()
+            if any("too large" in reason or "complexity" in reason for reason in reasons):
+                raise _too_large() from None
+            # The kind alone, see above.
+            log.warning("Vault call failed: %s", type(error).__name__)
+            raise VaultUnavailable from None
+        if not done:
+            log.warning("Vault gave an answer that does not confirm the call (a redirect?)")
+            raise VaultUnavailable
+
+    def _current_token(self, client: hvac.Client, refused: str | None) -> str:
+        """The token all threads share; one thread logs in for all when it is missing or was `refused`."""
+        token = self._token
+        if token is not None and token != refused:
+            return token
+        if not self._login.acquire(timeout=self._timeout):
+            raise VaultUnavailable
+        try:
+            if self._token is None or self._token == refused:
+                self._token = self._log_in(client)
+            if self._token == refused:
+                raise Forbidden  # the configured token itself, or a policy that lacks the path
+            return self._token
+        finally:
+            self._login.release()
+
+    def _log_in(self, client: hvac.Client) -> str:
+        settings = self._settings
+        if settings.vault_token is not None:
+            return settings.vault_token.get_secret_value()
+        if settings.vault_token_file is not None:
+            # Vault Agent replaces the file when it renews.
+            return settings.vault_token_file.read_text(encoding="utf-8").strip()
+        client.token = ""
+        secret_id = settings.vault_secret_id
+        reply = client.auth.approle.login(
+            role_id=settings.vault_role_id,
+            secret_id=secret_id.get_secret_value() if secret_id else None,  # a role may do without
+            use_token=False,
+            mount_point=settings.vault_approle_mount,
+        )
+        if not isinstance(reply, dict):
+            raise VaultError("login was not answered with a token")
+        return str(reply["auth"]["client_token"])
+
+    def _client(self) -> hvac.Client:
+        """This thread's client."""
+        client = getattr(self._own, "client", None)
+        if client is None:
+            session = requests.Session()
+            session.trust_env = False  # a proxy variable must not send secrets elsewhere, nor .netrc add credentials
+            session.verify = str(self._settings.vault_cacert) if self._settings.vault_cacert else True
+            self._sessions.append(session)
+            client = self._own.client = hvac.Client(
+                url=self._settings.vault_addr,
+                token="",  # None would make hvac read VAULT_TOKEN or ~/.vault-token by itself
+                timeout=self._timeout,  # to connect, and between bytes; hvac's own 30 s would hold the slot that long
+                verify=session.verify,
+                session=session,
+                namespace=self._settings.vault_namespace,
+                allow_redirects=False,  # requests would carry the token to any host that a redirect names
+            )
+        return client
