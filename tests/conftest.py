@@ -19,6 +19,8 @@ from app.auth import digest, new_key
 from dev.run import App
 from dev.stack import Bao, Postgres, free_port
 
+pytest_plugins = ("tests.support.browser",)
+
 DEADLINE = 15.0
 
 # Longer than any test: what happens is owed to the wake-up after a commit, never to polling.
