@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from app import auth, background, idempotency
 from app.config import Settings
 from app.runs import create, ending, outputs, projection, retry
+from app.scheduling.targets import lane
 from app.stores import deletions
 from app.stores.database import Database
 from dev.readme import README, replaced, settings_table
@@ -44,12 +45,10 @@ def test_models_and_migrations_agree_and_can_be_undone(url: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_runs_have_produced_moves_with_them(url: str) -> None:
-    """0002 and back, with data."""
-    columns = "(id, organization_id, workflow_id, status, lane, attempt, ended_at"
-    first = "SELECT id, attempt, {0}output_data::text AS data, {0}run_message_history::text AS history FROM "
+def rows_of(url: str, *statements: str) -> list[Any]:
+    """Rows of the last of these statements, as tuples."""
 
-    async def run(*statements: str) -> list[Any]:
+    async def run() -> list[Any]:
         connection = await asyncpg.connect(url, timeout=10)
         try:
             for statement in statements:
@@ -58,24 +57,58 @@ def test_what_runs_have_produced_moves_with_them(url: str) -> None:
         finally:
             await connection.close()
 
+    return asyncio.run(run())
+
+
+def test_what_runs_have_produced_moves_with_them(url: str) -> None:
+    """0002 and back, with data."""
+    columns = "(id, organization_id, workflow_id, status, lane, attempt, ended_at"
+    first = "SELECT id, attempt, {0}output_data::text AS data, {0}run_message_history::text AS history FROM "
     assert alembic(url, "upgrade", "0001").returncode == 0
-    before = asyncio.run(
-        run(
-            "INSERT INTO workflows (id, organization_id, main_prompt) VALUES (gen_random_uuid(), 'o', 'x')",
-            f"INSERT INTO runs {columns}, output_data, run_message_history)"
-            " SELECT gen_random_uuid(), 'o', id, 'success', 'any', n, now(),"
-            " CASE WHEN n > 1 THEN json_build_object('n', n) END, CASE WHEN n > 2 THEN '[{}]'::json END"
-            " FROM workflows, generate_series(1, 3) AS n",
-            first.format("") + "runs ORDER BY attempt",
-        )
+    before = rows_of(
+        url,
+        "INSERT INTO workflows (id, organization_id, main_prompt) VALUES (gen_random_uuid(), 'o', 'x')",
+        f"INSERT INTO runs {columns}, output_data, run_message_history)"
+        " SELECT gen_random_uuid(), 'o', id, 'success', 'any', n, now(),"
+        " CASE WHEN n > 1 THEN json_build_object('n', n) END, CASE WHEN n > 2 THEN '[{}]'::json END"
+        " FROM workflows, generate_series(1, 3) AS n",
+        first.format("") + "runs ORDER BY attempt",
     )
     assert [row[1:] for row in before] == [(1, None, None), (2, '{"n" : 2}', None), (3, '{"n" : 3}', "[{}]")]
     moved = first.format("o.").replace("attempt", "r.attempt")
     moved += "runs r LEFT JOIN run_outputs o ON run_id = id AND o.attempt = r.attempt ORDER BY r.attempt"
     assert alembic(url, "upgrade", "0002").returncode == 0
-    assert asyncio.run(run(moved)) == before
+    assert rows_of(url, moved) == before
     assert alembic(url, "downgrade", "0001").returncode == 0
-    assert asyncio.run(run(first.format("") + "runs ORDER BY attempt")) == before
+    assert rows_of(url, first.format("") + "runs ORDER BY attempt") == before
+
+
+def test_the_lanes_of_waiting_runs_are_hashed(url: str) -> None:
+    """0003 and back: what waits stands in the lane that a new run with the same wishes gets."""
+    pools = [uuid4() for _ in range(3)]
+    written = {lane(None, None, pools[:count], False)[0]: ",".join(sorted(map(str, pools[:count]))) for count in (1, 3)}
+    run = (
+        "INSERT INTO runs (id, organization_id, workflow_id, status, ended_at, lane, pool_ids)"
+        " SELECT gen_random_uuid(), 'o', id, '{}', {}, '{}', '{}' FROM workflows"
+    )
+    both = "{" + f"{pools[2]},{pools[1]},{pools[0]},{pools[1]}" + "}"
+    assert alembic(url, "upgrade", "0002").returncode == 0
+    lanes = "SELECT lane FROM runs ORDER BY lane"
+    before = rows_of(
+        url,
+        "INSERT INTO workflows (id, organization_id, main_prompt) VALUES (gen_random_uuid(), 'o', 'x')",
+        *(
+            run.format("scheduling", "NULL", f"pools:{ids}", "{" + ids + "}" if "," not in ids else both)
+            for ids in written.values()
+        ),
+        run.format("scheduling", "NULL", "any", "{}"),
+        run.format("success", "now()", "pools:that-it-waited-in", "{}"),
+        lanes,
+    )
+    assert alembic(url, "upgrade", "0003").returncode == 0
+    assert rows_of(url, lanes) == sorted([("any",), ("pools:that-it-waited-in",), *((name,) for name in written)])
+    assert alembic(url, "downgrade", "0002").returncode == 0
+    assert rows_of(url, lanes) == before
 
 
 STATEMENTS = {

@@ -5,7 +5,7 @@ a pass looks at the heads of lanes, not at every waiting run.
 
     session:<id>   runs of one session, strictly in queue order, one at a time; priority does not jump this queue
     machine:<id>   runs pinned to one machine (looked at only while that machine is idle)
-    pools:<ids>    runs whose machine must be in all of these pools
+    pools:<hash>   runs whose machine must be in all of these pools
     any            runs that take any machine
 
 Lanes compete by their heads: priority first, then queue time. One pass per organization runs at a time, on any replica (an
