@@ -81,7 +81,7 @@ class TestAuthentication:
     def test_health_needs_none(self, server: Server) -> None:
         for path in ("/v1/health", "/v1/health/db", "/health/live", "/health/ready"):
             reply = httpx.get(server.url + path, trust_env=False)
-            assert (reply.status_code, reply.json()) == (200, {"status": "ok", "down": []})
+            assert (reply.status_code, reply.json()) == (200, {"status": "ok", "down": [], "reasons": {}})
 
 
 @pytest.fixture(scope="module")

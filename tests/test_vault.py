@@ -210,6 +210,99 @@ async def test_token_file_is_read_again(bao: Bao, tmp_path: Path) -> None:
     await store.close()
 
 
+# --- whether the service's own login works ---------------------------------------------------------------------------
+
+OTHER_PREFIX = """
+path "secret/data/other/*" { capabilities = ["create"] }
+path "secret/metadata/other/*" { capabilities = ["delete"] }
+"""
+CREATE_ONLY = 'path "secret/data/runs/*" { capabilities = ["create"] }'
+# As a careful operator may write it: the policy denies even what every token may do.
+SELF_DENIED = """
+path "auth/token/lookup-self" { capabilities = ["deny"] }
+path "sys/capabilities-self" { capabilities = ["deny"] }
+path "sys/internal/ui/mounts/*" { capabilities = ["deny"] }
+"""
+
+
+@pytest.mark.parametrize(
+    ("policies", "more", "expected"),
+    [
+        (["runs-api"], {}, None),
+        (["root"], {}, None),
+        (["runs-api"], {"no_default_policy": True}, None),
+        (["runs-api", "self-denied"], {}, None),
+        (["runs-api"], {"ttl": "1s"}, "login_refused"),
+        (["default"], {}, "login_refused"),
+        (["other-prefix"], {}, "login_refused"),
+        (["create-only"], {}, "login_refused"),
+        (["self-denied"], {}, "login_refused"),
+    ],
+)
+async def test_the_health_check_proves_the_login(
+    bao: Bao, policies: list[str], more: dict[str, object], expected: str | None
+) -> None:
+    for name, text in {"other-prefix": OTHER_PREFIX, "create-only": CREATE_ONLY, "self-denied": SELF_DENIED}.items():
+        assert bao.call("PUT", f"sys/policies/acl/{name}", {"policy": text})[0] == 204
+    token = bao.call("POST", "auth/token/create", {"policies": policies, **more})[1]["auth"]["client_token"]
+    if "ttl" in more:
+        end = time.monotonic() + 10
+        while bao.call("GET", "auth/token/lookup-self", token=token)[0] == 200:
+            assert time.monotonic() < end, "the token did not expire"
+            await asyncio.sleep(0.1)
+    store = SecretStore(settings(bao.address, vault_token=token))
+    assert await store.problem() == expected
+    assert bao.call("LIST", "secret/metadata/runs/-")[0] == 404  # nothing is ever written for it
+    await store.close()
+
+
+@pytest.mark.parametrize("mount", ["missing", "version-1"])
+async def test_the_health_check_proves_the_mount(bao: Bao, mount: str) -> None:
+    bao.call("POST", "sys/mounts/version-1", {"type": "kv", "options": {"version": "1"}})
+    store = SecretStore(settings(bao.address, vault_token=bao.root_token, vault_mount=mount))
+    assert await store.problem() == "login_refused"
+    await store.close()
+
+
+@pytest.mark.parametrize("role_id", ["right", "wrong"])
+async def test_the_health_check_logs_in_by_approle(bao: Bao, role_id: str) -> None:
+    right, secret_id = bao.approle()
+    given = {"vault_role_id": right if role_id == "right" else "wrong", "vault_secret_id": secret_id}
+    store = SecretStore(settings(bao.address, **given))
+    before = approle_logins(bao)
+    for _ in range(3):
+        assert await store.problem() == (None if role_id == "right" else "login_refused")
+    assert approle_logins(bao) - before == (1 if role_id == "right" else 0)
+    await store.close()
+
+
+async def test_the_health_check_notices_a_login_that_stopped_working_and_one_that_works_again(
+    bao: Bao, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "token"
+    old, new = bao.token(), bao.token()
+    file.write_text(old)
+    store = SecretStore(settings(bao.address, vault_token_file=file))
+    assert await store.problem() is None
+    bao.call("POST", "auth/token/revoke", {"token": old})
+    with pytest.raises(VaultUnavailable):
+        await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):  # at once: a call that failed withdraws what was proven before
+            assert await store.problem() == "login_refused"
+        file.write_text(new)
+        end = time.monotonic() + 15
+        while await store.problem() is not None:
+            assert time.monotonic() < end, "the new login is not noticed"
+            await asyncio.sleep(0.1)
+    lines = [record.getMessage() for record in caplog.records if record.name == "app.stores.vault"]
+    assert ["refuses" in line for line in lines] == [True, False], lines  # one line for each change
+    assert old not in caplog.text
+    assert new not in caplog.text
+    await store.close()
+
+
 @pytest.mark.parametrize("given", [{}, {"vault_token": "a", "vault_role_id": "b"}])
 def test_exactly_one_login(given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -220,25 +313,25 @@ def test_exactly_one_login(given: dict[str, str], tmp_path: Path, monkeypatch: p
 
 async def test_frozen(bao: Bao, store: SecretStore) -> None:
     await store.write(fresh(store), {"a": "b"}, deadline=soon())
-    assert await store.ready()
+    assert await store.problem() is None
     bao.freeze()
     try:
         began = time.monotonic()
         results = await asyncio.gather(
             *(store.write(fresh(store), {"a": "b"}, deadline=soon()) for _ in range(64)),
             store.destroy(fresh(store)),
-            store.ready(),
+            store.problem(),
             return_exceptions=True,
         )
         assert time.monotonic() - began < 9
-        assert results.pop() is False
+        assert results.pop() == "unreachable"
         assert {type(result) for result in results} == {VaultUnavailable}
     finally:
         bao.thaw()
     path = fresh(store)
     await store.write(path, {"a": "b"}, deadline=soon())
     assert read(bao, path) == {"a": "b"}
-    assert await store.ready()
+    assert await store.problem() is None
 
 
 async def test_killed_and_back(bao: Bao, store: SecretStore) -> None:
@@ -246,13 +339,13 @@ async def test_killed_and_back(bao: Bao, store: SecretStore) -> None:
     await asyncio.gather(*(store.write(path, {"a": "b"}, deadline=soon()) for path in (kept, fresh(store))))
     bao.kill()
     began = time.monotonic()
-    assert not await store.ready()
+    assert await store.problem() == "unreachable"
     for call in (store.write(fresh(store), {"a": "b"}, deadline=soon()), store.destroy(kept)):
         with pytest.raises(VaultUnavailable):
             await call
     assert time.monotonic() - began < 9
     bao.start()  # in this thread: a child ends with the thread that started it
-    assert await store.ready()
+    assert await store.problem() is None
     # Every thread's old connection is dead, and none of them costs a request.
     await asyncio.gather(*(store.write(fresh(store), {"a": "b"}, deadline=soon()) for _ in range(32)))
     await store.destroy(kept)
@@ -313,7 +406,7 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_DELETE = do_POST  # noqa: N815 - the name that the base class looks for
+    do_GET = do_DELETE = do_POST  # noqa: N815 - the names that the base class looks for
 
     def log_message(self, *_: object) -> None: ...
 
@@ -327,6 +420,18 @@ def fake() -> Iterator[Fake]:
         fake.release.set()
         fake.shutdown()
         thread.join()
+
+
+async def test_the_health_check_asks_seldom(fake: Fake) -> None:
+    """Whoever polls it without a key must not make Vault work."""
+    store = SecretStore(settings(fake.address, vault_token="t"))
+    fake.replies["GET"] = (200, {}, b'{"data": {"type": "kv", "options": {"version": "2"}}}')
+    may = {"secret/data/runs/-/-/-": ["create"], "secret/metadata/runs/-/-/-": ["delete"]}
+    fake.replies["POST"] = (200, {}, json.dumps({"data": may}).encode())
+    for _ in range(20):
+        assert await store.problem() is None
+    assert [token for _, token in fake.seen].count("t") == 2
+    await store.close()
 
 
 async def test_a_lost_reply_is_never_sent_again(fake: Fake) -> None:

@@ -33,4 +33,5 @@ class Health(BaseModel):
     """`ok`, or what is down."""
 
     status: Literal["ok", "unavailable"]
-    down: list[str] = Field(description="Dependencies that did not answer.")
+    down: list[str] = Field(description="Dependencies that cannot be used.")
+    reasons: dict[str, str] = Field(description="Why, by dependency: `unreachable`, `login_refused`.")

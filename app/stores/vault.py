@@ -11,7 +11,16 @@ from uuid import UUID
 
 import hvac
 import requests
-from hvac.exceptions import Forbidden, VaultError
+from hvac.exceptions import (
+    BadGateway,
+    Forbidden,
+    InternalServerError,
+    RateLimitExceeded,
+    UnexpectedError,
+    VaultDown,
+    VaultError,
+    VaultNotInitialized,
+)
 from pydantic import JsonValue
 
 from app.config import Settings
@@ -31,9 +40,24 @@ MAX_SECRET_NAMES = 400
 # or a token that cannot be sent as a header. They carry URL, body or token and never leave this file.
 _FAILURES = (VaultError, requests.RequestException, OSError, AttributeError, LookupError, TypeError, ValueError)
 
+# Those of them that say nothing about the login: Vault cannot answer now.
+_OUTAGE = (
+    VaultDown,
+    VaultNotInitialized,
+    InternalServerError,
+    BadGateway,
+    RateLimitExceeded,
+    UnexpectedError,
+    requests.ConnectionError,
+    requests.Timeout,
+)
+
 # The collector and the health check never take a slot of a request, nor the other way round.
 _COLLECTOR_SLOTS = 4
 _HEALTH_SLOTS = 1
+
+# How long the answer to "does our login work?" holds for the health check, which anybody may poll.
+LOGIN_CHECK_SECONDS = 5.0
 
 
 def aliases(mount: str, path: str, values: Mapping[str, JsonValue]) -> dict[str, str]:
@@ -93,6 +117,8 @@ class SecretStore:
         self._requests = Slots("vault", settings.vault_concurrency)
         self._collector = Slots("vault-collector", _COLLECTOR_SLOTS)
         self._health = Slots("vault-health", _HEALTH_SLOTS)
+        self._login_works: bool | None = None  # None: not known
+        self._look_at_login = 0.0  # of time.monotonic()
 
     def new_path(self, organization_id: str, run_id: UUID) -> str:
         """A path under the mount that no secret ever had; an executor's policy can be limited to its organization."""
@@ -125,19 +151,62 @@ class SecretStore:
 
         await self._run(self._collector, destroy, float("inf"))
 
-    async def ready(self) -> bool:
-        """Whether Vault answers, is initialized and unsealed. Sends no token; bounded by twice the timeout."""
+    async def problem(self) -> str | None:
+        """Why secrets cannot be written: `unreachable` (no answer, sealed, not set up), `login_refused`, or None.
 
-        def health() -> bool:
-            client = self._client()
-            client.token = ""
-            reply = client.sys.read_health_status(standby_ok=True, method="GET")
-            return isinstance(reply, dict)
-
+        Writes nothing. Whether Vault answers is asked each time, without a token; whether the login works and may do what
+        policies/service.hcl grants, at most once in LOGIN_CHECK_SECONDS, and again after a call that failed.
+        Bounded by three times the timeout.
+        """
         try:
-            return await self._health.run(health, wait=self._timeout, patience=self._timeout)
+            return await self._health.run(self._find_problem, wait=self._timeout, patience=2 * self._timeout)
+        except TimeoutError:
+            return "unreachable"
+
+    def _find_problem(self) -> str | None:
+        client = self._client()
+        try:
+            client.token = ""
+            if not isinstance(client.sys.read_health_status(standby_ok=True, method="GET"), dict):
+                return "unreachable"
+            if self._login_works is None or time.monotonic() >= self._look_at_login:
+                works = self._try_login(client)
+                self._look_at_login = time.monotonic() + LOGIN_CHECK_SECONDS
+                if works != (self._login_works is not False):
+                    if works:
+                        log.info("Vault accepts the service's login again")
+                    else:
+                        log.warning(
+                            "Vault refuses the service's login, or it may not create and delete secrets under "
+                            "VAULT_MOUNT and VAULT_PREFIX: check the login, the mount (KV version 2) and the policy "
+                            "(policies/service.hcl)"
+                        )
+                self._login_works = works
+        except (*_FAILURES, VaultUnavailable):
+            return "unreachable"
+        return None if self._login_works else "login_refused"
+
+    def _try_login(self, client: hvac.Client) -> bool:
+        """Whether the login works, the mount is there, and the policy grants what we do. Raises _FAILURES for an outage."""
+        place = f"{self.prefix}/-/-/-"  # as deep as a secret
+        needed = {f"{self.mount}/data/{place}": "create", f"{self.mount}/metadata/{place}": "delete"}
+        try:
+            # What the vault command asks before it touches a KV mount. No policy can withhold it, unlike lookup-self, which
+            # tokens without the default policy may not ask; it is refused when the token may do nothing in the mount.
+            mount = self._with_login(client, lambda: client.adapter.get(f"/v1/sys/internal/ui/mounts/{self.mount}"))
+            if not isinstance(mount, dict):
+                raise VaultDown("a redirect, which is not followed")
+            if mount["data"]["options"]["version"] != "2":
+                return False
+        except _OUTAGE:
+            raise
         except _FAILURES:
             return False
+        try:
+            granted = client.sys.get_capabilities(paths=list(needed))["data"]
+        except Forbidden:
+            return True  # withheld together with the default policy: this much cannot be known
+        return all({"root", right} & set(granted[path]) for path, right in needed.items())
 
     async def close(self) -> None:
         """Wait for the calls under way and close the connections."""
@@ -161,23 +230,18 @@ class SecretStore:
 
         A 403 says that nothing was done; after a lost reply the request may have been, and a path is written once.
         """
-        refused: str | None = None
+
+        def begin() -> bool:
+            if time.monotonic() >= begin_by:
+                log.warning("Vault was reached too late; the call was not begun")
+                raise VaultUnavailable
+            return call(client)
+
         try:
             client = self._client()
-            while True:
-                client.token = self._current_token(client, refused)
-                if time.monotonic() >= begin_by:
-                    log.warning("Vault was reached too late; the call was not begun")
-                    raise VaultUnavailable
-                try:
-                    done = call(client)
-                except Forbidden:
-                    if refused is not None:
-                        raise
-                    refused = client.token
-                else:
-                    break
+            done = self._with_login(client, begin)
         except _FAILURES as error:
+            self._look_at_login = 0.0
             # A store set up with a lower limit; sending it again would never help.
             reasons = getattr(error, "errors", None) or ()
             if any("too large" in reason or "complexity" in reason for reason in reasons):
@@ -188,6 +252,18 @@ class SecretStore:
         if not done:
             log.warning("Vault gave an answer that does not confirm the call (a redirect?)")
             raise VaultUnavailable
+
+    def _with_login(self, client: hvac.Client, call: Callable[[], T]) -> T:
+        """Run one request with the shared token; after a 403 log in again and run it once more."""
+        refused: str | None = None
+        while True:
+            client.token = self._current_token(client, refused)
+            try:
+                return call()
+            except Forbidden:
+                if refused is not None:
+                    raise
+                refused = client.token
 
     def _current_token(self, client: hvac.Client, refused: str | None) -> str:
         """The token all threads share; one thread logs in for all when it is missing or was `refused`."""
