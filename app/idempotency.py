@@ -9,10 +9,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from sqlalchemy import CTE, bindparam, func, insert, literal_column, select
+
 from app.auth import Principal
 from app.errors import IdempotencyInProgress, Invalid, Refusal
+from app.models import IdempotencyKey
 from app.services import Services
 from app.stores.database import Connection, Deadlock, LockTimeout, UniqueViolation
+from app.stores.statements import fragment
 
 T = TypeVar("T")
 
@@ -31,6 +35,38 @@ STORE_REPLY = f"{STORE} VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs =
 
 # An expired key that was not collected yet is free again.
 FREE = "DELETE FROM idempotency_keys WHERE organization_id = $1 AND key = $2 AND expires_at <= now()"
+
+
+def store_reply(shown: CTE, *, status: int) -> CTE:
+    """Part of a statement that makes its own reply: store the `body` of `shown` under `:key`, if there is one.
+
+    Its parameters are organization_id, key, fingerprint and ttl_seconds.
+    """
+    key = bindparam("key", type_=IdempotencyKey.key.type)
+    return (
+        insert(IdempotencyKey)
+        .from_select(
+            [
+                IdempotencyKey.organization_id,
+                IdempotencyKey.key,
+                IdempotencyKey.fingerprint,
+                IdempotencyKey.status,
+                IdempotencyKey.body,
+                IdempotencyKey.expires_at,
+            ],
+            select(
+                bindparam("organization_id", type_=IdempotencyKey.organization_id.type),
+                key,
+                bindparam("fingerprint", type_=IdempotencyKey.fingerprint.type),
+                literal_column(str(status)),
+                literal_column("body"),
+                func.now() + fragment("make_interval(secs => :ttl_seconds)"),
+            )
+            .select_from(shown)
+            .where(key.is_not(None)),
+        )
+        .cte("stored")
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, COSTS OFF, TIMING OFF)"
 
 
 class _Explained:
-    """A connection that runs each statement twice, once to see its plan."""
+    """A driver's connection that runs each statement twice, once to see its plan."""
 
     def __init__(self, connection: Any, plans: list[str]) -> None:
         self._connection = connection
@@ -28,9 +28,6 @@ class _Explained:
     async def _explain(self, sql: str, *args: object) -> None:
         rows = await self._connection.fetch(f"{EXPLAIN} {sql}", *args)
         self._plans.append("\n".join(row[0] for row in rows))
-
-    async def execute(self, sql: str, *args: object) -> str:
-        raise NotImplementedError("reads only")
 
     async def fetch(self, sql: str, *args: object) -> list[Record]:
         await self._explain(sql, *args)
@@ -67,7 +64,7 @@ async def _explain(data: Data) -> str:
     plans: list[str] = []
     raw = await asyncpg.connect(data.url, timeout=10, server_settings={"jit": "off"})
     try:
-        connection = _Explained(raw, plans)
+        connection = Connection(_Explained(raw, plans))
         database = _ExplainedDatabase(connection)
         everything = RunFilter(ORGANIZATION)
         sections: list[tuple[str, list[str]]] = []
@@ -80,7 +77,7 @@ async def _explain(data: Data) -> str:
         section("authenticate")
         await connection.fetchrow(projection.GET_RUN, run_id(1), ORGANIZATION)
         section("one run")
-        await connection.fetchrow(retry.READ, run_id(1), ORGANIZATION)
+        await connection.fetchrow(retry.READ, run_id=run_id(1), organization_id=ORGANIZATION)
         section("retry: read")
         whole = Projection()
         await list_runs(database, everything, whole, 0, 100)

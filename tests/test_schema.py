@@ -19,6 +19,7 @@ from app.runs import create, ending, outputs, projection, retry
 from app.scheduling.targets import lane
 from app.stores import deletions
 from app.stores.database import Database
+from app.stores.statements import Statement
 from dev.readme import README, replaced, settings_table
 from dev.run import ROOT
 from tests.conftest import Stack, migrate
@@ -111,7 +112,7 @@ def test_the_lanes_of_waiting_runs_are_hashed(url: str) -> None:
     assert rows_of(url, lanes) == before
 
 
-STATEMENTS = {
+STATEMENTS: dict[str, str | Statement] = {
     "authenticate": auth.AUTHENTICATE,
     "find": idempotency.FIND,
     "read": retry.READ,
@@ -140,8 +141,10 @@ def test_no_plan_reads_a_whole_table(url: str, name: str) -> None:
             async with database.connection() as connection:
                 await connection.execute("VACUUM ANALYZE")
                 await connection.execute("SET plan_cache_mode = force_generic_plan")
-                await connection.execute(f"PREPARE planned AS {STATEMENTS[name]}")
-                parameters = len(set(re.findall(r"\$\d+", STATEMENTS[name])))
+                given = STATEMENTS[name]
+                sql = given if isinstance(given, str) else given.sql
+                await connection.execute(f"PREPARE planned AS {sql}")
+                parameters = len(set(re.findall(r"\$\d+", sql)))
                 values = f"({', '.join(['NULL'] * parameters)})" if parameters else ""
                 rows = await connection.fetch(f"EXPLAIN EXECUTE planned{values}")
                 return "\n".join(row["QUERY PLAN"] for row in rows)

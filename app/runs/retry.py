@@ -10,25 +10,93 @@ settle   after the commit the background task deletes what was replaced and look
 A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
 """
 
-from uuid import UUID
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID, uuid4
 
 import orjson
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Text,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    literal_column,
+    null,
+    or_,
+    select,
+    update,
+)
 
-from app.errors import InputAttachmentsExpired, RunNotFound, RunNotTerminal, SensitiveInputsExpired
-from app.idempotency import STORE, Reply, WriteRequest, attempt_or_replay, check_or_replay
-from app.models import TERMINAL
+from app.errors import (
+    InputAttachmentsExpired,
+    Invalid,
+    Refusal,
+    RunNotFound,
+    RunNotTerminal,
+    SensitiveInputsExpired,
+)
+from app.idempotency import Reply, WriteRequest, attempt_or_replay, check_or_replay, store_reply
+from app.models import TERMINAL, Deletion, Run, RunAttachment, RunAttempt, RunOutput
 from app.runs import projection, staging
-from app.runs.sessions import next_session, refuse_contradictions
+from app.runs.sessions import Session, next_session, refuse_contradictions
 from app.runs.staging import Staged
-from app.scheduling.targets import check_targets, lane
+from app.scheduling.targets import lane, missing_targets
 from app.schemas.runs import RunRetry
 from app.services import Services
 from app.stores import deletions
-from app.stores.database import Connection, Database, Record, committing
+from app.stores.database import Connection, Record, committing
 from app.stores.deletions import Name
-from app.stores.statements import json_text
+from app.stores.statements import constant, fragment, json_text, statement
 
 # --- the rules --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What the next attempt starts with, as far as the run's row says it."""
+
+    pinned_machine_id: UUID | None
+    pool_ids: list[UUID] | None
+    is_priority: bool
+    session: Session
+    lane: str
+    queue_rank: int
+
+
+def decide(
+    run: Record | None, options: RunRetry, *, new_session_id: UUID, missing: Sequence[Refusal] = ()
+) -> Next | list[Refusal]:
+    """The next attempt, or everything that speaks against it, what counts most first.
+
+    `run` is a row of READ, `missing` says which targets the organization does not have. Nothing is read, written or made up
+    here: check and switch decide by this one function, on what each of them has read.
+    """
+    if run is None:
+        return [RunNotFound()]
+    refusals: list[Refusal] = []
+    if run["status"] not in TERMINAL:
+        refusals.append(RunNotTerminal(run["status"]))
+    session: Session | None = None
+    try:
+        session = next_session(run, options, new_session_id)
+    except Invalid as contradiction:
+        refusals.append(contradiction)
+    if options.sensitive_input_values is None and run["secret_path"] is not None and not run["secret_is_kept"]:
+        refusals.append(_expired(run))
+    if options.file_inputs is None and run["input_is_expired"]:
+        refusals.append(InputAttachmentsExpired())
+    refusals += missing
+    if refusals or session is None:
+        return refusals
+    pinned = next_pin(run, options)
+    pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
+    is_priority = run["is_priority"] if options.is_priority is None else options.is_priority
+    return Next(pinned, pool_ids, is_priority, session, *lane(session.id, pinned, pool_ids, is_priority))
 
 
 def next_pin(run: Record, options: RunRetry) -> UUID | None:
@@ -49,206 +117,316 @@ def overridden(options: RunRetry) -> list[str]:
     return sorted(changed)
 
 
-def refuse(run: Record | None, options: RunRetry) -> Record:
-    """The refusals that need nothing but the run. Used on a plain read by check, and on the locked row by switch."""
-    if run is None:
-        raise RunNotFound
-    if run["status"] not in TERMINAL:
-        raise RunNotTerminal(run["status"])
-    next_session(run, options)
-    if options.sensitive_input_values is None and run["secret_path"] is not None and not run["secret_is_kept"]:
-        raise _expired(run)
-    if options.file_inputs is None and run["input_is_expired"]:
-        raise InputAttachmentsExpired
-    return run
-
-
 def _expired(run: Record) -> SensitiveInputsExpired:
     return SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
 
 
 # --- the statements ---------------------------------------------------------------------------------------------------
 
+_THE_RUN = (Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id"))
+_VERSION = literal_column("runs.xmin::text", Text)  # changes with every UPDATE of the row
+
+_INPUTS = (
+    select(func.count().label("count"), func.min(RunAttachment.expires_at).label("expires_first"))
+    .where(RunAttachment.run_id == Run.id, RunAttachment.attachment_type == constant("input"))
+    .lateral("inputs")
+)
+
 # What the rules need to know of a run. Outputs and history are not read: a megabyte is never loaded to be cleared.
-# `version` changes with every UPDATE of the row.
-READ = """
-SELECT r.xmin::text AS version, r.status, r.pinned_machine_id, r.pool_ids, r.is_priority,
-       r.session_id, r.session_alias, r.release_session_after,
-       r.secret_path, CASE WHEN r.secret_path IS NOT NULL THEN r.sensitive_input_aliases END AS sensitive_input_aliases,
-       r.secret_path IS NOT NULL AND EXISTS (
-           SELECT FROM deletions d
-           WHERE d.store = 'vault' AND d.name = r.secret_path AND d.condemned_at IS NULL AND d.due_at > clock_timestamp()
-       ) AS secret_is_kept,
-       inputs.count AS input_count, coalesce(inputs.expires_first <= clock_timestamp(), false) AS input_is_expired
-FROM runs r, LATERAL (
-    SELECT count(*), min(a.expires_at) AS expires_first FROM run_attachments a
-    WHERE a.run_id = r.id AND a.attachment_type = 'input'
-) AS inputs
-WHERE r.id = $1 AND r.organization_id = $2
-"""
+READ = statement(
+    "runs.retry.read",
+    select(
+        _VERSION.label("version"),
+        Run.status,
+        Run.pinned_machine_id,
+        Run.pool_ids,
+        Run.is_priority,
+        Run.session_id,
+        Run.session_alias,
+        Run.release_session_after,
+        Run.secret_path,
+        case((Run.secret_path.is_not(None), Run.sensitive_input_aliases)).label("sensitive_input_aliases"),
+        (
+            Run.secret_path.is_not(None)
+            & exists()
+            .where(
+                Deletion.store == constant("vault"),
+                Deletion.name == Run.secret_path,
+                Deletion.condemned_at.is_(None),
+                Deletion.due_at > func.clock_timestamp(),
+            )
+            .correlate(Run)
+        ).label("secret_is_kept"),
+        _INPUTS.c.count.label("input_count"),
+        func.coalesce(_INPUTS.c.expires_first <= func.clock_timestamp(), literal_column("false")).label(
+            "input_is_expired"
+        ),
+    )
+    .select_from(Run)
+    .join(_INPUTS, literal_column("true"))
+    .where(*_THE_RUN),
+)
 
 # A statement of its own: one that had to wait for a lock sees all other tables as they were when it began to wait.
-LOCK = "SELECT FROM runs WHERE id = $1 AND organization_id = $2 FOR NO KEY UPDATE"
+LOCK = statement("runs.retry.lock", select(Run.id).where(*_THE_RUN).with_for_update(key_share=True))
 
 # A statement still sees what it removes, and not yet what takes its place.
-AFTER = {
+_AFTER = {
     "output_data": "NULL",
     "run_message_history": "NULL",
     "output_attachment_ids": "'[]'::json",
-    "input_attachment_ids": f"coalesce($19::text[], {projection.RUN_COLUMNS['input_attachment_ids']})",
+    "input_attachment_ids": f"coalesce(:input_ids::text[], {projection.RUN_COLUMNS['input_attachment_ids']})",
 }
+
+_seen = (
+    select(
+        Run.id,
+        Run.attempt,
+        Run.status,
+        Run.error,
+        Run.assigned_machine_id,
+        Run.session_id,
+        Run.started_at,
+        Run.ended_at,
+    )
+    .where(*_THE_RUN, bindparam("version", type_=Text) == _VERSION)
+    .with_for_update(key_share=True)
+    .cte("seen")
+    .prefix_with("MATERIALIZED")
+)
+
+_archived = (
+    insert(RunAttempt)
+    .from_select(
+        [
+            RunAttempt.run_id,
+            RunAttempt.attempt,
+            RunAttempt.status,
+            RunAttempt.error,
+            RunAttempt.machine_id,
+            RunAttempt.session_id,
+            RunAttempt.started_at,
+            RunAttempt.ended_at,
+            RunAttempt.retried_by_key_id,
+            RunAttempt.retried_by_user_id,
+            RunAttempt.overridden,
+        ],
+        select(
+            _seen,
+            bindparam("key_id", type_=RunAttempt.retried_by_key_id.type),
+            bindparam("user_id", type_=RunAttempt.retried_by_user_id.type),
+            bindparam("overridden", type_=RunAttempt.overridden.type),
+        ),
+    )
+    .cte("archived")
+)
+
+_removed = (
+    delete(RunAttachment)
+    .where(
+        RunAttachment.run_id == _seen.c.id,
+        or_(RunAttachment.attachment_type == constant("output"), bindparam("replaces_inputs", type_=Boolean)),
+    )
+    .returning(RunAttachment.storage_path)
+    .cte("removed")
+)
+
+_listed = (
+    insert(Deletion)
+    .from_select(
+        [Deletion.store, Deletion.name, Deletion.due_at],
+        select(constant("storage"), _removed.c.storage_path, func.now()).where(_removed.c.storage_path.is_not(None)),
+        include_defaults=False,
+    )
+    .cte("listed")
+)
+
+_superseded = (
+    update(RunOutput)
+    .values(is_superseded=literal_column("true"))
+    .where(RunOutput.run_id == _seen.c.id, RunOutput.attempt == _seen.c.attempt)
+    .cte("superseded")
+)
+
+_aliases = bindparam("sensitive_input_aliases", type_=JSON)
+
+# A null override keeps what the run has.
+_requeued = (
+    update(Run)
+    .where(Run.id == _seen.c.id)
+    .values(
+        {
+            Run.status: constant("scheduling"),
+            Run.attempt: Run.attempt + literal_column("1"),
+            Run.queued_at: func.clock_timestamp(),
+            Run.lane: bindparam("lane"),
+            Run.queue_rank: bindparam("queue_rank"),
+            Run.error: null(),
+            Run.started_at: null(),
+            Run.ended_at: null(),
+            Run.reported_at: null(),
+            Run.assigned_machine_id: null(),
+            Run.pinned_machine_id: bindparam("pinned_machine_id"),
+            Run.pool_ids: func.coalesce(bindparam("pool_ids", type_=Run.pool_ids.type), Run.pool_ids),
+            Run.is_priority: bindparam("is_priority"),
+            Run.session_id: bindparam("session_id"),
+            Run.session_alias: bindparam("session_alias"),
+            Run.release_session_after: bindparam("release_session_after"),
+            Run.input_values: func.coalesce(bindparam("input_values", type_=JSON), Run.input_values),
+            Run.sensitive_input_aliases: func.coalesce(_aliases, Run.sensitive_input_aliases),
+            Run.secret_path: case(
+                (_aliases.is_(None), Run.secret_path), else_=bindparam("secret_path", type_=Run.secret_path.type)
+            ),
+        }
+    )
+    .returning(Run)
+    .cte("r")
+)
+
+# Made here, and not by a statement after it, because it must be stored by the same one.
+_shown = (
+    select(fragment(f"{projection.document(_AFTER)} AS body"))
+    .select_from(fragment(f"r {projection.RUN_SOURCE}"))
+    .add_cte(_requeued)
+    .cte("shown")
+    .prefix_with("MATERIALIZED")
+)
 
 # All that a retry always does, in one round trip, if the run is still in the version that the rules saw: archive the
 # attempt, list and remove the attachments that go, leave the outputs behind (a run has those of its own attempt number),
 # clear and requeue the run, make the reply and store it under the key.
-# A null override keeps what the run has. The reply is made here because it must be stored by the same statement.
-SWITCH = f"""
-WITH seen AS MATERIALIZED (
-    SELECT id, attempt, status, error, assigned_machine_id, session_id, started_at, ended_at
-    FROM runs WHERE id = $1 AND organization_id = $2 AND xmin::text = $3 FOR NO KEY UPDATE
-), archived AS (
-    INSERT INTO run_attempts (run_id, attempt, status, error, machine_id, session_id, started_at, ended_at,
-                              retried_by_key_id, retried_by_user_id, overridden)
-    SELECT id, attempt, status, error, assigned_machine_id, session_id, started_at, ended_at, $4, $5, $6 FROM seen
-), removed AS (
-    DELETE FROM run_attachments a USING seen
-    WHERE a.run_id = seen.id AND (a.attachment_type = 'output' OR $7) RETURNING a.storage_path
-), listed AS (
-    INSERT INTO deletions (store, name, due_at)
-    SELECT 'storage', storage_path, now() FROM removed WHERE storage_path IS NOT NULL
-), superseded AS (
-    UPDATE run_outputs SET is_superseded = true
-    FROM seen WHERE run_outputs.run_id = seen.id AND run_outputs.attempt = seen.attempt
-), r AS (
-    UPDATE runs
-    SET status = 'scheduling', attempt = runs.attempt + 1, queued_at = clock_timestamp(), lane = $8, queue_rank = $9,
-        error = NULL, started_at = NULL, ended_at = NULL, reported_at = NULL,
-        assigned_machine_id = NULL, pinned_machine_id = $10,
-        pool_ids = coalesce($11, pool_ids), is_priority = $12,
-        session_id = $13, session_alias = $14, release_session_after = $15,
-        input_values = coalesce($16::json, input_values),
-        sensitive_input_aliases = coalesce($17::json, sensitive_input_aliases),
-        secret_path = CASE WHEN $17::json IS NULL THEN secret_path ELSE $18 END
-    FROM seen WHERE runs.id = seen.id
-    RETURNING runs.*
-), shown AS MATERIALIZED (
-    SELECT {projection.document(AFTER)} AS body FROM r {projection.RUN_SOURCE}
-), stored AS (
-    {STORE} SELECT $2, $20::text, $21, 200, body, now() + make_interval(secs => $22) FROM shown WHERE $20 IS NOT NULL
+SWITCH = statement(
+    "runs.retry.switch",
+    select(literal_column("body"))
+    .select_from(_shown)
+    .add_cte(_seen, _archived, _removed, _listed, _superseded, store_reply(_shown, status=200)),
 )
-SELECT body FROM shown
-"""
 
 # --- the steps --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Retry:
+    """One request to retry a run; every step decides anew on what it has read."""
+
+    write: WriteRequest
+    run_id: UUID
+    options: RunRetry
+    new_session_id: UUID
+
+    @property
+    def organization_id(self) -> str:
+        return self.write.principal.organization_id
+
+    async def read(self, connection: Connection) -> Record | None:
+        return await connection.fetchrow(READ, run_id=self.run_id, organization_id=self.organization_id)
+
+    def next(self, run: Record | None, missing: Sequence[Refusal] = ()) -> tuple[Record, Next]:
+        """The run as it was read and its next attempt. Raises the first of the refusals."""
+        decided = decide(run, self.options, new_session_id=self.new_session_id, missing=missing)
+        if isinstance(decided, list) or run is None:
+            raise decided[0] if isinstance(decided, list) else RunNotFound()
+        return run, decided
 
 
 async def retry(services: Services, write: WriteRequest, run_id: UUID, options: RunRetry) -> Reply:
     """Reset a finished run and requeue it. Raises every refusal of the route; then nothing has changed."""
     refuse_contradictions(options.session_id, options.start_session)
+    asked = _Retry(write, run_id, options, new_session_id=uuid4())
     staged = Staged(aliases=None if options.sensitive_input_values is None else {})
     if options.sensitive_input_values or options.file_inputs:
         staging.check_sizes(services, options.sensitive_input_values, options.file_inputs)
-        organization_id = write.principal.organization_id
 
         async def check(connection: Connection) -> None:
-            await _check(connection, organization_id, run_id, options)
+            """Refuse before anything is staged. Nothing that is decided here is relied on later."""
+            run = await asked.read(connection)
+            asked.next(run, await missing_targets(connection, asked.organization_id, options))
 
         if (replayed := await check_or_replay(services, write, check)) is not None:
             return replayed
         [staged] = await staging.stage(
-            services, organization_id, [run_id], options.sensitive_input_values, options.file_inputs
+            services, asked.organization_id, [run_id], options.sensitive_input_values, options.file_inputs
         )
 
     async def switch() -> Reply:
-        reply = await _switch_plain(services.database, write, run_id, options)
-        return reply or await _switch(services.database, write, run_id, options, staged)
+        return await _switch_plain(services, asked) or await _switch(services, asked, staged)
 
     return await attempt_or_replay(services, write, switch)
 
 
-async def _check(connection: Connection, organization_id: str, run_id: UUID, options: RunRetry) -> None:
-    """Refuse before anything is staged. Nothing that is decided here is relied on later."""
-    refuse(await connection.fetchrow(READ, run_id, organization_id), options)
-    await check_targets(connection, organization_id, options)
-
-
-async def _switch_plain(database: Database, write: WriteRequest, run_id: UUID, options: RunRetry) -> Reply | None:
+async def _switch_plain(services: Services, asked: _Retry) -> Reply | None:
     """The switch without a transaction of several statements, for a retry that involves no secret, input file or target.
 
     The rules decide on a plain read, and the one statement that writes takes effect only if the row has not changed since.
     None if it has, or if the retry needs more: then nothing has happened.
     """
+    options = asked.options
     beyond_the_row = (options.sensitive_input_values, options.file_inputs, options.machine_id, options.session_id)
     if options.pool_ids or any(given is not None for given in beyond_the_row):
         return None
-    async with database.connection() as connection:
-        run = refuse(await connection.fetchrow(READ, run_id, write.principal.organization_id), options)
+    async with services.database.connection() as connection:
+        run, following = asked.next(await asked.read(connection))
         if run["secret_path"] is not None or run["input_count"]:
             return None
         with committing():
-            return await _write(connection, write, run_id, run, options, Staged(), input_ids=[])
+            return await _write(connection, asked, run, following, Staged(), input_ids=[])
 
 
-async def _switch(database: Database, write: WriteRequest, run_id: UUID, options: RunRetry, staged: Staged) -> Reply:
+async def _switch(services: Services, asked: _Retry, staged: Staged) -> Reply:
     """Decide every rule on the locked run, and do all that follows from it in the same transaction."""
-    organization_id = write.principal.organization_id
-    async with database.transaction() as connection:
-        await connection.execute(LOCK, run_id, organization_id)
-        run = refuse(await connection.fetchrow(READ, run_id, organization_id), options)
-        await check_targets(connection, organization_id, options)
+    async with services.database.transaction() as connection:
+        await connection.execute(LOCK, run_id=asked.run_id, organization_id=asked.organization_id)
+        seen = await asked.read(connection)
+        missing = await missing_targets(connection, asked.organization_id, asked.options)
+        run, following = asked.next(seen, missing)
         old_secret: str | None = run["secret_path"]
         if old_secret is not None:
             if staged.aliases is not None:
                 await deletions.due(connection, [Name("vault", old_secret)])
             elif not await deletions.reclaim(connection, old_secret):
                 raise _expired(run)
-        new_inputs = None if options.file_inputs is None else [str(file.id) for file in staged.files]
-        reply = await _write(connection, write, run_id, run, options, staged, input_ids=new_inputs)
+        new_inputs = None if asked.options.file_inputs is None else [str(file.id) for file in staged.files]
+        reply = await _write(connection, asked, run, following, staged, input_ids=new_inputs)
         if reply is None:  # the row is locked
             raise RunNotFound
-        await staging.adopt(connection, {run_id: staged}, write.principal)
+        await staging.adopt(connection, {asked.run_id: staged}, asked.write.principal)
     return reply
 
 
 async def _write(
     connection: Connection,
-    write: WriteRequest,
-    run_id: UUID,
+    asked: _Retry,
     run: Record,
-    options: RunRetry,
+    following: Next,
     staged: Staged,
     *,
     input_ids: list[str] | None,
 ) -> Reply | None:
-    """SWITCH, with what the rules make of the run as it was read; None if it is no longer what was read.
-
-    `input_ids` are those of the reply; None means those that the run has.
-    """
-    session, pinned = next_session(run, options), next_pin(run, options)
-    pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
-    is_priority = run["is_priority"] if options.is_priority is None else options.is_priority
+    """SWITCH; None if the run is no longer what was read. `input_ids` are those of the reply; None: those that it has."""
+    write, options = asked.write, asked.options
     body = await connection.fetchval(
         SWITCH,
-        run_id,
-        write.principal.organization_id,
-        run["version"],
-        write.principal.key_id,
-        write.principal.user_id,
-        overridden(options),
-        options.file_inputs is not None,
-        *lane(session.id, pinned, pool_ids, is_priority),
-        pinned,
-        options.pool_ids,
-        is_priority,
-        session.id,
-        session.alias,
-        session.release_after,
-        json_text(options.input_values),
-        json_text(staged.aliases),
-        staged.secret_path,
-        input_ids,
-        write.key,
-        None if write.key is None else write.fingerprints[0],
-        write.ttl_seconds,
+        run_id=asked.run_id,
+        organization_id=asked.organization_id,
+        version=run["version"],
+        key_id=write.principal.key_id,
+        user_id=write.principal.user_id,
+        overridden=overridden(options),
+        replaces_inputs=options.file_inputs is not None,
+        lane=following.lane,
+        queue_rank=following.queue_rank,
+        pinned_machine_id=following.pinned_machine_id,
+        pool_ids=options.pool_ids,
+        is_priority=following.is_priority,
+        session_id=following.session.id,
+        session_alias=following.session.alias,
+        release_session_after=following.session.release_after,
+        input_values=json_text(options.input_values),
+        sensitive_input_aliases=json_text(staged.aliases),
+        secret_path=staged.secret_path,
+        input_ids=input_ids,
+        key=write.key,
+        fingerprint=None if write.key is None else write.fingerprints[0],
+        ttl_seconds=write.ttl_seconds,
     )
     return None if body is None else Reply(200, body)

@@ -4,7 +4,7 @@ A session is an id shared by runs, for which one machine is reserved. Which mach
 """
 
 from dataclasses import dataclass
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from app.errors import Invalid
 from app.schemas.runs import RunRetry
@@ -37,13 +37,16 @@ def alias_needs_session(session: Session) -> Session:
     return session
 
 
-def next_session(run: Record, options: RunRetry) -> Session:
-    """The session of the next attempt. release_session_after is applied last, over all else."""
+def next_session(run: Record, options: RunRetry, new_session_id: UUID) -> Session:
+    """The session of the next attempt; `new_session_id` is for start_session. release_session_after is applied last.
+
+    Raises Invalid for an alias without a session.
+    """
     session = Session(run["session_id"], run["session_alias"], run["release_session_after"])
     if options.session_id is not None:
         session = Session(options.session_id, session.alias, session.release_after)
     elif options.start_session:
-        session = Session(uuid4(), session.alias, session.release_after)
+        session = Session(new_session_id, session.alias, session.release_after)
     elif options.reuse_session is False:
         session = Session(None, None, None)
     if options.session_alias is not None:

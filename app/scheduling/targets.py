@@ -5,8 +5,12 @@ from collections.abc import Iterable
 from typing import Protocol
 from uuid import UUID
 
-from app.errors import MachineNotFound, PoolNotFound, SessionNotFound
+from sqlalchemy import ARRAY, Uuid, any_, bindparam, func, literal_column, select
+
+from app.errors import MachineNotFound, PoolNotFound, Refusal, SessionNotFound
+from app.models import Machine, Pool
 from app.stores.database import Connection
+from app.stores.statements import statement
 
 
 class Targets(Protocol):
@@ -21,28 +25,55 @@ class Targets(Protocol):
 
 
 # The lock keeps the machine from being deleted before the run that pins it is committed.
-KNOWN_MACHINE = "SELECT 1 FROM machines WHERE id = $1 AND organization_id = $2 FOR KEY SHARE"
-KNOWN_POOLS = "SELECT count(*) FROM pools WHERE id = ANY($1::uuid[]) AND organization_id = $2"
-KNOWN_SESSION = """
-SELECT EXISTS (SELECT FROM machines WHERE reserved_session_id = $1 AND organization_id = $2)
-    OR EXISTS (SELECT FROM runs WHERE session_id = $1 AND organization_id = $2)
-"""
+KNOWN_MACHINE = statement(
+    "targets.machine",
+    select(literal_column("1"))
+    .where(Machine.id == bindparam("machine_id"), Machine.organization_id == bindparam("organization_id"))
+    .with_for_update(key_share=True, read=True),
+)
+
+KNOWN_POOLS = statement(
+    "targets.pools",
+    select(func.count())
+    .select_from(Pool)
+    .where(
+        Pool.id == any_(bindparam("pool_ids", type_=ARRAY(Uuid))), Pool.organization_id == bindparam("organization_id")
+    ),
+)
+
+# A machine is reserved for it, or a run carries it.
+KNOWN_SESSION = statement(
+    "targets.session",
+    """
+    SELECT EXISTS (SELECT FROM machines WHERE reserved_session_id = :session_id AND organization_id = :organization_id)
+        OR EXISTS (SELECT FROM runs WHERE session_id = :session_id AND organization_id = :organization_id)
+    """,
+)
+
+
+async def missing_targets(connection: Connection, organization_id: str, targets: Targets) -> list[Refusal]:
+    """MachineNotFound, PoolNotFound and SessionNotFound for what the organization does not have."""
+    missing: list[Refusal] = []
+    if targets.machine_id is not None and not await connection.fetchval(
+        KNOWN_MACHINE, machine_id=targets.machine_id, organization_id=organization_id
+    ):
+        missing.append(MachineNotFound())
+    if targets.pool_ids:
+        wanted = set(targets.pool_ids)
+        found = await connection.fetchval(KNOWN_POOLS, pool_ids=list(wanted), organization_id=organization_id)
+        if found != len(wanted):
+            missing.append(PoolNotFound())
+    if targets.session_id is not None and not await connection.fetchval(
+        KNOWN_SESSION, session_id=targets.session_id, organization_id=organization_id
+    ):
+        missing.append(SessionNotFound())
+    return missing
 
 
 async def check_targets(connection: Connection, organization_id: str, targets: Targets) -> None:
-    """Raises MachineNotFound, PoolNotFound or SessionNotFound for what the organization does not have."""
-    if targets.machine_id is not None and not await connection.fetchval(
-        KNOWN_MACHINE, targets.machine_id, organization_id
-    ):
-        raise MachineNotFound
-    if targets.pool_ids:
-        wanted = set(targets.pool_ids)
-        if await connection.fetchval(KNOWN_POOLS, list(wanted), organization_id) != len(wanted):
-            raise PoolNotFound
-    if targets.session_id is not None and not await connection.fetchval(
-        KNOWN_SESSION, targets.session_id, organization_id
-    ):
-        raise SessionNotFound
+    """Raises the first of what `missing_targets` finds."""
+    for refusal in await missing_targets(connection, organization_id, targets):
+        raise refusal
 
 
 def lane(

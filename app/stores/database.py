@@ -5,27 +5,60 @@ statement, because a retry through SQLAlchemy's own execution costs three to fiv
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import asyncpg
 
 from app.config import Settings
 from app.errors import DatabaseUnavailable, OutcomeUnknown
 from app.stores.pool import Pool
+from app.stores.statements import Statement
 
 Record = Mapping[str, Any]
 
 
-class Connection(Protocol):
-    """What we use of asyncpg's connection, which carries no type information."""
+class Connection:
+    """A connection of ours: it runs statements (statements.py), with their parameters by name.
 
-    async def execute(self, sql: str, *args: object) -> str: ...
-    async def fetch(self, sql: str, *args: object) -> list[Record]: ...
-    async def fetchrow(self, sql: str, *args: object) -> Record | None: ...
-    async def fetchval(self, sql: str, *args: object) -> Any: ...
+    Text is for BEGIN, COMMIT and what an operator would type; its parameters are $1, $2, ...
+    """
+
+    __slots__ = ("driver",)
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver  # asyncpg's, which carries no type information
+
+    async def execute(self, sql: Statement | str, /, *args: object, **values: object) -> str:
+        """Run it; returns its command tag, like `UPDATE 1`."""
+        text, arguments = _prepared(sql, args, values)
+        tag: str = await self.driver.execute(text, *arguments)
+        return tag
+
+    async def fetch(self, sql: Statement | str, /, *args: object, **values: object) -> list[Record]:
+        """All rows."""
+        text, arguments = _prepared(sql, args, values)
+        rows: list[Record] = await self.driver.fetch(text, *arguments)
+        return rows
+
+    async def fetchrow(self, sql: Statement | str, /, *args: object, **values: object) -> Record | None:
+        """The first row."""
+        text, arguments = _prepared(sql, args, values)
+        row: Record | None = await self.driver.fetchrow(text, *arguments)
+        return row
+
+    async def fetchval(self, sql: Statement | str, /, *args: object, **values: object) -> Any:
+        """The first column of the first row."""
+        text, arguments = _prepared(sql, args, values)
+        return await self.driver.fetchval(text, *arguments)
+
+
+def _prepared(
+    sql: Statement | str, args: Sequence[object], values: Mapping[str, object]
+) -> tuple[str, Sequence[object]]:
+    return (sql, args) if isinstance(sql, str) else (sql.sql, sql.arguments(values))
 
 
 class LockTimeout(DatabaseUnavailable):
@@ -97,7 +130,7 @@ class Database:
         connection = None
         try:
             connection = await self._pool.acquire()
-            yield connection
+            yield Connection(connection)
         except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError):
             raise LockTimeout from None
         except asyncpg.DeadlockDetectedError:

@@ -1,16 +1,95 @@
-"""Statements: what SQLAlchemy writes, as asyncpg takes it."""
+"""Statements: SQLAlchemy writes every one, once, when its module is imported; asyncpg runs it.
+
+Parameters have names, in the SQL (`:run_id`) and in the call (`run_id=...`), and a missing or unknown one is a TypeError. The
+name of a statement leads its SQL as a comment, so that logs, pg_stat_statements and spans speak of the same thing.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import orjson
+from sqlalchemy import ColumnElement, TextClause, literal_column, text
 from sqlalchemy.dialects.postgresql import asyncpg as sqlalchemy_asyncpg
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import SQLCompiler
 
 _DIALECT = sqlalchemy_asyncpg.dialect()  # type: ignore[no-untyped-call] # SQLAlchemy leaves dialects untyped
+_NAME = re.compile(r"[a-z_]+(\.[a-z_]+)+")
+
+# Every statement of the service by its name, for the tests that prepare and plan all of them.
+REGISTRY: dict[str, "Statement"] = {}
 
 
-def sql(statement: ClauseElement) -> tuple[str, list[object]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Statement:
+    """SQL as asyncpg takes it, and the names of its $1, $2, ... in that order."""
+
+    name: str
+    sql: str
+    parameters: tuple[str, ...]
+    values: Mapping[str, object] = field(default_factory=dict)  # of a list that was composed for one request
+
+    def arguments(self, given: Mapping[str, object]) -> list[object]:
+        """The values in the order of the SQL. Raises TypeError for a missing or an unknown name."""
+        values = {**self.values, **given} if self.values else given
+        try:
+            found = [values[name] for name in self.parameters]
+        except KeyError as missing:
+            raise TypeError(f"{self.name} needs {missing}") from None
+        if len(found) != len(values):
+            raise TypeError(f"{self.name} has no {', '.join(sorted(values.keys() - set(self.parameters)))}")
+        return found
+
+
+def statement(name: str, written: str | ClauseElement) -> Statement:
+    """A statement that is compiled now and kept in the registry.
+
+    `written` is SQL with `:names`, or SQLAlchemy Core. Raises TypeError for a name that is taken or a value that is not
+    spelled out: a constant that PostgreSQL does not see cannot match a partial index (use `constant`).
+    """
+    if not _NAME.fullmatch(name) or name in REGISTRY:
+        raise TypeError(f"{name} is taken or is no name of a statement")
+    made = REGISTRY[name] = _compiled(name, fragment(written) if isinstance(written, str) else written)
+    if made.values:
+        raise TypeError(f"{name} has values without a name: {', '.join(made.values)}")
+    return made
+
+
+def composed(name: str, written: ClauseElement) -> Statement:
+    """A list whose conditions depend on the request: compiled for this request, with the values that it was made of."""
+    return _compiled(name, written)
+
+
+def constant(value: str) -> ColumnElement[str]:
+    """A text of ours that stands in the SQL itself."""
+    return literal_column("'" + value.replace("'", "''") + "'")
+
+
+def fragment(written: str) -> TextClause:
+    """SQL with `:names`, as a part of a statement of SQLAlchemy's."""
+    return text(
+        written.strip().replace("::", r"\:\:")
+    )  # else it would read the cast in `:values::json` as part of a name
+
+
+def _compiled(name: str, clause: ClauseElement) -> Statement:
+    compiled = clause.compile(dialect=_DIALECT, compile_kwargs={"render_postcompile": True})
+    assert isinstance(compiled, SQLCompiler)  # noqa: S101 - what a dialect makes of anything but DDL
+    parameters = tuple(compiled.positiontup or ())
+    values = {key: compiled.params[key] for key in parameters if not _is_open(compiled, key)}
+    return Statement(name, f"/* {name} */ {compiled}", parameters, values)
+
+
+def _is_open(compiled: SQLCompiler, key: str) -> bool:
+    """Whether a parameter gets its value in the call."""
+    bound = compiled.binds.get(key)
+    return bound is not None and bound.required
+
+
+def sql(clause: ClauseElement) -> tuple[str, list[object]]:
     """A SQLAlchemy Core statement as asyncpg takes it: text with $1, $2, ... and the values in that order."""
-    compiled = statement.compile(dialect=_DIALECT)
+    compiled = clause.compile(dialect=_DIALECT)
     assert isinstance(compiled, SQLCompiler)  # noqa: S101 - what a dialect makes of anything but DDL
     return str(compiled), [compiled.params[name] for name in compiled.positiontup or ()]
 

@@ -10,6 +10,7 @@ Processes are forked from one that has the application imported, so a start take
 import asyncio
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -132,7 +133,7 @@ class Faults:
         async def call(connection: Any, sql: str, *args: Any, **kwargs: Any) -> Any:
             what = _statement(sql)
             self.point(f"{what} before", args)
-            if sql in ("COMMIT", SWITCH) and IN_REQUEST.get():
+            if what in ("COMMIT", SWITCH.name) and IN_REQUEST.get():
                 answer = asyncio.ensure_future(original(connection, sql, *args, **kwargs))
                 await asyncio.sleep(0)  # its first step sends
                 await asyncio.sleep(0)  # the event loop writes
@@ -179,8 +180,9 @@ def _first(name: str, *_: object) -> str:
 
 
 def _statement(sql: str) -> str:
-    """A statement's first words: enough to tell which one it is."""
-    return " ".join(sql.split()[:4])
+    """A statement's name, or its first words: enough to tell which one it is."""
+    named = re.match(r"/\* (\S+) \*/", sql)
+    return named[1] if named else " ".join(sql.split()[:4])
 
 
 def _enter(environment: Mapping[str, str], log: Path) -> None:

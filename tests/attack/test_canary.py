@@ -425,7 +425,7 @@ DEFECTS = [
     "vault write before#1",
     "vault write after#1",
     "put before#1",
-    "WITH seen AS MATERIALIZED before#1",
+    "runs.retry.switch before#1",
     "COMMIT before#2",
 ]
 

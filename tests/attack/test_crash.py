@@ -178,7 +178,7 @@ def crash(stack: Stack, scene: Callable[[Client], WriteRequest], plan: Plan, com
 def last_commit(every: list[str]) -> str:
     """The statement after which it has happened."""
     commits = sum(point.startswith("COMMIT before") for point in every)
-    return f"COMMIT {{}}#{commits}" if commits else "WITH seen AS MATERIALIZED {}#1"
+    return f"COMMIT {{}}#{commits}" if commits else "runs.retry.switch {}#1"
 
 
 def crash_at(stack: Stack, scene: Callable[[Client], WriteRequest], points: list[str], every: list[str]) -> None:

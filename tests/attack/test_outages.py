@@ -174,7 +174,7 @@ def _send(client: Client, call: Call) -> tuple[threading.Thread, list[Answer]]:
 DEATHS = {
     "INSERT INTO deletions (store, after#1": "nothing was changed",
     "COMMIT before#1": "nothing was changed",  # it only listed names
-    "WITH seen AS MATERIALIZED after#1": "nothing was changed",
+    "runs.retry.switch after#1": "nothing was changed",
     "COMMIT before#2": "may have taken effect",
     "COMMIT sent#2": "may have taken effect",  # if the answer did not come first
 }

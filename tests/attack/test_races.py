@@ -303,7 +303,7 @@ def test_a_plain_retry_whose_run_changes_between_reading_and_writing(
 ) -> None:
     """It decides again, on what is there then."""
     run_id = client.finished()["id"]
-    with stopped(attacked, client, retry(run_id), "WITH seen AS MATERIALIZED before#1") as late:
+    with stopped(attacked, client, retry(run_id), "runs.retry.switch before#1") as late:
         attacked.sql(change, run_id)
         answer = late.go()
     assert answer.status == 200
