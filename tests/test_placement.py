@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 from uuid import UUID
 
@@ -205,14 +205,38 @@ def test_an_old_run_is_not_starved_behind_pinned_ones(api: Client) -> None:
     assert assigned(api, run_id) == machine_id
 
 
+def an_older_run_and_a_pinned_one(api: Client) -> tuple[str, str, str, str]:
+    """A run that can go anywhere and a younger one that wants a machine, both waiting; that machine, and another.
+
+    By its id the wanted machine is the first choice.
+    """
+    wanted, other = sorted(api.machine(is_available=False) for _ in range(2))
+    return api.run()["id"], api.run(machine_id=wanted)["id"], wanted, other
+
+
+BOTH_AVAILABLE = "UPDATE machines SET is_available = true WHERE organization_id = $1"
+
+
 def test_a_run_that_can_go_anywhere_leaves_a_sought_machine_to_the_pinned_run(api: Client, stack: Stack) -> None:
-    machines = [api.machine(is_available=False) for _ in range(2)]
-    anywhere, pinned = api.run()["id"], api.run(machine_id=min(machines))["id"]
-    # Both at once, and then a wake-up: the machine with the lower id would be the first choice.
-    stack.sql("UPDATE machines SET is_available = true WHERE organization_id = $1", api.organization)
-    change(api, machines[0], is_available=True)
-    assert assigned(api, anywhere) == max(machines)
-    assert assigned(api, pinned) == min(machines)
+    anywhere, pinned, wanted, other = an_older_run_and_a_pinned_one(api)
+    # No pass, also none that an earlier wake-up has left over, looks before both are there and nobody holds them.
+    with stack.held(placement.LOCK_ORGANIZATION, api.organization):
+        stack.sql(BOTH_AVAILABLE, api.organization)
+        change(api, wanted, is_available=True)
+    assert assigned(api, anywhere) == other
+    assert assigned(api, pinned) == wanted
+
+
+def test_the_queue_goes_before_what_others_seek(api: Client, stack: Stack) -> None:
+    """To leave a sought machine to others is a choice among those that can be had now; it makes no older run wait."""
+    anywhere, pinned, wanted, other = an_older_run_and_a_pinned_one(api)
+    with ExitStack() as held:
+        with stack.held(placement.LOCK_ORGANIZATION, api.organization):
+            stack.sql(BOTH_AVAILABLE, api.organization)
+            held.enter_context(stack.held("SELECT 1 FROM machines WHERE id = $1 FOR NO KEY UPDATE", UUID(other)))
+            change(api, wanted, is_available=True)
+        assert assigned(api, anywhere) == wanted
+    assert reason(api, pinned) == "machine_busy"
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------

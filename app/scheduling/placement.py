@@ -224,7 +224,7 @@ class _Machines:
 
     def __init__(self, idle: dict[UUID, Machine], sought: set[UUID | None]) -> None:
         self._left = dict(idle)
-        # Those that others ask for by name or by pool go last.
+        # Those that others ask for by name or by pool go last: a choice, which makes no older run wait for another machine.
         self._open = sorted(
             (machine for machine in idle.values() if machine.session_id is None),
             key=lambda machine: (machine.id in sought, len(machine.pools), machine.id),

@@ -6,14 +6,14 @@ statement, because a retry through SQLAlchemy's own execution costs three to fiv
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import asyncpg
 
 from app.config import Settings
-from app.errors import DatabaseUnavailable, OutcomeUnknown
+from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
 from app.stores.pool import Pool
 from app.stores.statements import Statement
 
@@ -145,6 +145,12 @@ class Database:
             if isinstance(lost, _LOST):
                 raise DatabaseUnavailable from None
             raise
+        except (Refusal, asyncpg.PostgresError):
+            raise  # the server has answered: nothing is under way
+        except Exception:
+            if connection is not None:
+                connection.terminate()  # a defect of ours, perhaps in the middle of a statement
+            raise
         finally:
             if connection is not None:
                 self._pool.release(connection)
@@ -162,7 +168,9 @@ class Database:
             except _LOST:
                 raise  # the server rolls back when the connection is gone
             except Exception:
-                await connection.execute("ROLLBACK")
+                # What went wrong first is what is told. If this fails too, the pool throws the connection away.
+                with suppress(*_LOST, asyncpg.PostgresError):
+                    await connection.execute("ROLLBACK")
                 raise
             with committing():
                 await connection.execute("COMMIT")

@@ -137,6 +137,7 @@ class Faults:
                 answer = asyncio.ensure_future(original(connection, sql, *args, **kwargs))
                 await asyncio.sleep(0)  # its first step sends
                 await asyncio.sleep(0)  # the event loop writes
+                answer.add_done_callback(lambda sent: sent.cancelled() or sent.exception())  # it may be left behind
                 self.point(f"{what} sent", args)
                 result = await answer
             else:

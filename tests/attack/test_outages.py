@@ -11,7 +11,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests.attack.faults import FaultyServer, Plan, collect_until_empty, lose_answer, wait_for
+from tests.attack.faults import FaultyServer, Plan, collect_until_empty, fail_with_everything, lose_answer, wait_for
 from tests.attack.scene import assert_exactly_named, assert_nothing_lost, attempts, picture, settings_of
 from tests.attack.storm import Answer, Call, finished_runs, storm, tally, worst
 from tests.conftest import Client, Server, Stack, file_input, start_server, until
@@ -225,6 +225,23 @@ def test_the_answer_to_commit_is_lost(broken: Stack) -> None:
         assert (resent.status, resent.headers["Idempotency-Status"]) == (200, "replayed")
         assert attempts(client, run_id) == 1
         assert_exactly_named(broken, client.organization)
+
+
+def test_a_defect_in_the_middle_of_a_statement(broken: Stack) -> None:
+    """It is told as what it is, and nobody else gets the connection on which the statement is still under way."""
+    plan = Plan("runs.retry.switch sent#1", fail_with_everything)
+    with FaultyServer(broken, plan) as server, server.client() as client:
+        run_id = client.finished("error")["id"]
+        [call] = retries([run_id], PLAIN)
+        server.arm()
+        with broken.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
+            [failed] = storm(client, [call])
+            assert (failed.status, failed.code) == (500, "internal_error")
+            assert [client.get(f"/v1/runs/{run_id}").status_code for _ in range(3)] == [200] * 3
+            assert "unavailable" not in server.log()  # nor the background
+        [answer] = storm(client, [call])
+        assert answer.status == 200
+        assert attempts(client, run_id) == 1
 
 
 def _condemned(stack: Stack, organization: str) -> int:
