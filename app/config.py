@@ -73,7 +73,9 @@ class Settings(DatabaseSettings):
     )
 
     # PostgreSQL
-    database_pool_size: int = Field(16, ge=2, le=500, description="Connections per process.")
+    database_pool_size: int = Field(
+        16, ge=2, le=500, description="Connections per process; organizations take turns when they are short."
+    )
     database_timeout_seconds: float = Field(
         3, gt=0, le=5, description="Patience with a connection and with each statement."
     )

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.auth import authenticate, bearer
 from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized
 from app.services import Services
+from app.stores.pool import party
 from app.telemetry.logs import describe
 
 log = logging.getLogger("app.request")
@@ -49,8 +50,11 @@ class Edge:
             if not is_public(scope["path"]):
                 services: Services = scope["app"].state.services
                 key = bearer(exchange.only_header(b"authorization"))
+                party.set("")  # not that of an earlier request on this connection
                 async with services.database.connection() as connection:
-                    exchange.principal = scope["state"]["principal"] = await authenticate(connection, key)
+                    principal = await authenticate(connection, key)
+                party.set(principal.organization_id)
+                exchange.principal = scope["state"]["principal"] = principal
             await self.app(scope, exchange.receive, exchange.send)
         except Refusal as error:
             refusal = error

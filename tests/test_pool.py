@@ -1,0 +1,122 @@
+"""The pool of connections to PostgreSQL: who gets the next one when there are not enough."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from app.stores.pool import Pool, party
+from tests.conftest import Client, Server, Stack, start_server, until
+
+CONNECTIONS = 4
+
+
+# --- through the service ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(stack: Stack) -> Iterator[Server]:
+    """Few connections, so that a few requests use them all."""
+    started = start_server(stack, DATABASE_POOL_SIZE=CONNECTIONS)
+    yield started
+    started.app.stop()
+
+
+def test_organizations_take_turns_and_one_that_is_alone_may_use_all(stack: Stack, api: Client, foreign: Client) -> None:
+    """Each of the 8 requests holds its connection until `lock_timeout`, 2 s: in order of arrival, the other
+    organization's would come after the last of them, later than DATABASE_TIMEOUT_SECONDS."""
+    run_id, other_id = api.run()["id"], foreign.run()["id"]
+    with (
+        stack.held("SELECT FROM runs WHERE id = $1 FOR UPDATE", run_id),
+        ThreadPoolExecutor(2 * CONNECTIONS) as many,
+    ):
+        for _ in range(2 * CONNECTIONS):
+            many.submit(api.patch, f"/v1/runs/{run_id}", json={})
+        until(lambda: stack.waiting() == CONNECTIONS, what="the use of all connections by one organization")
+        began = time.monotonic()
+        foreign.get_run(other_id)
+        assert time.monotonic() - began < 2.8
+        assert stack.waiting() > 0, "the first organization had nothing left to do: this proves nothing"
+
+
+# --- the pool alone ---------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def pool_of(stack: Stack, size: int, seconds: float = 10) -> AsyncIterator[Pool]:
+    pool = Pool(lambda: asyncpg.connect(stack.postgres.url), size, seconds)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        await asyncio.sleep(0)
+
+
+def test_the_party_with_the_fewest_connections_is_next(stack: Stack) -> None:
+    async def scenario() -> list[str]:
+        got: list[str] = []
+        using: dict[str, list[object]] = {name: [] for name in "abc"}
+
+        async def ask(name: str) -> None:
+            party.set(name)
+            using[name].append(await pool.acquire())
+            got.append(name)
+
+        async def release(name: str) -> None:
+            pool.release(using[name].pop())
+            await asyncio.sleep(0)  # until whoever is next has it
+
+        async with pool_of(stack, 2) as pool:
+            await asyncio.gather(ask("a"), ask("a"))
+            waits = []
+            for name in "aaabbc":
+                waits.append(asyncio.create_task(ask(name)))
+                await asyncio.sleep(0)
+            for name in "abcaba":
+                await release(name)
+            await asyncio.gather(*waits)
+        return got
+
+    # b and c have none while a has one; then b, which was served before c; then a has none, and b one.
+    assert "".join(asyncio.run(scenario())) == "aa" + "bcbaaa"
+
+
+def test_whoever_gives_up_leaves_the_turn_to_the_next(stack: Stack) -> None:
+    async def scenario() -> None:
+        async with pool_of(stack, 1, seconds=0.1) as pool:
+            held = await pool.acquire()
+            with pytest.raises(TimeoutError):
+                await pool.acquire()
+            waits = [asyncio.create_task(pool.acquire()) for _ in range(3)]
+            await asyncio.sleep(0)
+            waits[0].cancel()  # before its turn
+            pool.release(held)
+            waits[1].cancel()  # it has just been given the turn
+            assert await waits[2] is held
+            pool.release(held)
+            assert await pool.acquire() is held  # and nobody's turn is lost
+            pool.release(held)
+
+    asyncio.run(scenario())
+
+
+def test_a_connection_that_cannot_be_made_costs_no_turn(stack: Stack) -> None:
+    async def scenario() -> None:
+        async with pool_of(stack, 1, seconds=1) as pool:
+            working = pool._connect
+
+            async def fails() -> object:
+                raise OSError
+
+            for _ in range(3):
+                pool._connect = fails
+                with pytest.raises(OSError):  # noqa: PT011 - it has no message
+                    await pool.acquire()
+            pool._connect = working
+            pool.release(await pool.acquire())
+
+    asyncio.run(scenario())
