@@ -17,6 +17,7 @@ from app.errors import AttachmentNotFound, RangeNotSatisfiable
 from app.services import Services
 from app.stores.database import Connection, Database, Record
 from app.stores.files import FileMissingError, file_headers
+from app.stores.statements import statement
 
 # One range alone. Anything else is ignored, as RFC 9110 section 14.2 allows.
 _RANGE = re.compile(r"bytes=([0-9]{0,100})-([0-9]{0,100})", re.IGNORECASE)
@@ -46,17 +47,19 @@ def requested_range(headers: Headers, size: int, etag: str) -> tuple[int, int] |
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 # An expired file cannot be read, also before its bytes are collected. No row: unknown, foreign, expired or collected.
-READABLE = """
+_READABLE = """
 SELECT id, filename, content_type, size_bytes, storage_path FROM run_attachments
-WHERE id = $1 AND storage_path IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
+WHERE id = :attachment_id AND storage_path IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
 """
-
-READABLE_OF_ORGANIZATION = f"{READABLE} AND organization_id = $2"
+READABLE = statement("downloads.by_ticket", _READABLE)
+READABLE_OF_ORGANIZATION = statement("downloads.by_key", f"{_READABLE} AND organization_id = :organization_id")
 
 
 async def readable(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
     """What is needed to read an attachment of this organization. Raises AttachmentNotFound."""
-    file = await connection.fetchrow(READABLE_OF_ORGANIZATION, attachment_id, organization_id)
+    file = await connection.fetchrow(
+        READABLE_OF_ORGANIZATION, attachment_id=attachment_id, organization_id=organization_id
+    )
     if file is None:
         raise AttachmentNotFound
     return file
@@ -129,7 +132,7 @@ async def redeem(database: Database, settings: Settings, ticket: Ticket) -> Reco
     if not ticket.holds(settings):
         raise AttachmentNotFound
     async with database.connection() as connection:
-        file = await connection.fetchrow(READABLE, UUID(ticket.attachment_id))
+        file = await connection.fetchrow(READABLE, attachment_id=UUID(ticket.attachment_id))
     if file is None:
         raise AttachmentNotFound
     return file

@@ -7,6 +7,10 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy import ColumnElement, bindparam, func, literal_column, select
+from sqlalchemy import delete as delete_from
+from sqlalchemy.orm import aliased
+
 from app.errors import (
     AttachmentNotFound,
     AttemptSuperseded,
@@ -16,17 +20,24 @@ from app.errors import (
     RunNotFound,
 )
 from app.idempotency import Reply, WriteRequest, check_or_replay, once
-from app.models import TERMINAL, RunStatus
+from app.models import TERMINAL, Run, RunAttachment, RunStatus
 from app.runs import projection, staging
 from app.schemas.attachments import AttachmentType, RunAttachmentCreate, RunAttachmentUpdate
 from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
+from app.stores.statements import composed, fragment, statement
 
 COLUMNS = projection.columns(projection.ATTACHMENT_COLUMNS)
 
-GET = f"SELECT {COLUMNS} FROM run_attachments a WHERE a.id = $1 AND a.organization_id = $2 AND {projection.VISIBLE}"
+GET = statement(
+    "attachments.get",
+    f"""
+    SELECT {COLUMNS} FROM run_attachments a
+    WHERE a.id = :attachment_id AND a.organization_id = :organization_id AND {projection.VISIBLE}
+    """,
+)
 
 # --- read -------------------------------------------------------------------------------------------------------------
 
@@ -38,7 +49,7 @@ async def get(database: Database, organization_id: str, attachment_id: UUID) -> 
 
 
 async def _get(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
-    row = await connection.fetchrow(GET, attachment_id, organization_id)
+    row = await connection.fetchrow(GET, attachment_id=attachment_id, organization_id=organization_id)
     if row is None:
         raise AttachmentNotFound
     return row
@@ -48,36 +59,49 @@ async def list_attachments(
     database: Database, organization_id: str, run_id: UUID | None, kind: AttachmentType | None, skip: int, limit: int
 ) -> dict[str, Any]:
     """One page, newest first."""
-    values: list[object] = [organization_id]
-    conditions = ["a.organization_id = $1", projection.VISIBLE]
-    for column, value in (("run_id", run_id), ("attachment_type", kind)):
-        if value is not None:
-            values.append(value)
-            conditions.append(f"a.{column} = ${len(values)}")
-    matching = f"FROM run_attachments a WHERE {' AND '.join(conditions)}"
+    a = aliased(RunAttachment, name="a")
+    where: list[ColumnElement[bool]] = [a.organization_id == organization_id, literal_column(projection.VISIBLE)]
+    if run_id is not None:
+        where.append(a.run_id == run_id)
+    if kind is not None:
+        where.append(a.attachment_type == kind)
+    count = composed("attachments.count", select(func.count()).select_from(a).where(*where))
+    page = composed(
+        "attachments.page",
+        select(fragment(COLUMNS))
+        .select_from(a)
+        .where(*where)
+        .order_by(a.created_at.desc(), a.id.desc())
+        .offset(skip)
+        .limit(limit),
+    )
     async with database.connection() as connection:
-        total = await connection.fetchval(f"SELECT count(*) {matching}", *values)
-        rows = await connection.fetch(
-            f"SELECT {COLUMNS} {matching} ORDER BY a.created_at DESC, a.id DESC OFFSET {skip:d} LIMIT {limit:d}",
-            *values,
-        )
+        total = await connection.fetchval(count)
+        rows = await connection.fetch(page)
     return {"items": [dict(row) for row in rows], "total": total, "skip": skip, "limit": limit}
 
 
 # --- create -----------------------------------------------------------------------------------------------------------
 
-READ_RUN = "SELECT status, attempt FROM runs WHERE id = $1 AND organization_id = $2"
-LOCK_RUN = f"{READ_RUN} FOR NO KEY UPDATE"
-
-INSERT = f"""
-WITH a AS (
-    INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type, size_bytes,
-                                 storage_path, target_path, cleanup_imports_after_run, expires_at)
-    VALUES ($1, $2, $3, $4, 'output', $5, $6, $7, $8, $9, $10, $11)
-    RETURNING *
+_RUN = select(Run.status, Run.attempt).where(
+    Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id")
 )
-SELECT {COLUMNS} FROM a
-"""
+READ_RUN = statement("attachments.read_run", _RUN)
+LOCK_RUN = statement("attachments.lock_run", _RUN.with_for_update(key_share=True))
+
+INSERT = statement(
+    "attachments.insert",
+    f"""
+    WITH a AS (
+        INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type,
+                                     size_bytes, storage_path, target_path, cleanup_imports_after_run, expires_at)
+        VALUES (:id, :run_id, :organization_id, :user_id, 'output', :filename, :content_type,
+                :size_bytes, :storage_path, :target_path, :cleanup, :expires_at)
+        RETURNING *
+    )
+    SELECT {COLUMNS} FROM a
+    """,
+)
 
 
 async def create(services: Services, write: WriteRequest, options: RunAttachmentCreate) -> Reply:
@@ -94,7 +118,9 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
     principal = write.principal
 
     async def check(connection: Connection) -> int:
-        return _accepting(await connection.fetchrow(READ_RUN, options.run_id, principal.organization_id))
+        return _accepting(
+            await connection.fetchrow(READ_RUN, run_id=options.run_id, organization_id=principal.organization_id)
+        )
 
     attempt = await check_or_replay(services, write, check)
     if isinstance(attempt, Reply):
@@ -103,24 +129,24 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
     [file] = staged.files
 
     async def switch(connection: Connection) -> Reply:
-        run = await connection.fetchrow(LOCK_RUN, options.run_id, principal.organization_id)
+        run = await connection.fetchrow(LOCK_RUN, run_id=options.run_id, organization_id=principal.organization_id)
         if run is not None and run["attempt"] != attempt:
             raise AttemptSuperseded(run["attempt"])
         _accepting(run)
         await deletions.adopt(connection, staged.names())
         [row] = await connection.fetch(
             INSERT,
-            file.id,
-            options.run_id,
-            principal.organization_id,
-            principal.user_id,
-            file.filename,
-            file.content_type,
-            file.size,
-            file.key,
-            file.target_path,
-            file.cleanup,
-            options.expires_at,
+            id=file.id,
+            run_id=options.run_id,
+            organization_id=principal.organization_id,
+            user_id=principal.user_id,
+            filename=file.filename,
+            content_type=file.content_type,
+            size_bytes=file.size,
+            storage_path=file.key,
+            target_path=file.target_path,
+            cleanup=file.cleanup,
+            expires_at=options.expires_at,
         )
         return Reply(201, projection.encode(dict(row)))
 
@@ -141,19 +167,37 @@ def _accepting(run: Record | None) -> int:
 
 # --- change and delete ------------------------------------------------------------------------------------------------
 
-LOCK_RUN_OF = """
-SELECT 1 FROM runs WHERE id = (SELECT run_id FROM run_attachments WHERE id = $1 AND organization_id = $2)
-FOR NO KEY UPDATE
-"""
+LOCK_RUN_OF = statement(
+    "attachments.lock_run_of",
+    select(Run.id)
+    .where(
+        Run.id
+        == select(RunAttachment.run_id)
+        .where(
+            RunAttachment.id == bindparam("attachment_id"),
+            RunAttachment.organization_id == bindparam("organization_id"),
+        )
+        .scalar_subquery()
+    )
+    .with_for_update(key_share=True),
+)
 
-EXPIRE = f"""
-WITH a AS (UPDATE run_attachments SET expires_at = $2 WHERE id = $1 RETURNING *) SELECT {COLUMNS} FROM a
-"""
+EXPIRE = statement(
+    "attachments.expire",
+    f"""
+    WITH a AS (UPDATE run_attachments SET expires_at = :expires_at WHERE id = :attachment_id RETURNING *)
+    SELECT {COLUMNS} FROM a
+    """,
+)
+
+DELETE = statement(
+    "attachments.delete", delete_from(RunAttachment).where(RunAttachment.id == bindparam("attachment_id"))
+)
 
 
 async def _lock(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
     """The attachment, under its run's lock. Raises AttachmentNotFound."""
-    await connection.execute(LOCK_RUN_OF, attachment_id, organization_id)
+    await connection.execute(LOCK_RUN_OF, attachment_id=attachment_id, organization_id=organization_id)
     return await _get(connection, attachment_id, organization_id)
 
 
@@ -165,7 +209,7 @@ async def update(services: Services, write: WriteRequest, attachment_id: UUID, o
         if "expires_at" in options.model_fields_set:
             if not row["storage_path"]:
                 raise InputAttachmentsExpired
-            [row] = await connection.fetch(EXPIRE, attachment_id, options.expires_at)
+            [row] = await connection.fetch(EXPIRE, attachment_id=attachment_id, expires_at=options.expires_at)
         return Reply(200, projection.encode(dict(row)))
 
     return await once(services, write, work)
@@ -179,7 +223,7 @@ async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -
         row = await _lock(connection, attachment_id, organization_id)
         if row["storage_path"]:
             await deletions.due(connection, [Name("storage", row["storage_path"])])
-        await connection.execute("DELETE FROM run_attachments WHERE id = $1", attachment_id)
+        await connection.execute(DELETE, attachment_id=attachment_id)
         return Reply(204, b"")
 
     return await once(services, write, work)
@@ -188,19 +232,34 @@ async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -
 # --- expire -----------------------------------------------------------------------------------------------------------
 
 # An active run keeps its inputs: it may be reading them. The run's lock keeps a retry from adopting what is expiring.
-EXPIRED = """
-SELECT a.id, r.organization_id
-FROM run_attachments a JOIN runs r ON r.id = a.run_id
-WHERE a.expires_at <= now() + $1 AND a.storage_path IS NOT NULL
-  AND (a.attachment_type = 'output' OR r.status NOT IN ('scheduling', 'running'))
-ORDER BY a.expires_at LIMIT 200 FOR NO KEY UPDATE OF r SKIP LOCKED
-"""
+EXPIRED = statement(
+    "attachments.expired",
+    """
+    SELECT a.id, r.organization_id
+    FROM run_attachments a JOIN runs r ON r.id = a.run_id
+    WHERE a.expires_at <= now() + :ahead AND a.storage_path IS NOT NULL
+      AND (a.attachment_type = 'output' OR r.status NOT IN ('scheduling', 'running'))
+    ORDER BY a.expires_at LIMIT 200 FOR NO KEY UPDATE OF r SKIP LOCKED
+    """,
+)
 
 # Read again under the lock: a PUT may have given the file more time since the first look.
-STILL_EXPIRED = """
-SELECT id, storage_path FROM run_attachments
-WHERE id = ANY($1::uuid[]) AND expires_at <= now() + $2 AND storage_path IS NOT NULL
-"""
+STILL_EXPIRED = statement(
+    "attachments.still_expired",
+    """
+    SELECT id, storage_path FROM run_attachments
+    WHERE id = ANY(:ids::uuid[]) AND expires_at <= now() + :ahead AND storage_path IS NOT NULL
+    """,
+)
+
+FORGET_OUTPUTS = statement(
+    "attachments.forget_outputs",
+    "DELETE FROM run_attachments WHERE id = ANY(:ids::uuid[]) AND attachment_type = 'output'",
+)
+
+FORGET_BYTES = statement(
+    "attachments.forget_bytes", "UPDATE run_attachments SET storage_path = NULL WHERE id = ANY(:ids::uuid[])"
+)
 
 
 async def expire_attachments(database: Database, *, ahead: timedelta = timedelta(0)) -> set[str]:
@@ -209,13 +268,11 @@ async def expire_attachments(database: Database, *, ahead: timedelta = timedelta
     An output goes with its row. An input's row stays, without bytes, so that a retry can say that it has expired.
     """
     async with database.transaction() as connection:
-        rows = await connection.fetch(EXPIRED, ahead)
+        rows = await connection.fetch(EXPIRED, ahead=ahead)
         if rows:
-            expired = await connection.fetch(STILL_EXPIRED, [row["id"] for row in rows], ahead)
+            expired = await connection.fetch(STILL_EXPIRED, ids=[row["id"] for row in rows], ahead=ahead)
             ids = [row["id"] for row in expired]
-            await connection.execute(
-                "DELETE FROM run_attachments WHERE id = ANY($1::uuid[]) AND attachment_type = 'output'", ids
-            )
-            await connection.execute("UPDATE run_attachments SET storage_path = NULL WHERE id = ANY($1::uuid[])", ids)
+            await connection.execute(FORGET_OUTPUTS, ids=ids)
+            await connection.execute(FORGET_BYTES, ids=ids)
             await deletions.due(connection, [Name("storage", row["storage_path"]) for row in expired])
     return {row["organization_id"] for row in rows}

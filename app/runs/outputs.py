@@ -3,23 +3,33 @@
 Only the report writes them, and only the background removes those of superseded attempts.
 """
 
+from app.stores.statements import statement
+
 # What the report does not name stays as it is.
-SAVE_OUTPUTS = """
-INSERT INTO run_outputs (run_id, attempt, output_data, run_message_history) VALUES ($1, $2, $3::json, $4::json)
-ON CONFLICT (run_id, attempt) DO UPDATE SET
-    output_data = CASE WHEN $5 THEN excluded.output_data ELSE run_outputs.output_data END,
-    run_message_history = CASE WHEN $6 THEN excluded.run_message_history ELSE run_outputs.run_message_history END
-"""
+SAVE_OUTPUTS = statement(
+    "runs.outputs.save",
+    """
+    INSERT INTO run_outputs (run_id, attempt, output_data, run_message_history)
+    VALUES (:run_id, :attempt, :output_data::json, :run_message_history::json)
+    ON CONFLICT (run_id, attempt) DO UPDATE SET
+        output_data = CASE WHEN :names_data THEN excluded.output_data ELSE run_outputs.output_data END,
+        run_message_history =
+            CASE WHEN :names_history THEN excluded.run_message_history ELSE run_outputs.run_message_history END
+    """,
+)
 
 # At most 16 MiB and one more, as they are stored: the server takes some seconds for a gigabyte.
-PRUNE_OUTPUTS = """
-DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(
-    SELECT tid FROM (
-        SELECT tid, sum(octets) OVER (ORDER BY tid) - octets AS before FROM (
-            SELECT ctid AS tid,
-                   coalesce(pg_column_size(output_data), 0) + coalesce(pg_column_size(run_message_history), 0) AS octets
-            FROM run_outputs WHERE is_superseded ORDER BY run_id LIMIT 200 FOR UPDATE SKIP LOCKED
-        ) AS superseded
-    ) AS summed
-    WHERE before < 16 * 1024 * 1024))
-"""
+PRUNE_OUTPUTS = statement(
+    "runs.outputs.prune",
+    """
+    DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(
+        SELECT tid FROM (
+            SELECT tid, sum(octets) OVER (ORDER BY tid) - octets AS before FROM (
+                SELECT ctid AS tid,
+                       coalesce(pg_column_size(output_data), 0) + coalesce(pg_column_size(run_message_history), 0) AS octets
+                FROM run_outputs WHERE is_superseded ORDER BY run_id LIMIT 200 FOR UPDATE SKIP LOCKED
+            ) AS superseded
+        ) AS summed
+        WHERE before < 16 * 1024 * 1024))
+    """,
+)

@@ -62,8 +62,15 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         await connection.execute(*_update(run_id, current, status, options))
         named = [name in options.model_fields_set for name in ("output_data", "run_message_history")]
         if any(named):
-            outputs = (json_text(options.output_data), json_text(options.run_message_history))
-            await connection.execute(SAVE_OUTPUTS, run_id, run["attempt"], *outputs, *named)
+            await connection.execute(
+                SAVE_OUTPUTS,
+                run_id=run_id,
+                attempt=run["attempt"],
+                output_data=json_text(options.output_data),
+                run_message_history=json_text(options.run_message_history),
+                names_data=named[0],
+                names_history=named[1],
+            )
         if status in TERMINAL and current not in TERMINAL:
             await ended(connection, [run_id], services.settings)
         elif status in TERMINAL and options.release_session_after:

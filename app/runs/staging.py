@@ -20,6 +20,7 @@ from app.stores import deletions, vault
 from app.stores.database import Connection
 from app.stores.deletions import Name
 from app.stores.files import file_headers
+from app.stores.statements import statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +142,18 @@ def _plan(
     )
 
 
-ATTACH = """
-INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type, size_bytes,
-                             storage_path, target_path, cleanup_imports_after_run)
-SELECT id, run_id, $1, $2, 'input', filename, content_type, size_bytes, storage_path, target_path, cleanup
-FROM unnest($3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::bigint[], $8::text[], $9::text[], $10::bool[])
-    AS file (id, run_id, filename, content_type, size_bytes, storage_path, target_path, cleanup)
-"""
+ATTACH = statement(
+    "runs.staging.attach",
+    """
+    INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type,
+                                 size_bytes, storage_path, target_path, cleanup_imports_after_run)
+    SELECT id, run_id, :organization_id, :user_id, 'input', filename, content_type,
+           size_bytes, storage_path, target_path, cleanup
+    FROM unnest(:ids::uuid[], :run_ids::uuid[], :filenames::text[], :content_types::text[], :sizes::bigint[],
+                :storage_paths::text[], :target_paths::text[], :cleanups::bool[])
+        AS file (id, run_id, filename, content_type, size_bytes, storage_path, target_path, cleanup)
+    """,
+)
 
 
 async def adopt(connection: Connection, staged: Mapping[UUID, Staged], principal: Principal) -> None:
@@ -156,10 +162,18 @@ async def adopt(connection: Connection, staged: Mapping[UUID, Staged], principal
     Raises VaultUnavailable or StorageUnavailable when staging took so long that a name was condemned.
     """
     await deletions.adopt(connection, [name for one in staged.values() for name in one.names()])
-    rows = [
-        (file.id, run_id, file.filename, file.content_type, file.size, file.key, file.target_path, file.cleanup)
-        for run_id, one in staged.items()
-        for file in one.files
-    ]
-    if rows:
-        await connection.execute(ATTACH, principal.organization_id, principal.user_id, *zip(*rows, strict=True))
+    files = [(run_id, file) for run_id, one in staged.items() for file in one.files]
+    if files:
+        await connection.execute(
+            ATTACH,
+            organization_id=principal.organization_id,
+            user_id=principal.user_id,
+            ids=[file.id for _, file in files],
+            run_ids=[run_id for run_id, _ in files],
+            filenames=[file.filename for _, file in files],
+            content_types=[file.content_type for _, file in files],
+            sizes=[file.size for _, file in files],
+            storage_paths=[file.key for _, file in files],
+            target_paths=[file.target_path for _, file in files],
+            cleanups=[file.cleanup for _, file in files],
+        )
