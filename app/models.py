@@ -256,6 +256,8 @@ class Run(Base):
     session_alias: Mapped[str | None]
     release_session_after: Mapped[bool | None]
     error: Mapped[list[str] | None]
+    main_prompt: Mapped[str | None]
+    model_metadata: Mapped[dict[str, Any] | None]
     lane: Mapped[str] = mapped_column(Text(collation="C"))  # placement.py hops along it: plain byte order
     queue_rank: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -279,6 +281,7 @@ class RunOutput(Base):
     attempt: Mapped[int] = mapped_column(primary_key=True)
     output_data: Mapped[dict[str, Any] | None]
     run_message_history: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
+    usage_metadata: Mapped[dict[str, Any] | None]
     is_superseded: Mapped[bool] = mapped_column(server_default=text("false"))
 
 

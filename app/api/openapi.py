@@ -6,7 +6,7 @@ Bodies are read by payload.py and replies are built as bytes, so FastAPI cannot 
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path
 
+from app.api.requests import refuse_unsupported_query
 from app.errors import (
     DatabaseUnavailable,
     IdempotencyInProgress,
@@ -64,7 +65,10 @@ def operation(
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
         required = any(field.is_required() for field in body.model_fields.values())
         extra["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
-    return {"responses": _responses(possible), "openapi_extra": extra}
+    described: dict[str, Any] = {"responses": _responses(possible), "openapi_extra": extra}
+    if not write and not public:
+        described["dependencies"] = [Depends(refuse_unsupported_query)]
+    return described
 
 
 def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str, Any]]:
@@ -164,4 +168,8 @@ _DESCRIPTION = """
 Runs execute workflows on machines. A run that has ended can be retried in place: see `POST /v1/runs/{run_id}/retry`.
 
 Errors are RFC 9457 problem details with a stable `code`; 422 has the list form `{"detail": [{"loc", "msg", "type"}]}`.
+
+Keys and query parameters that this service does not know are ignored. Those of the vendor's API that it knows and does not
+support are refused with 422 `not_supported`: fields marked so, and in queries `search`, `deep_search=true`, `include`,
+`tag_ids`, `include_tags=true` and `sort_mode=activity`.
 """

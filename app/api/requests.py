@@ -20,10 +20,20 @@ _JSON = re.compile(r"\s*application/([A-Za-z0-9.+-]+\+)?json\s*(;.*)?", re.IGNOR
 _KEY = re.compile(r"[!-~]{1,255}")
 
 # Fields whose content is the caller's own: an error inside them is reported at the field, never at a key of the caller.
-_FREE_FORM = frozenset({"input_values", "sensitive_input_values", "output_data", "run_message_history"})
+_FREE_FORM = frozenset(
+    {
+        "input_values",
+        "sensitive_input_values",
+        "output_data",
+        "run_message_history",
+        "model_metadata",
+        "usage_metadata",
+    }
+)
 
-# One sentence per kind of error. Pydantic's own sentences can quote the input.
-_SENTENCES = {
+# One sentence per kind of error. Pydantic's own sentences can quote the input; what is filled in here is a bound or the allowed
+# values, which are ours.
+SENTENCES = {
     "base64": "Must be base64 as in RFC 4648 section 4, padded and without line breaks.",
     "bool_parsing": "Must be true or false.",
     "bool_type": "Must be true or false.",
@@ -31,30 +41,33 @@ _SENTENCES = {
     "datetime_from_date_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
     "datetime_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
     "dict_type": "Must be an object.",
-    "enum": "Must be one of the documented values.",
+    "enum": "Must be {expected}.",
     "filename": "Must be a bare file name: no drive, no separators, no control characters, not only dots, at most 255 bytes.",
     "finite_number": "Numbers must be finite.",
     "float_parsing": "Must be a number.",
-    "greater_than_equal": "Is too small.",
+    "greater_than_equal": "Must be {ge} or more.",
     "int_parsing": "Must be an integer.",
     "int_parsing_size": "Integers must fit 64 bits.",
     "int_type": "Must be an integer.",
     "json_invalid": "The body is not valid JSON (RFC 8259), or nested deeper than 200 levels.",
-    "less_than_equal": "Is too large.",
+    "less_than_equal": "Must be {le} or less.",
     "list_type": "Must be an array.",
-    "literal_error": "Must be one of the documented values.",
+    "literal_error": "Must be {expected}.",
+    "media_type": "Must be a media type, like text/csv or text/plain; charset=utf-8.",
     "missing": "This field is required.",
     "model_type": "Must be an object.",
+    "name_too_long": "Names in it may have at most {max_length} characters.",
     "none_required": "Only null is accepted here.",
+    "not_supported": "This service does not support it, and does not ignore it in silence: leave it out.",
     "number_out_of_range": "Integers must fit 64 bits.",
     "string_nul": "The character U+0000 is not allowed.",
-    "string_pattern_mismatch": "Does not have the documented form.",
-    "string_too_long": "Is too long.",
-    "string_too_short": "Is too short.",
+    "string_too_long": "May have at most {max_length} characters.",
+    "string_too_short": "Must have {min_length} or more characters.",
     "string_type": "Must be a string.",
     "string_unicode": "Must be valid Unicode, without lone surrogates.",
     "target_path": "Must be a path on the machine without . or .. parts and without control characters.",
-    "too_long": "Has too many entries.",
+    "too_long": "May have at most {max_length} entries.",
+    "too_many_bytes": "May have at most {max_bytes} bytes as UTF-8.",
     "uuid_parsing": "Must be a UUID.",
     "uuid_type": "Must be a UUID.",
 }
@@ -67,8 +80,12 @@ def invalid(errors: Iterable[Any], prefix: tuple[str, ...] = ()) -> Invalid:
     for error in errors:
         kind = error["type"]
         loc = _own(prefix + tuple(error["loc"]))
-        listed.setdefault((loc, kind), (loc, _SENTENCES.get(kind, "Is not valid."), kind))
+        listed.setdefault((loc, kind), (loc, _sentence(kind, error.get("ctx", {})), kind))
     return Invalid(*list(listed.values())[:MAX_ERRORS])
+
+
+def _sentence(kind: str, bounds: dict[str, Any]) -> str:
+    return SENTENCES.get(kind, "Is not valid.").format_map(bounds)
 
 
 def _own(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
@@ -76,6 +93,26 @@ def _own(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
         if part in _FREE_FORM:
             return loc[: position + 1]
     return loc
+
+
+# Query parameters of the vendor's API that would change what is found or shown, and the values that do not.
+_FALSE = frozenset({"", "false", "f", "no", "n", "off", "0"})
+_UNSUPPORTED_QUERY = {
+    "search": frozenset({""}),
+    "deep_search": _FALSE,
+    "include": frozenset({""}),
+    "tag_ids": frozenset({""}),
+    "include_tags": _FALSE,
+    "sort_mode": frozenset({"", "created_at_desc"}),
+}
+
+
+async def refuse_unsupported_query(request: Request) -> None:
+    """Raises Invalid for a parameter that we know of and do not support; others that we do not know are ignored."""
+    given = request.query_params.multi_items()
+    refused = {name for name, value in given if value.lower() not in _UNSUPPORTED_QUERY.get(name, (value.lower(),))}
+    if refused:
+        raise Invalid(*((("query", name), SENTENCES["not_supported"], "not_supported") for name in sorted(refused)))
 
 
 def services(request: Request) -> Services:
@@ -122,9 +159,9 @@ async def read(request: Request, model: type[Model]) -> tuple[Model, WriteReques
     elif not _JSON.fullmatch(request.headers.get("content-type", "application/json")):
         raise UnsupportedMediaType
     try:
-        return model.model_validate_json(raw), write
+        return model.model_validate_json(raw, context=settings), write
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False, include_input=False), ("body",)) from None
+        raise invalid(error.errors(include_url=False, include_input=False), ("body",)) from None
 
 
 async def read_write(request: Request) -> WriteRequest:

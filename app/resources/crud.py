@@ -46,8 +46,9 @@ async def page(
 
 def changes(table: Table, options: BaseModel) -> dict[str, Any]:
     """The columns that a PATCH sets: absent keeps, null clears what may be null and otherwise keeps."""
-    given = {name: getattr(options, name) for name in options.model_fields_set}
-    return {name: value for name, value in given.items() if value is not None or table.__table__.c[name].nullable}
+    columns = table.__table__.c
+    given = {name: getattr(options, name) for name in options.model_fields_set if name in columns}
+    return {name: value for name, value in given.items() if value is not None or columns[name].nullable}
 
 
 async def locked_runs(connection: Connection, column: Owner, owner_id: UUID) -> AsyncIterator[list[UUID]]:

@@ -25,10 +25,10 @@ KNOWN_WORKFLOW = "SELECT 1 FROM workflows WHERE id = $1 AND organization_id = $2
 INSERT = """
 INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
                   input_values, session_id, session_alias, release_session_after, lane, queue_rank,
-                  sensitive_input_aliases, secret_path, created_at, queued_at)
-SELECT id, $1, $2, $3, 'scheduling', $4, $5, $6, $7::json, $8, $9, $10, $11, $12,
+                  main_prompt, model_metadata, sensitive_input_aliases, secret_path, created_at, queued_at)
+SELECT id, $1, $2, $3, 'scheduling', $4, $5, $6, $7::json, $8, $9, $10, $11, $12, $13, $14::json,
        aliases::json, secret_path, clock_timestamp(), clock_timestamp()
-FROM unnest($13::uuid[], $14::text[], $15::text[]) AS planned (id, aliases, secret_path)
+FROM unnest($15::uuid[], $16::text[], $17::text[]) AS planned (id, aliases, secret_path)
 """
 
 # Read by a statement of its own, which sees all that was inserted: runs of one session wait for each other.
@@ -100,6 +100,8 @@ async def _create(
             session.alias,
             session.release_after,
             *lane(session.id, options.machine_id, options.pool_ids, bool(options.is_priority)),
+            options.main_prompt,
+            json_text(_model_metadata(options)),
             run_ids,
             [json_text(one.aliases) for one in planned],
             [one.secret_path for one in planned],
@@ -109,6 +111,13 @@ async def _create(
         return Reply(201, projection.encode(show([projection.run(row) for row in rows])))
 
     return await once(services, write, switch)
+
+
+def _model_metadata(options: RunCreate | RunBulkCreate) -> dict[str, Any] | None:
+    """As given; a model that is named beside it is stored in it, as the vendor does."""
+    if options.main_agent_model_id is None:
+        return options.model_metadata
+    return (options.model_metadata or {}) | {"main_agent_model_id": str(options.main_agent_model_id)}
 
 
 async def _check(connection: Connection, organization_id: str, options: RunCreate | RunBulkCreate) -> None:

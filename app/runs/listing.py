@@ -122,7 +122,9 @@ def shown_fields(fields: Sequence[str] | None) -> Projection:
         return Projection()
     names = {name.strip(" ") for part in fields for name in part.split(",")} - {""}
     if not names <= FIELDS:
-        raise Invalid((("query", "fields"), "Must be names of fields of a run.", "fields"))
+        raise Invalid(
+            (("query", "fields"), f"Must be names of fields of a run: {', '.join(sorted(FIELDS))}.", "fields")
+        )
     chosen = names | set(projection.RUN_BASE_FIELDS)
     return Projection(
         [name for name in projection.RUN_COLUMNS if name in chosen],

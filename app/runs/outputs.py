@@ -1,20 +1,23 @@
-"""Outputs and history of runs: rows of their own, by run and attempt, so that a retry leaves them behind for nothing.
+"""Outputs, history and usage of runs: rows of their own, by run and attempt, so that a retry leaves them behind for nothing.
 
 Only the report writes them, and only the background removes those of superseded attempts.
 """
 
 from app.stores.statements import statement
 
+SAVED = ("output_data", "run_message_history", "usage_metadata")
+
 # What the report does not name stays as it is.
 SAVE_OUTPUTS = statement(
     "runs.outputs.save",
     """
-    INSERT INTO run_outputs (run_id, attempt, output_data, run_message_history)
-    VALUES (:run_id, :attempt, :output_data::json, :run_message_history::json)
+    INSERT INTO run_outputs (run_id, attempt, output_data, run_message_history, usage_metadata)
+    VALUES (:run_id, :attempt, :output_data::json, :run_message_history::json, :usage_metadata::json)
     ON CONFLICT (run_id, attempt) DO UPDATE SET
-        output_data = CASE WHEN :names_data THEN excluded.output_data ELSE run_outputs.output_data END,
-        run_message_history =
-            CASE WHEN :names_history THEN excluded.run_message_history ELSE run_outputs.run_message_history END
+        output_data = CASE WHEN :names_output_data THEN excluded.output_data ELSE run_outputs.output_data END,
+        run_message_history = CASE WHEN :names_run_message_history THEN excluded.run_message_history
+                                   ELSE run_outputs.run_message_history END,
+        usage_metadata = CASE WHEN :names_usage_metadata THEN excluded.usage_metadata ELSE run_outputs.usage_metadata END
     """,
 )
 
@@ -26,7 +29,8 @@ PRUNE_OUTPUTS = statement(
         SELECT tid FROM (
             SELECT tid, sum(octets) OVER (ORDER BY tid) - octets AS before FROM (
                 SELECT ctid AS tid,
-                       coalesce(pg_column_size(output_data), 0) + coalesce(pg_column_size(run_message_history), 0) AS octets
+                       coalesce(pg_column_size(output_data), 0) + coalesce(pg_column_size(run_message_history), 0)
+                           + coalesce(pg_column_size(usage_metadata), 0) AS octets
                 FROM run_outputs WHERE is_superseded ORDER BY run_id LIMIT 200 FOR UPDATE SKIP LOCKED
             ) AS superseded
         ) AS summed

@@ -92,10 +92,20 @@ RUN_COLUMNS = {
     "created_at": "r.created_at",
     "started_at": "r.started_at",
     "ended_at": "r.ended_at",
+    "main_prompt": "r.main_prompt",
+    "model_metadata": "r.model_metadata",
+    "usage_metadata": _produced("usage_metadata"),
 }
 RUN_BASE_FIELDS = ("id", "workflow_id", "machine_id", "status", "created_at")
-RUN_UNSUPPORTED = {"main_prompt": None, "model_metadata": None, "usage_metadata": None, "post_run_checks": None}
-_RUN_JSON = ("output_data", "run_message_history", "input_values", "sensitive_input_aliases")
+RUN_UNSUPPORTED = {"post_run_checks": None}
+_RUN_JSON = (
+    "output_data",
+    "run_message_history",
+    "usage_metadata",
+    "input_values",
+    "sensitive_input_aliases",
+    "model_metadata",
+)
 
 
 def columns(table: dict[str, str], names: Iterable[str] | None = None) -> str:

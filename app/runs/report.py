@@ -13,7 +13,7 @@ from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
 from app.runs import projection
 from app.runs.ending import RELEASE, ended
-from app.runs.outputs import SAVE_OUTPUTS
+from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
 from app.services import Services
 from app.stores.database import Connection
@@ -60,17 +60,10 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
                     )
                 )
         await connection.execute(*_update(run_id, current, status, options))
-        named = [name in options.model_fields_set for name in ("output_data", "run_message_history")]
-        if any(named):
-            await connection.execute(
-                SAVE_OUTPUTS,
-                run_id=run_id,
-                attempt=run["attempt"],
-                output_data=json_text(options.output_data),
-                run_message_history=json_text(options.run_message_history),
-                names_data=named[0],
-                names_history=named[1],
-            )
+        if options.model_fields_set.intersection(SAVED):
+            values = {name: json_text(getattr(options, name)) for name in SAVED}
+            named = {f"names_{name}": name in options.model_fields_set for name in SAVED}
+            await connection.execute(SAVE_OUTPUTS, run_id=run_id, attempt=run["attempt"], **values, **named)
         if status in TERMINAL and current not in TERMINAL:
             await ended(connection, [run_id], services.settings)
         elif status in TERMINAL and options.release_session_after:

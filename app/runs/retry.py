@@ -174,6 +174,7 @@ LOCK = statement("runs.retry.lock", select(Run.id).where(*_THE_RUN).with_for_upd
 _AFTER = {
     "output_data": "NULL",
     "run_message_history": "NULL",
+    "usage_metadata": "NULL",
     "output_attachment_ids": "'[]'::json",
     "input_attachment_ids": f"coalesce(:input_ids::text[], {projection.RUN_COLUMNS['input_attachment_ids']})",
 }

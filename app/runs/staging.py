@@ -63,8 +63,6 @@ def check_sizes(
     settings = services.settings
     files = files or ()
     vault.stored(secrets or {})
-    if len(files) > settings.max_files:
-        raise PayloadTooLarge(f"At most {settings.max_files} files can be sent; send fewer file_inputs.")
     if any(len(file.content) > settings.max_file_bytes for file in files):
         raise PayloadTooLarge(f"A file may have at most {settings.max_file_bytes} bytes; send a smaller file.")
     if copies * sum(len(file.content) for file in files) > settings.max_body_bytes:

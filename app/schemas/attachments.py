@@ -1,11 +1,15 @@
 """The wire types of files: those sent with a run, and those that an executor hands in."""
 
+import re
 from datetime import datetime
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
+from app.config import Settings
+from app.errors import PayloadTooLarge
 from app.schemas.values import (
     EXAMPLE_ID,
     MAX_NAME,
@@ -19,7 +23,18 @@ from app.schemas.values import (
 )
 
 AttachmentType = Literal["input", "output"]
-_MEDIA_TYPE = r"^[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}( ?; ?[A-Za-z0-9_-]+=[A-Za-z0-9_.-]+)*$"
+_MEDIA_TYPE = r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}( ?; ?[A-Za-z0-9_-]+=[A-Za-z0-9_.-]+)*"
+
+
+def _media_type(value: str) -> str:
+    if not re.fullmatch(_MEDIA_TYPE, value):
+        raise PydanticCustomError("media_type", "not a media type")
+    return value
+
+
+MediaType = Annotated[
+    str, Field(max_length=MAX_NAME, json_schema_extra={"pattern": f"^{_MEDIA_TYPE}$"}), AfterValidator(_media_type)
+]
 
 
 class FileInput(Payload):
@@ -35,6 +50,17 @@ class FileInput(Payload):
     )
 
 
+def _no_more_than_may_be_sent(value: object, info: ValidationInfo) -> object:
+    """Before any file is looked at. How many it may be is a setting, given as the context of a request."""
+    settings = info.context
+    if isinstance(settings, Settings) and isinstance(value, list) and len(value) > settings.max_files:
+        raise PayloadTooLarge(f"At most {settings.max_files} files can be sent; send fewer file_inputs.")
+    return value
+
+
+FileInputs = Annotated[list[FileInput], BeforeValidator(_no_more_than_may_be_sent)]
+
+
 class RunAttachmentCreate(FileInput):
     """A file that an executor hands in for its run."""
 
@@ -43,9 +69,7 @@ class RunAttachmentCreate(FileInput):
     )
 
     run_id: UUID = Field(description="The run; it must be running.")
-    content_type: str = Field(
-        pattern=_MEDIA_TYPE, max_length=MAX_NAME, description="Media type.", examples=["text/csv"]
-    )
+    content_type: MediaType = Field(description="Media type.", examples=["text/csv"])
     attachment_type: Annotated[AttachmentType, WithJsonSchema({"type": "string", "enum": ["output"]})] = Field(
         description="Only `output` can be added to an existing run."
     )

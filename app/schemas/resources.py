@@ -1,18 +1,21 @@
 """The wire types of workflows, machines and pools."""
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Literal
 from uuid import UUID
 
 from pydantic import Field
 
 from app.schemas.values import (
     EXAMPLE_ID,
+    Description,
+    Ids,
     Name,
+    NotSupported,
     Payload,
     PoolIds,
+    Prompt,
     Reply,
-    Text,
     Timestamp,
     Unsupported,
     example,
@@ -24,16 +27,21 @@ class WorkflowCreate(Payload):
 
     model_config = example(name="Monthly report", main_prompt="Open the report, fill in the figures, and save it.")
 
-    main_prompt: Text = Field(description="What the agent is told to do.")
+    main_prompt: Prompt = Field(description="What the agent is told to do.")
     name: Name | None = Field(None, description="What people call it.")
-    input_schema: Text | None = Field(
+    input_schema: Prompt | None = Field(
         None, description="JSON Schema of input_values, as text; kept as it is, not applied."
     )
-    output_schema: Text | None = Field(
+    output_schema: Prompt | None = Field(
         None, description="JSON Schema of output_data, as text; kept as it is, not applied."
     )
     includes_file_exports: bool = Field(default=False, description="Its runs hand in files.")
     is_webhooks_enabled: bool = Field(default=False, description="Kept for clients; this service sends no webhooks.")
+    terminal_command_allowlist: NotSupported = None
+    model_metadata: NotSupported = None
+    post_run_check_failure_cleanup_prompt: NotSupported = None
+    workflow_metadata: NotSupported = None
+    post_run_checks: NotSupported = None
 
 
 class WorkflowUpdate(Payload):
@@ -41,16 +49,21 @@ class WorkflowUpdate(Payload):
 
     model_config = example(name="Weekly report")
 
-    main_prompt: Text | None = Field(None, description="What the agent is told to do; null keeps it.")
+    main_prompt: Prompt | None = Field(None, description="What the agent is told to do; null keeps it.")
     name: Name | None = Field(None, description="What people call it.")
-    input_schema: Text | None = Field(
+    input_schema: Prompt | None = Field(
         None, description="JSON Schema of input_values, as text; kept as it is, not applied."
     )
-    output_schema: Text | None = Field(
+    output_schema: Prompt | None = Field(
         None, description="JSON Schema of output_data, as text; kept as it is, not applied."
     )
     includes_file_exports: bool | None = Field(None, description="Its runs hand in files.")
     is_webhooks_enabled: bool | None = Field(None, description="Kept for clients; this service sends no webhooks.")
+    terminal_command_allowlist: NotSupported = None
+    model_metadata: NotSupported = None
+    post_run_check_failure_cleanup_prompt: NotSupported = None
+    workflow_metadata: NotSupported = None
+    post_run_checks: NotSupported = None
 
 
 class WorkflowResponse(Reply):
@@ -91,6 +104,8 @@ class MachineCreate(Payload):
     version: Name | None = Field(None, description="Version of the software that drives it.")
     hostname: Name | None = Field(None, description="Its name in the network.")
     os_info: Name | None = Field(None, description="Its operating system.")
+    machine_parameters: NotSupported = None
+    machine_sensitive_parameters: NotSupported = None
 
 
 class MachineUpdate(Payload):
@@ -109,6 +124,8 @@ class MachineUpdate(Payload):
     reserved_session_id: None = Field(
         None, description="Only null: cancels the session's active runs, clears the reservation and frees the machine."
     )
+    machine_parameters: NotSupported = None
+    machine_sensitive_parameters: NotSupported = None
 
 
 class PoolResponse(Reply):
@@ -166,7 +183,9 @@ class PoolCreate(Payload):
     model_config = example(name="Finance", description="Machines that may see the ledgers.")
 
     name: Name = Field(min_length=1, description="What people call it.")
-    description: Text | None = Field(None, description="What it is for.")
+    description: Description | None = Field(None, description="What it is for.")
+    pool_parameters: NotSupported = None
+    pool_sensitive_parameters: NotSupported = None
 
 
 class PoolUpdate(Payload):
@@ -175,7 +194,9 @@ class PoolUpdate(Payload):
     model_config = example(description="Machines with the ledger software.")
 
     name: Name | None = Field(None, min_length=1, description="What people call it; null keeps it.")
-    description: Text | None = Field(None, description="What it is for; null clears it.")
+    description: Description | None = Field(None, description="What it is for; null clears it.")
+    pool_parameters: NotSupported = None
+    pool_sensitive_parameters: NotSupported = None
 
 
 class PoolWithMachines(PoolResponse):
@@ -189,4 +210,4 @@ class MachinePoolAssignment(Payload):
 
     model_config = example(machine_ids=[EXAMPLE_ID])
 
-    machine_ids: Annotated[list[UUID], Field(max_length=1000)] = Field(description="The machines.")
+    machine_ids: Ids = Field(description="The machines.")

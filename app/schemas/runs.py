@@ -10,17 +10,21 @@ from uuid import UUID
 from pydantic import ConfigDict, Field
 
 from app.models import RunStatus
-from app.schemas.attachments import FileInput
+from app.schemas.attachments import FileInputs
 from app.schemas.values import (
     EXAMPLE_ID,
     Attempt,
     Count,
+    Ids,
     JsonObject,
+    Line,
+    Metadata,
     Name,
+    NotSupported,
     Payload,
     PoolIds,
+    Prompt,
     Reply,
-    Text,
     Timestamp,
     Unsupported,
     Variables,
@@ -37,11 +41,12 @@ class _Overrides(Payload):
         description="Secrets by name, any JSON. They go to Vault; replies show aliases.",
         examples=[{"password": "s3cret"}],
     )
-    file_inputs: list[FileInput] | None = Field(None, description="Input files.")
+    file_inputs: FileInputs | None = Field(None, description="Input files.")
     machine_id: UUID | None = Field(None, description="Pin this machine; wins over pool_ids.")
     pool_ids: PoolIds | None = Field(None, description="The machine must be in all of these pools.")
     session_id: UUID | None = Field(None, description="Join this session.")
     start_session: bool | None = Field(default=False, description="Start a new session. Not together with session_id.")
+    post_run_checks: NotSupported = None
 
 
 class _SessionOverrides(_Overrides):
@@ -61,9 +66,27 @@ class RunRetry(_SessionOverrides):
 
     reuse_session: bool | None = Field(default=True, description="false drops the session, unless a new one is given.")
     is_priority: bool | None = Field(None, description="Start before runs without priority.")
+    # A run keeps its own, and a retry cannot replace it.
+    main_prompt: NotSupported = None
+    main_agent_model_id: NotSupported = None
+    model_metadata: NotSupported = None
 
 
-class RunCreate(_SessionOverrides):
+class _New(_SessionOverrides):
+    workflow_id: UUID = Field(description="What to run.")
+    is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
+    main_prompt: Prompt | None = Field(
+        None, description="What the agent is told to do, instead of the workflow's prompt."
+    )
+    model_metadata: Metadata | None = Field(
+        None, description="Which models this run uses; kept and shown, not interpreted.", examples=[{}]
+    )
+    main_agent_model_id: UUID | None = Field(
+        None, description="Kept and shown as main_agent_model_id of model_metadata, whose own it replaces."
+    )
+
+
+class RunCreate(_New):
     """A new run of a workflow."""
 
     model_config = example(
@@ -74,18 +97,13 @@ class RunCreate(_SessionOverrides):
         session_alias="morning",
     )
 
-    workflow_id: UUID = Field(description="What to run.")
-    is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
 
-
-class RunBulkCreate(_SessionOverrides):
+class RunBulkCreate(_New):
     """Many runs that are alike."""
 
     model_config = example(workflow_id=EXAMPLE_ID, count=2, input_values={"customer": "Ada"})
 
-    workflow_id: UUID = Field(description="What to run.")
     count: Count = Field(description="How many runs.")
-    is_priority: bool | None = Field(default=False, description="Start before runs without priority.")
 
 
 class RunUpdate(Payload):
@@ -100,14 +118,18 @@ class RunUpdate(Payload):
 
     status: RunStatus | None = Field(None, strict=False, description="The run's new status.")
     attempt: Attempt | None = Field(None, description="The attempt this report is for; an older one is refused.")
-    error: Annotated[list[Text], Field(max_length=1000)] | None = Field(None, description="What went wrong.")
+    error: Annotated[list[Line], Field(max_length=1000, fail_fast=True)] | None = Field(
+        None, description="What went wrong."
+    )
     output_data: JsonObject | None = Field(None, description="The result.")
-    output_attachment_ids: Annotated[list[UUID], Field(max_length=1000)] | None = Field(
+    output_attachment_ids: Ids | None = Field(
         None, description="Checked against the run's output attachments; the attachments themselves are the truth."
     )
-    run_message_history: Annotated[list[JsonObject], Field(max_length=100_000)] | None = Field(
+    run_message_history: Annotated[list[JsonObject], Field(max_length=100_000, fail_fast=True)] | None = Field(
         None, description="What was said and done."
     )
+    usage_metadata: Metadata | None = Field(None, description="What the attempt used; kept and shown, not interpreted.")
+    post_run_checks: NotSupported = None
     input_values: Variables | None = Field(None, description="Values of the workflow's variables.")
     started_at: Timestamp | None = Field(None, description="When the work began; default: now.")
     ended_at: Timestamp | None = Field(None, description="When the work ended; default: now.")
@@ -155,9 +177,9 @@ class RunResponse(Reply):
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
-    main_prompt: Unsupported
-    model_metadata: Unsupported
-    usage_metadata: Unsupported
+    main_prompt: str | None = Field(description="What the agent is told to do; null: the workflow's prompt.")
+    model_metadata: dict[str, Any] | None = Field(description="Which models this run uses, as given.")
+    usage_metadata: dict[str, Any] | None = Field(description="What the attempt used, as reported.")
     post_run_checks: Unsupported
 
 

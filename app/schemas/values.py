@@ -11,13 +11,25 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, TypeVar
 from uuid import UUID
 
+import orjson
 import pybase64
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
-MAX_TEXT = 100_000  # characters in a prompt, a schema or one error line
-MAX_NAME = 255  # characters in a name
-MAX_IDS = 100  # pools of a run, pools of a machine, machines in one pool change
+MAX_PROMPT_BYTES = 256 * 1024  # of a prompt, a JSON schema, or metadata as JSON; in UTF-8
+MAX_LINE = 100_000  # characters in one line of a run's error
+MAX_DESCRIPTION = 10_000  # characters: a machine shows those of all its pools
+MAX_NAME = 255  # characters in a name, also of a variable: each copy of a run in a bulk repeats it
+MAX_POOLS = 100  # of a run, and of a machine
+MAX_IDS = 1_000  # in one list of machines or attachments
 MAX_VARIABLES = 1_000  # names in input_values or sensitive_input_values
 MAX_INTEGER = 2**63 - 1
 
@@ -78,26 +90,62 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _few_bytes(value: T) -> T:
+    """Of text as it is, of anything else as JSON."""
+    size = len(value.encode() if isinstance(value, str) else orjson.dumps(value))
+    if size > MAX_PROMPT_BYTES:
+        raise PydanticCustomError("too_many_bytes", "too large", {"max_bytes": MAX_PROMPT_BYTES})
+    return value
+
+
+def _short_names(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if any(len(name) > MAX_NAME for name in value):
+        raise PydanticCustomError("name_too_long", "name too long", {"max_length": MAX_NAME})
+    return value
+
+
+def _not_supported(value: object) -> None:
+    if value is not None:
+        raise PydanticCustomError("not_supported", "not supported")
+
+
 # The patterns say in the document what the validators check; those give the better sentences.
 NO_NUL = {"pattern": "^[^\\u0000]*$"}
 
 Attempt = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
 # A length before a validator, or its error would be the one of a list.
-Text = Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+Line = Annotated[str, Field(max_length=MAX_LINE, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+Description = Annotated[
+    str, Field(max_length=MAX_DESCRIPTION, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
+]
 Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+Prompt = Annotated[
+    str,
+    Field(json_schema_extra=NO_NUL | {"maxLength": MAX_PROMPT_BYTES}),
+    AfterValidator(_storable_text),
+    AfterValidator(_few_bytes),
+]
 JsonObject = Annotated[
     dict[str, JsonValue], Field(json_schema_extra={"propertyNames": NO_NUL}), AfterValidator(_storable_json)
 ]
+Metadata = Annotated[JsonObject, AfterValidator(_few_bytes)]
 Variables = Annotated[
     dict[str, JsonValue],
-    Field(max_length=MAX_VARIABLES, json_schema_extra={"propertyNames": NO_NUL}),
+    Field(max_length=MAX_VARIABLES, json_schema_extra={"propertyNames": NO_NUL | {"maxLength": MAX_NAME}}),
+    AfterValidator(_short_names),
     AfterValidator(_storable_json),
+]
+# What we know of and do not do. Ignoring it would change in silence what the caller asked for.
+NotSupported = Annotated[
+    None, BeforeValidator(_not_supported), Field(description="Not supported: anything but null is refused.")
 ]
 # A time without an offset is read as UTC: the SDK sends what datetime.isoformat() gives. Strings alone pass the first check;
 # strict would then refuse them too, because what a validator returns no longer counts as JSON.
 Timestamp = Annotated[datetime, Field(strict=False), BeforeValidator(_rfc3339), AfterValidator(_utc)]
-PoolIds = Annotated[list[UUID], Field(max_length=MAX_IDS)]
+# Lists end at the first item that is wrong: an error for each of a million items would cost seconds and a gigabyte.
+PoolIds = Annotated[list[UUID], Field(max_length=MAX_POOLS, fail_fast=True)]
+Ids = Annotated[list[UUID], Field(max_length=MAX_IDS, fail_fast=True)]
 
 # --- files ------------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import asyncpg
 import httpx
 import pytest
 
-from app.api.requests import _SENTENCES
+from app.api.requests import SENTENCES
 from tests.attack.faults import FaultyServer, Plan, fail_with_everything
 from tests.attack.scene import SOAK, chance, resolved
 from tests.attack.test_outages import OUTAGES, is_ready
@@ -237,6 +237,7 @@ def bad_fields(spy: Spy) -> dict[str, list[dict[str, Any]]]:
         {"sensitive_input_values": {"password": new("\0")}},
         {"sensitive_input_values": {"password": new(), "number": 2**63}},
         {"sensitive_input_values": {new(str(index)): new() for index in range(1001)}},
+        {"sensitive_input_values": {new("x" * 255): new()}},
         {"file_inputs": new()},
         {"file_inputs": [new()]},
         {"file_inputs": [{new(): new()}]},
@@ -291,6 +292,8 @@ def test_what_is_not_valid(spy: Spy, client: Client) -> None:
         ("PATCH", f"/v1/machines/{uuid4()}", {"status": new(), "reserved_session_id": new(), "last_seen": [new()]}),
         ("POST", "/v1/run-attachments", spy.files()[0] | {"content_type": new(), "attachment_type": new()}),
         ("POST", "/v1/pools", {"name": "", "description": [new()]}),
+        ("POST", "/v1/pools", {"name": new(), "pool_sensitive_parameters": {new(): new()}}),
+        ("POST", "/v1/workflows", {"main_prompt": new("x" * 256 * 1024)}),
     ]
     for method, path, body in others:
         assert client.request(method, path, json=body).status_code == 422
@@ -300,7 +303,7 @@ def test_what_is_not_valid(spy: Spy, client: Client) -> None:
     assert client.get(f"/v1/pools/{uuid4()}", params={"include_machines": new()}).status_code == 422
     bad_key = {"Idempotency-Key": f"{new()} {new()}"}
     assert client.post("/v1/runs", json=spy.body(), headers=bad_key).status_code == 422
-    assert _SENTENCES.keys() - spy.kinds == {"string_unicode"}, "of every kind, but what the JSON parser refuses before"
+    assert SENTENCES.keys() - spy.kinds == {"string_unicode"}, "of every kind, but what the JSON parser refuses before"
     assert b"Is not valid." not in b"".join(spy.replies), "a kind without a sentence"
     spy.assert_nowhere()
 
