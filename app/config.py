@@ -58,6 +58,7 @@ class Settings(DatabaseSettings):
     cors_origins: Annotated[list[str], NoDecode] = Field(
         default=[], description="Comma-separated origins that browsers may call from; empty turns CORS off."
     )
+    console: bool = Field(default=True, description="`off`: do not serve the operator's console at /console/.")
     shutdown_seconds: int = Field(20, ge=1, description="How long a stop waits for requests under way.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line written."

@@ -10,7 +10,7 @@ from types import FrameType
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import openapi, refusals
+from app.api import console, openapi, refusals
 from app.api.edge import Edge
 from app.api.routes import ROUTERS
 from app.background import Background
@@ -45,6 +45,8 @@ def create_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     openapi.install(app)
+    if settings.console:
+        console.install(app, settings)
     app.add_middleware(Edge)
     if settings.cors_origins:
         # Outside the edge, so that a browser can read refusals too.

@@ -19,6 +19,8 @@ def settings_table() -> str:
             shown = "**required**"
         elif default is None or default == [] or isinstance(default, SecretStr):
             shown = ""
+        elif isinstance(default, bool):
+            shown = "`on`" if default else "`off`"
         else:
             shown = f"`{default}`"
         rows.append(f"| `{name.upper()}` | {shown} | {field.description} |")

@@ -1,0 +1,147 @@
+// What was said and done in a run, in whatever form the executor's model has: text, pictures, tool calls and their results.
+// What is not understood is shown as JSON, and nothing is left out.
+
+import { fill, h, icon, openDialog, theirs } from "./dom.js";
+
+const FIRST = 60; // messages drawn at once, the latest
+const LONG = 4000; // characters of a text before it is folded
+const PICTURES = /^image\/(png|jpeg|gif|webp)$/;
+
+/** The messages of a run, the latest last. */
+export function historyView(messages) {
+  const list = h("ol.history", { start: Math.max(1, messages.length - FIRST + 1) });
+  const begin = Math.max(0, messages.length - FIRST);
+  fill(list, messages.slice(begin).map((message, index) => entry(message, begin + index)));
+  if (!begin) return list;
+  const more = h("button", { type: "button" }, `Show the ${begin.toLocaleString()} before`);
+  more.addEventListener("click", () => {
+    list.prepend(...messages.slice(0, begin).map((message, index) => entry(message, index)));
+    list.start = 1;
+    list.firstElementChild.tabIndex = -1;
+    list.firstElementChild.focus();
+    more.remove();
+  });
+  return h("div", null, more, list);
+}
+
+function entry(message, index) {
+  const role = typeof message.role === "string" ? message.role : typeof message.type === "string" ? message.type : "message";
+  const { role: _role, content, tool_calls: calls, ...rest } = message;
+  const known = content !== undefined || Array.isArray(calls);
+  const parts = known
+    ? [blocks(content, index), Array.isArray(calls) ? calls.map(openAiCall) : null, Object.keys(rest).length ? h("details.more", null, h("summary", null, "More of this message"), json(rest)) : null]
+    : [json(message)];
+  return h(`li.${["user", "assistant", "system", "tool"].includes(role) ? role : "other"}`, null, h("span.role", null, theirs(role.slice(0, 60))), h("div.said", null, parts));
+}
+
+function blocks(content, index) {
+  if (content === null || content === undefined) return null;
+  if (typeof content === "string") return prose(content);
+  if (!Array.isArray(content)) return block(content, index);
+  return content.map((item) => block(item, index));
+}
+
+function block(item, index) {
+  if (typeof item === "string") return prose(item);
+  if (item === null || typeof item !== "object") return json(item);
+  if (typeof item.text === "string" && /^(input_|output_)?text$/.test(item.type ?? "text")) return prose(item.text);
+  if (typeof item.thinking === "string") return h("details.more", null, h("summary", null, "Thinking"), prose(item.thinking));
+  if (/^(tool_use|tool_call|function_call)$/.test(item.type)) return call(item.name, item.input ?? item.arguments ?? item.args);
+  if (/^(tool_result|function_call_output)$/.test(item.type)) {
+    return h(`div.result${item.is_error ? ".failed" : ""}`, null, h("span.role", null, item.is_error ? "Failed" : "Result"), blocks(item.content ?? item.output, index));
+  }
+  return picture(item, index) ?? json(item);
+}
+
+function openAiCall(made) {
+  return call(made?.function?.name ?? made?.name, made?.function?.arguments ?? made?.args ?? made?.arguments);
+}
+
+function call(name, input) {
+  let shown = input;
+  if (typeof input === "string") {
+    try {
+      shown = JSON.parse(input);
+    } catch {
+      // it is shown as the text it is
+    }
+  }
+  return h("div.call", null, h("span.role", null, icon("play"), theirs(String(name ?? "tool").slice(0, 200))), shown === undefined ? null : json(shown));
+}
+
+/** The forms in which models' vendors send pictures; null if it is none. */
+function picture(item, index) {
+  const source = item.source ?? item;
+  const url = typeof item.image_url === "string" ? item.image_url : (item.image_url?.url ?? source.url);
+  let type = source.media_type ?? source.mime_type ?? source.mimeType;
+  let data = typeof source.data === "string" ? source.data : null;
+  if (typeof url === "string") {
+    const inline = /^data:([a-z/]+);base64,/.exec(url);
+    if (!inline) return /^https?:/.test(url) ? h("p.faint", null, icon("file"), "A picture at ", theirs(url.slice(0, 300)), ": not loaded, because the console asks no other host.") : null;
+    type = inline[1];
+    data = url.slice(inline[0].length);
+  }
+  if (data === null || !PICTURES.test(type)) return null;
+  let decoded;
+  try {
+    decoded = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+  } catch {
+    return h("p.faint", null, icon("warn"), "A picture that cannot be read.");
+  }
+  const blob = new Blob([decoded], { type });
+  const label = `Picture in message ${index + 1}`;
+  const image = drawn(blob, label);
+  return h("button.picture", { type: "button", "aria-label": `${label}, enlarge`, onclick: () => openDialog({ title: label, className: "wide", body: drawn(blob, label) }) }, image);
+}
+
+function drawn(blob, alt) {
+  const url = URL.createObjectURL(blob);
+  const done = () => URL.revokeObjectURL(url);
+  const image = h("img", { alt, onload: done, onerror: () => (done(), image.replaceWith(h("span.faint", null, "A picture that cannot be shown."))) });
+  image.src = url;
+  return image;
+}
+
+/** Text as it was written, folded if it is long. */
+export function prose(text) {
+  if (text.length <= LONG) return theirs(text, "p");
+  const node = theirs(`${text.slice(0, LONG)}…`, "p");
+  const more = h("button.quiet", { type: "button", onclick: () => (fill(node, text), more.remove()) }, `Show all ${text.length.toLocaleString()} characters`);
+  return [node, more];
+}
+
+const COLOURED = 20_000; // characters: beyond, JSON is one plain text
+
+/** JSON as it came, indented. */
+export function json(value, label = "JSON") {
+  const text = indented(value);
+  const node = h("pre.code", { tabindex: 0, role: "group", "aria-label": label });
+  if (text.length > 200_000) {
+    fill(node, text.slice(0, 200_000));
+    const more = h("button.quiet", { type: "button", onclick: () => (fill(node, text), more.remove()) }, `Show all ${text.length.toLocaleString()} characters`);
+    return h("div", null, node, more);
+  }
+  return text.length > COLOURED ? fill(node, text) : fill(node, coloured(text));
+}
+
+/** On one line if it is a short one. In JSON text, line breaks stand between values only. */
+function indented(value) {
+  const text = JSON.stringify(value, null, 2) ?? "null";
+  const line = text.length < 200 ? text.replace(/\n\s*/g, " ") : text;
+  return line.length <= 90 ? line : text;
+}
+
+const TOKENS = /("(?:[^"\\]|\\.)*")(\s*:)?|(-?\d[\d.eE+-]*)|(true|false|null)/g;
+
+function coloured(text) {
+  const nodes = [];
+  let end = 0;
+  for (const match of text.matchAll(TOKENS)) {
+    nodes.push(text.slice(end, match.index));
+    const kind = match[1] ? (match[2] ? "key" : "string") : match[3] ? "number" : "word";
+    nodes.push(h(`span.j-${kind}`, null, match[1] ?? match[0]), match[2] ?? "");
+    end = match.index + match[0].length;
+  }
+  nodes.push(text.slice(end));
+  return nodes;
+}

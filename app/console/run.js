@@ -1,0 +1,501 @@
+// One run: what it is now, what it was given, its attempts, its events, and the Retry button with what stands in its way.
+
+import { Problem, aborted, call, may, me, newIdempotencyKey, poll, save } from "./api.js";
+import { bar, bytes, clock, copy, copyButton, count, fill, h, icon, keeping, notice, now, openDialog, reason, say, short, skeleton, span, status, theirs, time, toast, took } from "./dom.js";
+import { historyView, json, prose } from "./history.js";
+import * as names from "./names.js";
+import { openRetry } from "./retry.js";
+
+const TABS = { now: "Now", inputs: "Inputs", attempts: "Attempts", events: "Events", json: "JSON" };
+const TERMINAL = new Set(["success", "error", "cancelled"]);
+// A retry with overrides can still work: the dialog says which.
+const MENDABLE = new Set(["sensitive_inputs_expired", "input_attachments_expired", "machine_not_found", "pool_not_found", "session_not_found"]);
+const DRY_MS = 10_000;
+
+export function runView(root, first, app) {
+  const { id } = first;
+  let tab = TABS[first.tab] ? first.tab : "now";
+  let wantsRetry = first.params.has("retry");
+  let run = null;
+  let text = "";
+  let attachments = null; // by id
+  let attempts = null;
+  let events = null;
+  let plan = null; // the dry run of a plain retry; undefined if the service has none
+  let planAt = 0;
+  let planFor = "";
+  let gone = false;
+  let dialog = null;
+
+  const head = h("div.runhead");
+  const title = h("div.title");
+  const actions = h("div.actions");
+  const tabs = h("nav.tabs", { "aria-label": "About this run" }, Object.entries(TABS).map(([name, label]) => h("a", { href: `#/runs/${id}/${name}`, "data-tab": name }, label)));
+  const panel = h("div.panel");
+  fill(head, title, actions);
+  fill(root, h("a.back", { href: app.lastList() }, icon("back"), "Runs"), head, tabs, panel);
+  fill(title, h("h1", { tabindex: -1 }, "Run ", short(id)), skeleton(1));
+  fill(panel, skeleton(6));
+  markTab();
+  const keepTitle = keeping(title);
+  const keepActions = keeping(actions);
+  let keepPanel = keeping(panel);
+
+  function markTab() {
+    for (const link of tabs.children) {
+      if (link.dataset.tab === tab) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    }
+  }
+
+  // --- rounds ---------------------------------------------------------------------------------------------------------
+
+  async function round(signal) {
+    let reply;
+    try {
+      reply = await call("GET", `runs/${id}`, { signal });
+    } catch (error) {
+      if (error.code === "run_not_found") showGone();
+      throw error;
+    }
+    gone = false;
+    take(reply);
+    await Promise.all([
+      names.loadMissing("workflows", [run.workflow_id], signal),
+      names.loadMissing("machines", [run.machine_id, run.assigned_machine_id], signal),
+      names.loadMissing("pools", run.pool_ids ?? [], signal),
+      loadAttachments(signal),
+      tab === "attempts" ? loadAttempts(signal) : null,
+      tab === "events" ? loadEvents(signal) : null,
+      loadPlan(signal),
+    ]);
+    draw();
+  }
+
+  function take({ data, text: raw }) {
+    if (text === raw) return;
+    const before = run;
+    [run, text] = [data, raw];
+    if (before && (before.status !== run.status || before.attempt !== run.attempt)) {
+      say(`Attempt ${run.attempt}: ${run.status}`);
+      planAt = 0;
+    }
+    draw();
+    if (wantsRetry) {
+      wantsRetry = false;
+      history.replaceState(null, "", `#/runs/${id}/${tab}`);
+      retry();
+    }
+  }
+
+  async function loadAttachments(signal) {
+    const wanted = [...run.input_attachment_ids, ...run.output_attachment_ids];
+    if (attachments && wanted.every((one) => attachments.has(one))) return;
+    const { data } = await call("GET", "run-attachments", { query: { run_id: id, limit: 1000 }, signal });
+    attachments = new Map(data.items.map((item) => [item.id, item]));
+  }
+
+  async function loadAttempts(signal) {
+    const { data } = await call("GET", `runs/${id}/attempts`, { query: { limit: 1000 }, signal });
+    attempts = data.items;
+    await names.loadMissing("machines", attempts.map((attempt) => attempt.machine_id), signal);
+  }
+
+  async function loadEvents(signal) {
+    try {
+      const { data } = await call("GET", `runs/${id}/events`, { query: { limit: 1000 }, signal });
+      events = data.items;
+    } catch (error) {
+      if (error.code !== "route_not_found") throw error;
+      events = undefined;
+    }
+  }
+
+  /** What a plain retry would do, asked when the run has moved and now and then besides: secrets expire by themselves. */
+  async function loadPlan(signal) {
+    if (!may("runs:write")) return;
+    const of = `${run.status}${run.attempt}`;
+    if (planFor === of && now() - planAt < DRY_MS) return;
+    plan = await dryRun(id, {}, signal);
+    [planFor, planAt] = [of, now()];
+  }
+
+  function showGone() {
+    if (gone) return;
+    gone = true;
+    run = null;
+    text = "";
+    keepTitle(["gone"], () => h("h1", { tabindex: -1 }, "Run ", short(id)));
+    keepActions(["gone"], () => []);
+    tabs.hidden = true;
+    keepPanel(["gone"], () =>
+      notice("warn", "No run with this id", h("p", null, "It was deleted, or it belongs to another organization, or the address is wrong: ", h("span.id", null, id)), h("a.button", { href: app.lastList() }, "To the runs")),
+    );
+  }
+
+  // --- drawing --------------------------------------------------------------------------------------------------------
+
+  function draw() {
+    if (!run || !root.isConnected) return;
+    tabs.hidden = false;
+    const { output_data: _output, run_message_history: _history, ...small } = run;
+    const called = [names.nameOf("workflows", run.workflow_id), run.machine_id && names.nameOf("machines", run.machine_id)];
+    if (keepTitle([small, called], drawTitle)) app.titled();
+    keepActions([run.status, run.attempt, plan, planFor, me.scopes], drawActions);
+    const shown = {
+      now: [text, called, [...(attachments?.keys() ?? [])]],
+      inputs: [small, called, plan?.secrets, [...(attachments?.keys() ?? [])], run.pool_ids?.map((pool) => names.nameOf("pools", pool))],
+      attempts: [small, called, attempts, attempts?.map((one) => one.machine_id && names.nameOf("machines", one.machine_id))],
+      events: [events === undefined ? "none" : events],
+      json: [text],
+    }[tab];
+    keepPanel([tab, shown], { now: drawNow, inputs: drawInputs, attempts: drawAttempts, events: drawEvents, json: drawJson }[tab]);
+  }
+
+  function drawTitle() {
+    const began = run.started_at && Date.parse(run.started_at);
+    const ended = run.ended_at && Date.parse(run.ended_at);
+    return [
+      h("h1", { tabindex: -1 }, status(run.status), names.named("workflows", run.workflow_id)),
+      h(
+        "p.meta",
+        null,
+        h("span", null, h("span.id", null, run.id), copyButton(() => run.id, "the id")),
+        h("span", null, `attempt ${run.attempt}`),
+        run.machine_id ? h("span", null, icon("machine"), h("a", { href: `#/runs?machine=${run.machine_id}` }, names.named("machines", run.machine_id)), run.assigned_machine_id || TERMINAL.has(run.status) ? null : " (wished)") : null,
+        run.is_priority ? h("span.tag", null, "priority") : null,
+        run.session_id ? h("span", null, "session ", h("a", { href: `#/runs?session=${run.session_id}` }, run.session_alias ? theirs(run.session_alias) : short(run.session_id))) : null,
+        h("span", null, "created ", time(run.created_at)),
+        run.status === "running" && began ? h("span", null, "running for ", time(run.started_at, "since")) : null,
+        ended ? h("span", null, "ended ", time(run.ended_at), began ? `, ran ${took(ended - began)}` : null) : null,
+      ),
+    ];
+  }
+
+  /** The button is always there; what stands in its way stands beside it. */
+  function drawActions() {
+    const [why, hard] = obstacle();
+    const button = h("button.primary", { type: "button", "aria-keyshortcuts": "r", "aria-disabled": hard ? "true" : null, "aria-describedby": why ? "obstacle" : null, onclick: () => !hard && retry() }, icon("retry"), "Retry …");
+    return [
+      why ? h(`p.obstacle${hard ? "" : ".soft"}`, { id: "obstacle" }, icon(hard ? "info" : "warn"), h("span", null, why)) : null,
+      !TERMINAL.has(run.status) && may("runs:write") ? h("button", { type: "button", onclick: cancel }, "Cancel run …") : null,
+      button,
+    ];
+  }
+
+  /** Why Retry cannot work, and whether the dialog could not help either. */
+  function obstacle() {
+    if (!may("runs:write")) return ["This key may look, and not retry: it lacks the scope runs:write.", true];
+    if (!TERMINAL.has(run.status)) return [run.status === "running" ? "It is running. Retry works when it has ended; cancel it if its executor died." : "It waits to be run already. Retry works when it has ended.", true];
+    if (!plan || plan.would_retry || planFor !== `${run.status}${run.attempt}`) return [null, false];
+    const hard = plan.refusals.filter((refusal) => !MENDABLE.has(refusal.code));
+    return [(hard[0] ?? plan.refusals[0]).detail, hard.length > 0];
+  }
+
+  function retry() {
+    if (!run || dialog) return;
+    if (obstacle()[1]) {
+      say(obstacle()[0]);
+      return;
+    }
+    dialog = openRetry({
+      run,
+      attachments: run.input_attachment_ids.map((one) => attachments?.get(one)).filter(Boolean),
+      plan: planFor === `${run.status}${run.attempt}` ? plan : null,
+      dryRun: plan === undefined ? null : (body, signal) => dryRun(id, body, signal),
+      done(reply) {
+        take(reply);
+        plan = null;
+        planAt = 0;
+        toast(`Attempt ${run.attempt} is queued`);
+        poll.now(true);
+      },
+      closed() {
+        dialog = null;
+        planAt = 0;
+        if (root.isConnected && me.key) {
+          poll.now(true);
+          actions.querySelector(".primary")?.focus();
+        }
+      },
+    });
+  }
+
+  function cancel() {
+    const input = h("input", { type: "text", maxlength: 500, id: "cancel-reason", autocomplete: "off" });
+    const problem = h("p.error", { role: "alert" });
+    const key = newIdempotencyKey();
+    const act = h("button.danger", { type: "button" }, "Cancel run");
+    const box = openDialog({
+      title: "Cancel this run?",
+      className: "small",
+      body: [
+        h("p", null, run.status === "running" ? "Its executor hears of it at its next report, and its machine is free at once. What it has done in the application stays done." : "It leaves the queue. It can be retried later."),
+        h("label", { htmlFor: "cancel-reason" }, "Reason (optional, others see it)"),
+        input,
+        problem,
+      ],
+      foot: [act, h("button", { type: "button", onclick: () => box.close() }, "Leave it")],
+    });
+    act.addEventListener("click", async () => {
+      if (act.disabled) return;
+      act.disabled = true;
+      fill(problem);
+      try {
+        const body = { status: "cancelled", ...(input.value.trim() ? { reason: input.value.trim() } : {}) };
+        take(await call("PATCH", `runs/${id}`, { body: JSON.stringify(body), idempotencyKey: key }));
+        toast("The run is cancelled");
+        box.close();
+        poll.now(true);
+      } catch (error) {
+        act.disabled = false;
+        if (!aborted(error)) fill(problem, error.message);
+      }
+    });
+  }
+
+  // --- now ------------------------------------------------------------------------------------------------------------
+
+  function drawNow() {
+    const outputs = run.output_attachment_ids;
+    const parts = [];
+    if (run.status === "scheduling") {
+      parts.push(
+        notice("info", run.scheduling_reason ? reason(run.scheduling_reason) : "Waits", h("p", null, whereto(), " ", h("a", { href: "#/queue" }, "See the queue"))),
+      );
+    }
+    if (run.status === "running") parts.push(notice("info", ["Running", run.machine_id ? [" on ", names.named("machines", run.machine_id)] : null], h("p", null, run.started_at ? ["For ", time(run.started_at, "since"), ". "] : null, "What it has reported so far stands below.")));
+    if (run.error?.length) {
+      parts.push(
+        section("What went wrong", run.error.map((line) => h("div.failure", null, icon("error"), h("div", null, prose(line))))),
+      );
+    }
+    if (run.output_data !== null) parts.push(section("Result", json(run.output_data, "Result")));
+    if (outputs.length) parts.push(section(count(outputs.length, "file"), files(outputs)));
+    if (run.run_message_history?.length) parts.push(section(`History, ${count(run.run_message_history.length, "message")}`, historyView(run.run_message_history)));
+    if (!parts.length) parts.push(notice("info", "Nothing was reported", h("p", null, "No error, no result, no files and no history: its executor sent none.")));
+    return parts;
+  }
+
+  function whereto() {
+    if (run.machine_id) return ["For ", names.named("machines", run.machine_id), "."];
+    if (run.pool_ids?.length) return ["For a machine in ", run.pool_ids.map((pool, index) => [index ? " and " : "", names.named("pools", pool)]), "."];
+    return "For any machine.";
+  }
+
+  function section(heading, ...content) {
+    return h("section", null, h("h2", null, heading), content);
+  }
+
+  function files(ids) {
+    return h(
+      "ul.files",
+      null,
+      ids.map((one) => {
+        const file = attachments?.get(one);
+        if (!file) return h("li", null, icon("file"), short(one));
+        const expired = file.expires_at && Date.parse(file.expires_at) <= now();
+        return h(
+          "li",
+          null,
+          icon("file"),
+          h("span.grow", null, theirs(file.filename), file.target_path ? h("span.faint", null, " to ", theirs(file.target_path)) : null),
+          h("span.faint", null, bytes(file.size_bytes)),
+          file.expires_at ? h("span.faint", null, time(file.expires_at, "left")) : null,
+          expired ? null : h("button.quiet", { type: "button", onclick: (event) => download(event.currentTarget, file) }, "Download", h("span.unseen", null, " ", file.filename)),
+        );
+      }),
+    );
+  }
+
+  async function download(button, file) {
+    button.disabled = true;
+    try {
+      await save(file);
+    } catch (error) {
+      if (!aborted(error)) toast(error.message, "bad");
+    }
+    button.disabled = false;
+  }
+
+  // --- inputs ---------------------------------------------------------------------------------------------------------
+
+  function drawInputs() {
+    const values = Object.entries(run.input_values ?? {});
+    const aliases = Object.entries(run.sensitive_input_aliases ?? {});
+    return [
+      section(
+        "Values",
+        values.length
+          ? h("dl.values", null, values.map(([name, value]) => [h("dt", null, theirs(name)), h("dd", null, typeof value === "string" ? prose(value) : json(value, `Value of ${name}`))]))
+          : h("p.faint", null, "None."),
+      ),
+      section(
+        "Secrets",
+        aliases.length
+          ? [
+              h("p.faint", null, "The service cannot read them: it knows their names and where they are in Vault. ", keptUntil()),
+              h("dl.values", null, aliases.map(([name, alias]) => [h("dt", null, icon("key"), theirs(name)), h("dd", null, h("code.alias", null, alias))])),
+            ]
+          : h("p.faint", null, "None."),
+      ),
+      section("Files", run.input_attachment_ids.length ? files(run.input_attachment_ids) : h("p.faint", null, "None.")),
+      section(
+        "Where it runs",
+        h(
+          "dl.facts",
+          null,
+          h("dt", null, "Machine"),
+          h("dd", null, run.machine_id ? [names.named("machines", run.machine_id), " ", h("span.id", null, run.machine_id)] : h("span.faint", null, "any")),
+          h("dt", null, "Pools"),
+          h("dd", null, run.pool_ids?.length ? run.pool_ids.map((pool, index) => [index ? ", " : "", names.named("pools", pool)]) : h("span.faint", null, "any")),
+          h("dt", null, "Session"),
+          h("dd", null, run.session_id ? [h("span.id", null, run.session_id), run.session_alias ? [" ", theirs(run.session_alias)] : null, run.release_session_after ? ", released after this run" : null] : h("span.faint", null, "none")),
+          h("dt", null, "Priority"),
+          h("dd", null, run.is_priority ? "yes" : "no"),
+        ),
+      ),
+    ];
+  }
+
+  function keptUntil() {
+    if (!TERMINAL.has(run.status)) return "They are kept while the run is active.";
+    const expired = plan?.refusals?.some((refusal) => refusal.code === "sensitive_inputs_expired");
+    if (expired) return h("strong.bad", null, "They have expired: a retry needs new ones.");
+    const until = plan?.secrets?.kept_until;
+    return until ? ["For a retry they are kept until ", h("time", { datetime: until }, clock(until)), " (", time(until, "left"), ")."] : null;
+  }
+
+  // --- attempts -------------------------------------------------------------------------------------------------------
+
+  function drawAttempts() {
+    if (!attempts) return skeleton(4);
+    const past = [...attempts].sort((one, other) => one.attempt - other.attempt);
+    const all = [...past, { ...run, machine_id: run.assigned_machine_id ?? (TERMINAL.has(run.status) ? run.machine_id : null), current: true }];
+    const lives = all.map((attempt, index) => {
+      const cause = index ? past[index - 1] : null; // the retry that made this attempt is told by the one it replaced
+      const queued = Date.parse(cause ? cause.retried_at : run.created_at);
+      const end = attempt.ended_at ? Date.parse(attempt.ended_at) : attempt.current && !TERMINAL.has(run.status) ? now() : null;
+      const start = attempt.started_at ? Date.parse(attempt.started_at) : end;
+      return { attempt, cause, waited: start === null ? 0 : Math.max(0, start - queued), ran: attempt.started_at && end !== null ? Math.max(0, end - start) : 0, queued };
+    });
+    const longest = Math.max(1, ...lives.map((life) => life.waited + life.ran));
+    return h(
+      "ol.attempts",
+      { reversed: true },
+      lives.reverse().map(({ attempt, cause, waited, ran, queued }) =>
+        h(
+          "li",
+          { value: attempt.attempt },
+          h(
+            "header",
+            null,
+            h("b", null, `Attempt ${attempt.attempt}`),
+            status(attempt.status),
+            attempt.machine_id ? h("span", null, icon("machine"), names.named("machines", attempt.machine_id)) : null,
+            h("span.faint.end", null, cause ? "retried " : "created ", time(new Date(queued).toISOString())),
+          ),
+          h("div.life", null, bar(waited / longest, "waited"), bar(ran / longest, "ran"), h("span.faint", null, attempt.started_at ? `waited ${took(waited)}, ran ${took(ran)}` : `waited ${took(waited)}, never started`)),
+          cause
+            ? h(
+                "p.meta",
+                null,
+                h("span", null, "by ", author(cause.retried_by_key_id, cause.retried_by_user_id)),
+                cause.reason ? h("span", null, "“", theirs(cause.reason), "”") : null,
+                h("span", null, cause.overridden.length ? ["changed ", cause.overridden.map((name) => h("code.tag", null, name))] : "changed nothing"),
+              )
+            : null,
+          attempt.error?.length ? h("div.failure", null, icon("error"), h("div", null, attempt.error.slice(0, 3).map((line) => prose(line)), attempt.error.length > 3 ? h("p.faint", null, `and ${attempt.error.length - 3} more`) : null)) : null,
+        ),
+      ),
+    );
+  }
+
+  function author(key, user) {
+    if (!key && !user) return "the service";
+    if (key && key === me.key_id) return "you (this key)";
+    return [user ? ["user ", short(user), key ? ", " : null] : null, key ? ["key ", short(key)] : null];
+  }
+
+  // --- events ---------------------------------------------------------------------------------------------------------
+
+  function drawEvents() {
+    if (events === undefined) return notice("info", "This service keeps no events", h("p", null, "It does not answer this address yet. The attempts tell who retried, and when."));
+    if (events === null) return skeleton(4);
+    if (!events.length) return notice("info", "No events are left", h("p", null, "They are kept for a time that the service's operator chose."));
+    return h(
+      "ol.events",
+      null,
+      events.map((event) =>
+        h(
+          "li",
+          null,
+          h("time", { datetime: event.at }, clock(event.at)),
+          h(
+            "div",
+            null,
+            h("b", null, String(event.event).replaceAll("_", " ")),
+            ` attempt ${event.attempt}`,
+            event.from_status || event.to_status ? h("span.faint", null, ` ${event.from_status ?? "–"} → ${event.to_status ?? "–"}`) : null,
+            h(
+              "p.meta",
+              null,
+              h("span", null, "by ", author(event.key_id, event.user_id)),
+              event.reason ? h("span", null, "“", theirs(event.reason), "”") : null,
+              event.changed?.length ? h("span", null, "changed ", event.changed.map((name) => h("code.tag", null, name))) : null,
+              event.request_id ? h("span.faint", null, "request ", h("span.id", null, theirs(event.request_id))) : null,
+            ),
+          ),
+        ),
+      ),
+    );
+  }
+
+  // --- JSON -----------------------------------------------------------------------------------------------------------
+
+  function drawJson() {
+    const url = new URL(`../v1/runs/${id}`, location.href.split("#")[0]);
+    const curl = `curl -sS ${url} -H "Authorization: Bearer $API_KEY"`;
+    const python = `import os\n\nimport httpx\n\nreply = httpx.get("${url}", headers={"Authorization": f"Bearer {os.environ['API_KEY']}"})\nreply.raise_for_status()\nprint(reply.json())\n`;
+    return [
+      h(
+        "div.line",
+        null,
+        copyButton(() => JSON.stringify(run, null, 2), "the JSON", "Copy"),
+        h("button.quiet", { type: "button", onclick: () => copy(curl, "curl") }, icon("copy"), "Copy as curl"),
+        h("button.quiet", { type: "button", onclick: () => copy(python, "Python") }, icon("copy"), "Copy as Python"),
+      ),
+      json(run, "The run as the API shows it"),
+    ];
+  }
+
+  return {
+    title: () => (run ? `${run.status}: ${names.nameOf("workflows", run.workflow_id)}` : `Run ${id.slice(0, 8)}`),
+    change(to) {
+      if (to.params.has("retry") && run) {
+        history.replaceState(null, "", `#/runs/${id}/${tab}`);
+        retry();
+      }
+      const next = TABS[to.tab] ? to.tab : "now";
+      if (next === tab) return;
+      tab = next;
+      markTab();
+      keepPanel = keeping(panel);
+      draw();
+      poll.now(true);
+    },
+    round,
+    handles: (problem) => problem.code === "run_not_found",
+    keys: { r: retry },
+    destroy: () => dialog?.close(),
+  };
+}
+
+/** The service's answer to what a retry with this body would do; undefined if it has no such answer. Raises Problem. */
+export async function dryRun(id, body, signal) {
+  // A replica of a version that does not know `dry_run` would retry in earnest. Only those that do know it answer whoami.
+  if (!me.known) return undefined;
+  const { data } = await call("POST", `runs/${id}/retry`, { query: { dry_run: "true" }, body: JSON.stringify(body), signal });
+  if (typeof data?.would_retry !== "boolean") throw new Problem(500, { detail: "The service took the question for an order. Reload the page." }, new Headers());
+  return data;
+}

@@ -1,0 +1,398 @@
+// The list of runs. Rows stay where they are: what is new is announced, and comes when it is asked for.
+
+import { aborted, call, may, poll } from "./api.js";
+import { UUID, copyButton, count, fill, h, icon, notice, now, reason, say, short, skeleton, status, theirs, time, took } from "./dom.js";
+import * as names from "./names.js";
+
+const PAGE = 100;
+const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at,is_priority";
+const STATUSES = ["scheduling", "running", "success", "error", "cancelled"];
+const COUNTS_MS = 10_000;
+const PERIODS = { "1h": ["Last hour", 3600], "24h": ["Last 24 hours", 86_400], "7d": ["Last 7 days", 604_800] };
+
+export function runsView(root, first) {
+  let filter = read(first.params);
+  const rows = new Map(); // id -> {tr, link, shown}
+  let latest = { items: [], total: 0 };
+  let adopted = false; // whether the rows are those of this filter
+  let countsAt = 0;
+
+  // --- filters --------------------------------------------------------------------------------------------------------
+
+  const chips = new Map(
+    [null, ...STATUSES].map((name) => {
+      const number = h("b");
+      const link = h("a.chip", null, name ? status(name) : h("span", null, "All"), number);
+      return [name, { link, number }];
+    }),
+  );
+  const workflow = select("Workflow", "workflow", "Any workflow");
+  const machine = select("Machine", "machine", "Any machine");
+  const session = h("input", { type: "search", placeholder: "Any session", "aria-label": "Session id", autocomplete: "off", spellcheck: "false" });
+  session.addEventListener("change", () => go({ session: UUID.test(session.value.trim()) ? session.value.trim() : "" }));
+  const period = h(
+    "select",
+    {
+      "aria-label": "Created",
+      onchange: () => {
+        if (period.value === "custom") {
+          custom.hidden = false;
+          from.focus();
+        } else go({ since: period.value, from: "", to: "" });
+      },
+    },
+    h("option", { value: "" }, "Any time"),
+    Object.entries(PERIODS).map(([value, [label]]) => h("option", { value }, label)),
+    h("option", { value: "custom" }, "From … to …"),
+  );
+  const from = moment("Created from", "from");
+  const to = moment("Created to", "to");
+  const custom = h("span.custom", { hidden: true }, from, h("span", null, "to"), to);
+  const clear = h("button.quiet", { type: "button", onclick: () => go({ status: "", workflow: "", machine: "", session: "", since: "", from: "", to: "" }) }, icon("close"), "Clear");
+
+  function select(label, param, any) {
+    const node = h("select", { "aria-label": label, onchange: () => go({ [param]: node.value }) }, h("option", { value: "" }, any));
+    node.any = any;
+    return node;
+  }
+
+  function moment(label, param) {
+    const node = h("input", {
+      type: "datetime-local",
+      "aria-label": label,
+      onchange: () => go({ since: "", [param]: node.value ? new Date(node.value).toISOString() : "" }),
+    });
+    return node;
+  }
+
+  // --- the page -------------------------------------------------------------------------------------------------------
+
+  const summary = h("p.summary");
+  const news = h("button.news", { type: "button", hidden: true, onclick: adoptNews });
+  const body = h("tbody");
+  const table = h(
+    "table.runs",
+    { "aria-label": "Runs, newest first" },
+    h(
+      "thead",
+      null,
+      h("tr", null, ["Status", "Id", "Workflow", "Attempt", "Machine", "Why, or what went wrong", "Age"].map((title) => h("th", { scope: "col" }, title))),
+    ),
+    body,
+  );
+  const below = h("div.below");
+  fill(
+    root,
+    h("h1.unseen", { tabindex: -1 }, "Runs"),
+    h("nav.chips", { "aria-label": "Status" }, [...chips.values()].map((chip) => chip.link)),
+    h("div.filters", { role: "group", "aria-label": "Filters" }, workflow, machine, session, period, custom, clear),
+    h("div.line", null, summary, news),
+    h("div.scroll", null, table),
+    below,
+  );
+  drawFilters();
+  waiting();
+
+  /** Other filters: a new address, from which everything else follows. */
+  function go(changes) {
+    location.hash = address({ ...filter, before: "", ...changes });
+  }
+
+  function waiting() {
+    adopted = false;
+    rows.clear();
+    latest = { items: [], total: 0 };
+    news.hidden = true;
+    table.hidden = true;
+    fill(summary, "Loading …");
+    fill(below, skeleton(8));
+  }
+
+  function drawFilters() {
+    for (const [name, { link }] of chips) {
+      link.href = address({ ...filter, before: "", status: name ?? "" });
+      if ((name ?? "") === filter.status) link.setAttribute("aria-current", "true");
+      else link.removeAttribute("aria-current");
+    }
+    options(workflow, "workflows", filter.workflow);
+    options(machine, "machines", filter.machine);
+    session.value = filter.session;
+    const bounded = Boolean(filter.from || filter.to);
+    period.value = bounded ? "custom" : filter.since;
+    custom.hidden = !bounded;
+    from.value = local(filter.from);
+    to.value = local(filter.to);
+    clear.hidden = !isFiltered();
+  }
+
+  function options(node, kind, chosen) {
+    if (document.activeElement === node) return; // it may be open
+    const known = names.all(kind).map((item) => [item.id, names.nameOf(kind, item.id)]);
+    if (chosen && !names.get(kind, chosen)) known.push([chosen, chosen.slice(0, 8)]);
+    known.sort((one, other) => one[1].localeCompare(other[1]));
+    const text = JSON.stringify([known, chosen]);
+    if (node.shown === text) return;
+    node.shown = text;
+    fill(node, h("option", { value: "" }, node.any), known.map(([id, name]) => h("option", { value: id, selected: id === chosen }, name)));
+    node.value = chosen;
+  }
+
+  function isFiltered() {
+    return ["status", "workflow", "machine", "session", "since", "from", "to"].some((name) => filter[name]);
+  }
+
+  // --- rounds ---------------------------------------------------------------------------------------------------------
+
+  async function round(signal) {
+    const asked = filter;
+    const behind = adopted ? fresh().length : 0;
+    const { data } = await call("GET", "runs", { query: { ...query(asked), fields: FIELDS, limit: Math.min(1000, PAGE + behind) }, signal });
+    if (asked !== filter) return;
+    latest = data;
+    draw();
+    // Names and counts come after the first paint.
+    await Promise.all([names.load("workflows", signal), names.load("machines", signal)]);
+    const items = latest.items.slice(0, PAGE);
+    await Promise.all([
+      names.loadMissing("workflows", [...items.map((run) => run.workflow_id), asked.workflow], signal),
+      names.loadMissing("machines", [...items.map((run) => run.machine_id), asked.machine], signal),
+    ]);
+    if (asked !== filter) return;
+    draw();
+    drawFilters();
+    if (now() - countsAt > COUNTS_MS) await loadCounts(asked, signal);
+  }
+
+  async function loadCounts(asked, signal) {
+    const counted = await Promise.all(
+      [null, ...STATUSES].map(async (name) => {
+        const { data } = await call("GET", "runs", { query: { ...query({ ...asked, before: "" }), status: name, fields: "id", limit: 1 }, signal });
+        return [name, data.total];
+      }),
+    );
+    if (asked !== filter) return;
+    countsAt = now();
+    for (const [name, total] of counted) setCount(name, total);
+  }
+
+  function setCount(name, total) {
+    const text = total.toLocaleString();
+    const { number } = chips.get(name);
+    if (number.textContent !== text) number.textContent = text;
+  }
+
+  /** Runs that came into the list since it was painted. */
+  function fresh() {
+    if (rows.size < PAGE) return latest.items.filter((run) => !rows.has(run.id));
+    const oldest = [...rows.values()].at(-1).run.created_at;
+    return latest.items.filter((run) => !rows.has(run.id) && run.created_at > oldest);
+  }
+
+  function draw() {
+    if (!adopted || (rows.size === 0 && latest.items.length > 0)) adopt();
+    const known = new Map(latest.items.map((run) => [run.id, run]));
+    const last = latest.items.at(-1);
+    for (const [id, row] of rows) {
+      const run = known.get(id);
+      if (run) update(row, run);
+      else if (!last || latest.items.length < PAGE || row.run.created_at > last.created_at) leave(row);
+    }
+    drawNews();
+    if (!filter.before) setCount(filter.status || null, latest.total);
+    const shown = rows.size;
+    fill(summary, latest.total > shown ? `${shown.toLocaleString()} of ${count(latest.total, "run")}` : count(shown, "run"), filter.before ? ` from ${new Date(filter.before.split("~")[0]).toLocaleString()} back` : ", newest first");
+  }
+
+  function drawNews() {
+    const many = fresh().length;
+    const text = many ? `${many >= 900 ? "Over 900" : many} new` : "";
+    if (news.dataset.text === text) return;
+    news.dataset.text = text;
+    news.hidden = !many;
+    fill(news, many && [icon("up"), text, h("span.unseen", null, many === 1 ? " run: show it" : " runs: show them")]);
+    if (many) say(`${text} ${many === 1 ? "run" : "runs"}`);
+  }
+
+  function adoptNews() {
+    const before = new Set(rows.keys());
+    adopt();
+    draw();
+    scrollTo({ top: 0 });
+    const [newest] = [...rows.values()];
+    newest?.link.focus({ preventScroll: true });
+    for (const [id, row] of rows) if (!before.has(id)) row.tr.classList.add("flash");
+  }
+
+  function adopt() {
+    adopted = true;
+    const items = latest.items.slice(0, PAGE);
+    rows.clear();
+    for (const run of items) rows.set(run.id, newRow(run));
+    fill(body, [...rows.values()].map((row) => row.tr));
+    table.hidden = items.length === 0;
+    fill(below, items.length ? pager(items) : empty());
+  }
+
+  // --- rows -----------------------------------------------------------------------------------------------------------
+
+  function newRow(run) {
+    const link = h("a", { href: `#/runs/${run.id}` });
+    const tr = h("tr", {
+      onclick: (event) => {
+        // A click anywhere on the row opens it, unless it ends the selection of some text.
+        if (event.target.closest("a") || event.ctrlKey || event.metaKey || String(getSelection())) return;
+        location.hash = link.hash;
+      },
+    });
+    const row = { tr, link, run, shown: "" };
+    update(row, run);
+    return row;
+  }
+
+  function update(row, run) {
+    const shown = JSON.stringify([run, names.nameOf("workflows", run.workflow_id), run.machine_id && names.nameOf("machines", run.machine_id)]);
+    if (shown === row.shown) return;
+    const moved = row.shown && (row.run.status !== run.status || row.run.attempt !== run.attempt);
+    Object.assign(row, { run, shown });
+    fill(row.link, short(run.id));
+    row.link.setAttribute("aria-label", `Run ${run.id.slice(0, 8)}, ${run.status}`);
+    fill(
+      row.tr,
+      h("td.c-status", null, status(run.status), run.is_priority ? h("span.tag", null, "priority") : null),
+      h("td.c-id", null, row.link),
+      h("td.c-workflow", null, names.named("workflows", run.workflow_id)),
+      h("td.c-attempt", { "data-label": "attempt" }, String(run.attempt)),
+      h("td.c-machine", null, run.machine_id ? names.named("machines", run.machine_id) : h("span.faint", null, "–")),
+      h("td.c-why", null, why(run)),
+      h("td.c-age", null, time(run.created_at, "age")),
+    );
+    row.tr.classList.remove("gone");
+    row.tr.classList.toggle("flash", Boolean(moved));
+  }
+
+  function leave(row) {
+    if (row.tr.classList.contains("gone")) return;
+    row.tr.classList.add("gone");
+    row.shown = "";
+    fill(row.tr.querySelector(".c-why"), filter.status ? `No longer ${filter.status}` : "No longer in this list");
+  }
+
+  function pager(items) {
+    const oldest = items.at(-1).created_at;
+    const twins = items.filter((run) => run.created_at === oldest).length;
+    const [anchor, skipped] = filter.before.split("~");
+    const skip = anchor === oldest ? Number(skipped) + items.length : twins;
+    return h(
+      "nav.pager",
+      { "aria-label": "Pages" },
+      filter.before ? h("a.button", { href: address({ ...filter, before: "" }) }, icon("back"), "Newest") : null,
+      items.length === PAGE ? h("a.button", { href: address({ ...filter, before: `${oldest}~${skip}` }) }, "Older", icon("next")) : h("span.faint", null, "That is all."),
+    );
+  }
+
+  function empty() {
+    if (filter.before) return notice("info", "No older runs", h("p", null, h("a", { href: address({ ...filter, before: "" }) }, "Back to the newest")));
+    if (isFiltered()) return notice("info", "No run matches these filters", h("button", { type: "button", onclick: () => clear.click() }, "Show all runs"));
+    const [known] = names.all("workflows");
+    const text = () => createCurl(names.all("workflows")[0] ?? known);
+    return notice(
+      "info",
+      "No runs yet",
+      may("runs:write") ? h("p", null, "A run executes a workflow on a machine. This makes one; it appears here at once:") : h("p", null, "This key may not create runs (it lacks the scope runs:write)."),
+      may("runs:write") ? h("div.snippet", null, h("pre.code", { tabindex: 0, role: "group", "aria-label": "curl" }, text()), copyButton(text, "curl")) : null,
+    );
+  }
+
+  // --- keys -----------------------------------------------------------------------------------------------------------
+
+  function step(by) {
+    const all = [...rows.values()];
+    const at = all.findIndex((row) => row.tr.contains(document.activeElement));
+    const next = at < 0 ? 0 : Math.max(0, Math.min(all.length - 1, at + by));
+    all[next]?.link.focus();
+  }
+
+  function retryFocused() {
+    const row = [...rows.values()].find(({ tr }) => tr.contains(document.activeElement)) ?? [...rows.values()].find(({ tr }) => tr.matches(":hover"));
+    if (row) location.hash = `#/runs/${row.run.id}/now?retry`;
+    else say("Choose a run first, with j and k.");
+  }
+
+  return {
+    title: () => (filter.status ? `Runs: ${filter.status}` : "Runs"),
+    change({ params }) {
+      const next = read(params);
+      if (JSON.stringify(next) === JSON.stringify(filter)) return;
+      filter = next;
+      countsAt = 0;
+      drawFilters();
+      waiting();
+      poll.now(true).catch((error) => aborted(error) || console.error(error));
+    },
+    round,
+    keys: { j: () => step(1), k: () => step(-1), r: retryFocused },
+  };
+}
+
+// --- the address ------------------------------------------------------------------------------------------------------
+
+function read(params) {
+  const get = (name) => params.get(name) ?? "";
+  const id = (name) => (UUID.test(get(name)) ? get(name) : "");
+  const at = (name) => (Number.isNaN(Date.parse(get(name))) ? "" : new Date(get(name)).toISOString());
+  return {
+    status: STATUSES.includes(get("status")) ? get("status") : "",
+    workflow: id("workflow"),
+    machine: id("machine"),
+    session: id("session"),
+    since: Object.hasOwn(PERIODS, get("since")) ? get("since") : "",
+    from: at("from"),
+    to: at("to"),
+    before: /^[0-9T:.Z+-]{10,40}~\d{1,9}$/.test(get("before")) ? get("before") : "",
+  };
+}
+
+function address(filter) {
+  const params = new URLSearchParams(Object.entries(filter).filter(([, value]) => value));
+  return `#/runs${params.size ? `?${params}` : ""}`;
+}
+
+/** What the API is asked for. */
+function query({ status: wanted, workflow, machine, session, since, from, to, before }) {
+  const [anchor, skip] = before ? before.split("~") : [];
+  return {
+    status: wanted,
+    workflow_id: workflow,
+    machine_id: machine,
+    session_id: session,
+    created_at_from: since ? new Date(now() - PERIODS[since][1] * 1000).toISOString() : from,
+    created_at_to: anchor ?? to,
+    skip,
+  };
+}
+
+/** An ISO time as a datetime-local input has it. */
+function local(iso) {
+  if (!iso) return "";
+  const at = new Date(iso);
+  return new Date(at - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
+}
+
+/** Why it waits, or the first line of what went wrong, or how long it took. */
+function why(run) {
+  if (run.status === "scheduling") return run.scheduling_reason ? reason(run.scheduling_reason) : null;
+  if (run.status === "running") return run.started_at ? ["for ", time(run.started_at, "since")] : null;
+  if (run.error?.length) {
+    const [line] = run.error[0].split("\n", 1);
+    return theirs(line.length > 300 ? `${line.slice(0, 300)}…` : line);
+  }
+  if (run.started_at && run.ended_at) return h("span.faint", null, `took ${took(Date.parse(run.ended_at) - Date.parse(run.started_at))}`);
+  return null;
+}
+
+function createCurl(workflow) {
+  const root = new URL("../v1", location.href.split("#")[0]);
+  const post = (path, body) => `curl -sS -X POST ${root}/${path} \\\n  -H "Authorization: Bearer $API_KEY" -H 'Content-Type: application/json' \\\n  -d '${JSON.stringify(body)}'`;
+  if (workflow) return post("runs", { workflow_id: workflow.id });
+  return `${post("workflows", { name: "Hello", main_prompt: "Open the editor and write hello." })}\n# then, with the id it answers:\n${post("runs", { workflow_id: "ID" })}`;
+}
