@@ -173,14 +173,9 @@ def _present(stack: Stack, api: Client, scene: Scene) -> None:
         api.report(_assigned(api, run), status="running")
         _began(stack, run, seconds=95 * number)
         scene.runs[f"running-{number}"] = run
-    for number, options in enumerate(
-        (
-            {"machine_id": scene.machines["desk-6"]},
-            {"machine_id": scene.machines["desk-1"]},
-            {"machine_id": scene.machines["desk-1"]},
-            {"pool_ids": list(scene.pools.values()), "machine_id": scene.machines["desk-4"]},
-        )
-    ):
+    waiting: list[dict[str, object]] = [{"machine_id": scene.machines[name]} for name in ("desk-6", "desk-1", "desk-1")]
+    waiting.append({"pool_ids": list(scene.pools.values()), "machine_id": scene.machines["desk-4"]})
+    for number, options in enumerate(waiting):
         run = _run(api, scene, "Update supplier data", **options)
         age = datetime.now(UTC) - timedelta(seconds=700 - 160 * number)
         stack.sql("UPDATE runs SET created_at = $2, queued_at = $2 WHERE id = $1", run, age)
