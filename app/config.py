@@ -68,6 +68,15 @@ class Settings(DatabaseSettings):
     max_body_bytes: int = Field(100 * MIB, ge=1024, description="Largest request body; more is 413.")
     max_file_bytes: int = Field(50 * MIB, ge=1, description="Largest single file, decoded; more is 413.")
     max_files: int = Field(100, ge=1, le=1000, description="Most files in one request; more is 413.")
+    max_bulk_files: int = Field(1000, ge=1, description="Most files that one bulk makes, of all its runs; more is 413.")
+    max_bulk_secret_bytes: int = Field(
+        32 * MIB, ge=1, description="Most bytes of secrets that one bulk writes, of all its runs; more is 413."
+    )
+    max_reply_bytes: int = Field(
+        32 * MIB,
+        ge=MIB,
+        description="Largest page of a list (more than one item of it; else 422) and reply of a bulk (else 413).",
+    )
     body_timeout_seconds: float = Field(10, gt=0, description="Patience with a body; each received byte extends it.")
     body_min_bytes_per_second: int = Field(
         32 * 1024, ge=1, description="Pace a body must keep beyond that patience, else 408."

@@ -19,7 +19,7 @@ from pydantic import JsonValue, SecretStr
 
 from app.config import Settings
 from app.errors import PayloadTooLarge, VaultUnavailable
-from app.stores.vault import MAX_SECRET_BYTES, MAX_SECRET_NAMES, SecretStore
+from app.stores.vault import MAX_SECRET_BYTES, MAX_SECRET_NAMES, SecretStore, aliases
 from dev.stack import Bao
 
 pytestmark = pytest.mark.anyio
@@ -98,13 +98,14 @@ async def test_values_and_aliases(bao: Bao, store: SecretStore) -> None:
     path = store.new_path("org-1", run)
     assert path.startswith(f"runs/org-1/{run}/")
     assert path != store.new_path("org-1", run)
-    aliases = await store.write(path, values, deadline=soon())
-    assert aliases["a#b%c/d?é 名"] == f"vault://secret/{path}#a%23b%25c%2Fd%3F%C3%A9%20%E5%90%8D"
+    await store.write(path, values, deadline=soon())
+    shown = aliases(store.mount, values)(path)
+    assert shown["a#b%c/d?é 名"] == f"vault://secret/{path}#a%23b%25c%2Fd%3F%C3%A9%20%E5%90%8D"
     held = read(bao, path)
     assert held is not None
     assert list(held) == sorted(values)
     for name, value in values.items():
-        kind, _, encoded = aliases[name].partition(f"://secret/{path}#")
+        kind, _, encoded = shown[name].partition(f"://secret/{path}#")
         assert unquote(encoded) == name
         if isinstance(value, str):
             assert (kind, held[name]) == ("vault", value)

@@ -74,6 +74,7 @@ async def _create(
     if len(run_ids) * len(input_values or "") > services.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal = write.principal
+    _check_reply(services, principal.organization_id, options, run_ids)
     if options.sensitive_input_values or options.file_inputs:
 
         async def check(connection: Connection) -> None:
@@ -111,6 +112,26 @@ async def _create(
         return Reply(201, projection.encode(show([projection.run(row) for row in rows])))
 
     return await once(services, write, switch)
+
+
+# Ids, times and what else a run shows whatever it was made of, with room to spare; and each id in a list of them.
+_RUN_BYTES, _ID_BYTES = 1500, 39
+
+
+def _check_reply(
+    services: Services, organization_id: str, options: RunCreate | RunBulkCreate, run_ids: Sequence[UUID]
+) -> None:
+    """Raises PayloadTooLarge if the reply of a bulk, which shows every run, would be too large."""
+    if len(run_ids) == 1:
+        return
+    [one] = staging.plan(services, organization_id, run_ids[:1], options.sensitive_input_values, options.file_inputs)
+    repeated = [options.input_values, one.aliases, options.main_prompt, options.session_alias, _model_metadata(options)]
+    size = _RUN_BYTES + len(projection.encode(repeated)) + _ID_BYTES * (len(one.files) + len(options.pool_ids or ()))
+    if len(run_ids) * size > services.settings.max_reply_bytes:
+        raise PayloadTooLarge(
+            f"The reply would show count times what was sent, more than {services.settings.max_reply_bytes} bytes; "
+            "send fewer runs at a time."
+        )
 
 
 def _model_metadata(options: RunCreate | RunBulkCreate) -> dict[str, Any] | None:

@@ -62,7 +62,16 @@ def check_sizes(
     """Raises PayloadTooLarge for what will be staged `copies` times. Base64 was decoded when the body was read."""
     settings = services.settings
     files = files or ()
-    vault.stored(secrets or {})
+    secret_bytes = copies * vault.stored_bytes(secrets) if secrets else 0
+    most = min(settings.max_bulk_secret_bytes, settings.max_body_bytes)
+    if copies > 1 and secret_bytes > most:
+        raise PayloadTooLarge(
+            f"count times the bytes of sensitive_input_values may be at most {most}; send fewer runs at a time."
+        )
+    if copies > 1 and copies * len(files) > settings.max_bulk_files:
+        raise PayloadTooLarge(
+            f"count times the files may be at most {settings.max_bulk_files}; send fewer runs at a time."
+        )
     if any(len(file.content) > settings.max_file_bytes for file in files):
         raise PayloadTooLarge(f"A file may have at most {settings.max_file_bytes} bytes; send a smaller file.")
     if copies * sum(len(file.content) for file in files) > settings.max_body_bytes:
@@ -78,8 +87,8 @@ async def stage(
     secrets: dict[str, Any] | None,
     files: Sequence[FileInput] | None,
 ) -> list[Staged]:
-    """WriteRequest the secrets and files once per run. Raises VaultUnavailable, StorageUnavailable, DatabaseUnavailable."""
-    planned = [_plan(services, organization_id, run_id, secrets, files or ()) for run_id in run_ids]
+    """Write the secrets and files once per run. Raises VaultUnavailable, StorageUnavailable, DatabaseUnavailable."""
+    planned = plan(services, organization_id, run_ids, secrets, files)
     names = [name for staged in planned for name in staged.names()]
     if names:
         deadline = time.monotonic() + services.settings.stage_timeout_seconds
@@ -115,29 +124,38 @@ async def stage(
     return planned
 
 
-def _plan(
-    services: Services, organization_id: str, run_id: UUID, secrets: dict[str, Any] | None, files: Sequence[FileInput]
-) -> Staged:
-    # In order: files of one request are created at the same time, and lists break the tie by id.
-    ids = sorted(uuid4() for _ in files)
-    path = services.secrets.new_path(organization_id, run_id) if secrets else None
-    aliases = None if secrets is None else vault.aliases(services.secrets.mount, path, secrets) if path else {}
-    return Staged(
-        path,
-        aliases,
-        [
-            StagedFile(
-                file_id,
-                services.files.new_key(organization_id, run_id),
-                file.filename,
-                content_type(file),
-                len(file.content),
-                file.target_path,
-                bool(file.cleanup_imports_after_run),
-            )
-            for file_id, file in zip(ids, files, strict=True)
-        ],
-    )
+def plan(
+    services: Services,
+    organization_id: str,
+    run_ids: Sequence[UUID],
+    secrets: dict[str, Any] | None,
+    files: Sequence[FileInput] | None,
+) -> list[Staged]:
+    """Fresh names for what each run will have; nothing is written."""
+    aliases = vault.aliases(services.secrets.mount, secrets or {})
+
+    def one(run_id: UUID) -> Staged:
+        # In order: files of one request are created at the same time, and lists break the tie by id.
+        ids = sorted(uuid4() for _ in files or ())
+        path = services.secrets.new_path(organization_id, run_id) if secrets else None
+        return Staged(
+            path,
+            None if secrets is None else aliases(path) if path else {},
+            [
+                StagedFile(
+                    file_id,
+                    services.files.new_key(organization_id, run_id),
+                    file.filename,
+                    content_type(file),
+                    len(file.content),
+                    file.target_path,
+                    bool(file.cleanup_imports_after_run),
+                )
+                for file_id, file in zip(ids, files or (), strict=True)
+            ],
+        )
+
+    return [one(run_id) for run_id in run_ids]
 
 
 ATTACH = statement(

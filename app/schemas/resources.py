@@ -11,6 +11,7 @@ from app.schemas.values import (
     Description,
     Ids,
     Name,
+    NonEmptyName,
     NotSupported,
     Payload,
     PoolIds,
@@ -98,8 +99,8 @@ class MachineCreate(Payload):
 
     model_config = example(fingerprint="5f2b9c", unkey_key_id="key_1", hostname="desk-7")
 
-    fingerprint: Name = Field(min_length=1, description="Identifies the hardware.")
-    unkey_key_id: Name = Field(min_length=1, description="The vendor's id of the machine's key.")
+    fingerprint: NonEmptyName = Field(description="Identifies the hardware.")
+    unkey_key_id: NonEmptyName = Field(description="The vendor's id of the machine's key.")
     name: Name | None = Field(None, description="What people call it.")
     version: Name | None = Field(None, description="Version of the software that drives it.")
     hostname: Name | None = Field(None, description="Its name in the network.")
@@ -182,7 +183,7 @@ class PoolCreate(Payload):
 
     model_config = example(name="Finance", description="Machines that may see the ledgers.")
 
-    name: Name = Field(min_length=1, description="What people call it.")
+    name: NonEmptyName = Field(description="What people call it.")
     description: Description | None = Field(None, description="What it is for.")
     pool_parameters: NotSupported = None
     pool_sensitive_parameters: NotSupported = None
@@ -193,7 +194,7 @@ class PoolUpdate(Payload):
 
     model_config = example(description="Machines with the ledger software.")
 
-    name: Name | None = Field(None, min_length=1, description="What people call it; null keeps it.")
+    name: NonEmptyName | None = Field(None, description="What people call it; null keeps it.")
     description: Description | None = Field(None, description="What it is for; null clears it.")
     pool_parameters: NotSupported = None
     pool_sensitive_parameters: NotSupported = None

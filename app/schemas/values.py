@@ -120,6 +120,9 @@ Description = Annotated[
     str, Field(max_length=MAX_DESCRIPTION, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
 ]
 Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+NonEmptyName = Annotated[
+    str, Field(min_length=1, max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
+]
 Prompt = Annotated[
     str,
     Field(json_schema_extra=NO_NUL | {"maxLength": MAX_PROMPT_BYTES}),

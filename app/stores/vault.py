@@ -60,26 +60,39 @@ _HEALTH_SLOTS = 1
 LOGIN_CHECK_SECONDS = 5.0
 
 
-def aliases(mount: str, path: str, values: Mapping[str, JsonValue]) -> dict[str, str]:
-    """What a reply shows instead of the values: where each one is, and whether it is stored as JSON text."""
-    return {
-        name: f"{'vault' if isinstance(value, str) else 'vault+json'}://{mount}/{path}#{quote(name, safe='')}"
+def aliases(mount: str, values: Mapping[str, JsonValue]) -> Callable[[str], dict[str, str]]:
+    """What a reply shows instead of the values, by path: where each one is, and whether it is stored as JSON text.
+
+    Names are encoded once, for a bulk has many paths.
+    """
+    around = {
+        name: (f"{'vault' if isinstance(value, str) else 'vault+json'}://{mount}/", f"#{quote(name, safe='')}")
         for name, value in values.items()
     }
+    return lambda path: {name: f"{before}{path}{after}" for name, (before, after) in around.items()}
 
 
 def stored(values: Mapping[str, JsonValue]) -> dict[str, str]:
     """A string as it is, anything else as its JSON text: Vault would change large integers and floats.
 
-    Raises PayloadTooLarge. Cheap enough to be called before anything is staged.
+    Raises PayloadTooLarge.
     """
+    return _stored(values)[0]
+
+
+def stored_bytes(values: Mapping[str, JsonValue]) -> int:
+    """What one copy of these values takes. Raises PayloadTooLarge. Cheap enough to be called before anything is staged."""
+    return _stored(values)[1]
+
+
+def _stored(values: Mapping[str, JsonValue]) -> tuple[dict[str, str], int]:
     texts = {name: value if isinstance(value, str) else _json(value) for name, value in values.items()}
     whole = _json(texts)
     # Vault stores "<", ">" and "&" as six characters.
     size = len(whole.encode("utf-8", "surrogatepass")) + 5 * sum(whole.count(char) for char in "<>&")
     if size > MAX_SECRET_BYTES or len(texts) > MAX_SECRET_NAMES:
         raise _too_large()
-    return texts
+    return texts, size
 
 
 def _json(value: object) -> str:
@@ -124,8 +137,8 @@ class SecretStore:
         """A path under the mount that no secret ever had; an executor's policy can be limited to its organization."""
         return f"{self.prefix}/{fresh_name(organization_id, run_id)}"
 
-    async def write(self, path: str, values: Mapping[str, JsonValue], *, deadline: float) -> dict[str, str]:
-        """WriteRequest all values as one secret at a fresh path; return their aliases by name.
+    async def write(self, path: str, values: Mapping[str, JsonValue], *, deadline: float) -> None:
+        """Write all values as one secret at a fresh path.
 
         Not begun after `deadline` (of time.monotonic()). Raises VaultUnavailable: the secret may or may not exist then.
         Raises PayloadTooLarge.
@@ -139,7 +152,6 @@ class SecretStore:
             return isinstance(reply, dict)  # hvac hands anything but 200 back as a response, a redirect too
 
         await self._run(self._requests, write, deadline)
-        return aliases(self.mount, path, values)
 
     async def destroy(self, path: str) -> None:
         """Delete all versions and the metadata; a missing secret counts as deleted. Raises VaultUnavailable."""

@@ -1,0 +1,237 @@
+"""What a request carries has bounds, and so has what is made of it: no request costs others their time or memory."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.conftest import Client, Server, Stack, file_input, start_server
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def server(stack: Stack) -> Iterator[Server]:
+    """A server that has seen nothing else, so that its memory says something."""
+    started = start_server(stack)
+    yield started
+    started.app.stop()
+
+
+class Watch:
+    """What the server's process used within a block."""
+
+    def __init__(self, server: Server) -> None:
+        self._process = Path(f"/proc/{server.app.pid}")
+
+    def _status(self, name: str) -> int:
+        [line] = [line for line in (self._process / "status").read_text().splitlines() if line.startswith(name)]
+        return int(line.split()[1]) * 1024
+
+    def __enter__(self) -> "Watch":
+        (self._process / "clear_refs").write_text("5")  # the peak begins anew
+        self._before = self._status("VmRSS")
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.monotonic() - self._began
+        self.grown = self._status("VmHWM") - self._before
+
+
+def code(reply: httpx.Response) -> tuple[int, Any]:
+    """A refusal: its status, and its code or where it is and of what kind."""
+    body = reply.json()
+    if reply.status_code == 422:
+        return 422, [(error["loc"], error["type"]) for error in body["detail"]]
+    return reply.status_code, body.get("code")
+
+
+def send(api: Client, method: str, path: str, content: str) -> httpx.Response:
+    return api.request(method, path, content=content, headers={"Content-Type": "application/json"})
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def many(value: str, count: int) -> str:
+    return f"[{','.join([value] * count)}]"
+
+
+NUL = '{"a": "\\u0000"}'
+POOL = f'"{uuid4()}"'
+LONG_NAMES = {f"{number:0256d}": 1 for number in range(1000)}
+
+# Lists of a megabyte and less, each item of which is wrong; and how the request is refused.
+LISTS: dict[str, tuple[str, str, str, tuple[int, Any]]] = {
+    "empty files": ("POST", "/v1/runs", f'"file_inputs": {many("{}", 330_000)}', (413, "payload_too_large")),
+    "numbers for files": ("POST", "/v1/runs", f'"file_inputs": {many("1", 500_000)}', (413, "payload_too_large")),
+    "files in files": ("POST", "/v1/runs", f'"file_inputs": {many(many("{}", 90), 5_000)}', (413, "payload_too_large")),
+    "files of a retry": ("POST", "retry", f'"file_inputs": {many("{}", 330_000)}', (413, "payload_too_large")),
+    "files of a bulk": ("POST", "/v1/runs/bulk", f'"file_inputs": {many("{}", 330_000)}', (413, "payload_too_large")),
+    "long history": ("PATCH", "run", f'"run_message_history": {many("{}", 330_000)}', (422, "too_long")),
+    "history of numbers": ("PATCH", "run", f'"run_message_history": {many("1", 100_000)}', (422, "dict_type")),
+    "history of lists": ("PATCH", "run", f'"run_message_history": {many(many("[]", 20), 15_000)}', (422, "dict_type")),
+    "history of NUL": (
+        "PATCH",
+        "run",
+        f'"run_message_history": {many(NUL, 66_000)}',
+        (422, "string_nul"),
+    ),
+    "errors": ("PATCH", "run", f'"error": {many("{}", 1000)}', (422, "string_type")),
+    "outputs": ("PATCH", "run", f'"output_attachment_ids": {many("[]", 1000)}', (422, "uuid_type")),
+    "pools": ("POST", "/v1/runs", f'"pool_ids": {many(POOL, 25_000)}', (422, "too_long")),
+    "no pools": ("POST", "/v1/runs", f'"pool_ids": {many("1", 500_000)}', (422, "uuid_type")),
+    "names": ("PATCH", "run", f'"input_values": {json.dumps(LONG_NAMES)}', (422, "name_too_long")),
+}
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_an_error_for_each_of_very_many_items_is_never_made(api: Client, server: Server, what: str) -> None:
+    method, path, field, (status, kind) = LISTS[what]
+    run_id = api.run()["id"]
+    paths = {"run": f"/v1/runs/{run_id}", "retry": f"/v1/runs/{run_id}/retry"}
+    content = f'{{"workflow_id": "{api.workflow()}", "count": 1, {field}}}'
+    with Watch(server) as watch:
+        reply = send(api, method, paths.get(path, path), content)
+    assert reply.status_code == status, reply.text
+    assert kind in reply.text
+    assert len(reply.content) < 4096
+    assert watch.seconds < 1, "it was 3.7 s"
+    assert watch.grown < 100 * MIB, f"{watch.grown // MIB} MiB; it was 900"
+
+
+def test_the_errors_of_several_files_are_shown_together(api: Client) -> None:
+    files = [file_input(filename="a/b"), file_input(), file_input() | {"content": "%"}]
+    reply = api.post("/v1/runs", json={"workflow_id": api.workflow(), "file_inputs": files})
+    assert code(reply) == (
+        422,
+        [(["body", "file_inputs", 0, "filename"], "filename"), (["body", "file_inputs", 2, "content"], "base64")],
+    )
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_says_the_bound_or_the_allowed_values(api: Client) -> None:
+    """They are ours; what was sent is not in it."""
+    run, pool, long = f"/v1/runs/{api.run()['id']}", f"/v1/pools/{api.pool()}", "zqxjk" * 60_000
+    cases: list[tuple[str, str, dict[str, Any], str]] = [
+        ("PATCH", run, {"status": "zqxjk"}, "'scheduling', 'running', 'success', 'cancelled' or 'error'"),
+        ("PATCH", run, {"attempt": 0}, "1 or more"),
+        ("PATCH", run, {"attempt": 2**31}, "2147483647 or less"),
+        ("PATCH", run, {"error": ["zqxjk"] * 1001}, "at most 1000 entries"),
+        ("PATCH", run, {"error": ["zqxjk" * 20_001]}, "at most 100000 characters"),
+        ("PATCH", run, {"input_values": {"zqxjk" * 52: 1}}, "at most 255 characters"),
+        ("PATCH", run, {"input_values": {f"zqxjk{n}": 1 for n in range(1001)}}, "at most 1000 entries"),
+        ("PATCH", run, {"usage_metadata": {"zqxjk": long}}, "at most 262144 bytes"),
+        ("PATCH", pool, {"description": long}, "at most 10000 characters"),
+        ("PATCH", pool, {"name": ""}, "1 or more characters"),
+        ("PATCH", pool, {"name": long}, "at most 255 characters"),
+        ("POST", "/v1/workflows", {"main_prompt": long}, "at most 262144 bytes"),
+        ("POST", "/v1/workflows", {"main_prompt": "x", "input_schema": "☃" * 87_382}, "at most 262144 bytes"),
+        ("POST", "/v1/run-attachments", file_input() | {"content_type": "zqxjk"}, "like text/csv"),
+        ("POST", "/v1/runs", {"pool_ids": [pool.rpartition("/")[2]] * 101}, "at most 100 entries"),
+        ("GET", "/v1/runs?limit=1001", {}, "1000 or less"),
+        ("GET", "/v1/runs?limit=0", {}, "1 or more"),
+        ("GET", "/v1/runs?wait=31", {}, "30"),
+        ("GET", "/v1/runs?status=zqxjk", {}, "'scheduling', 'running'"),
+        ("GET", "/v1/runs?fields=zqxjk", {}, "run_message_history"),
+        ("GET", "/v1/machines?status=zqxjk", {}, "'connected', 'disconnected' or 'error'"),
+    ]
+    for method, path, body, bound in cases:
+        reply = api.request(method, path, json=body or None)
+        assert reply.status_code == 422, (path, reply.text)
+        assert any(bound in error["msg"] for error in reply.json()["detail"]), (path, reply.text)
+        assert "zqxjk" not in reply.text
+        assert "Is not valid." not in reply.text
+
+
+def test_what_is_just_within_a_bound_is_accepted(api: Client) -> None:
+    prompt = "☃" * (256 * 1024 // 3)
+    body = {"main_prompt": prompt, "input_schema": prompt, "output_schema": prompt, "name": "n" * 255}
+    workflow = api.json_of(api.post("/v1/workflows", json=body), 201)
+    assert workflow == workflow | body
+    run = api.run(main_prompt=prompt, input_values={"n" * 255: 1}, sensitive_input_values={"☃" * 255: "x"})
+    assert (run["main_prompt"], run["input_values"]) == (prompt, {"n" * 255: 1})
+    pool = {"name": "n", "description": "☃" * 10_000}
+    assert api.json_of(api.post("/v1/pools", json=pool), 201).items() >= pool.items()
+
+
+# --- bulk -------------------------------------------------------------------------------------------------------------
+
+TOO_MUCH: dict[str, dict[str, Any]] = {
+    "a secret": {"count": 100, "sensitive_input_values": {"pw": "x" * 900_000}},
+    "names of secrets": {"count": 1000, "sensitive_input_values": {f"{n:03d}{'é' * 250}": "x" for n in range(400)}},
+    "files": {"count": 1000, "file_inputs": [file_input(b"", "f")] * 20},
+    "the bytes of files": {"count": 200, "file_inputs": [file_input(b"x" * MIB)]},
+    "input values": {"count": 1000, "input_values": {"a": "x" * 90_000}},
+    "a prompt": {"count": 1000, "main_prompt": "x" * 100_000},
+    "a prompt of what JSON escapes": {"count": 200, "main_prompt": "\x01" * 100_000},
+    "models": {"count": 1000, "model_metadata": {"a": "x" * 100_000}},
+    "an alias of the session": {
+        "count": 1000,
+        "start_session": True,
+        "session_alias": "\x01" * 255,
+        "input_values": {"a": "x" * 33_000},
+    },
+}
+
+
+@pytest.mark.parametrize("what", TOO_MUCH)
+def test_what_a_bulk_makes_many_times_is_bounded_by_all_of_it(
+    api: Client, server: Server, stack: Stack, what: str
+) -> None:
+    body = {"workflow_id": api.workflow()} | TOO_MUCH[what]
+    with Watch(server) as watch:
+        reply = api.post("/v1/runs/bulk", json=body)
+    assert code(reply) == (413, "payload_too_large")
+    assert "count" in reply.json()["detail"]
+    assert watch.seconds < 1.5
+    assert watch.grown < 150 * MIB, f"{watch.grown // MIB} MiB"
+    assert api.json_of(api.get("/v1/runs"))["total"] == 0
+    assert stack.secret_paths(f"runs/{api.organization}/") == set()
+    assert stack.blobs(api.organization) == set()
+    # One of them is none too many.
+    api.json_of(api.post("/v1/runs/bulk", json=body | {"count": 1}), 201)
+
+
+def test_as_many_as_fit_are_made(api: Client, server: Server) -> None:
+    """Near every bound at once, and still bearable."""
+    body = {
+        "workflow_id": api.workflow(),
+        "count": 30,
+        "input_values": {"a": "x" * 100_000},
+        "sensitive_input_values": {f"{n:03d}{'é' * 250}": "x" for n in range(400)},
+        "file_inputs": [file_input(b"", "f")] * 3,
+    }
+    with Watch(server) as watch:
+        reply = api.post("/v1/runs/bulk", json=body)
+    assert len(api.json_of(reply, 201)["created_runs"]) == 30
+    assert 20 * MIB < len(reply.content) < 32 * MIB
+    assert watch.grown < 500 * MIB, f"{watch.grown // MIB} MiB"
+
+
+def test_the_bounds_of_a_bulk_are_settings(stack: Stack) -> None:
+    server = start_server(stack, MAX_BULK_FILES=6, MAX_BULK_SECRET_BYTES=5000, MAX_REPLY_BYTES=MIB)
+    try:
+        with server.client() as api:
+            bulk = {"workflow_id": api.workflow()}
+            cases: list[tuple[int, dict[str, Any], int]] = [
+                (3, {"file_inputs": [file_input()] * 2}, 4),
+                (4, {"sensitive_input_values": {"pw": "x" * 1000}}, 5),
+                (9, {"input_values": {"a": "x" * 100_000}}, 11),
+            ]
+            for fits, body, more in cases:
+                too_many = api.post("/v1/runs/bulk", json=bulk | body | {"count": more})
+                assert code(too_many) == (413, "payload_too_large")
+                api.json_of(api.post("/v1/runs/bulk", json=bulk | body | {"count": fits}), 201)
+            # One run alone is not a bulk.
+            api.run(file_inputs=[file_input()] * 7, sensitive_input_values={"pw": "x" * 6000})
+    finally:
+        server.app.stop()
