@@ -41,6 +41,7 @@ TERMINAL = frozenset(RunStatus) - ACTIVE
 
 _IS_ACTIVE = "status IN ('scheduling', 'running')"
 _IS_WAITING = "status = 'scheduling' AND assigned_machine_id IS NULL"
+_IS_AT_WORK = "(status = 'running' OR (status = 'scheduling' AND assigned_machine_id IS NOT NULL))"
 
 
 class Base(DeclarativeBase):
@@ -231,9 +232,14 @@ class Run(Base):
             unique=True,
             postgresql_where=text(f"assigned_machine_id IS NOT NULL AND {_IS_ACTIVE}"),
         ),
-        # Which sessions are busy, and which active runs a session or a pinned machine has.
+        # The active runs of a session; and the one that keeps the others waiting, which may be many.
         Index(
             "ix_runs_active_session", "session_id", postgresql_where=text(f"session_id IS NOT NULL AND {_IS_ACTIVE}")
+        ),
+        Index(
+            "ix_runs_session_at_work",
+            "session_id",
+            postgresql_where=text(f"session_id IS NOT NULL AND {_IS_AT_WORK}"),
         ),
         # The longest silent running runs.
         Index("ix_runs_reported", "reported_at", postgresql_where=text("status = 'running'")),

@@ -1,6 +1,7 @@
 """Runs the migrations: one at a time, and never waiting long for a lock that the running service holds."""
 
 import asyncio
+import time
 
 import asyncpg
 from alembic import context
@@ -16,8 +17,12 @@ MIGRATION_LOCK = 0x72756E73
 
 
 def _migrate(connection: Connection) -> None:
+    # Asked for again and again: whoever waits in a statement holds a snapshot, which an index that is built CONCURRENTLY waits
+    # for in turn.
+    while not connection.scalar(text(f"SELECT pg_try_advisory_lock({MIGRATION_LOCK})")):
+        connection.commit()
+        time.sleep(0.2)
     # A migration that cannot get its lock in 5 s would block every request behind it: fail and try again later.
-    connection.execute(text(f"SELECT pg_advisory_lock({MIGRATION_LOCK})"))
     connection.execute(text("SET lock_timeout = '5s'"))
     connection.execute(text("SET statement_timeout = '10min'"))
     connection.commit()

@@ -33,7 +33,7 @@ FROM unnest($15::uuid[], $16::text[], $17::text[]) AS planned (id, aliases, secr
 
 # Read by a statement of its own, which sees all that was inserted: runs of one session wait for each other.
 CREATED = f"""
-SELECT {projection.columns(projection.RUN_COLUMNS)} FROM runs r {projection.RUN_SOURCE}
+SELECT {projection.columns(projection.MANY_RUNS)} FROM runs r {projection.RUN_SOURCE}
 WHERE r.id = ANY($1::uuid[]) ORDER BY array_position($1::uuid[], r.id)
 """
 
@@ -109,7 +109,7 @@ async def _create(
         )
         await staging.adopt(connection, dict(zip(run_ids, planned, strict=True)), principal)
         rows = await connection.fetch(CREATED, run_ids)
-        return Reply(201, projection.encode(show([projection.run(row) for row in rows])))
+        return Reply(201, projection.encode(show(await projection.many(connection, rows))))
 
     return await once(services, write, switch)
 

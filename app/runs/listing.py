@@ -101,19 +101,15 @@ async def list_runs(database: Database, wanted: RunFilter, shown: Projection, sk
         page = f"SELECT id, created_at FROM ({newest}) AS newest {_NEWEST_FIRST} OFFSET {skip:d} LIMIT {limit:d}"
     statement = (
         f"WITH page AS MATERIALIZED ({page})"
-        f" SELECT {projection.columns(projection.RUN_COLUMNS, shown.columns)}"
+        f" SELECT {projection.columns(projection.MANY_RUNS, shown.columns)}"
         f" FROM page JOIN runs r ON r.id = page.id {projection.RUN_SOURCE}"
         " ORDER BY page.created_at DESC, page.id DESC"
     )
     async with database.connection() as connection:
         count = await connection.fetchval(f"SELECT {total}", *values)
         rows = await connection.fetch(statement, *values) if count > skip else []
-    return {
-        "items": [projection.run(row, shown.unsupported) for row in rows],
-        "total": count,
-        "skip": skip,
-        "limit": limit,
-    }
+        items = await projection.many(connection, rows, shown.unsupported)
+    return {"items": items, "total": count, "skip": skip, "limit": limit}
 
 
 def shown_fields(fields: Sequence[str] | None) -> Projection:

@@ -8,7 +8,9 @@ from typing import Any
 
 import orjson
 
-from app.stores.database import Record
+from app.scheduling import rules
+from app.stores.database import Connection, Record
+from app.stores.statements import statement
 
 # `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
 # have ended: their session may have gone on to a machine that they were never on.
@@ -38,22 +40,21 @@ def _produced(column: str) -> str:
     return f"(SELECT o.{column} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt)"
 
 
-# Why a scheduling run has not started. Computed on read: it depends on other rows and would be stale when stored.
-SCHEDULING_REASON = """
+# What keeps a waiting run in a session: one that is at work, or one that is before it in their lane.
+_WAITS_FOR_SESSION = f"""(r.session_id IS NOT NULL AND (
+    EXISTS (SELECT FROM runs o WHERE o.session_id = r.session_id AND {rules.at_work("o")})
+    OR EXISTS (
+        SELECT FROM runs o WHERE o.organization_id = r.organization_id AND o.lane = r.lane AND {rules.waits("o")}
+          AND (o.queue_rank, o.queued_at, o.id) < (r.queue_rank, r.queued_at, r.id))))"""
+
+# What keeps the first of a lane, and hence all of them: it depends on nothing but what the lane wants.
+_LANE_REASON = f"""
 CASE
-    WHEN r.status <> 'scheduling' THEN NULL
-    WHEN r.assigned_machine_id IS NOT NULL THEN 'assigned'
-    WHEN r.session_id IS NOT NULL AND EXISTS (
-        SELECT FROM runs o WHERE o.session_id = r.session_id AND o.id <> r.id AND (
-            o.status = 'running'
-            OR (o.status = 'scheduling' AND (o.assigned_machine_id IS NOT NULL OR (o.queued_at, o.id) < (r.queued_at, r.id))))
-    ) THEN 'waiting_for_session'
     WHEN m.id IS NOT NULL OR r.pinned_machine_id IS NOT NULL THEN (
         SELECT CASE
-            WHEN t.status <> 'connected' OR NOT t.is_available THEN 'machine_offline'
-            WHEN (t.reserved_session_id IS NOT NULL AND t.reserved_session_id IS DISTINCT FROM r.session_id) OR EXISTS (
-                SELECT FROM runs o WHERE o.assigned_machine_id = t.id AND o.status IN ('scheduling', 'running')
-            ) THEN 'machine_busy'
+            WHEN NOT ({rules.up("t")}) THEN 'machine_offline'
+            WHEN (t.reserved_session_id IS NOT NULL AND t.reserved_session_id IS DISTINCT FROM r.session_id)
+                OR {rules.occupied("t")} THEN 'machine_busy'
             ELSE 'waiting_for_machine'
         END
         FROM machines t WHERE t.id = coalesce(m.id, r.pinned_machine_id)
@@ -67,6 +68,19 @@ CASE
 END
 """
 
+
+def _scheduling_reason(of_the_lane: str) -> str:
+    """Why a run has not started. Computed on read: it depends on other rows and would be stale when stored."""
+    return f"""
+CASE
+    WHEN r.status <> 'scheduling' THEN NULL
+    WHEN r.assigned_machine_id IS NOT NULL THEN 'assigned'
+    WHEN {_WAITS_FOR_SESSION} THEN 'waiting_for_session'
+    ELSE {of_the_lane}
+END
+"""
+
+
 RUN_COLUMNS = {
     "id": "r.id::text",
     "workflow_id": "r.workflow_id::text",
@@ -75,7 +89,7 @@ RUN_COLUMNS = {
     "user_id": "r.user_id::text",
     "organization_id": "r.organization_id",
     "status": "r.status",
-    "scheduling_reason": SCHEDULING_REASON,
+    "scheduling_reason": _scheduling_reason(_LANE_REASON),
     "attempt": "r.attempt",
     "is_priority": "r.is_priority",
     "error": "r.error",
@@ -96,6 +110,10 @@ RUN_COLUMNS = {
     "model_metadata": "r.model_metadata",
     "usage_metadata": _produced("usage_metadata"),
 }
+# For many runs at once: what is to be said of a lane is found out afterwards, by `many`.
+_LANE = "lane "
+MANY_RUNS = RUN_COLUMNS | {"scheduling_reason": _scheduling_reason(f"'{_LANE}' || r.lane")}
+
 RUN_BASE_FIELDS = ("id", "workflow_id", "machine_id", "status", "created_at")
 RUN_UNSUPPORTED = {"post_run_checks": None}
 _RUN_JSON = (
@@ -137,6 +155,31 @@ def run(row: Record, unsupported: dict[str, None] | None = None) -> dict[str, An
             document[name] = orjson.Fragment(value)
     document.update(RUN_UNSUPPORTED if unsupported is None else unsupported)
     return document
+
+
+# Of one run in each lane; whatever became of it meanwhile.
+LANE_REASONS = statement(
+    "runs.lane_reasons",
+    f"""
+    SELECT r.id::text, {_LANE_REASON} AS reason
+    FROM unnest(:run_ids::uuid[]) AS wanted (id) JOIN runs r ON r.id = wanted.id {RUN_SOURCE}
+    """,
+)
+
+
+async def many(
+    connection: Connection, rows: Iterable[Record], unsupported: dict[str, None] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of MANY_RUNS as they are sent. What each lane waits for is found out once, not once for each of its runs."""
+    runs = [run(row, unsupported) for row in rows]
+    waiting = [one for one in runs if (one.get("scheduling_reason") or "").startswith(_LANE)]
+    first = {one["scheduling_reason"]: one["id"] for one in waiting}
+    if first:
+        found = await connection.fetch(LANE_REASONS, run_ids=list(first.values()))
+        reasons = {row["id"]: row["reason"] for row in found}
+        for one in waiting:  # one that is gone meanwhile says nothing of the others
+            one["scheduling_reason"] = reasons.get(first[one["scheduling_reason"]]) or "waiting_for_machine"
+    return runs
 
 
 ATTEMPT_COLUMNS = {
