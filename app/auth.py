@@ -27,6 +27,28 @@ class Principal:
     user_id: UUID | None
 
 
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who makes a change, and why they say they do; nobody when the service acts by itself."""
+
+    key_id: UUID | None = None
+    user_id: UUID | None = None
+    request_id: str | None = None
+    reason: str | None = None
+
+    def parameters(self) -> dict[str, object]:
+        """What a statement with `recording` takes of it."""
+        return {
+            "key_id": self.key_id,
+            "user_id": self.user_id,
+            "request_id": self.request_id,
+            "reason": self.reason,
+        }
+
+
+NOBODY = Actor()
+
+
 def new_key() -> str:
     """A key with 256 bits of entropy, shown once; only its digest is kept."""
     return f"rk_{secrets.token_urlsafe(32)}"

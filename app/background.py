@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 from app.errors import Unavailable
+from app.events import prune_events
 from app.runs.attachments import expire_attachments
-from app.runs.ending import end_silent_runs
+from app.runs.ending import end_silent_runs, note_expired_secrets
 from app.runs.outputs import PRUNE_OUTPUTS
 from app.scheduling.placement import place
 from app.services import Services
@@ -64,6 +65,7 @@ class Background:
         self._look_around_at = 0.0
         self._more_keys = asyncio.Event()
         self._more_outputs = asyncio.Event()
+        self._more_events = asyncio.Event()
 
     async def run(self) -> None:
         """Until cancelled. A loop for each, so that a frozen Vault never delays an assignment."""
@@ -74,6 +76,7 @@ class Background:
             group.create_task(self._loop(self._forget, self._more_keys))
             group.create_task(self._loop(self._prune, self._more_outputs))
             group.create_task(self._loop(self._announce, asyncio.Event()))
+            group.create_task(self._loop(self._prune_events, self._more_events))
 
     async def _loop(self, work: Callable[[], Awaitable[None]], wake: asyncio.Event, rest: float = 0) -> None:
         period = self._settings.background_period_seconds
@@ -119,7 +122,10 @@ class Background:
                 self._wakeups.wake_placement(organization_id)
 
     async def _collect(self) -> None:
-        while await deletions.collect(self._database, self._secrets, self._files) == deletions.BATCH:
+        while (
+            await deletions.collect(self._database, self._secrets, self._files, noted=note_expired_secrets)
+            == deletions.BATCH
+        ):
             pass  # a full batch: there is more
 
     async def _tidy(self) -> None:
@@ -137,6 +143,10 @@ class Background:
         async with self._database.connection() as connection:
             if await connection.execute(PRUNE_OUTPUTS) != "DELETE 0":
                 self._more_outputs.set()
+
+    async def _prune_events(self) -> None:
+        if await prune_events(self._database, self._settings.event_retention_days):
+            self._more_events.set()
 
     async def _announce(self) -> None:
         """Assignments that other replicas made, for callers that wait here: one query for all of them."""

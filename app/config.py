@@ -131,6 +131,9 @@ class Settings(DatabaseSettings):
     run_silence_seconds: int = Field(
         0, ge=0, description="A running run without a PATCH for longer ends in error; 0 = never."
     )
+    event_retention_days: int = Field(
+        90, ge=0, le=36_500, description="How long events of runs are kept; 0 = for ever."
+    )
     background_period_seconds: float = Field(
         1.0, gt=0, description="How often deletions and assignments are looked for."
     )

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from sqlalchemy import CTE, bindparam, func, insert, literal_column, select
 
-from app.auth import Principal
+from app.auth import Actor, Principal
 from app.errors import IdempotencyInProgress, Invalid, Refusal
 from app.models import IdempotencyKey
 from app.services import Services
@@ -86,6 +86,11 @@ class WriteRequest:
     key: str | None
     fingerprints: tuple[bytes, ...]  # under the server key, then under the previous one
     ttl_seconds: int
+    request_id: str | None = None
+
+    def actor(self, reason: str | None = None) -> Actor:
+        """Who is behind the request, for the events that it causes."""
+        return Actor(self.principal.key_id, self.principal.user_id, self.request_id, reason)
 
 
 def fingerprint(server_key: str, method: str, path: str, body: bytes) -> bytes:

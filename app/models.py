@@ -12,6 +12,7 @@ from sqlalchemy import (
     CheckConstraint,
     DateTime,
     ForeignKey,
+    Identity,
     Index,
     LargeBinary,
     MetaData,
@@ -310,6 +311,38 @@ class RunAttempt(Base):
     retried_by_key_id: Mapped[UUID | None]
     retried_by_user_id: Mapped[UUID | None]
     overridden: Mapped[list[str]]
+    reason: Mapped[str | None]
+
+
+class RunEvent(Base):
+    """One change of a run (events.py): who, when, from which status to which; names of changed fields, never a value.
+
+    `xact` is the transaction that made it: transactions end in another order than they began in, and readers go on from
+    the last event they saw. No CHECKs and few indexes: every retry writes one.
+    """
+
+    __tablename__ = "run_events"
+    __table_args__ = (
+        Index("ix_run_events_run", "run_id"),
+        Index("ix_run_events_at", "at", postgresql_using="brin"),
+    )
+
+    organization_id: Mapped[str] = mapped_column(primary_key=True)
+    xact: Mapped[int] = mapped_column(
+        BigInteger, primary_key=True, server_default=text("(pg_current_xact_id()::text)::bigint")
+    )
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
+    run_id: Mapped[UUID]
+    attempt: Mapped[int]
+    event: Mapped[str]
+    from_status: Mapped[str | None]
+    to_status: Mapped[str | None]
+    key_id: Mapped[UUID | None]
+    user_id: Mapped[UUID | None]
+    request_id: Mapped[str | None]
+    reason: Mapped[str | None]
+    changed: Mapped[list[str]]
 
 
 class RunAttachment(Base):

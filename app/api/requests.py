@@ -190,4 +190,6 @@ def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:
             for server_key in keys
             if server_key is not None
         )
-    return WriteRequest(request.state.principal, key, fingerprints, settings.idempotency_ttl_seconds)
+    return WriteRequest(
+        request.state.principal, key, fingerprints, settings.idempotency_ttl_seconds, request.state.request_id
+    )

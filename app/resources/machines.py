@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import ColumnElement, update
 
+from app.auth import Actor
 from app.config import Settings
 from app.errors import MachineNotFound, PoolNotFound
 from app.idempotency import Reply, WriteRequest, once
@@ -160,7 +161,7 @@ async def change(services: Services, write: WriteRequest, machine_id: UUID, opti
     async def work(connection: Connection) -> Reply:
         values = changes(Machine, options)
         if "reserved_session_id" in values:
-            if await _end_session(connection, organization_id, machine_id, services.settings):
+            if await _end_session(connection, organization_id, machine_id, services.settings, write.actor()):
                 values.setdefault("is_available", True)
             else:
                 del values["reserved_session_id"]
@@ -173,7 +174,9 @@ async def change(services: Services, write: WriteRequest, machine_id: UUID, opti
     return await once(services, write, work)
 
 
-async def _end_session(connection: Connection, organization_id: str, machine_id: UUID, settings: Settings) -> bool:
+async def _end_session(
+    connection: Connection, organization_id: str, machine_id: UUID, settings: Settings, actor: Actor
+) -> bool:
     """Lock the machine and cancel the active runs of its session; False if it is not reserved. Raises Deadlock."""
     await connection.fetch(LOCK_SESSION_RUNS, machine_id, organization_id)
     if await connection.fetchval(LOCK_RESERVATION, machine_id, organization_id) is None:
@@ -182,7 +185,7 @@ async def _end_session(connection: Connection, organization_id: str, machine_id:
     rows = await connection.fetch(f"{LOCK_SESSION_RUNS} SKIP LOCKED", machine_id, organization_id)
     if len(rows) < await connection.fetchval(COUNT_SESSION_RUNS, machine_id, organization_id):
         raise Deadlock
-    await end_runs(connection, [row["id"] for row in rows], RunStatus.CANCELLED, SESSION_ENDED, settings)
+    await end_runs(connection, [row["id"] for row in rows], RunStatus.CANCELLED, SESSION_ENDED, settings, actor)
     return True
 
 
@@ -209,17 +212,19 @@ async def delete(services: Services, write: WriteRequest, machine_id: UUID) -> R
     async def work(connection: Connection) -> Reply:
         if not await connection.fetchval(KNOWN, machine_id, organization_id):
             raise MachineNotFound
-        await _detach_runs(connection, machine_id, services.settings)
+        await _detach_runs(connection, machine_id, services.settings, write.actor())
         if not await connection.fetchval(LOCK_FOR_DELETE, machine_id, organization_id):
             raise MachineNotFound
-        await _detach_runs(connection, machine_id, services.settings)  # what was pinned or assigned to it meanwhile
+        await _detach_runs(
+            connection, machine_id, services.settings, write.actor()
+        )  # what was pinned or assigned to it meanwhile
         await connection.execute("DELETE FROM machines WHERE id = $1", machine_id)
         return Reply(204, b"")
 
     return await once(services, write, work)
 
 
-async def _detach_runs(connection: Connection, machine_id: UUID, settings: Settings) -> None:
+async def _detach_runs(connection: Connection, machine_id: UUID, settings: Settings, actor: Actor) -> None:
     """End the active runs of a machine and take it out of all its runs.
 
     The foreign key would do the latter too, but in one statement: too long for a machine with a long history.
@@ -227,7 +232,7 @@ async def _detach_runs(connection: Connection, machine_id: UUID, settings: Setti
     columns: tuple[Owner, ...] = ("assigned_machine_id", "pinned_machine_id")
     for column in columns:
         async for run_ids in locked_runs(connection, column, machine_id):
-            await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings)
+            await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings, actor)
             await connection.execute(DETACH, run_ids, machine_id)
 
 

@@ -119,7 +119,7 @@ async def delete(services: Services, write: WriteRequest, workflow_id: UUID) -> 
         if not await connection.fetchval(LOCK_FOR_DELETE, workflow_id, organization_id):
             raise WorkflowNotFound
         async for run_ids in locked_runs(connection, "workflow_id", workflow_id):
-            await remove_runs(connection, run_ids)
+            await remove_runs(connection, run_ids, write.actor())
         await connection.execute("DELETE FROM workflows WHERE id = $1", workflow_id)
         return Reply(204, b"")
 

@@ -1,41 +1,56 @@
-"""A run's life around the retry: create, report, end, delete.
-
-Whatever ends a run goes through `end_runs` or `_ended`, and whatever removes its row through `remove_runs`: they free the
-machine, release the session, and put secrets and blobs on the deletion list in the same transaction.
-"""
+"""Create runs, one or many that are alike, in the steps of a retry: check, stage, switch, settle."""
 
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
+from sqlalchemy import bindparam, literal_column, select
+
 from app.errors import PayloadTooLarge, WorkflowNotFound
+from app.events import record
 from app.idempotency import Reply, WriteRequest, check_or_replay, once
+from app.models import Workflow
 from app.runs import projection, staging
 from app.runs.sessions import Session, alias_needs_session, refuse_contradictions
 from app.scheduling.targets import check_targets, lane
 from app.schemas.runs import RunBulkCreate, RunCreate
 from app.services import Services
 from app.stores.database import Connection
-from app.stores.statements import json_text
+from app.stores.statements import json_text, statement
 
-# --- create -----------------------------------------------------------------------------------------------------------
+# The lock keeps the workflow from being deleted before its run is committed.
+KNOWN_WORKFLOW = statement(
+    "runs.create.workflow",
+    select(literal_column("1"))
+    .where(Workflow.id == bindparam("workflow_id"), Workflow.organization_id == bindparam("organization_id"))
+    .with_for_update(key_share=True, read=True),
+)
 
-KNOWN_WORKFLOW = "SELECT 1 FROM workflows WHERE id = $1 AND organization_id = $2 FOR KEY SHARE"
-
-INSERT = """
-INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
-                  input_values, session_id, session_alias, release_session_after, lane, queue_rank,
-                  main_prompt, model_metadata, sensitive_input_aliases, secret_path, created_at, queued_at)
-SELECT id, $1, $2, $3, 'scheduling', $4, $5, $6, $7::json, $8, $9, $10, $11, $12, $13, $14::json,
-       aliases::json, secret_path, clock_timestamp(), clock_timestamp()
-FROM unnest($15::uuid[], $16::text[], $17::text[]) AS planned (id, aliases, secret_path)
-"""
+INSERT = statement(
+    "runs.create.insert",
+    f"""
+    WITH created AS (
+        INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
+                          input_values, session_id, session_alias, release_session_after, lane, queue_rank,
+                          main_prompt, model_metadata, sensitive_input_aliases, secret_path, created_at, queued_at)
+        SELECT id, :organization_id, :workflow_id, :user_id, 'scheduling', :is_priority, :pinned_machine_id, :pool_ids,
+               :input_values::json, :session_id, :session_alias, :release_session_after, :lane, :queue_rank,
+               :main_prompt, :model_metadata::json, aliases::json, secret_path, clock_timestamp(), clock_timestamp()
+        FROM unnest(:run_ids::uuid[], :aliases::text[], :secret_paths::text[]) AS planned (id, aliases, secret_path)
+        RETURNING id, organization_id, attempt
+    )
+    {record("created", "'created'", to_status="'scheduling'")}
+    """,
+)
 
 # Read by a statement of its own, which sees all that was inserted: runs of one session wait for each other.
-CREATED = f"""
-SELECT {projection.columns(projection.MANY_RUNS)} FROM runs r {projection.RUN_SOURCE}
-WHERE r.id = ANY($1::uuid[]) ORDER BY array_position($1::uuid[], r.id)
-"""
+CREATED = statement(
+    "runs.create.created",
+    f"""
+    SELECT {projection.columns(projection.MANY_RUNS)} FROM runs r {projection.RUN_SOURCE}
+    WHERE r.id = ANY(:run_ids::uuid[]) ORDER BY array_position(:run_ids::uuid[], r.id)
+    """,
+)
 
 
 async def create(services: Services, write: WriteRequest, options: RunCreate) -> Reply:
@@ -88,27 +103,29 @@ async def _create(
 
     async def switch(connection: Connection) -> Reply:
         await _check(connection, principal.organization_id, options)
+        following_lane, queue_rank = lane(session.id, options.machine_id, options.pool_ids, bool(options.is_priority))
         await connection.execute(
             INSERT,
-            principal.organization_id,
-            options.workflow_id,
-            principal.user_id,
-            bool(options.is_priority),
-            options.machine_id,
-            options.pool_ids,
-            input_values,
-            session.id,
-            session.alias,
-            session.release_after,
-            *lane(session.id, options.machine_id, options.pool_ids, bool(options.is_priority)),
-            options.main_prompt,
-            json_text(_model_metadata(options)),
-            run_ids,
-            [json_text(one.aliases) for one in planned],
-            [one.secret_path for one in planned],
+            organization_id=principal.organization_id,
+            workflow_id=options.workflow_id,
+            is_priority=bool(options.is_priority),
+            pinned_machine_id=options.machine_id,
+            pool_ids=options.pool_ids,
+            input_values=input_values,
+            session_id=session.id,
+            session_alias=session.alias,
+            release_session_after=session.release_after,
+            lane=following_lane,
+            queue_rank=queue_rank,
+            main_prompt=options.main_prompt,
+            model_metadata=json_text(_model_metadata(options)),
+            run_ids=run_ids,
+            aliases=[json_text(one.aliases) for one in planned],
+            secret_paths=[one.secret_path for one in planned],
+            **write.actor().parameters(),
         )
         await staging.adopt(connection, dict(zip(run_ids, planned, strict=True)), principal)
-        rows = await connection.fetch(CREATED, run_ids)
+        rows = await connection.fetch(CREATED, run_ids=run_ids)
         return Reply(201, projection.encode(show(await projection.many(connection, rows))))
 
     return await once(services, write, switch)
@@ -142,6 +159,6 @@ def _model_metadata(options: RunCreate | RunBulkCreate) -> dict[str, Any] | None
 
 
 async def _check(connection: Connection, organization_id: str, options: RunCreate | RunBulkCreate) -> None:
-    if not await connection.fetchval(KNOWN_WORKFLOW, options.workflow_id, organization_id):
+    if not await connection.fetchval(KNOWN_WORKFLOW, workflow_id=options.workflow_id, organization_id=organization_id):
         raise WorkflowNotFound
     await check_targets(connection, organization_id, options)

@@ -6,56 +6,91 @@ transaction.
 from collections.abc import Sequence
 from uuid import UUID
 
+from sqlalchemy import bindparam, literal_column, select
+
+from app.auth import NOBODY, Actor
 from app.config import Settings
 from app.errors import RunNotFound
+from app.events import record
 from app.idempotency import Reply, WriteRequest, once
-from app.models import RunStatus
+from app.models import Run, RunStatus
 from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database
 from app.stores.deletions import Name
+from app.stores.statements import statement
 
 # --- end --------------------------------------------------------------------------------------------------------------
 
-END = """
-UPDATE runs SET status = $2, error = $3, ended_at = now()
-WHERE id = ANY($1::uuid[]) AND status IN ('scheduling', 'running') RETURNING id
-"""
+END = statement(
+    "runs.ending.end",
+    f"""
+    WITH seen AS (
+        SELECT id, status FROM runs WHERE id = ANY(:run_ids::uuid[]) AND status IN ('scheduling', 'running')
+        FOR NO KEY UPDATE
+    ), ended AS (
+        UPDATE runs SET status = :status, error = :error, ended_at = now() FROM seen WHERE runs.id = seen.id
+        RETURNING runs.id, runs.organization_id, runs.attempt, seen.status AS before
+    ), recorded AS (
+        {record("ended", "'ended'", from_status="before", to_status=":status")}
+    )
+    SELECT id FROM ended
+    """,
+)
 
 # A finished run's secret stays retryable for the retention time. Only at the moment it ends: a second entry for a
 # secret that was destroyed since would make it look kept.
-RETAIN = """
-INSERT INTO deletions (store, name, due_at)
-SELECT 'vault', secret_path, now() + make_interval(secs => $2)
-FROM runs WHERE id = ANY($1::uuid[]) AND secret_path IS NOT NULL
-"""
+RETAIN = statement(
+    "runs.ending.retain",
+    """
+    INSERT INTO deletions (store, name, due_at)
+    SELECT 'vault', secret_path, now() + make_interval(secs => :seconds)
+    FROM runs WHERE id = ANY(:run_ids::uuid[]) AND secret_path IS NOT NULL
+    """,
+)
 
-RELEASE = """
-UPDATE machines SET reserved_session_id = NULL FROM runs
-WHERE runs.id = ANY($1::uuid[]) AND runs.release_session_after
-  AND machines.reserved_session_id = runs.session_id AND machines.organization_id = runs.organization_id
+_RELEASE = """
+    UPDATE machines SET reserved_session_id = NULL FROM runs
+    WHERE runs.id = ANY(:run_ids::uuid[]) AND runs.release_session_after
+      AND machines.reserved_session_id = runs.session_id AND machines.organization_id = runs.organization_id
 """
+RELEASE = statement("runs.ending.release", _RELEASE)
+RELEASE_ACTIVE = statement("runs.ending.release_active", f"{_RELEASE} AND runs.status IN ('scheduling', 'running')")
 
 
 async def ended(connection: Connection, run_ids: Sequence[UUID], settings: Settings) -> None:
     """What follows in the same transaction when runs become terminal. Their machines are free by their status alone."""
-    await connection.execute(RETAIN, run_ids, float(settings.secret_retention_seconds))
-    await connection.execute(RELEASE, run_ids)
+    await connection.execute(RETAIN, run_ids=run_ids, seconds=float(settings.secret_retention_seconds))
+    await connection.execute(RELEASE, run_ids=run_ids)
 
 
 async def end_runs(
-    connection: Connection, run_ids: Sequence[UUID], status: RunStatus, error: str | None, settings: Settings
+    connection: Connection,
+    run_ids: Sequence[UUID],
+    status: RunStatus,
+    error: str | None,
+    settings: Settings,
+    actor: Actor,
 ) -> None:
     """End those of these locked runs that are active."""
-    rows = await connection.fetch(END, run_ids, status.value, None if error is None else [error])
+    rows = await connection.fetch(
+        END,
+        run_ids=run_ids,
+        status=status.value,
+        error=None if error is None else [error],
+        **actor.parameters(),
+    )
     await ended(connection, [row["id"] for row in rows], settings)
 
 
-SILENT = """
-SELECT id, organization_id FROM runs
-WHERE status = 'running' AND reported_at <= now() - make_interval(secs => $1)
-ORDER BY reported_at LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED
-"""
+SILENT = statement(
+    "runs.ending.silent",
+    """
+    SELECT id, organization_id FROM runs
+    WHERE status = 'running' AND reported_at <= now() - make_interval(secs => :seconds)
+    ORDER BY reported_at LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED
+    """,
+)
 
 
 async def end_silent_runs(database: Database, settings: Settings) -> set[str]:
@@ -64,46 +99,91 @@ async def end_silent_runs(database: Database, settings: Settings) -> set[str]:
     if silence == 0:
         return set()
     async with database.transaction() as connection:
-        rows = await connection.fetch(SILENT, float(silence))
+        rows = await connection.fetch(SILENT, seconds=float(silence))
         if rows:
             sentence = (
                 f"The executor sent no report for {silence} seconds, so the run was ended. Retry it when one is back."
             )
-            await end_runs(connection, [row["id"] for row in rows], RunStatus.ERROR, sentence, settings)
+            ids = [row["id"] for row in rows]
+            await end_runs(connection, ids, RunStatus.ERROR, sentence, settings, NOBODY)
     return {row["organization_id"] for row in rows}
+
+
+# --- secrets that expire ----------------------------------------------------------------------------------------------
+
+# A secret that a run still names when it is destroyed was kept for the retention time, and has expired.
+EXPIRED = statement(
+    "runs.ending.secrets_expired",
+    f"""
+    WITH expired AS (
+        SELECT run.* FROM unnest(:run_ids::uuid[], :paths::text[]) AS destroyed (run_id, path), LATERAL (
+            SELECT id, organization_id, attempt, status FROM runs
+            WHERE id = destroyed.run_id AND secret_path = destroyed.path
+        ) AS run
+    )
+    {record("expired", "'secrets_expired'", from_status="status", to_status="status")}
+    """,
+)
+
+
+async def note_expired_secrets(connection: Connection, names: Sequence[Name]) -> None:
+    """Write an event for each run whose secret is among the names that the collector is about to destroy."""
+    # <prefix>/<organization>/<run>/<uuid>; other secrets than those of runs have other places.
+    paths = {name.name: name.name.split("/") for name in names if name.store == "vault"}
+    of_runs = [(parts[2], path) for path, parts in paths.items() if len(parts) == 4]
+    if of_runs:
+        run_ids = [run_id for run_id, _ in of_runs]
+        await connection.execute(EXPIRED, run_ids=run_ids, paths=[path for _, path in of_runs], **NOBODY.parameters())
 
 
 # --- delete -----------------------------------------------------------------------------------------------------------
 
-LOCK_FOR_DELETE = "SELECT 1 FROM runs WHERE id = $1 AND organization_id = $2 FOR UPDATE"
-
-LIST_NAMES = """
-WITH attachments AS (
-    DELETE FROM run_attachments WHERE run_id = ANY($1::uuid[]) RETURNING storage_path
+LOCK_FOR_DELETE = statement(
+    "runs.ending.lock_for_delete",
+    select(literal_column("1"))
+    .where(Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id"))
+    .with_for_update(),
 )
-SELECT 'storage', storage_path FROM attachments WHERE storage_path IS NOT NULL
-UNION ALL
-SELECT 'vault', secret_path FROM runs WHERE id = ANY($1::uuid[]) AND secret_path IS NOT NULL
-"""
 
-RELEASE_ACTIVE = f"{RELEASE} AND runs.status IN ('scheduling', 'running')"
+LIST_NAMES = statement(
+    "runs.ending.list_names",
+    """
+    WITH attachments AS (
+        DELETE FROM run_attachments WHERE run_id = ANY(:run_ids::uuid[]) RETURNING storage_path
+    )
+    SELECT 'storage', storage_path FROM attachments WHERE storage_path IS NOT NULL
+    UNION ALL
+    SELECT 'vault', secret_path FROM runs WHERE id = ANY(:run_ids::uuid[]) AND secret_path IS NOT NULL
+    """,
+)
+
+DELETE = statement(
+    "runs.ending.delete",
+    f"""
+    WITH deleted AS (
+        DELETE FROM runs WHERE id = ANY(:run_ids::uuid[]) RETURNING id, organization_id, attempt, status
+    )
+    {record("deleted", "'deleted'", from_status="status")}
+    """,
+)
 
 
-async def remove_runs(connection: Connection, run_ids: Sequence[UUID]) -> None:
+async def remove_runs(connection: Connection, run_ids: Sequence[UUID], actor: Actor) -> None:
     """Remove locked runs, listing everything they name. The only way a run's row goes."""
-    names = [Name(*row.values()) for row in await connection.fetch(LIST_NAMES, run_ids)]
+    names = [Name(*row.values()) for row in await connection.fetch(LIST_NAMES, run_ids=run_ids)]
     await deletions.due(connection, names)
-    await connection.execute(RELEASE_ACTIVE, run_ids)
-    await connection.execute("DELETE FROM runs WHERE id = ANY($1::uuid[])", run_ids)
+    await connection.execute(RELEASE_ACTIVE, run_ids=run_ids)
+    await connection.execute(DELETE, run_ids=run_ids, **actor.parameters())
 
 
-async def delete(services: Services, write: WriteRequest, run_id: UUID) -> Reply:
+async def delete(services: Services, write: WriteRequest, run_id: UUID, reason: str | None) -> Reply:
     """Remove a run in any status. Raises RunNotFound."""
+    organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        if not await connection.fetchval(LOCK_FOR_DELETE, run_id, write.principal.organization_id):
+        if not await connection.fetchval(LOCK_FOR_DELETE, run_id=run_id, organization_id=organization_id):
             raise RunNotFound
-        await remove_runs(connection, [run_id])
+        await remove_runs(connection, [run_id], write.actor(reason))
         return Reply(204, b"")
 
     return await once(services, write, work)

@@ -195,6 +195,11 @@ ATTEMPT_COLUMNS = {
     "retried_by_key_id": "t.retried_by_key_id::text",
     "retried_by_user_id": "t.retried_by_user_id::text",
     "overridden": "t.overridden",
+    "reason": "t.reason",
+    "end_reason": (
+        "(SELECT e.reason FROM run_events e"
+        " WHERE e.run_id = t.run_id AND e.attempt = t.attempt AND e.event = 'ended' LIMIT 1)"
+    ),
 }
 
 ATTACHMENT_COLUMNS = {

@@ -6,9 +6,11 @@ It knows which transitions a report may make. What follows when a run ends is in
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, update
+from sqlalchemy import Boolean, ColumnElement, Text, bindparam, case, func, literal_column, select, update
+from sqlalchemy.orm import InstrumentedAttribute
 
 from app.errors import AttemptSuperseded, Invalid, InvalidTransition, RunNotFound
+from app.events import record
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
 from app.runs import projection
@@ -17,14 +19,70 @@ from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
 from app.services import Services
 from app.stores.database import Connection
-from app.stores.statements import json_text, sql
+from app.stores.statements import constant, fragment, json_text, statement
 
-LOCK = "SELECT status, attempt, session_id FROM runs WHERE id = $1 AND organization_id = $2 FOR NO KEY UPDATE"
+LOCK = statement(
+    "runs.report.lock",
+    select(Run.status, Run.attempt)
+    .where(Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id"))
+    .with_for_update(key_share=True),
+)
 
-OUTPUTS_OF = f"""
-SELECT count(*) FROM run_attachments a
-WHERE a.run_id = $1 AND a.attachment_type = 'output' AND a.id = ANY($2::uuid[]) AND {projection.VISIBLE}
-"""
+OUTPUTS_OF = statement(
+    "runs.report.outputs_of",
+    f"""
+    SELECT count(*) FROM run_attachments a
+    WHERE a.run_id = :run_id AND a.attachment_type = 'output' AND a.id = ANY(:ids::uuid[]) AND {projection.VISIBLE}
+    """,
+)
+
+
+def _if_named(column: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
+    """What the report names is set, to null too; anything else stays."""
+    given = bindparam(column.key, type_=column.type)
+    return case((bindparam(f"names_{column.key}", type_=Boolean), given), else_=column)
+
+
+_status = bindparam("status", type_=Text)
+_now = func.clock_timestamp()  # the database's: silence is measured by it, and servers' clocks differ
+
+_reported = (
+    update(Run)
+    .where(Run.id == bindparam("run_id"))
+    .values(
+        {
+            Run.status: _status,
+            Run.input_values: _if_named(Run.input_values),
+            Run.error: _if_named(Run.error),
+            Run.release_session_after: _if_named(Run.release_session_after),
+            Run.started_at: func.coalesce(
+                bindparam("started_at", type_=Run.started_at.type),
+                case((bindparam("starts", type_=Boolean), _now), else_=Run.started_at),
+            ),
+            Run.ended_at: func.coalesce(
+                bindparam("ended_at", type_=Run.ended_at.type),
+                Run.ended_at,
+                case((bindparam("ends", type_=Boolean), _now)),
+            ),
+            Run.reported_at: case((_status == constant("running"), _now), else_=Run.reported_at),
+        }
+    )
+    .returning(Run.id, Run.organization_id, Run.attempt)
+    .cte("reported")
+)
+
+# An event for a new status; none for more of the same.
+_event = "CASE WHEN :starts::boolean THEN 'started' ELSE 'ended' END"
+_recorded = record(
+    "reported", _event, from_status=":before::text", to_status=":status::text", changed=":changed::text[]"
+)
+
+UPDATE = statement(
+    "runs.report.update",
+    select(literal_column("1"))
+    .select_from(_reported)
+    .add_cte(_reported, fragment(f"{_recorded} WHERE :starts::boolean OR :ends::boolean").columns().cte("recorded")),
+)
 
 # Only a retry reopens a terminal run.
 TRANSITIONS = {
@@ -41,7 +99,7 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        run = await connection.fetchrow(LOCK, run_id, organization_id)
+        run = await connection.fetchrow(LOCK, run_id=run_id, organization_id=organization_id)
         if run is None:
             raise RunNotFound
         if options.attempt is not None and options.attempt != run["attempt"]:
@@ -51,7 +109,7 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         _refuse_transition(current, status, options)
         if options.output_attachment_ids:
             wanted = set(options.output_attachment_ids)
-            if await connection.fetchval(OUTPUTS_OF, run_id, list(wanted)) != len(wanted):
+            if await connection.fetchval(OUTPUTS_OF, run_id=run_id, ids=list(wanted)) != len(wanted):
                 raise Invalid(
                     (
                         ("body", "output_attachment_ids"),
@@ -59,7 +117,8 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
                         "output_attachment_ids",
                     )
                 )
-        await connection.execute(*_update(run_id, current, status, options))
+        changes = _update(run_id, current, status, options)
+        await connection.execute(UPDATE, **changes, **write.actor(options.reason).parameters())
         if options.model_fields_set.intersection(SAVED):
             values = {name: json_text(getattr(options, name)) for name in SAVED}
             named = {f"names_{name}": name in options.model_fields_set for name in SAVED}
@@ -67,7 +126,7 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         if status in TERMINAL and current not in TERMINAL:
             await ended(connection, [run_id], services.settings)
         elif status in TERMINAL and options.release_session_after:
-            await connection.execute(RELEASE, [run_id])
+            await connection.execute(RELEASE, run_ids=[run_id])
         row = await connection.fetchrow(projection.GET_RUN, run_id, organization_id)
         if row is None:  # the row is locked
             raise RunNotFound
@@ -86,24 +145,26 @@ def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate
         )
 
 
-def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpdate) -> tuple[Any, ...]:
-    """The UPDATE of exactly those columns of the run that the report names, as arguments for `execute`."""
+# Names that say nothing of what changed.
+_NOT_CHANGES = {"status", "attempt", "reason"}
+
+
+def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpdate) -> dict[str, Any]:
+    """The parameters of UPDATE that say what changes."""
     given = options.model_fields_set
-    values: dict[str, Any] = {"status": status.value}
-    if "input_values" in given:
-        values["input_values"] = json_text(options.input_values)
-    for name in ("error", "release_session_after"):
-        if name in given:
-            values[name] = getattr(options, name)
-    for name in ("started_at", "ended_at"):
-        if getattr(options, name) is not None:
-            values[name] = getattr(options, name)
-    now = func.clock_timestamp()  # the database's: silence is measured by it, and servers' clocks differ
-    if status is RunStatus.RUNNING:
-        values["reported_at"] = now
-        if current is not status:
-            values.setdefault("started_at", now)
-    if status in TERMINAL and current is not status:
-        values.setdefault("ended_at", func.coalesce(Run.ended_at, now))
-    statement, arguments = sql(update(Run).where(Run.id == run_id).values(**values))
-    return statement, *arguments
+    return {
+        "run_id": run_id,
+        "status": status.value,
+        "before": current.value,
+        "starts": status is RunStatus.RUNNING and current is not status,
+        "ends": status in TERMINAL and current is not status,
+        "input_values": json_text(options.input_values),
+        "names_input_values": "input_values" in given,
+        "error": options.error,
+        "names_error": "error" in given,
+        "release_session_after": options.release_session_after,
+        "names_release_session_after": "release_session_after" in given,
+        "started_at": options.started_at,
+        "ended_at": options.ended_at,
+        "changed": sorted(given - _NOT_CHANGES),
+    }

@@ -40,6 +40,7 @@ from app.errors import (
     RunNotTerminal,
     SensitiveInputsExpired,
 )
+from app.events import record
 from app.idempotency import Reply, WriteRequest, attempt_or_replay, check_or_replay, store_reply
 from app.models import TERMINAL, Deletion, Run, RunAttachment, RunAttempt, RunOutput
 from app.runs import projection, staging
@@ -114,6 +115,7 @@ def overridden(options: RunRetry) -> list[str]:
         changed.discard("reuse_session")
     if not options.start_session:
         changed.discard("start_session")
+    changed.discard("reason")
     return sorted(changed)
 
 
@@ -182,6 +184,7 @@ _AFTER = {
 _seen = (
     select(
         Run.id,
+        Run.organization_id,
         Run.attempt,
         Run.status,
         Run.error,
@@ -195,6 +198,8 @@ _seen = (
     .cte("seen")
     .prefix_with("MATERIALIZED")
 )
+
+_overridden = bindparam("overridden", type_=RunAttempt.overridden.type)
 
 _archived = (
     insert(RunAttempt)
@@ -211,12 +216,14 @@ _archived = (
             RunAttempt.retried_by_key_id,
             RunAttempt.retried_by_user_id,
             RunAttempt.overridden,
+            RunAttempt.reason,
         ],
         select(
-            _seen,
+            *(column for column in _seen.c if column.key != "organization_id"),
             bindparam("key_id", type_=RunAttempt.retried_by_key_id.type),
             bindparam("user_id", type_=RunAttempt.retried_by_user_id.type),
-            bindparam("overridden", type_=RunAttempt.overridden.type),
+            _overridden,
+            bindparam("reason", type_=RunAttempt.reason.type),
         ),
     )
     .cte("archived")
@@ -247,6 +254,21 @@ _superseded = (
     .values(is_superseded=literal_column("true"))
     .where(RunOutput.run_id == _seen.c.id, RunOutput.attempt == _seen.c.attempt)
     .cte("superseded")
+)
+
+_recorded = (
+    fragment(
+        record(
+            "seen",
+            "'retried'",
+            attempt="attempt + 1",
+            from_status="status",
+            to_status="'scheduling'",
+            changed=":overridden::text[]",
+        )
+    )
+    .columns()
+    .cte("recorded")
 )
 
 _aliases = bindparam("sensitive_input_aliases", type_=JSON)
@@ -295,12 +317,12 @@ _shown = (
 
 # All that a retry always does, in one round trip, if the run is still in the version that the rules saw: archive the
 # attempt, list and remove the attachments that go, leave the outputs behind (a run has those of its own attempt number),
-# clear and requeue the run, make the reply and store it under the key.
+# clear and requeue the run, record the event, make the reply and store it under the key.
 SWITCH = statement(
     "runs.retry.switch",
     select(literal_column("body"))
     .select_from(_shown)
-    .add_cte(_seen, _archived, _removed, _listed, _superseded, store_reply(_shown, status=200)),
+    .add_cte(_seen, _archived, _removed, _listed, _superseded, _recorded, store_reply(_shown, status=200)),
 )
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -410,8 +432,7 @@ async def _write(
         run_id=asked.run_id,
         organization_id=asked.organization_id,
         version=run["version"],
-        key_id=write.principal.key_id,
-        user_id=write.principal.user_id,
+        **write.actor(options.reason).parameters(),
         overridden=overridden(options),
         replaces_inputs=options.file_inputs is not None,
         lane=following.lane,

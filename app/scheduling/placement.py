@@ -22,7 +22,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from app.auth import NOBODY
+from app.events import record
 from app.stores.database import Connection, Database
+from app.stores.statements import statement
 
 # --- what a pass reads ------------------------------------------------------------------------------------------------
 
@@ -89,10 +92,22 @@ FOR NO KEY UPDATE SKIP LOCKED
 # Read again after the lock, by a statement of its own: whoever takes a machine out of a pool locks the machine.
 POOLS_NOW = "SELECT machine_id, pool_id FROM pool_machines WHERE machine_id = ANY($1::uuid[])"
 
-ASSIGN = """
-UPDATE runs SET assigned_machine_id = chosen.machine_id
-FROM unnest($1::uuid[], $2::uuid[]) AS chosen (run_id, machine_id) WHERE runs.id = chosen.run_id
-"""
+# Each run is looked up by its key and changed by its place: a join could read all runs with a plan made while there were few.
+# The runs are locked, so they stay where they are.
+ASSIGN = statement(
+    "placement.assign",
+    f"""
+    WITH chosen AS MATERIALIZED (
+        SELECT run.tid, wanted.machine_id
+        FROM unnest(:run_ids::uuid[], :machine_ids::uuid[]) AS wanted (run_id, machine_id),
+             LATERAL (SELECT ctid AS tid FROM runs WHERE id = wanted.run_id) AS run
+    ), assigned AS (
+        UPDATE runs SET assigned_machine_id = chosen.machine_id FROM chosen WHERE runs.ctid = chosen.tid
+        RETURNING runs.id, runs.organization_id, runs.attempt, runs.status
+    )
+    {record("assigned", "'assigned'", from_status="status", to_status="status")}
+    """,
+)
 
 RESERVE = """
 UPDATE machines SET reserved_session_id = chosen.session_id
@@ -157,7 +172,12 @@ async def place(database: Database, organization_id: str) -> tuple[list[Placed],
                 await connection.execute(
                     RESERVE, [one.machine.id for one in opening], [one.session_id for one in opening]
                 )
-            await connection.execute(ASSIGN, [one.run_id for one in placed], [one.machine.id for one in placed])
+            await connection.execute(
+                ASSIGN,
+                run_ids=[one.run_id for one in placed],
+                machine_ids=[one.machine.id for one in placed],
+                **NOBODY.parameters(),
+            )
     return placed, bool(placed and cut)
 
 

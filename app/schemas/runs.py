@@ -24,6 +24,7 @@ from app.schemas.values import (
     Payload,
     PoolIds,
     Prompt,
+    Reason,
     Reply,
     Timestamp,
     Unsupported,
@@ -66,6 +67,7 @@ class RunRetry(_SessionOverrides):
 
     reuse_session: bool | None = Field(default=True, description="false drops the session, unless a new one is given.")
     is_priority: bool | None = Field(None, description="Start before runs without priority.")
+    reason: Reason | None = Field(None, description="Why; kept with the attempt and the event, never interpreted.")
     # A run keeps its own, and a retry cannot replace it.
     main_prompt: NotSupported = None
     main_agent_model_id: NotSupported = None
@@ -133,8 +135,11 @@ class RunUpdate(Payload):
     input_values: Variables | None = Field(None, description="Values of the workflow's variables.")
     started_at: Timestamp | None = Field(None, description="When the work began; default: now.")
     ended_at: Timestamp | None = Field(None, description="When the work ended; default: now.")
+    reason: Reason | None = Field(None, description="Why it ends; kept with the event, never interpreted.")
     release_session_after: bool | None = Field(None, description="Release the session's machine when this run ends.")
 
+
+EVENTS = Literal["created", "assigned", "started", "ended", "retried", "deleted", "secrets_expired", "unassigned"]
 
 SCHEDULING_REASONS = Literal[
     "assigned",
@@ -206,6 +211,32 @@ class RunAttemptResponse(Reply):
     retried_by_key_id: UUID | None = Field(description="The API key that asked for the retry.")
     retried_by_user_id: UUID | None = Field(description="The user that key belongs to.")
     overridden: list[str] = Field(description="Names of the fields the retry changed; never values.")
+    reason: str | None = Field(description="Why the retry was asked for.")
+    end_reason: str | None = Field(description="Why the attempt was ended, as far as its event is still kept.")
+
+
+class RunEventResponse(Reply):
+    """One change of a run. Names of fields, never values."""
+
+    at: datetime = Field(description="When.")
+    run_id: UUID
+    attempt: int = Field(description="The attempt that the run was at after the change.")
+    event: EVENTS = Field(description="What happened.")
+    from_status: RunStatus | None = Field(description="The status before; null for a new run.")
+    to_status: RunStatus | None = Field(description="The status after; null once the run is deleted.")
+    key_id: UUID | None = Field(description="The API key behind it; null for what the service did by itself.")
+    user_id: UUID | None = Field(description="The user that key belongs to.")
+    request_id: str | None = Field(description="X-Request-ID of the request behind it.")
+    reason: str | None = Field(description="Why, as the caller said.")
+    changed: list[str] = Field(description="Names of the fields that the request gave.")
+
+
+class EventPage(Reply):
+    """Events of an organization from a cursor on, oldest first."""
+
+    items: list[RunEventResponse]
+    next: str = Field(description="Send it as `after` to go on from here, also when `items` is empty.")
+    limit: int = Field(description="Most items in a page.")
 
 
 class RunBulkCreateResponse(Reply):

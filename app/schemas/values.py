@@ -31,6 +31,7 @@ MAX_NAME = 255  # characters in a name, also of a variable: each copy of a run i
 MAX_POOLS = 100  # of a run, and of a machine
 MAX_IDS = 1_000  # in one list of machines or attachments
 MAX_VARIABLES = 1_000  # names in input_values or sensitive_input_values
+MAX_REASON = 500  # characters in a reason
 MAX_INTEGER = 2**63 - 1
 
 # --- what PostgreSQL and JSON can hold --------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), Afte
 NonEmptyName = Annotated[
     str, Field(min_length=1, max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
 ]
+Reason = Annotated[str, Field(max_length=MAX_REASON, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
 Prompt = Annotated[
     str,
     Field(json_schema_extra=NO_NUL | {"maxLength": MAX_PROMPT_BYTES}),

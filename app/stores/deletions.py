@@ -15,7 +15,7 @@ because a stalled writer may write after the first time. All times are the datab
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Literal, NamedTuple
 
@@ -102,7 +102,7 @@ SET condemned_at = coalesce(condemned_at, now()),
 WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM deletions WHERE due_at <= now() + $2 ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
 ))
-RETURNING store, name
+RETURNING store, name, failures = 1 AS is_new
 """
 
 # Locked in the order in which they are named, as by everyone who changes many rows of the list; then by ctid, because the
@@ -124,15 +124,25 @@ BATCH = 200
 
 
 async def collect(
-    database: Database, secrets: SecretStore, files: FileStore, *, ahead: timedelta = timedelta(0), batch: int = BATCH
+    database: Database,
+    secrets: SecretStore,
+    files: FileStore,
+    *,
+    ahead: timedelta = timedelta(0),
+    batch: int = BATCH,
+    noted: Callable[[Connection, list[Name]], Awaitable[None]] | None = None,
 ) -> int:
     """Delete what is due, one batch; returns how many rows were taken. `ahead` reads the database's clock that much later.
 
+    `noted` is told of the names in the transaction that condemns them.
+
     Raises DatabaseUnavailable. A delete that fails is logged by kind and tried again later.
     """
-    async with database.connection() as connection:
+    async with database.transaction() as connection:
         rows = await connection.fetch(CONDEMN, batch, ahead)
-    names = [Name(*row.values()) for row in rows]
+        names = [Name(row["store"], row["name"]) for row in rows]
+        if noted is not None and (fresh := [Name(row["store"], row["name"]) for row in rows if row["is_new"]]):
+            await noted(connection, fresh)
 
     async def destroy(name: Name) -> list[Name]:
         try:

@@ -1,5 +1,13 @@
 """The routes: one file per resource, and nothing in them but parse, call once, return. `responses=` lists every refusal."""
 
-from app.api.routes import attachments, health, machines, pools, runs, workflows
+from app.api.routes import attachments, events, health, machines, pools, runs, workflows
 
-ROUTERS = (runs.router, attachments.router, workflows.router, machines.router, pools.router, health.router)
+ROUTERS = (
+    runs.router,
+    attachments.router,
+    workflows.router,
+    machines.router,
+    pools.router,
+    events.router,
+    health.router,
+)

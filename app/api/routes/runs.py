@@ -6,6 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
+from app import events
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
 from app.api.responses import ONLY, Limit, Skip, json_reply, send
@@ -32,12 +33,13 @@ from app.schemas.runs import (
     RunBulkCreate,
     RunBulkCreateResponse,
     RunCreate,
+    RunEventResponse,
     RunProjection,
     RunResponse,
     RunRetry,
     RunUpdate,
 )
-from app.schemas.values import Page, Timestamp
+from app.schemas.values import Page, Reason, Timestamp
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 
@@ -127,6 +129,17 @@ async def list_attempts(run_id: UUID, request: Request, skip: Skip = 0, limit: L
     return json_reply({"items": [dict(row) for row in rows], "total": row["total"], "skip": skip, "limit": limit})
 
 
+@router.get("/{run_id}/events", response_model=Page[RunEventResponse], **operation(RunNotFound))
+async def list_events(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+    """What happened to a run, oldest first; also to one that was deleted. An event shows once all older changes have ended."""
+    organization_id = request.state.principal.organization_id
+    async with services(request).database.connection() as connection:
+        page = await events.list_of_run(connection, organization_id, run_id, skip, limit)
+        if not page["total"] and await connection.fetchrow(projection.GET_RUN, run_id, organization_id) is None:
+            raise RunNotFound
+    return json_reply(page)
+
+
 @router.get("", response_model=Page[RunProjection], **operation())
 async def list_all(
     request: Request,
@@ -172,7 +185,11 @@ async def update_run(run_id: UUID, request: Request) -> Response:
 
 
 @router.delete("/{run_id}", status_code=204, **operation(RunNotFound, write=True))
-async def delete_run(run_id: UUID, request: Request) -> Response:
+async def delete_run(
+    run_id: UUID,
+    request: Request,
+    reason: Annotated[Reason | None, Query(description="Why; kept with the event.")] = None,
+) -> Response:
     """Remove a run with everything it has; an active one frees its machine."""
     write = await read_write(request)
-    return send(await ending.delete(services(request), write, run_id))
+    return send(await ending.delete(services(request), write, run_id, reason))

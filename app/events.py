@@ -1,0 +1,118 @@
+"""What happened to runs, one row for each change, written by the very statement that makes the change.
+
+A row says who, when and from which status to which; names of changed fields, never a value. It has no foreign key: events
+outlive their runs. The service may only add and read them; old ones go by age, through a function of the database's owner.
+"""
+
+import re
+from typing import Any
+from uuid import UUID
+
+from app.errors import Invalid
+from app.schemas.values import MAX_INTEGER
+from app.stores.database import Connection, Database
+from app.stores.statements import statement
+
+
+def record(
+    source: str,
+    event: str,
+    *,
+    attempt: str = "attempt",
+    from_status: str = "NULL",
+    to_status: str = "NULL",
+    changed: str = "'{}'",
+) -> str:
+    """Part of a statement that changes runs: SQL for an event of each row of `source` (id, organization_id, attempt).
+
+    The other arguments are SQL expressions. Its parameters are those of `Actor.parameters`. Names of changed fields only.
+    """
+    return f"""
+        INSERT INTO run_events (organization_id, run_id, attempt, event, from_status, to_status,
+                                key_id, user_id, request_id, reason, changed)
+        SELECT organization_id, id, {attempt}, {event}, {from_status}, {to_status},
+               :key_id::uuid, :user_id::uuid, :request_id::text, :reason::text, {changed}
+        FROM {source}
+    """
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+COLUMNS = """
+    at, run_id::text, attempt, event, from_status, to_status, key_id::text, user_id::text, request_id, reason, changed
+"""
+
+# Transactions end in another order than they began in. Below the oldest one that still runs nothing can appear any more, so
+# a reader who goes on from the last event it saw misses none and sees none twice.
+_SETTLED = "xact < pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+
+AFTER = statement(
+    "events.after",
+    f"""
+    SELECT {COLUMNS}, xact, id FROM run_events
+    WHERE organization_id = :organization_id AND {_SETTLED} AND (xact, id) > (:xact::bigint, :id::bigint)
+    ORDER BY xact, id LIMIT :limit
+    """,
+)
+
+COUNT_OF_RUN = statement(
+    "events.count_of_run",
+    f"SELECT count(*) FROM run_events WHERE run_id = :run_id AND organization_id = :organization_id AND {_SETTLED}",
+)
+
+OF_RUN = statement(
+    "events.of_run",
+    f"""
+    SELECT {COLUMNS} FROM run_events WHERE run_id = :run_id AND organization_id = :organization_id AND {_SETTLED}
+    ORDER BY xact, id OFFSET :skip LIMIT :limit
+    """,
+)
+
+_CURSOR = re.compile(r"([0-9]{1,19})\.([0-9]{1,19})")
+
+
+async def list_after(connection: Connection, organization_id: str, after: str | None, limit: int) -> dict[str, Any]:
+    """The organization's events beyond a cursor, oldest first, and the cursor to go on from. Raises Invalid.
+
+    A cursor is the place of an event in the order in which transactions began; it stays good for the life of the database.
+    """
+    xact, number = _place(after)
+    rows = await connection.fetch(AFTER, organization_id=organization_id, xact=xact, id=number, limit=limit)
+    items = [dict(row.items()) for row in rows]
+    following = after or "0.0"
+    for item in items:
+        following = f"{item.pop('xact')}.{item.pop('id')}"
+    return {"items": items, "next": following, "limit": limit}
+
+
+def _place(cursor: str | None) -> tuple[int, int]:
+    found = _CURSOR.fullmatch(cursor or "0.0")
+    xact, number = (int(part) for part in found.groups()) if found else (MAX_INTEGER + 1, 0)
+    if max(xact, number) > MAX_INTEGER:
+        raise Invalid(
+            (("query", "after"), "Must be `next` of an earlier reply, or absent for the beginning.", "cursor")
+        )
+    return xact, number
+
+
+async def list_of_run(
+    connection: Connection, organization_id: str, run_id: UUID, skip: int, limit: int
+) -> dict[str, Any]:
+    """One page of a run's events, oldest first; also of a run that was deleted."""
+    named = {"run_id": run_id, "organization_id": organization_id}
+    total = await connection.fetchval(COUNT_OF_RUN, **named)
+    rows = await connection.fetch(OF_RUN, **named, skip=skip, limit=limit) if total > skip else []
+    return {"items": [dict(row) for row in rows], "total": total, "skip": skip, "limit": limit}
+
+
+# --- retention --------------------------------------------------------------------------------------------------------
+
+# The function belongs to the database's owner: the service itself may not delete events.
+PRUNE = statement("events.prune", "SELECT prune_run_events(:days::int, 5000)")
+
+
+async def prune_events(database: Database, days: int) -> bool:
+    """Remove a batch of events that are older than so many days; whether there may be more."""
+    async with database.connection() as connection:
+        pruned: int = await connection.fetchval(PRUNE, days=days)
+    return pruned > 0
