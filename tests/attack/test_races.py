@@ -806,9 +806,7 @@ def test_what_ends_a_session_and_a_run_that_releases_it(attacked: Stack, client:
         ending = gates.enter_context(stopped(attacked, client, call, point))
         run_id = client.run(session_id=session_id, machine_id=machine_id, release_session_after=True)["id"]
         cancel = report(run_id, status="cancelled")
-        cancelling = gates.enter_context(
-            stopped(attacked, client, cancel, "runs.report.update after#1")
-        )
+        cancelling = gates.enter_context(stopped(attacked, client, cancel, "runs.report.update after#1"))
         ending.gate.touch()
         until(lambda: attacked.waiting() == 1, what="the wait for the run")
         answers = [cancelling.go(), ending.go()]
