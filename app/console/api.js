@@ -223,7 +223,7 @@ class Poll {
   changed = () => {};
 
   constructor() {
-    document.addEventListener("visibilitychange", () => (document.hidden ? this.stop() : this.now()));
+    document.addEventListener("visibilitychange", () => (document.hidden ? this.stop() : this.now(!this.last)));
     addEventListener("online", () => this.now());
   }
 

@@ -537,7 +537,7 @@ export function sessionField(run, changed) {
     keys: ["session_id", "start_session", "reuse_session", "session_alias", "release_session_after"],
     choices: TRIPLE,
     words: {
-      keep: run.session_id ? ["Stays in ", run.session_alias ? theirs(run.session_alias) : short(run.session_id), ", on the machine that is reserved for it."] : "It is in none.",
+      keep: run.session_id ? ["Stays in ", run.session_alias ? theirs(run.session_alias) : short(run.session_id), ", on the machine that is reserved for it."] : "It is in no session.",
       change: "Runs of one session use one machine, one after the other.",
       empty: "The next attempt is in no session. A reserved machine stays reserved.",
     },

@@ -8,6 +8,7 @@ import { runView } from "./run.js";
 import { runsView } from "./runs.js";
 import { signInView } from "./signin.js";
 
+let inside = false; // whether somebody is signed in and the shell is on the page
 let view = null; // {name, title(), change(route), round(signal), keys, destroy()}
 let lastList = "#/runs";
 
@@ -26,7 +27,12 @@ function route() {
 const VIEWS = { runs: runsView, run: runView, queue: queueView };
 
 function show() {
-  if (!me.key) return;
+  if (!inside) return;
+  if (!may("runs:read")) {
+    fill(main, notice("warn", "This key may not read runs", h("p", null, "The console does nothing without that. It needs a key with the scope runs:read.")));
+    titleIs("No access");
+    return;
+  }
   const to = route();
   if (to.name === "runs") lastList = location.hash || "#/runs";
   markNavigation(to.name);
@@ -253,7 +259,7 @@ function typing(target) {
 }
 
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || !me.key) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || !inside) return;
   if (document.querySelector("dialog[open]")) return;
   if (typing(event.target)) {
     if (event.key === "Escape") event.target.blur();
@@ -268,7 +274,7 @@ addEventListener("keydown", (event) => {
 
 addEventListener("paste", (event) => {
   const text = event.clipboardData?.getData("text/plain").trim() ?? "";
-  if (!me.key || document.querySelector("dialog[open]") || !UUID.test(text)) return;
+  if (!inside || document.querySelector("dialog[open]") || !UUID.test(text)) return;
   if (event.target !== jump && typing(event.target)) return;
   event.preventDefault();
   jump.value = text;
@@ -278,6 +284,7 @@ addEventListener("paste", (event) => {
 // --- in and out -------------------------------------------------------------------------------------------------------
 
 function enter() {
+  inside = true;
   fill(who, icon("key"), h("span", null, theirs(me.name || me.organization_id || "key")));
   who.setAttribute("aria-label", `Your key: ${me.name || me.organization_id || "unnamed"}`);
   document.body.prepend(bar, banner);
@@ -285,6 +292,7 @@ function enter() {
 }
 
 function leave(why) {
+  inside = false;
   poll.set(null);
   view?.destroy?.();
   view = null;
@@ -303,7 +311,7 @@ async function start() {
   installVoice();
   watchKey(leave);
   poll.changed = drawPulse;
-  setInterval(() => me.key && drawPulse(), 500);
+  setInterval(() => inside && drawPulse(), 500);
   addEventListener("hashchange", show);
   const { key, idle } = storedKey();
   if (!key) {

@@ -3,11 +3,11 @@
 import { aborted, call } from "./api.js";
 import { short, theirs } from "./dom.js";
 
-const FRESH_MS = 30_000;
+// Workflows carry their prompts along: their list is not asked for again soon.
 const kinds = {
-  workflows: { byId: new Map(), at: 0, name: (item) => item.name || firstLine(item.main_prompt) },
-  machines: { byId: new Map(), at: 0, name: (item) => item.name || item.hostname },
-  pools: { byId: new Map(), at: 0, name: (item) => item.name },
+  workflows: { fresh: 300_000, byId: new Map(), at: 0, name: (item) => item.name || firstLine(item.main_prompt) },
+  machines: { fresh: 30_000, byId: new Map(), at: 0, name: (item) => item.name || item.hostname },
+  pools: { fresh: 30_000, byId: new Map(), at: 0, name: (item) => item.name },
 };
 const missing = new Set();
 let asking = new Map();
@@ -27,10 +27,10 @@ export function forget() {
   asking = new Map();
 }
 
-/** The newest of a kind, at most half a minute old. */
+/** The newest of a kind; `now` if what is known must not be a little old. */
 export async function load(kind, signal, now = false) {
   const known = kinds[kind];
-  if (!now && Date.now() - known.at < FRESH_MS) return;
+  if (!now && Date.now() - known.at < known.fresh) return;
   const { data } = await call("GET", kind, { query: { limit: kind === "workflows" ? 100 : 1000 }, signal });
   known.at = Date.now();
   for (const item of data.items) known.byId.set(item.id, item);
@@ -40,7 +40,7 @@ export async function load(kind, signal, now = false) {
 export async function loadMissing(kind, ids, signal) {
   const wanted = [...new Set(ids)].filter((id) => id && !kinds[kind].byId.has(id) && !missing.has(id) && !asking.has(id));
   await Promise.all(
-    wanted.slice(0, 8).map(async (id) => {
+    wanted.slice(0, 24).map(async (id) => {
       asking.set(id, true);
       try {
         const { data } = await call("GET", `${kind}/${id}`, { signal });

@@ -112,6 +112,7 @@ export function queueView(root) {
             null,
             icon("machine"),
             h("b", null, h("a", { href: `#/runs?machine=${machine.id}` }, names.named("machines", machine.id))),
+            machine.pools?.length ? h("span.faint", null, machine.pools.map((pool, index) => [index ? ", " : "", theirs(pool.name)])) : null,
             h("span.faint.end", null, machine.status !== "connected" ? ["offline, last seen ", time(machine.last_seen)] : !machine.is_available ? "set aside" : run ? "" : "free"),
           ),
           run
@@ -120,12 +121,7 @@ export function queueView(root) {
                 run.started_at ? h("div.life", null, bar((now() - Date.parse(run.started_at)) / longest, "ran"), time(run.started_at, "since")) : h("p.faint", null, "assigned, not started yet"),
               ]
             : null,
-          h(
-            "p.meta",
-            null,
-            machine.reserved_session_id ? h("span", null, "reserved for session ", h("a", { href: `#/runs?session=${machine.reserved_session_id}` }, short(machine.reserved_session_id))) : null,
-            machine.pools?.length ? h("span.faint", null, "in ", machine.pools.map((pool, index) => [index ? ", " : "", theirs(pool.name)])) : null,
-          ),
+          machine.reserved_session_id ? h("p.meta", null, h("span", null, "reserved for session ", h("a", { href: `#/runs?session=${machine.reserved_session_id}` }, short(machine.reserved_session_id)))) : null,
         );
       }),
     );

@@ -9,6 +9,7 @@ import * as names from "./names.js";
 const QUIET_MS = 300; // after the last change
 const AGAIN_MS = 5000; // while it would be refused: that may change by itself
 const SLOWEST_SECONDS = 30;
+const SENT_AT_MOST = 10; // then somebody has to want it
 const SEND_SECONDS = 120; // without files; with files as long as they take
 
 const WORDS = {
@@ -84,7 +85,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     fill(trouble);
     foretold = null;
     drawButtons();
-    aside.classList.add("stale");
+    if (dryRun) aside.classList.add("stale");
     ask(QUIET_MS);
   }
 
@@ -100,7 +101,8 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     try {
       body = await build(() => "");
     } catch {
-      return; // a value is not finished: the next change asks
+      fill(verdict, h("p.faint", null, "A value is not finished yet."));
+      return; // the next change asks
     }
     try {
       const answer = await dryRun(body, abort.signal);
@@ -186,8 +188,9 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     else send.removeAttribute("aria-disabled");
     send.title = refused ? foretold.refusals[0].detail : "";
     send.disabled = state === "reading" || state === "sending";
-    fill(send, icon("retry"), { editing: `Retry as attempt ${run.attempt + 1}`, reading: "Reading the files …", sending: "Sending …", waiting: "Send again now", stopped: "Stopped" }[state]);
+    fill(send, icon("retry"), { editing: `Retry as attempt ${run.attempt + 1}`, reading: "Reading the files …", sending: "Sending …", waiting: "Send again now", stopped: "" }[state]);
     stop.hidden = state !== "waiting" && state !== "sending";
+    send.hidden = state === "stopped";
     form.inert = state !== "editing";
     form.classList.toggle("frozen", state !== "editing");
   }
@@ -261,7 +264,8 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
         icon("warn"),
         h("span", null, error.message, " ", lost ? "Whether it took effect is not known. The same request is sent again, which cannot retry twice." : "Nothing is lost: the same request is sent again.", error.requestId ? h("span.faint", null, ` Request ${error.requestId}.`) : null),
       );
-      countDown(seconds);
+      if (failures < SENT_AT_MOST) countDown(seconds);
+      else to("waiting");
       return;
     }
     // Decided: nothing of this dialog has taken effect, so it may be changed and sent again.
@@ -273,7 +277,6 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     failures = 0;
     to(reused ? "stopped" : "editing");
     if (reused) {
-      stop.hidden = send.hidden = true;
       fill(trouble, icon("info"), "What this dialog sent before has taken effect. Close it and look at the run.");
       return;
     }
@@ -317,7 +320,6 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
       life.abort();
       fill(trouble, icon("info"), "Stopped. It may have been retried: close this and look at the run.");
       to("stopped");
-      send.hidden = stop.hidden = true;
       return;
     }
     sent = null;

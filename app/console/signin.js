@@ -63,14 +63,14 @@ export function signInView(root, why, entered) {
       "div.signin",
       null,
       WHY[why] ? notice(WHY[why][0], WHY[why][1], h("p", null, WHY[why][2])) : null,
-      h("h1", { tabindex: -1 }, "Runs console"),
+      h("h1", { tabindex: -1 }, h("img", { src: "icon.svg", alt: "", width: 36, height: 36 }), "Runs console"),
       h("p.lead", null, "See what runs, find out why it failed, and retry it in place."),
       form,
       h(
         "ul.promises",
         { id: "key-help" },
         h("li", null, icon("key"), "The key stays in this tab, and goes when you sign out, close the tab, or leave it for 30 minutes."),
-        h("li", null, icon("info"), h("span", null, "It may be one made for you: ", h("code", null, "python -m app keys create --organization NAME"))),
+        h("li", null, icon("info"), h("span", null, "No key yet? Whoever runs the service makes one: ", h("code", null, "python -m app keys create --organization NAME"))),
       ),
     ),
   );
