@@ -75,7 +75,7 @@ export function watchKey(signedOut) {
 function heard() {
   if (!me.key || checkIdle()) return;
   const now = Date.now();
-  if (now - lastInput > 5000) sessionStorage.setItem("input", String(now));
+  if (now - lastInput > 5000) sessionStorage.setItem("last-input", String(now));
   lastInput = now;
 }
 
@@ -93,8 +93,8 @@ export function checkIdle() {
 
 /** The key that this tab had before it was loaded again, if somebody was here lately. */
 export function storedKey() {
-  const key = sessionStorage.getItem("key") ?? "";
-  if (key && !idleSince(Number(sessionStorage.getItem("input") ?? Number.NaN))) {
+  const key = sessionStorage.getItem("api-key") ?? "";
+  if (key && idleSince(Number(sessionStorage.getItem("last-input") ?? Number.NaN))) {
     sessionStorage.clear();
     return { key: "", idle: true };
   }
@@ -118,8 +118,8 @@ export async function signIn(key) {
     me.key = "";
     throw problem;
   }
-  sessionStorage.setItem("key", key);
-  sessionStorage.setItem("input", String(lastInput));
+  sessionStorage.setItem("api-key", key);
+  sessionStorage.setItem("last-input", String(lastInput));
 }
 
 export function signOut(why) {
@@ -246,6 +246,13 @@ class Poll {
     this.paused = paused;
     if (paused) clearTimeout(this.#timer);
     else this.now();
+    this.changed();
+  }
+
+  /** What the screen is about has come, if not yet all that goes with it. */
+  heard() {
+    this.last = Date.now();
+    this.problem = null;
     this.changed();
   }
 

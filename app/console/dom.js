@@ -188,6 +188,12 @@ export function say(text) {
   said.textContent = text;
 }
 
+/** Nothing that was said stays on the page. */
+export function hush() {
+  fill(said);
+  fill(toasts);
+}
+
 /** For everybody, for a while. */
 export function toast(text, kind = "") {
   say(text);

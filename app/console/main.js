@@ -1,7 +1,7 @@
 // The shell: which screen the address names, who is signed in, how fresh it is, and what the keys do.
 
 import { Problem, Unreachable, checkIdle, may, me, poll, signIn, signOut, storedKey, watchKey, aborted, call } from "./api.js";
-import { UUID, clock, fill, h, icon, installVoice, notice, openDialog, say, span, theirs, tick, toast } from "./dom.js";
+import { UUID, clock, fill, h, hush, icon, installVoice, notice, openDialog, say, span, theirs, tick, toast } from "./dom.js";
 import { forget } from "./names.js";
 import { queueView } from "./queue.js";
 import { runView } from "./run.js";
@@ -303,6 +303,7 @@ function leave(why) {
   fill(banner);
   drawn = "";
   jump.value = "";
+  hush();
   titleIs(signInView(main, why, enter));
 }
 

@@ -60,6 +60,7 @@ export function runView(root, first, app) {
     }
     gone = false;
     take(reply);
+    poll.heard();
     await Promise.all([
       names.loadMissing("workflows", [run.workflow_id], signal),
       names.loadMissing("machines", [run.machine_id, run.assigned_machine_id], signal),

@@ -150,6 +150,7 @@ export function runsView(root, first) {
     if (asked !== filter) return;
     latest = data;
     draw();
+    poll.heard();
     // Names and counts come after the first paint.
     await Promise.all([names.load("workflows", signal), names.load("machines", signal)]);
     const items = latest.items.slice(0, PAGE);
@@ -197,6 +198,7 @@ export function runsView(root, first) {
       if (run) update(row, run);
       else if (!last || latest.items.length < PAGE || row.run.created_at > last.created_at) leave(row);
     }
+    if (!rows.size) drawEmpty();
     drawNews();
     if (!filter.before) setCount(filter.status || null, latest.total);
     const shown = rows.size;
@@ -230,7 +232,7 @@ export function runsView(root, first) {
     for (const run of items) rows.set(run.id, newRow(run));
     fill(body, [...rows.values()].map((row) => row.tr));
     table.hidden = items.length === 0;
-    fill(below, items.length ? pager(items) : empty());
+    if (items.length) fill(below, pager(items));
   }
 
   // --- rows -----------------------------------------------------------------------------------------------------------
@@ -290,11 +292,17 @@ export function runsView(root, first) {
     );
   }
 
+  function drawEmpty() {
+    const of = JSON.stringify([filter, names.all("workflows")[0]?.id]);
+    if (below.firstChild?.of === of) return;
+    fill(below, empty());
+    below.firstChild.of = of;
+  }
+
   function empty() {
     if (filter.before) return notice("info", "No older runs", h("p", null, h("a", { href: address({ ...filter, before: "" }) }, "Back to the newest")));
     if (isFiltered()) return notice("info", "No run matches these filters", h("button", { type: "button", onclick: () => clear.click() }, "Show all runs"));
-    const [known] = names.all("workflows");
-    const text = () => createCurl(names.all("workflows")[0] ?? known);
+    const text = () => createCurl(names.all("workflows")[0]);
     return notice(
       "info",
       "No runs yet",

@@ -1,0 +1,114 @@
+"""The key: accepted, refused, kept in this tab alone, and gone when it should be."""
+
+import re
+
+from playwright.async_api import expect
+
+from tests.console.conftest import Console
+from tests.conftest import Client, Stack
+
+
+def test_a_key_is_pasted_and_the_runs_are_there(console: Console, api: Client) -> None:
+    run = api.finished("error")
+    console.sign_in()
+    console.reads(console.rows, run["id"][:8])
+    assert console.do(console.page.title()) == "Runs · Runs console"
+
+
+def test_what_surrounds_a_pasted_key_does_no_harm(console: Console) -> None:
+    console.sign_in(key=f"  Bearer {console.key}\n")
+    console.sees("No runs yet")
+
+
+def test_a_wrong_key_is_refused_and_kept_nowhere(console: Console) -> None:
+    console.tab.expect("status of 401")
+    console.tab.open(console.url)
+    field = console.page.get_by_label("API key")
+    for wrong, sentence in (
+        ("", "Paste a key first"),
+        ("two words", "A key has no spaces"),
+        ("wrong", "does not know this key"),
+    ):
+        console.do(field.fill(wrong))
+        console.do(console.page.get_by_role("button", name="Sign in").click())
+        console.sees(sentence)
+        console.do(expect(field).to_have_attribute("aria-invalid", "true"))
+        console.do(expect(field).to_be_focused())
+    assert console.storage() == {}
+
+
+def test_the_key_lives_in_the_tabs_storage_and_survives_a_reload_there(console: Console, api: Client) -> None:
+    run = api.finished()
+    console.sign_in(f"#/runs/{run['id']}/inputs")
+    console.do(console.page.reload())
+    console.sees(console.page.get_by_role("heading", name="Secrets"))
+    assert console.storage()["api-key"] == console.key
+    assert console.do(console.page.evaluate("({...localStorage})")) == {}
+    assert console.do(console.page.context.cookies()) == []
+    assert all(console.key not in request.url for request in console.asked)
+    assert console.key not in console.do(console.page.content())
+    assert console.do(console.page.evaluate("indexedDB.databases()")) == []
+
+
+def test_signing_out_leaves_nothing_behind(console: Console, api: Client) -> None:
+    run = api.finished("error")
+    console.sign_in()
+    console.sees(run["id"][:8])
+    console.do(console.page.get_by_role("button", name="Your key").click())
+    console.do(console.dialog.get_by_role("button", name="Sign out").click())
+    console.sees("The key is no longer in this tab")
+    assert console.storage() == {}
+    assert run["id"][:8] not in console.do(console.page.content())
+    console.do(console.page.reload())
+    console.sees(console.page.get_by_label("API key"))
+
+
+def test_a_revoked_key_signs_out_at_the_next_request(console: Console, api: Client, stack: Stack) -> None:
+    console.tab.expect("status of 401")
+    run = api.finished("error")
+    console.sign_in()
+    console.open_retry(run["id"])
+    stack.sql("UPDATE api_keys SET revoked_at = now() WHERE organization_id = $1", api.organization)
+    console.sees("does not accept the key any more")
+    assert console.storage() == {}
+    assert run["id"] not in re.sub(r"#\S*", "", console.do(console.page.content()))
+    console.misses(console.page.locator("dialog"))
+
+
+def test_half_an_hour_without_input_signs_out_and_wipes_the_page(console: Console, api: Client) -> None:
+    run = api.finished("error", sensitive_input_values={"password": "old"})
+    console.do(console.page.clock.install())
+    console.sign_in()
+    console.open_retry(run["id"])
+    field = console.choose("Secrets", "Change")
+    console.do(field.locator("[data-secret]").fill("typed"))
+    console.do(console.page.clock.fast_forward("29:00"))
+    console.do(console.page.mouse.move(300, 300))
+    console.do(console.page.clock.fast_forward("29:00"))
+    console.sees(console.dialog)
+    console.do(console.page.clock.fast_forward("01:01"))
+    console.sees("Signed out after 30 minutes without input")
+    assert console.storage() == {}
+    console.misses(console.page.locator("dialog"))
+    assert run["id"][:8] not in console.text()
+
+
+def test_a_tab_that_is_restored_later_shows_nothing(console: Console, api: Client) -> None:
+    """A laptop that slept, a tab that a browser brings back: its storage is still there, its time is over."""
+    api.finished("error")
+    console.sign_in()
+    console.sees(console.rows)
+    for when in ("Date.now() - 31 * 60000", "Date.now() + 3600000", "'nonsense'"):
+        console.do(
+            console.page.evaluate(
+                f"sessionStorage.setItem('api-key', '{console.key}'), sessionStorage.setItem('last-input', String({when}))"
+            )
+        )
+        before = len(console.sent("GET", "whoami"))
+        console.do(console.page.reload())
+        console.sees("Signed out after 30 minutes without input")
+        assert console.storage() == {}
+        assert len(console.sent("GET", "whoami")) == before  # the key was not even tried
+        console.do(console.page.get_by_label("API key").fill(console.key))
+        console.do(console.page.keyboard.press("Enter"))
+        console.sees(console.rows)
