@@ -5,7 +5,7 @@ import { UUID, copyButton, count, fill, h, icon, notice, now, reason, say, short
 import * as names from "./names.js";
 
 const PAGE = 100;
-const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at,is_priority";
+const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at";
 const STATUSES = ["scheduling", "running", "success", "error", "cancelled"];
 const COUNTS_MS = 10_000;
 const PERIODS = { "1h": ["Last hour", 3600], "24h": ["Last 24 hours", 86_400], "7d": ["Last 7 days", 604_800] };
@@ -238,45 +238,55 @@ export function runsView(root, first) {
   // --- rows -----------------------------------------------------------------------------------------------------------
 
   function newRow(run) {
-    const link = h("a", { href: `#/runs/${run.id}` });
-    const tr = h("tr", {
-      onclick: (event) => {
-        // A click anywhere on the row opens it, unless it ends the selection of some text.
-        if (event.target.closest("a") || event.ctrlKey || event.metaKey || String(getSelection())) return;
-        location.hash = link.hash;
+    const link = h("a", { href: `#/runs/${run.id}` }, short(run.id));
+    const cells = Object.fromEntries(["status", "id", "workflow", "attempt", "machine", "why", "age"].map((name) => [name, h(`td.c-${name}`)]));
+    cells.id.append(link);
+    cells.age.append(time(run.created_at, "age"));
+    const tr = h(
+      "tr",
+      {
+        onclick: (event) => {
+          // A click anywhere on the row opens it, unless it ends the selection of some text.
+          if (event.target.closest("a") || event.ctrlKey || event.metaKey || String(getSelection())) return;
+          location.hash = link.hash;
+        },
       },
-    });
-    const row = { tr, link, run, shown: "" };
+      Object.values(cells),
+    );
+    const row = { tr, link, cells, run, shown: "" };
     update(row, run);
     return row;
   }
 
+  /** In place: what has the focus, or is selected, stays. */
   function update(row, run) {
-    const shown = JSON.stringify([run, names.nameOf("workflows", run.workflow_id), run.machine_id && names.nameOf("machines", run.machine_id)]);
+    const { cells } = row;
+    set(cells.workflow, names.nameOf("workflows", run.workflow_id), () => names.named("workflows", run.workflow_id));
+    set(cells.machine, run.machine_id && names.nameOf("machines", run.machine_id), () => (run.machine_id ? names.named("machines", run.machine_id) : h("span.faint", null, "–")));
+    const shown = JSON.stringify(run);
     if (shown === row.shown) return;
     const moved = row.shown && (row.run.status !== run.status || row.run.attempt !== run.attempt);
     Object.assign(row, { run, shown });
-    fill(row.link, short(run.id));
     row.link.setAttribute("aria-label", `Run ${run.id.slice(0, 8)}, ${run.status}`);
-    fill(
-      row.tr,
-      h("td.c-status", null, status(run.status), run.is_priority ? h("span.tag", null, "priority") : null),
-      h("td.c-id", null, row.link),
-      h("td.c-workflow", null, names.named("workflows", run.workflow_id)),
-      h("td.c-attempt", { "data-label": "attempt" }, String(run.attempt)),
-      h("td.c-machine", null, run.machine_id ? names.named("machines", run.machine_id) : h("span.faint", null, "–")),
-      h("td.c-why", null, why(run)),
-      h("td.c-age", null, time(run.created_at, "age")),
-    );
+    set(cells.status, run.status, () => status(run.status));
+    set(cells.attempt, run.attempt, () => String(run.attempt));
+    set(cells.why, shown, () => why(run));
     row.tr.classList.remove("gone");
     row.tr.classList.toggle("flash", Boolean(moved));
+  }
+
+  function set(cell, key, content) {
+    if (cell.key === key) return;
+    cell.key = key;
+    fill(cell, content());
   }
 
   function leave(row) {
     if (row.tr.classList.contains("gone")) return;
     row.tr.classList.add("gone");
     row.shown = "";
-    fill(row.tr.querySelector(".c-why"), filter.status ? `No longer ${filter.status}` : "No longer in this list");
+    row.cells.why.key = "";
+    fill(row.cells.why, filter.status ? `No longer ${filter.status}` : "No longer in this list");
   }
 
   function pager(items) {

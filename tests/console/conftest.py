@@ -1,7 +1,7 @@
 """The console in a real browser, signed in, and what tests do in it again and again."""
 
 import json
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import pytest
@@ -121,6 +121,6 @@ def body(request: Request) -> dict[str, Any]:
 
 
 @pytest.fixture
-def console(tab: Tab, server: Server, api: Client) -> Iterator[Console]:
+def console(tab: Tab, server: Server, api: Client) -> Console:
     """Not signed in yet; with the key of `api`, a client of the same organization."""
-    yield Console(tab, server.url, str(api.headers["authorization"].split()[1]))
+    return Console(tab, server.url, str(api.headers["authorization"].split()[1]))

@@ -4,8 +4,8 @@ import re
 
 from playwright.async_api import expect
 
-from tests.console.conftest import Console
 from tests.conftest import Client, Stack
+from tests.console.conftest import Console
 
 
 def test_a_key_is_pasted_and_the_runs_are_there(console: Console, api: Client) -> None:
