@@ -15,8 +15,8 @@ from app.auth import Actor, Principal
 from app.errors import IdempotencyInProgress, Invalid, Refusal
 from app.models import IdempotencyKey
 from app.services import Services
-from app.stores.database import Connection, Deadlock, LockTimeout, UniqueViolation
-from app.stores.statements import fragment
+from app.stores.database import Connection, Database, Deadlock, LockTimeout, UniqueViolation
+from app.stores.statements import fragment, statement
 
 T = TypeVar("T")
 
@@ -98,6 +98,21 @@ def fingerprint(server_key: str, method: str, path: str, body: bytes) -> bytes:
     mac = hmac.new(server_key.encode(), f"{method}\n{path}\n".encode(), "sha256")
     mac.update(body)
     return mac.digest()
+
+
+FORGET = statement(
+    "idempotency.forget",
+    """
+    DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM idempotency_keys WHERE expires_at <= now() ORDER BY expires_at LIMIT 1000 FOR UPDATE SKIP LOCKED))
+    """,
+)
+
+
+async def forget_keys(database: Database) -> bool:
+    """Remove a batch of expired keys; whether there may be more."""
+    async with database.connection() as connection:
+        return await connection.execute(FORGET) != "DELETE 0"
 
 
 async def find(connection: Connection, write: WriteRequest) -> Reply | None:

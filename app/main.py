@@ -10,10 +10,10 @@ from types import FrameType
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from app import background
 from app.api import console, openapi, refusals
 from app.api.edge import Edge
 from app.api.routes import ROUTERS
-from app.background import Background
 from app.config import Settings
 from app.services import Services
 
@@ -25,7 +25,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = Services.open(settings)
         app.state.services = services
-        task = asyncio.create_task(Background(services).run())
+        task = asyncio.create_task(background.run(services))
         _when_told_to_stop(services.wakeups.stop)
         yield
         task.cancel()

@@ -17,6 +17,7 @@ class Wakeups:
         self.placement = asyncio.Event()
         self.collector = asyncio.Event()
         self._organizations: set[str] = set()
+        self.look_around_at = 0.0
         self._callers: dict[UUID, set[asyncio.Event]] = defaultdict(set)
         self.stopping = False
 

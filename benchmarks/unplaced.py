@@ -2,14 +2,18 @@
 
 import sys
 
-from app.background import Background
+from app import background
 from app.cli import main
+from app.services import Services
+
+LOOPS = background.loops
 
 
-async def nothing(self: Background) -> None:
-    """In place of a pass."""
+def without_placement(services: Services) -> list[background.Loop]:
+    """The other loops."""
+    return [loop for loop in LOOPS(services) if loop.name != "placement"]
 
 
 if __name__ == "__main__":
-    Background._place = nothing  # type: ignore[method-assign] # no setting turns this off
+    background.loops = without_placement  # no setting turns this off
     sys.exit(main(["serve"]))

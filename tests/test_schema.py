@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from app import auth, background, idempotency
+from app import auth, idempotency
 from app.config import Settings
 from app.runs import create, ending, outputs, projection, retry
 from app.scheduling.targets import lane
@@ -127,7 +127,7 @@ STATEMENTS: dict[str, str | Statement] = {
     "condemn": deletions.CONDEMN,
     "finish": deletions.FINISH,
     "prune outputs": outputs.PRUNE_OUTPUTS,
-    "forget keys": background.FORGET_KEYS,
+    "forget keys": idempotency.FORGET,
 }
 
 

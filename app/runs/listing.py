@@ -17,6 +17,7 @@ from app.models import RunStatus
 from app.runs import projection
 from app.services import Services
 from app.stores.database import Database
+from app.stores.statements import statement
 
 # How often a caller looks again that waits for anything but an assignment.
 LOOK_AGAIN_SECONDS = 1.0
@@ -155,3 +156,21 @@ async def wait_for_run(services: Services, wanted: RunFilter, seconds: float) ->
             except TimeoutError:
                 return
             assigned.clear()
+
+
+ASSIGNED = statement(
+    "runs.assigned",
+    """
+    SELECT assigned_machine_id FROM runs
+    WHERE assigned_machine_id = ANY(:machine_ids::uuid[]) AND status = 'scheduling'
+    """,
+)
+
+
+async def announce_assignments(services: Services) -> None:
+    """Assignments that other replicas made, for callers that wait here: one query for all of them."""
+    machines = services.wakeups.awaited_machines()
+    if machines:
+        async with services.database.connection() as connection:
+            rows = await connection.fetch(ASSIGNED, machine_ids=list(machines))
+        services.wakeups.assigned({row["assigned_machine_id"] for row in rows})

@@ -3,6 +3,7 @@
 Only the report writes them, and only the background removes those of superseded attempts.
 """
 
+from app.stores.database import Database
 from app.stores.statements import statement
 
 SAVED = ("output_data", "run_message_history", "usage_metadata")
@@ -37,3 +38,9 @@ PRUNE_OUTPUTS = statement(
         WHERE before < 16 * 1024 * 1024))
     """,
 )
+
+
+async def prune_outputs(database: Database) -> bool:
+    """Remove a batch of what superseded attempts left; whether there may be more."""
+    async with database.connection() as connection:
+        return await connection.execute(PRUNE_OUTPUTS) != "DELETE 0"

@@ -166,3 +166,15 @@ async def collect(
         async with database.connection() as connection:
             await connection.execute(FINISH, *_columns(deleted), ahead)
     return len(rows)
+
+
+async def collect_all(
+    database: Database,
+    secrets: SecretStore,
+    files: FileStore,
+    *,
+    noted: Callable[[Connection, list[Name]], Awaitable[None]],
+) -> None:
+    """Delete all that is due. As `collect`."""
+    while await collect(database, secrets, files, noted=noted) == BATCH:
+        pass  # a full batch: there is more
