@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from app import background
-from app.api import console, openapi, refusals
+from app.api import console, docs, openapi, refusals
 from app.api.edge import Edge
 from app.api.routes import ROUTERS
 from app.config import Settings
@@ -40,11 +40,13 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         exception_handlers=refusals.HANDLERS,
+        generate_unique_id_function=openapi.unique_id,
         redirect_slashes=False,  # a redirect would make clients send their key and body twice
     )
     for router in ROUTERS:
         app.include_router(router)
     openapi.install(app)
+    docs.install(app, console=settings.console)
     if settings.console:
         console.install(app, settings)
     app.add_middleware(Edge)

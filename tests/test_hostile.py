@@ -528,6 +528,8 @@ def test_paths(scene: Scene) -> None:
             ):
                 url = path.replace(f"{{{name}}}", value)  # no path has two of them
                 reply = scene.client.request(method, scene.server.url + url, json={})
+                if (method, reply.request.url.path) == ("GET", "/"):
+                    continue  # the client itself has followed "../..", and the root is there for everybody
                 try:
                     scene.assert_refused(reply, 404, 405, 422)
                 except AssertionError as failure:
@@ -563,7 +565,7 @@ def test_no_spelling_of_a_path_needs_no_key(scene: Scene, path: str) -> None:
 
 
 def test_methods_that_no_path_has(scene: Scene) -> None:
-    paths = [*scene.document["paths"], "/docs", "/openapi.json", "/nothing"]
+    paths = [*scene.document["paths"], "/", "/docs", "/openapi.json", "/nothing"]
     for path in paths:
         url = path.format(**scene.ids)
         for method in ("HEAD", "OPTIONS", "TRACE", "PROPFIND", "SEARCH", "PURGE", "LINK", "M-SEARCH"):
@@ -571,7 +573,7 @@ def test_methods_that_no_path_has(scene: Scene) -> None:
             if method == "HEAD":
                 assert reply.status_code in (200, 404, 405)
                 assert not reply.content
-                assert reply.status_code != 200 or path in ("/docs", "/openapi.json")
+                assert reply.status_code != 200 or path in ("/", "/docs", "/openapi.json")
             elif path == "/v1/runs/bulk" or reply.status_code == 404:
                 scene.assert_refused(reply, 404 if path == "/nothing" else 405)
             else:

@@ -100,6 +100,15 @@ def _parameters(path: str) -> list[str]:
     return [part.partition("}")[0] for part in path.split("{")[1:]]
 
 
+def test_every_operation_has_a_name_of_its_own_and_a_sentence(document: Document) -> None:
+    names = [operation["operationId"] for _, _, operation in operations(document)]
+    assert len(names) == len(set(names))
+    assert all(name.isalnum() and name[0].islower() for name in names), names
+    for method, path, operation in operations(document):
+        assert operation["description"].startswith(operation["summary"]), f"{method} {path}"
+        assert not operation["summary"].endswith("."), f"{method} {path}"
+
+
 def test_the_retry_names_all_of_its_refusals(document: Document) -> None:
     retry = document["paths"]["/v1/runs/{run_id}/retry"]["post"]
     assert codes(retry, 404) == {"run_not_found", "machine_not_found", "pool_not_found", "session_not_found"}
@@ -123,8 +132,13 @@ def test_refusals_have_the_form_that_is_sent(document: Document) -> None:
                 if status == "422"
                 else ("application/problem+json", "Problem")
             )
-            expected = {form: {"schema": {"$ref": f"#/components/schemas/{model}"}}}
-            assert response["content"] == expected, f"{method} {path} {status}"
+            [(media_type, content)] = response["content"].items()
+            assert media_type == form, f"{method} {path} {status}"
+            assert content.pop("schema") == {"$ref": f"#/components/schemas/{model}"}, f"{method} {path} {status}"
+            examples = content.pop("examples", {})
+            assert examples.keys() == codes(operation, int(status)), f"{method} {path} {status}"
+            assert all(example["value"]["code"] == code for code, example in examples.items())
+            assert not content
             assert ("Retry-After" in response["headers"]) >= (status == "503"), f"{method} {path} {status}"
     item = document["components"]["schemas"]["ValidationItem"]
     assert item["properties"].keys() == {"loc", "msg", "type"}, "never the input"

@@ -1,23 +1,21 @@
-"""OpenAPI that tells the truth, and the docs page without any outside host.
+"""The document at /openapi.json, which tells the truth.
 
-Bodies are read by payload.py and replies are built as bytes, so FastAPI cannot see them: each route names them with
+Bodies are read by requests.py and replies are built as bytes, so FastAPI cannot see them: each route names them with
 `operation()`.
 """
 
+import re
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
-from swagger_ui_bundle import swagger_ui_path
 
 from app.api.requests import refuse_unsupported_query
 from app.errors import (
+    TITLES,
     DatabaseUnavailable,
     IdempotencyInProgress,
     InternalError,
@@ -80,11 +78,12 @@ def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str,
         response = responses.setdefault(
             refusal.status,
             {
-                "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
-                "codes": [],
+                "content": {
+                    Refusal.media_type: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}},
+                },
             },
         )
-        response["codes"].append(refusal.code)
+        response["content"][Refusal.media_type]["examples"].setdefault(refusal.code, {"value": _problem(refusal)})
         if refusal.status == 503 or refusal is IdempotencyInProgress:
             response.setdefault("headers", {})["Retry-After"] = _header("Seconds.")
         if refusal is IdempotencyInProgress:
@@ -92,9 +91,27 @@ def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str,
         if refusal is Unauthorized:
             response.setdefault("headers", {})["WWW-Authenticate"] = _header("`Bearer`.")
     for response in responses.values():
-        if codes := response.pop("codes", None):
-            response["description"] = "Code " + " or ".join(f"`{code}`" for code in dict.fromkeys(codes)) + "."
+        if "content" in response:
+            codes = response["content"][Refusal.media_type]["examples"]
+            response["description"] = "Code " + " or ".join(f"`{code}`" for code in codes) + "."
     return responses
+
+
+def _problem(refusal: type[Refusal]) -> dict[str, Any]:
+    """What is sent, as an example. The sentences that depend on the run are not known here."""
+    return {
+        "type": f"urn:problem:{refusal.code}",
+        "title": TITLES[refusal.status],
+        "status": refusal.status,
+        "detail": refusal.detail or "What happened, and what to do.",
+        "code": refusal.code,
+    }
+
+
+def unique_id(route: APIRoute) -> str:
+    """An operation's id is its function's name, in the document's style. Swagger UI takes an underscore for a space."""
+    first, *rest = route.name.split("_")
+    return first + "".join(word.title() for word in rest)
 
 
 def _header(description: str) -> dict[str, Any]:
@@ -105,6 +122,8 @@ def _complete(document: dict[str, Any]) -> None:
     """What holds for every operation, or follows from what it already says."""
     for operations in document["paths"].values():
         for described in operations.values():
+            if "description" in described:  # else the framework's: the function's name once more
+                described["summary"] = re.split(r"[.:;] |\.?\n|\.$", described["description"], maxsplit=1)[0]
             for parameter in described.get("parameters", ()):
                 if parameter["in"] == "path":
                     parameter["description"] = f"Id of the {parameter['name'].removesuffix('_id')}."
@@ -134,7 +153,7 @@ _JSON_VALUE = {
 
 
 def install(app: FastAPI) -> None:
-    """Serve /openapi.json and /docs."""
+    """Make the document complete."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -150,18 +169,7 @@ def install(app: FastAPI) -> None:
             app.openapi_schema = document
         return app.openapi_schema
 
-    async def page(request: Request) -> Response:
-        return get_swagger_ui_html(
-            openapi_url="openapi.json",
-            title=app.title,
-            swagger_js_url="docs-assets/swagger-ui-bundle.js",
-            swagger_css_url="docs-assets/swagger-ui.css",
-            swagger_favicon_url="docs-assets/favicon-32x32.png",
-        )
-
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend the document
-    app.add_route("/docs", page, include_in_schema=False)
-    app.mount("/docs-assets", StaticFiles(directory=swagger_ui_path))
 
 
 _DESCRIPTION = """

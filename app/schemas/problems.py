@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from app.schemas.values import example
+
 
 class Problem(BaseModel):
     """RFC 9457 problem details."""
@@ -25,6 +27,8 @@ class ValidationItem(BaseModel):
 
 class ValidationProblem(BaseModel):
     """Bad input, in FastAPI's form."""
+
+    model_config = example(detail=[{"loc": ["body", "machine_id"], "msg": "must be a UUID", "type": "uuid_parsing"}])
 
     detail: list[ValidationItem]
 

@@ -15,17 +15,22 @@ import os
 import re
 import shutil
 from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.async_api import Browser, ConsoleMessage, Error, Page, Request, async_playwright
+from playwright.async_api import Browser, ConsoleMessage, Error, Page, Request, async_playwright, expect
 
 T = TypeVar("T")
 
 WAIT_MS = 15_000
+expect.set_options(timeout=WAIT_MS)
+
 FLAGS = (
     "--headless",
     "--no-sandbox",  # the kernel refuses it to root in a container
@@ -141,3 +146,26 @@ def tab(_browser: tuple[Browser, asyncio.Runner]) -> Iterator[Tab]:
     problems = opened.problems()
     opened.do(opened.page.context.close())
     assert not problems, "\n".join(problems)
+
+
+@contextmanager
+def page_of(html: str, policy: str) -> Iterator[str]:
+    """A server of one page with this Content-Security-Policy, as long as the block; yields its address."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = html.encode() if self.path == "/" else b""
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Security-Policy", policy)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()

@@ -48,16 +48,17 @@ def _download(*refusals: type[Refusal], public: bool = False) -> dict[str, Any]:
             "name": "Range",
             "in": "header",
             "required": False,
-            "description": "One range of bytes, as in RFC 9110 section 14; anything else is answered with the whole file.",
+            # No example: pages that try requests out would send it.
+            "description": "One range of bytes, as in RFC 9110 section 14 (`bytes=0-1023`); "
+            "anything else is answered with the whole file.",
             "schema": {"type": "string"},
-            "example": "bytes=0-1023",
         }
     )
     return described | {"response_class": Response}
 
 
 @router.get(_PATH, response_model=Page[RunAttachmentResponse], **operation())
-async def list_all(
+async def list_run_attachments(
     request: Request,
     run_id: Annotated[UUID | None, ONLY] = None,
     attachment_type: Annotated[AttachmentType | None, ONLY] = None,
@@ -80,7 +81,7 @@ async def list_all(
         RunNotFound, InvalidTransition, AttemptSuperseded, StorageUnavailable, body=RunAttachmentCreate, write=True
     ),
 )
-async def create_attachment(request: Request) -> Response:
+async def create_run_attachment(request: Request) -> Response:
     """Hand in an output of a running run.
 
     Refused if the run was retried or ended before the upload was complete.
@@ -90,7 +91,7 @@ async def create_attachment(request: Request) -> Response:
 
 
 @router.get(_PATH + "/{attachment_id}", response_model=RunAttachmentResponse, **operation(AttachmentNotFound))
-async def get_attachment(attachment_id: UUID, request: Request) -> Response:
+async def get_run_attachment(attachment_id: UUID, request: Request) -> Response:
     """One attachment, without its bytes. An expired output is gone; an expired input is still described."""
     organization_id = request.state.principal.organization_id
     return json_reply(await attachments.get(services(request).database, organization_id, attachment_id))
@@ -101,7 +102,7 @@ async def get_attachment(attachment_id: UUID, request: Request) -> Response:
     response_model=RunAttachmentResponse,
     **operation(AttachmentNotFound, InputAttachmentsExpired, body=RunAttachmentUpdate, write=True),
 )
-async def update_attachment(attachment_id: UUID, request: Request) -> Response:
+async def update_run_attachment(attachment_id: UUID, request: Request) -> Response:
     """Change when the file expires; a time in the past expires it now.
 
     An expired input can be kept after all until its bytes are deleted; those of an active run are only deleted when it ends.
@@ -111,7 +112,7 @@ async def update_attachment(attachment_id: UUID, request: Request) -> Response:
 
 
 @router.delete(_PATH + "/{attachment_id}", status_code=204, **operation(AttachmentNotFound, write=True))
-async def delete_attachment(attachment_id: UUID, request: Request) -> Response:
+async def delete_run_attachment(attachment_id: UUID, request: Request) -> Response:
     """Remove the attachment and its bytes, whatever the run's status.
 
     An input of an active run too, as deleting the run itself would: whoever asks for it wants it gone now, and the run goes
@@ -122,7 +123,7 @@ async def delete_attachment(attachment_id: UUID, request: Request) -> Response:
 
 
 @router.get(_PATH + "/{attachment_id}/download", **_download(AttachmentNotFound))
-async def download(attachment_id: UUID, request: Request) -> Response:
+async def download_run_attachment(attachment_id: UUID, request: Request) -> Response:
     """The file's bytes, as a download."""
     own = services(request)
     async with own.database.connection() as connection:
@@ -135,7 +136,7 @@ async def download(attachment_id: UUID, request: Request) -> Response:
     response_model=DownloadUrlResponse,
     **operation(AttachmentNotFound, StorageUnavailable),
 )
-async def download_url(
+async def get_run_attachment_download_url(
     attachment_id: UUID,
     request: Request,
     expires_in: Annotated[int, Query(ge=10, le=3600, description="Seconds.")] = 300,
@@ -152,7 +153,7 @@ async def download_url(
 
 
 @router.get("/downloads/{attachment_id}", **_download(AttachmentNotFound, public=True))
-async def download_signed(
+async def download_signed_url(
     attachment_id: str,
     request: Request,
     expires: Annotated[str, Query(description="Unix time.")] = "",

@@ -35,20 +35,20 @@ async def _storage_problem(own: Services) -> str | None:
     return None if await own.files.ready() else "unreachable"
 
 
-@router.get("/v1/health", response_model=Health)
-@router.get("/health/live", response_model=Health)
+@router.get("/v1/health", name="health", response_model=Health)
+@router.get("/health/live", name="health_live", response_model=Health)
 async def live() -> Response:
     """The process answers."""
     return _reply()
 
 
-@router.get("/v1/health/db", response_model=Health, responses=_RESPONSES)
+@router.get("/v1/health/db", name="health_db", response_model=Health, responses=_RESPONSES)
 async def database(request: Request) -> Response:
     """PostgreSQL answers."""
     return _reply(database=await _database_problem(services(request)))
 
 
-@router.get("/health/ready", response_model=Health, responses=_RESPONSES)
+@router.get("/health/ready", name="health_ready", response_model=Health, responses=_RESPONSES)
 async def ready(request: Request) -> Response:
     """All three stores can be used; Vault accepts the service's own login. Nothing is written to find out."""
     own = services(request)

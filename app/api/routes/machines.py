@@ -33,7 +33,7 @@ async def create_machine(request: Request) -> Response:
 
 
 @router.get("", response_model=Page[MachineResponse], **operation())
-async def list_all(
+async def list_machines(
     request: Request,
     name: Annotated[Name | None, Query(description="Exactly this name.")] = None,
     status: Annotated[MachineStatus | None, ONLY] = None,
@@ -79,7 +79,7 @@ async def delete_machine(machine_id: UUID, request: Request) -> Response:
 
 
 @router.get("/{machine_id}/pools", response_model=list[PoolResponse], **operation(MachineNotFound))
-async def get_pools(machine_id: UUID, request: Request) -> Response:
+async def get_machine_pools(machine_id: UUID, request: Request) -> Response:
     """The pools a machine is in, newest first."""
     async with services(request).database.connection() as connection:
         machine = await machines.get(connection, request.state.principal.organization_id, machine_id)
@@ -91,7 +91,7 @@ async def get_pools(machine_id: UUID, request: Request) -> Response:
     response_model=MachineResponse,
     **operation(MachineNotFound, PoolNotFound, body=MachinePoolUpdate, write=True),
 )
-async def update_pools(machine_id: UUID, request: Request) -> Response:
+async def update_machine_pools(machine_id: UUID, request: Request) -> Response:
     """Put a machine into exactly these pools. Answers the machine: that is what every SDK reads."""
     options, write = await read(request, MachinePoolUpdate)
     return send(await machines.set_pools(services(request), write, machine_id, options))

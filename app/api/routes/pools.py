@@ -24,7 +24,7 @@ async def create_pool(request: Request) -> Response:
 
 
 @router.get("", response_model=Page[PoolResponse], **operation())
-async def list_all(request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+async def list_pools(request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
     """Pools, newest first."""
     organization_id = request.state.principal.organization_id
     return json_reply(await pools.list_pools(services(request).database, organization_id, skip, limit))
@@ -61,7 +61,7 @@ async def delete_pool(pool_id: UUID, request: Request) -> Response:
     response_model=PoolWithMachines,
     **operation(PoolNotFound, MachineNotFound, body=MachinePoolAssignment, write=True),
 )
-async def add_machines(pool_id: UUID, request: Request) -> Response:
+async def add_machines_to_pool(pool_id: UUID, request: Request) -> Response:
     """Add machines to a pool: all of them or none."""
     options, write = await read(request, MachinePoolAssignment)
     return send(await pools.add_machines(services(request), write, pool_id, options))
@@ -72,7 +72,7 @@ async def add_machines(pool_id: UUID, request: Request) -> Response:
     status_code=204,
     **operation(PoolNotFound, MachineNotFound, body=MachinePoolAssignment, write=True),
 )
-async def remove_machines(pool_id: UUID, request: Request) -> Response:
+async def remove_machines_from_pool(pool_id: UUID, request: Request) -> Response:
     """Take machines out of a pool: all of them or none."""
     options, write = await read(request, MachinePoolAssignment)
     return send(await pools.remove_machines(services(request), write, pool_id, options))

@@ -91,7 +91,7 @@ async def create_run(request: Request) -> Response:
     response_model=RunBulkCreateResponse,
     **operation(WorkflowNotFound, *_TARGETS, *_STORES, body=RunBulkCreate, write=True),
 )
-async def create_runs(request: Request) -> Response:
+async def bulk_create_runs(request: Request) -> Response:
     """Queue many runs that are alike: all of them or none."""
     options, write = await read(request, RunBulkCreate)
     return send(await create.create_bulk(services(request), write, options))
@@ -108,7 +108,7 @@ async def get_run(run_id: UUID, request: Request) -> Response:
 
 
 @router.get("/{run_id}/attempts", response_model=Page[RunAttemptResponse], **operation(RunNotFound))
-async def list_attempts(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+async def list_run_attempts(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
     """The archive of finished attempts, newest first."""
     async with services(request).database.connection() as connection:
         row = await connection.fetchrow(
@@ -130,7 +130,7 @@ async def list_attempts(run_id: UUID, request: Request, skip: Skip = 0, limit: L
 
 
 @router.get("/{run_id}/events", response_model=Page[RunEventResponse], **operation(RunNotFound))
-async def list_events(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+async def list_run_events(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
     """What happened to a run, oldest first; also to one that was deleted. An event shows once all older changes have ended."""
     organization_id = request.state.principal.organization_id
     async with services(request).database.connection() as connection:
@@ -140,7 +140,7 @@ async def list_events(run_id: UUID, request: Request, skip: Skip = 0, limit: Lim
     return json_reply(page)
 
 
-@router.get("", response_model=Page[RunProjection], **operation())
+@router.get("", name="list_runs", response_model=Page[RunProjection], **operation())
 async def list_all(
     request: Request,
     workflow_id: Annotated[UUID | None, ONLY] = None,

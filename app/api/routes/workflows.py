@@ -25,7 +25,7 @@ async def create_workflow(request: Request) -> Response:
 
 
 @router.get("", response_model=Page[WorkflowResponse], **operation())
-async def list_all(
+async def list_workflows(
     request: Request,
     created_at_from: From = None,
     created_at_to: To = None,

@@ -1,0 +1,54 @@
+"""The way in for people: /docs, which is Swagger UI without any other host, and /.
+
+The files of Swagger UI come from a package that carries them; nothing of it is imported. FastAPI's own page loads them from a
+content delivery network and starts them by a script within the page: our policy forbids both.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+
+from app.api.pages import PageFile
+from app.errors import RouteNotFound
+
+_SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
+
+
+def install(app: FastAPI, *, console: bool) -> None:
+    """Serve /docs and what it needs, and /."""
+    here = Path(__file__).parent
+    index = PageFile.of("index.html", (here / "index.html").read_bytes())
+    paths = [here / "start.js", *(_package("fastapi_swagger") / "resources" / name for name in _SWAGGER_UI)]
+    assets = {path.name: PageFile.of(path.name, path.read_bytes()) for path in paths}
+    places = {"docs": "/docs", "openapi": "/openapi.json", "health": "/health/ready"}
+    places |= {"console": "/console/"} if console else {}
+
+    async def page(request: Request) -> Response:
+        return index.reply(request)
+
+    async def asset(request: Request) -> Response:
+        if (file := assets.get(request.path_params["name"])) is None:
+            raise RouteNotFound
+        return file.reply(request)
+
+    async def root(request: Request) -> Response:
+        """Browsers go to the page, programs learn where to look."""
+        headers = {"Vary": "Accept"}
+        if "text/html" in request.headers.get("accept", ""):
+            return RedirectResponse("docs", 307, headers)
+        return JSONResponse({"title": app.title} | places, headers=headers)
+
+    app.add_route("/", root, include_in_schema=False)
+    app.add_route("/docs", page, include_in_schema=False)
+    app.add_route("/docs-assets/{name}", asset, include_in_schema=False)
+
+
+def _package(name: str) -> Path:
+    """The folder of an installed package, without importing it."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"The package {name} is not installed.", name=name)
+    return Path(spec.origin).parent
