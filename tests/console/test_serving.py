@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from app.api.console import FOLDER, TYPES
+from app.api.console import FOLDER
+from app.api.pages import TYPES
 from tests.conftest import Server, Stack, start_server
 
 POLICY = (
