@@ -3,28 +3,70 @@
 import hashlib
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
+from sqlalchemy import bindparam, func, or_, select
+
 from app.errors import Unauthorized
+from app.models import ApiKey
 from app.stores.database import Connection
+from app.stores.statements import statement
 
 _KEY = re.compile(rb"[A-Za-z0-9_-]{20,128}")
 
+# What a key may do (RFC 6750 section 3: the scope of a token). `*` may do everything.
+SCOPES = ("runs:read", "runs:write", "runs:execute", "resources:write", "webhooks:write")
+EVERYTHING = "*"
+
+# A key that is bound to a machine may have no other scopes: it belongs to an executor.
+EXECUTOR_SCOPES = frozenset({"runs:read", "runs:execute"})
+
 # Its own statement, before the body is read: the digest is looked up, so a comparison leaks nothing about a stored key.
-AUTHENTICATE = """
-SELECT id, organization_id, user_id FROM api_keys
-WHERE key_hash = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
-"""
+AUTHENTICATE = statement(
+    "auth.authenticate",
+    select(ApiKey.id, ApiKey.organization_id, ApiKey.user_id, ApiKey.scopes, ApiKey.machine_id).where(
+        ApiKey.key_hash == bindparam("key_hash"),
+        ApiKey.revoked_at.is_(None),
+        or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()),
+    ),
+)
+
+WHOAMI = statement(
+    "auth.whoami",
+    """
+    SELECT organization_id, id::text AS key_id, name, user_id::text, scopes, machine_id::text, expires_at
+    FROM api_keys WHERE id = :key_id
+    """,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The caller: an API key and the organization (and user) it belongs to."""
+    """The caller: an API key, the organization (and user) it belongs to, and what it may do.
+
+    A key that is bound to a machine sees and reports only runs that are assigned to that machine.
+    """
 
     key_id: UUID
     organization_id: str
     user_id: UUID | None
+    scopes: Sequence[str] = (EVERYTHING,)
+    machine_id: UUID | None = None
+
+    def may(self, scope: str) -> bool:
+        """Whether the key has this scope."""
+        return EVERYTHING in self.scopes or scope in self.scopes
+
+    def sees(self) -> dict[str, object]:
+        """The parameters that limit a statement to rows that the caller may see."""
+        return {"organization_id": self.organization_id, "bound_to": self.machine_id}
+
+
+# Part of a condition on runs `r`: nothing but its own runs for a key that is bound to a machine.
+SEEN = "r.organization_id = :organization_id AND (:bound_to::uuid IS NULL OR r.assigned_machine_id = :bound_to::uuid)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +93,7 @@ NOBODY = Actor()
 
 def new_key() -> str:
     """A key with 256 bits of entropy, shown once; only its digest is kept."""
-    return f"rk_{secrets.token_urlsafe(32)}"
+    return f"runs_{secrets.token_urlsafe(32)}"
 
 
 def digest(key: bytes) -> bytes:
@@ -68,7 +110,15 @@ def bearer(header: bytes | None) -> bytes:
 
 async def authenticate(connection: Connection, key: bytes) -> Principal:
     """Raises Unauthorized for a key that is unknown, expired or revoked."""
-    row = await connection.fetchrow(AUTHENTICATE, digest(key))
+    row = await connection.fetchrow(AUTHENTICATE, key_hash=digest(key))
     if row is None:
         raise Unauthorized
     return Principal(*row.values())
+
+
+async def whoami(connection: Connection, principal: Principal) -> dict[str, Any]:
+    """What the key is and what it may do. Raises Unauthorized if it has gone meanwhile."""
+    row = await connection.fetchrow(WHOAMI, key_id=principal.key_id)
+    if row is None:
+        raise Unauthorized
+    return dict(row.items())

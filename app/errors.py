@@ -2,6 +2,7 @@
 
 Refusal
 ├── Unauthorized               401 unauthorized
+├── InsufficientScope          403 insufficient_scope
 ├── NotFound                   404
 │   ├── RunNotFound            run_not_found
 │   ├── MachineNotFound        machine_not_found
@@ -41,6 +42,7 @@ import orjson
 
 TITLES = {
     401: "Unauthorized",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
@@ -87,6 +89,18 @@ class Unauthorized(Refusal):
 
     def __init__(self) -> None:
         super().__init__(headers={"WWW-Authenticate": "Bearer"})
+
+
+class InsufficientScope(Refusal):
+    """RFC 6750 section 3.1. Decided by the key and the route alone, so it says nothing of what exists."""
+
+    status, code = 403, "insufficient_scope"
+
+    def __init__(self, scopes: Sequence[str], detail: str | None = None) -> None:
+        super().__init__(
+            detail or f"This API key lacks the scope {' or '.join(scopes)}; use a key that has it.",
+            headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{" ".join(scopes)}"'},
+        )
 
 
 class NotFound(Refusal):

@@ -75,13 +75,23 @@ class ApiKey(Base):
     """A bearer key, stored as its SHA-256: the key has 256 bits of entropy, so a slow hash would add nothing."""
 
     __tablename__ = "api_keys"
-    __table_args__ = (_organization_check(), CheckConstraint("length(key_hash) = 32", name="key_hash"))
+    __table_args__ = (
+        _organization_check(),
+        CheckConstraint("length(key_hash) = 32", name="key_hash"),
+        CheckConstraint(
+            "scopes <> '{}' AND scopes <@ '{*,runs:read,runs:write,runs:execute,resources:write,webhooks:write}'",
+            name="scopes",
+        ),
+        CheckConstraint("machine_id IS NULL OR scopes <@ '{runs:read,runs:execute}'", name="bound"),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
     organization_id: Mapped[str]
     user_id: Mapped[UUID | None]
     name: Mapped[str | None]
     key_hash: Mapped[bytes] = mapped_column(unique=True)
+    scopes: Mapped[list[str]] = mapped_column(server_default=text("'{*}'"))
+    machine_id: Mapped[UUID | None]  # no foreign key: a key of a machine that is gone sees nothing, and not everything
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]

@@ -73,9 +73,9 @@ async def _explain(data: Data) -> str:
             sections.append((title, plans[:]))
             plans.clear()
 
-        await connection.fetchrow(AUTHENTICATE, digest(data.key.encode()))
+        await connection.fetchrow(AUTHENTICATE, key_hash=digest(data.key.encode()))
         section("authenticate")
-        await connection.fetchrow(projection.GET_RUN, run_id(1), ORGANIZATION)
+        await connection.fetchrow(projection.GET_RUN, run_id=run_id(1), organization_id=ORGANIZATION, bound_to=None)
         section("one run")
         await connection.fetchrow(retry.READ, run_id=run_id(1), organization_id=ORGANIZATION)
         section("retry: read")

@@ -5,7 +5,7 @@ import base64
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,24 @@ class Stack:
         query = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'runs-api' AND wait_event_type = 'Lock'"
         return len(self.sql(query))
 
-    def new_key(self, organization: str, user_id: UUID | None = None) -> str:
+    def new_key(
+        self,
+        organization: str,
+        user_id: UUID | None = None,
+        *,
+        scopes: Sequence[str] = ("*",),
+        machine_id: str | None = None,
+    ) -> str:
         key = new_key()
         self.sql(
-            "INSERT INTO api_keys (id, organization_id, user_id, key_hash) VALUES ($1, $2, $3, $4)",
+            "INSERT INTO api_keys (id, organization_id, user_id, key_hash, scopes, machine_id)"
+            " VALUES ($1, $2, $3, $4, $5, $6::text::uuid)",
             uuid4(),
             organization,
             user_id,
             digest(key.encode()),
+            list(scopes),
+            machine_id,
         )
         return key
 

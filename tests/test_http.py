@@ -285,7 +285,7 @@ def test_what_json_can_say_is_kept_as_sent(api: Client) -> None:
         "exponent": 1e300,
         "unicode": "é🙂\u2028",
         "escaped": "\\u0000",
-        "k" * 10_000: "long key",
+        "k" * 255: "long key",
         "nested": [[[{}]]],
     }
     run = api.finished(input_values=values)

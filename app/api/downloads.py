@@ -12,8 +12,10 @@ from uuid import UUID
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
+from app.auth import Principal
 from app.config import Settings
 from app.errors import AttachmentNotFound, RangeNotSatisfiable
+from app.runs.attachments import OF_CALLER
 from app.services import Services
 from app.stores.database import Connection, Database, Record
 from app.stores.files import FileMissingError, file_headers
@@ -48,18 +50,16 @@ def requested_range(headers: Headers, size: int, etag: str) -> tuple[int, int] |
 
 # An expired file cannot be read, also before its bytes are collected. No row: unknown, foreign, expired or collected.
 _READABLE = """
-SELECT id, filename, content_type, size_bytes, storage_path FROM run_attachments
+SELECT id, filename, content_type, size_bytes, storage_path FROM run_attachments a
 WHERE id = :attachment_id AND storage_path IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
 """
 READABLE = statement("downloads.by_ticket", _READABLE)
-READABLE_OF_ORGANIZATION = statement("downloads.by_key", f"{_READABLE} AND organization_id = :organization_id")
+READABLE_BY_CALLER = statement("downloads.by_key", f"{_READABLE} AND {OF_CALLER}")
 
 
-async def readable(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
-    """What is needed to read an attachment of this organization. Raises AttachmentNotFound."""
-    file = await connection.fetchrow(
-        READABLE_OF_ORGANIZATION, attachment_id=attachment_id, organization_id=organization_id
-    )
+async def readable(connection: Connection, attachment_id: UUID, principal: Principal) -> Record:
+    """What is needed to read an attachment that the caller may see. Raises AttachmentNotFound."""
+    file = await connection.fetchrow(READABLE_BY_CALLER, attachment_id=attachment_id, **principal.sees())
     if file is None:
         raise AttachmentNotFound
     return file

@@ -5,6 +5,7 @@ Bodies are read by requests.py and replies are built as bytes, so FastAPI cannot
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -14,10 +15,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from app.api.requests import refuse_unsupported_query
+from app.api.scopes import BOUND
 from app.errors import (
     TITLES,
     DatabaseUnavailable,
     IdempotencyInProgress,
+    InsufficientScope,
     InternalError,
     Invalid,
     PayloadTooLarge,
@@ -31,7 +34,7 @@ from app.schemas.values import MAX_INTEGER, NO_NUL
 
 _BODIES: dict[str, type[BaseModel]] = {}
 
-_REFUSED_ALWAYS: tuple[type[Refusal], ...] = (Unauthorized, Invalid, InternalError, DatabaseUnavailable)
+_REFUSED_ALWAYS: tuple[type[Refusal], ...] = (Invalid, InternalError, DatabaseUnavailable)
 _REFUSED_WRITES = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType, IdempotencyInProgress)
 
 _IDEMPOTENCY_KEY = {
@@ -46,16 +49,23 @@ _IDEMPOTENCY_KEY = {
 def operation(
     *refusals: type[Refusal],
     body: type[BaseModel] | None = None,
+    scope: str | Sequence[str] = (),
+    bound: str | None = None,
     write: bool = False,
     public: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments of a route: its refusals, and for a write its body and the Idempotency-Key.
+    """Keyword arguments of a route: the scope that it needs (or one of several), its refusals, and for a write its body and
+    the Idempotency-Key.
 
-    A public route needs no API key. A body may be absent if none of its fields is required.
+    A public route needs no API key. A key that is bound to a machine needs the scope `bound`, and sees only what is that
+    machine's; None: such a key has no use for the route. A body may be absent if none of its fields is required.
     """
-    always = tuple(refusal for refusal in _REFUSED_ALWAYS if not (public and refusal is Unauthorized))
+    scopes = [scope] if isinstance(scope, str) else list(scope)
+    if public == bool(scopes):
+        raise TypeError("a route is public or names a scope")
+    always = _REFUSED_ALWAYS if public else (Unauthorized, InsufficientScope, *_REFUSED_ALWAYS)
     possible = (*always, *(_REFUSED_WRITES if write else ()), *refusals)
-    extra: dict[str, Any] = {} if public else {"security": [{"bearer": []}]}
+    extra: dict[str, Any] = {} if public else {"security": [{"bearer": [name]} for name in scopes], BOUND: bound}
     if write:
         extra["parameters"] = [_IDEMPOTENCY_KEY]
     if body is not None:
@@ -88,8 +98,8 @@ def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str,
             response.setdefault("headers", {})["Retry-After"] = _header("Seconds.")
         if refusal is IdempotencyInProgress:
             response["headers"]["Idempotency-Status"] = _header("`in_progress`, with that code alone: send it again.")
-        if refusal is Unauthorized:
-            response.setdefault("headers", {})["WWW-Authenticate"] = _header("`Bearer`.")
+        if refusal in (Unauthorized, InsufficientScope):
+            response.setdefault("headers", {})["WWW-Authenticate"] = _header("`Bearer`, as in RFC 6750.")
     for response in responses.values():
         if "content" in response:
             codes = response["content"][Refusal.media_type]["examples"]

@@ -184,9 +184,14 @@ def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:
                     "idempotency_key",
                 )
             )
+        path = request.scope["path"]
+        if request.state.principal.machine_id is not None:
+            path = (
+                f"{request.state.principal.machine_id}{path}"  # a key that is bound to a machine replays only its own
+            )
         keys = [settings.server_key, settings.server_key_previous]
         fingerprints = tuple(
-            fingerprint(server_key.get_secret_value(), request.method, request.scope["path"], raw)
+            fingerprint(server_key.get_secret_value(), request.method, path, raw)
             for server_key in keys
             if server_key is not None
         )

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, update
 
 from app.auth import Actor
 from app.config import Settings
-from app.errors import MachineNotFound, PoolNotFound
+from app.errors import InsufficientScope, MachineNotFound, PoolNotFound
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Machine, RunStatus
 from app.resources.crud import Owner, changes, locked_runs, page
@@ -152,11 +152,17 @@ async def create(services: Services, write: WriteRequest, options: MachineCreate
 
 
 async def change(services: Services, write: WriteRequest, machine_id: UUID, options: MachineUpdate) -> Reply:
-    """Set what the request names; a cleared reservation also ends its session. Raises MachineNotFound.
+    """Set what the request names; a cleared reservation also ends its session.
+
+    Raises MachineNotFound, and InsufficientScope for a key that is bound to a machine and would end its session.
 
     A machine that goes offline keeps its active run: it may come back.
     """
     organization_id = write.principal.organization_id
+    if write.principal.machine_id not in (None, machine_id):
+        raise MachineNotFound
+    if write.principal.machine_id is not None and "reserved_session_id" in options.model_fields_set:
+        raise InsufficientScope(["resources:write"], "A key that is bound to a machine cannot end its session.")
 
     async def work(connection: Connection) -> Reply:
         values = changes(Machine, options)

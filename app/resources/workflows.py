@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, func, update
+from sqlalchemy import ColumnElement, exists, func, update
 
+from app.auth import Principal
 from app.errors import WorkflowNotFound
 from app.idempotency import Reply, WriteRequest, once
-from app.models import Workflow
+from app.models import Run, Workflow
 from app.resources.crud import changes, locked_runs, page
 from app.runs import projection
 from app.runs.ending import remove_runs
 from app.schemas.resources import WorkflowCreate, WorkflowUpdate
 from app.services import Services
 from app.stores.database import Connection, Database, Record
-from app.stores.statements import sql
+from app.stores.statements import sql, statement
 
 COLUMNS = {
     "id": "id::text",
@@ -64,6 +65,31 @@ async def get(connection: Connection, organization_id: str, workflow_id: UUID) -
     if row is None:
         raise WorkflowNotFound
     return show(row)
+
+
+def used_by(machine_id: UUID) -> ColumnElement[bool]:
+    """Workflows of runs that are assigned to this machine: what a key that is bound to it sees."""
+    return exists().where(Run.workflow_id == Workflow.id, Run.assigned_machine_id == machine_id)
+
+
+USED = statement(
+    "workflows.used",
+    """
+    SELECT EXISTS (
+        SELECT FROM runs WHERE assigned_machine_id = :machine_id AND workflow_id = :workflow_id
+          AND organization_id = :organization_id)
+    """,
+)
+
+
+async def get_seen(connection: Connection, principal: Principal, workflow_id: UUID) -> dict[str, Any]:
+    """One workflow. Raises WorkflowNotFound for what the caller may not see."""
+    organization_id = principal.organization_id
+    if principal.machine_id is not None and not await connection.fetchval(
+        USED, machine_id=principal.machine_id, workflow_id=workflow_id, organization_id=organization_id
+    ):
+        raise WorkflowNotFound
+    return await get(connection, organization_id, workflow_id)
 
 
 async def list_workflows(

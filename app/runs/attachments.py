@@ -7,10 +7,11 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, bindparam, func, literal_column, select
+from sqlalchemy import ColumnElement, bindparam, exists, func, literal_column, select
 from sqlalchemy import delete as delete_from
 from sqlalchemy.orm import aliased
 
+from app.auth import SEEN, Principal
 from app.errors import (
     AttachmentNotFound,
     AttemptSuperseded,
@@ -31,36 +32,44 @@ from app.stores.statements import composed, fragment, statement
 
 COLUMNS = projection.columns(projection.ATTACHMENT_COLUMNS)
 
+# What the caller may see: a key that is bound to a machine, files of that machine's runs.
+OF_CALLER = f"EXISTS (SELECT FROM runs r WHERE r.id = a.run_id AND a.organization_id = :organization_id AND {SEEN})"
+
 GET = statement(
     "attachments.get",
     f"""
     SELECT {COLUMNS} FROM run_attachments a
-    WHERE a.id = :attachment_id AND a.organization_id = :organization_id AND {projection.VISIBLE}
+    WHERE a.id = :attachment_id AND {OF_CALLER} AND {projection.VISIBLE}
     """,
 )
 
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
-async def get(database: Database, organization_id: str, attachment_id: UUID) -> dict[str, Any]:
+async def get(database: Database, principal: Principal, attachment_id: UUID) -> dict[str, Any]:
     """One attachment. Raises AttachmentNotFound."""
     async with database.connection() as connection:
-        return dict(await _get(connection, attachment_id, organization_id))
+        return dict(await _get(connection, attachment_id, principal))
 
 
-async def _get(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
-    row = await connection.fetchrow(GET, attachment_id=attachment_id, organization_id=organization_id)
+async def _get(connection: Connection, attachment_id: UUID, principal: Principal) -> Record:
+    row = await connection.fetchrow(GET, attachment_id=attachment_id, **principal.sees())
     if row is None:
         raise AttachmentNotFound
     return row
 
 
 async def list_attachments(
-    database: Database, organization_id: str, run_id: UUID | None, kind: AttachmentType | None, skip: int, limit: int
+    database: Database, principal: Principal, run_id: UUID | None, kind: AttachmentType | None, skip: int, limit: int
 ) -> dict[str, Any]:
     """One page, newest first."""
     a = aliased(RunAttachment, name="a")
-    where: list[ColumnElement[bool]] = [a.organization_id == organization_id, literal_column(projection.VISIBLE)]
+    where: list[ColumnElement[bool]] = [
+        a.organization_id == principal.organization_id,
+        literal_column(projection.VISIBLE),
+    ]
+    if principal.machine_id is not None:
+        where.append(exists().where(Run.id == a.run_id, Run.assigned_machine_id == principal.machine_id))
     if run_id is not None:
         where.append(a.run_id == run_id)
     if kind is not None:
@@ -83,11 +92,9 @@ async def list_attachments(
 
 # --- create -----------------------------------------------------------------------------------------------------------
 
-_RUN = select(Run.status, Run.attempt).where(
-    Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id")
-)
+_RUN = f"SELECT status, attempt FROM runs r WHERE id = :run_id AND {SEEN}"
 READ_RUN = statement("attachments.read_run", _RUN)
-LOCK_RUN = statement("attachments.lock_run", _RUN.with_for_update(key_share=True))
+LOCK_RUN = statement("attachments.lock_run", f"{_RUN} FOR NO KEY UPDATE")
 
 INSERT = statement(
     "attachments.insert",
@@ -118,9 +125,7 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
     principal = write.principal
 
     async def check(connection: Connection) -> int:
-        return _accepting(
-            await connection.fetchrow(READ_RUN, run_id=options.run_id, organization_id=principal.organization_id)
-        )
+        return _accepting(await connection.fetchrow(READ_RUN, run_id=options.run_id, **principal.sees()))
 
     attempt = await check_or_replay(services, write, check)
     if isinstance(attempt, Reply):
@@ -129,7 +134,7 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
     [file] = staged.files
 
     async def switch(connection: Connection) -> Reply:
-        run = await connection.fetchrow(LOCK_RUN, run_id=options.run_id, organization_id=principal.organization_id)
+        run = await connection.fetchrow(LOCK_RUN, run_id=options.run_id, **principal.sees())
         if run is not None and run["attempt"] != attempt:
             raise AttemptSuperseded(run["attempt"])
         _accepting(run)
@@ -195,17 +200,17 @@ DELETE = statement(
 )
 
 
-async def _lock(connection: Connection, attachment_id: UUID, organization_id: str) -> Record:
+async def _lock(connection: Connection, attachment_id: UUID, principal: Principal) -> Record:
     """The attachment, under its run's lock. Raises AttachmentNotFound."""
-    await connection.execute(LOCK_RUN_OF, attachment_id=attachment_id, organization_id=organization_id)
-    return await _get(connection, attachment_id, organization_id)
+    await connection.execute(LOCK_RUN_OF, attachment_id=attachment_id, organization_id=principal.organization_id)
+    return await _get(connection, attachment_id, principal)
 
 
 async def update(services: Services, write: WriteRequest, attachment_id: UUID, options: RunAttachmentUpdate) -> Reply:
     """Change when the file expires; a time in the past expires it now. Raises every refusal of the route."""
 
     async def work(connection: Connection) -> Reply:
-        row = await _lock(connection, attachment_id, write.principal.organization_id)
+        row = await _lock(connection, attachment_id, write.principal)
         if "expires_at" in options.model_fields_set:
             if not row["storage_path"]:
                 raise InputAttachmentsExpired
@@ -217,10 +222,9 @@ async def update(services: Services, write: WriteRequest, attachment_id: UUID, o
 
 async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -> Reply:
     """Remove the row and list its bytes in the same transaction. Raises AttachmentNotFound."""
-    organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        row = await _lock(connection, attachment_id, organization_id)
+        row = await _lock(connection, attachment_id, write.principal)
         if row["storage_path"]:
             await deletions.due(connection, [Name("storage", row["storage_path"])])
         await connection.execute(DELETE, attachment_id=attachment_id)

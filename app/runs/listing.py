@@ -34,6 +34,7 @@ class RunFilter:
     status: RunStatus | None = None
     created_at_from: datetime | None = None
     created_at_to: datetime | None = None
+    bound_to: UUID | None = None  # the caller sees only what is assigned to this machine
 
     def arms(self) -> tuple[list[str], list[Any]]:
         """Conditions that exclude each other and together mean the filter, each served by one index; and their values.
@@ -58,10 +59,14 @@ class RunFilter:
             conditions.append(f"r.created_at >= {bind(self.created_at_from)}")
         if self.created_at_to is not None:
             conditions.append(f"r.created_at <= {bind(self.created_at_to)}")
+        if self.bound_to is not None:
+            conditions.append(f"r.assigned_machine_id = {bind(self.bound_to)}")
         common = " AND ".join(conditions)
         if self.machine_id is None:
             return [common], values
         machine = bind(self.machine_id)
+        if self.bound_to is not None:
+            return [f"{common} AND r.assigned_machine_id = {machine}"], values
         reserved = f"(SELECT reserved_session_id FROM machines WHERE id = {machine})"
         unreserved = (
             f"NOT ({projection.IS_ACTIVE} AND EXISTS (SELECT FROM machines WHERE reserved_session_id = r.session_id))"

@@ -5,9 +5,12 @@ Values that are JSON in the table are put into the reply as they are, without be
 
 from collections.abc import Iterable
 from typing import Any
+from uuid import UUID
 
 import orjson
 
+from app.auth import SEEN, Principal
+from app.errors import RunNotFound
 from app.scheduling import rules
 from app.stores.database import Connection, Record
 from app.stores.statements import statement
@@ -143,7 +146,17 @@ def _rfc3339(time: str) -> str:
     return f"""replace(to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), '.000000Z', 'Z')"""
 
 
-GET_RUN = f"SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE} WHERE r.id = $1 AND r.organization_id = $2"
+GET_RUN = statement(
+    "runs.get", f"SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE} WHERE r.id = :run_id AND {SEEN}"
+)
+
+
+async def get(connection: Connection, run_id: UUID, principal: Principal) -> dict[str, Any]:
+    """One run as it is sent. Raises RunNotFound for what the caller may not see."""
+    row = await connection.fetchrow(GET_RUN, run_id=run_id, **principal.sees())
+    if row is None:
+        raise RunNotFound
+    return run(row)
 
 
 def run(row: Record, unsupported: dict[str, None] | None = None) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from uuid import UUID
 from sqlalchemy import Boolean, ColumnElement, Text, bindparam, case, func, literal_column, select, update
 from sqlalchemy.orm import InstrumentedAttribute
 
-from app.errors import AttemptSuperseded, Invalid, InvalidTransition, RunNotFound
+from app.auth import SEEN, Principal
+from app.errors import AttemptSuperseded, InsufficientScope, Invalid, InvalidTransition, RunNotFound
 from app.events import record
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
@@ -22,10 +23,7 @@ from app.stores.database import Connection
 from app.stores.statements import constant, fragment, json_text, statement
 
 LOCK = statement(
-    "runs.report.lock",
-    select(Run.status, Run.attempt)
-    .where(Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id"))
-    .with_for_update(key_share=True),
+    "runs.report.lock", f"SELECT status, attempt FROM runs r WHERE id = :run_id AND {SEEN} FOR NO KEY UPDATE"
 )
 
 OUTPUTS_OF = statement(
@@ -96,10 +94,10 @@ PRODUCED = ("error", "output_data", "run_message_history", "output_attachment_id
 
 async def report(services: Services, write: WriteRequest, run_id: UUID, options: RunUpdate) -> Reply:
     """An executor's PATCH, decided under the row lock. Raises every refusal of the route."""
-    organization_id = write.principal.organization_id
+    _refuse_scope(write.principal, options)
 
     async def work(connection: Connection) -> Reply:
-        run = await connection.fetchrow(LOCK, run_id=run_id, organization_id=organization_id)
+        run = await connection.fetchrow(LOCK, run_id=run_id, **write.principal.sees())
         if run is None:
             raise RunNotFound
         if options.attempt is not None and options.attempt != run["attempt"]:
@@ -127,12 +125,29 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
             await ended(connection, [run_id], services.settings)
         elif status in TERMINAL and options.release_session_after:
             await connection.execute(RELEASE, run_ids=[run_id])
-        row = await connection.fetchrow(projection.GET_RUN, run_id, organization_id)
-        if row is None:  # the row is locked
-            raise RunNotFound
-        return Reply(200, projection.encode(projection.run(row)))
+        return Reply(200, projection.encode(await projection.get(connection, run_id, write.principal)))
 
     return await once(services, write, work)
+
+
+# What a key may send that is no executor's: to stop a run that it may also create and retry.
+_STOPPING = {"status", "reason", "release_session_after"}
+
+
+def _refuse_scope(principal: Principal, options: RunUpdate) -> None:
+    """Raises InsufficientScope for a report of a key that may only stop runs, and Invalid for one that names no attempt.
+
+    An executor that is bound to a machine must say what its report is about: it could be late.
+    """
+    if not principal.may("runs:execute") and (
+        options.status not in (None, RunStatus.CANCELLED) or not options.model_fields_set <= _STOPPING
+    ):
+        raise InsufficientScope(
+            ["runs:execute"],
+            "A key without runs:execute may send only status: cancelled, reason and release_session_after.",
+        )
+    if principal.machine_id is not None and options.attempt is None:
+        raise Invalid((("body", "attempt"), "This field is required of a key that is bound to a machine.", "missing"))
 
 
 def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate) -> None:

@@ -212,3 +212,15 @@ class MachinePoolAssignment(Payload):
     model_config = example(machine_ids=[EXAMPLE_ID])
 
     machine_ids: Ids = Field(description="The machines.")
+
+
+class WhoAmI(Reply):
+    """An API key."""
+
+    organization_id: str
+    key_id: UUID = Field(description="Names the key in events and in the list of keys.")
+    name: str | None = Field(description="What the key is for.")
+    user_id: UUID | None = Field(description="The user it belongs to.")
+    scopes: list[str] = Field(description="What it may do; `*` is everything.")
+    machine_id: UUID | None = Field(description="It sees and reports only runs that are assigned to this machine.")
+    expires_at: datetime | None = Field(description="From then on it is refused.")

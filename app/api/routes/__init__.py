@@ -1,6 +1,6 @@
 """The routes: one file per resource, and nothing in them but parse, call once, return. `responses=` lists every refusal."""
 
-from app.api.routes import attachments, events, health, machines, pools, runs, workflows
+from app.api.routes import attachments, events, health, machines, pools, runs, whoami, workflows
 
 ROUTERS = (
     runs.router,
@@ -9,5 +9,6 @@ ROUTERS = (
     machines.router,
     pools.router,
     events.router,
+    whoami.router,
     health.router,
 )

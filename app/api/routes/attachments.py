@@ -10,6 +10,7 @@ from app.api.downloads import Ticket
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
 from app.api.responses import ONLY, Limit, Skip, json_reply, send
+from app.api.scopes import Route
 from app.errors import (
     AttachmentNotFound,
     AttemptSuperseded,
@@ -30,14 +31,21 @@ from app.schemas.attachments import (
 )
 from app.schemas.values import Page
 
-router = APIRouter(tags=["run-attachments"])
+router = APIRouter(route_class=Route, tags=["run-attachments"])
 
 _PATH = "/v1/run-attachments"
 
 
 def _download(*refusals: type[Refusal], public: bool = False) -> dict[str, Any]:
     """`operation` for a reply of bytes, whole or a range of them."""
-    described = operation(*refusals, RangeNotSatisfiable, StorageUnavailable, public=public)
+    described = operation(
+        *refusals,
+        RangeNotSatisfiable,
+        StorageUnavailable,
+        scope=() if public else "runs:read",
+        bound=None if public else "runs:read",
+        public=public,
+    )
     content = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
     described["responses"] |= {
         200: {"description": "The file.", "content": content},
@@ -57,7 +65,7 @@ def _download(*refusals: type[Refusal], public: bool = False) -> dict[str, Any]:
     return described | {"response_class": Response}
 
 
-@router.get(_PATH, response_model=Page[RunAttachmentResponse], **operation())
+@router.get(_PATH, response_model=Page[RunAttachmentResponse], **operation(scope="runs:read", bound="runs:read"))
 async def list_run_attachments(
     request: Request,
     run_id: Annotated[UUID | None, ONLY] = None,
@@ -66,11 +74,8 @@ async def list_run_attachments(
     limit: Limit = 100,
 ) -> Response:
     """Attachments of the organization's runs, newest first."""
-    organization_id = request.state.principal.organization_id
-    own = services(request)
-    return json_reply(
-        await attachments.list_attachments(own.database, organization_id, run_id, attachment_type, skip, limit)
-    )
+    database, principal = services(request).database, request.state.principal
+    return json_reply(await attachments.list_attachments(database, principal, run_id, attachment_type, skip, limit))
 
 
 @router.post(
@@ -78,7 +83,14 @@ async def list_run_attachments(
     status_code=201,
     response_model=RunAttachmentResponse,
     **operation(
-        RunNotFound, InvalidTransition, AttemptSuperseded, StorageUnavailable, body=RunAttachmentCreate, write=True
+        RunNotFound,
+        InvalidTransition,
+        AttemptSuperseded,
+        StorageUnavailable,
+        body=RunAttachmentCreate,
+        write=True,
+        scope="runs:execute",
+        bound="runs:execute",
     ),
 )
 async def create_run_attachment(request: Request) -> Response:
@@ -90,17 +102,27 @@ async def create_run_attachment(request: Request) -> Response:
     return send(await attachments.create(services(request), write, options))
 
 
-@router.get(_PATH + "/{attachment_id}", response_model=RunAttachmentResponse, **operation(AttachmentNotFound))
+@router.get(
+    _PATH + "/{attachment_id}",
+    response_model=RunAttachmentResponse,
+    **operation(AttachmentNotFound, scope="runs:read", bound="runs:read"),
+)
 async def get_run_attachment(attachment_id: UUID, request: Request) -> Response:
     """One attachment, without its bytes. An expired output is gone; an expired input is still described."""
-    organization_id = request.state.principal.organization_id
-    return json_reply(await attachments.get(services(request).database, organization_id, attachment_id))
+    return json_reply(await attachments.get(services(request).database, request.state.principal, attachment_id))
 
 
 @router.put(
     _PATH + "/{attachment_id}",
     response_model=RunAttachmentResponse,
-    **operation(AttachmentNotFound, InputAttachmentsExpired, body=RunAttachmentUpdate, write=True),
+    **operation(
+        AttachmentNotFound,
+        InputAttachmentsExpired,
+        body=RunAttachmentUpdate,
+        write=True,
+        scope=("runs:execute", "runs:write"),
+        bound="runs:execute",
+    ),
 )
 async def update_run_attachment(attachment_id: UUID, request: Request) -> Response:
     """Change when the file expires; a time in the past expires it now.
@@ -111,7 +133,9 @@ async def update_run_attachment(attachment_id: UUID, request: Request) -> Respon
     return send(await attachments.update(services(request), write, attachment_id, options))
 
 
-@router.delete(_PATH + "/{attachment_id}", status_code=204, **operation(AttachmentNotFound, write=True))
+@router.delete(
+    _PATH + "/{attachment_id}", status_code=204, **operation(AttachmentNotFound, write=True, scope="runs:write")
+)
 async def delete_run_attachment(attachment_id: UUID, request: Request) -> Response:
     """Remove the attachment and its bytes, whatever the run's status.
 
@@ -127,14 +151,14 @@ async def download_run_attachment(attachment_id: UUID, request: Request) -> Resp
     """The file's bytes, as a download."""
     own = services(request)
     async with own.database.connection() as connection:
-        file = await downloads.readable(connection, attachment_id, request.state.principal.organization_id)
+        file = await downloads.readable(connection, attachment_id, request.state.principal)
     return await downloads.respond(own, file, request.headers)
 
 
 @router.get(
     _PATH + "/{attachment_id}/download-url",
     response_model=DownloadUrlResponse,
-    **operation(AttachmentNotFound, StorageUnavailable),
+    **operation(AttachmentNotFound, StorageUnavailable, scope="runs:read", bound="runs:read"),
 )
 async def get_run_attachment_download_url(
     attachment_id: UUID,
@@ -144,7 +168,7 @@ async def get_run_attachment_download_url(
     """A URL that anyone can download the file from, without an API key, until it expires."""
     own = services(request)
     async with own.database.connection() as connection:
-        file = await downloads.readable(connection, attachment_id, request.state.principal.organization_id)
+        file = await downloads.readable(connection, attachment_id, request.state.principal)
     url = await own.files.signed_url(file["storage_path"], expires_in)
     if url is None:
         base = own.settings.public_url or str(request.base_url)

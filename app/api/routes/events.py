@@ -8,16 +8,17 @@ from app import events
 from app.api.openapi import operation
 from app.api.requests import services
 from app.api.responses import Limit, json_reply
+from app.api.scopes import Route
 from app.schemas.runs import EventPage
 
-router = APIRouter(prefix="/v1/events", tags=["events"])
+router = APIRouter(route_class=Route, prefix="/v1/events", tags=["events"])
 
 After = Annotated[
     str | None, Query(max_length=40, description="`next` of the reply before; absent: from the beginning.")
 ]
 
 
-@router.get("", response_model=EventPage, **operation())
+@router.get("", response_model=EventPage, **operation(scope="runs:read"))
 async def list_events(request: Request, after: After = None, limit: Limit = 100) -> Response:
     """Events of the organization, oldest first, each exactly once for who goes on from `next`.
 

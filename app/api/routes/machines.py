@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
 from app.api.responses import ONLY, From, Limit, Skip, To, json_reply, send
+from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
 from app.models import Machine
 from app.resources import machines
@@ -22,17 +23,22 @@ from app.schemas.resources import (
 )
 from app.schemas.values import Name, Page
 
-router = APIRouter(prefix="/v1/machines", tags=["machines"])
+router = APIRouter(route_class=Route, prefix="/v1/machines", tags=["machines"])
 
 
-@router.post("", status_code=201, response_model=MachineResponse, **operation(body=MachineCreate, write=True))
+@router.post(
+    "",
+    status_code=201,
+    response_model=MachineResponse,
+    **operation(body=MachineCreate, write=True, scope="resources:write"),
+)
 async def create_machine(request: Request) -> Response:
     """Register a machine. It is connected and available at once."""
     options, write = await read(request, MachineCreate)
     return send(await machines.create(services(request), write, options))
 
 
-@router.get("", response_model=Page[MachineResponse], **operation())
+@router.get("", response_model=Page[MachineResponse], **operation(scope="runs:read", bound="runs:read"))
 async def list_machines(
     request: Request,
     name: Annotated[Name | None, Query(description="Exactly this name.")] = None,
@@ -48,19 +54,33 @@ async def list_machines(
         where.append(Machine.name == name)
     if status is not None:
         where.append(Machine.status == status)
-    organization_id = request.state.principal.organization_id
+    principal = request.state.principal
+    if principal.machine_id is not None:
+        where.append(Machine.id == principal.machine_id)
+    organization_id = principal.organization_id
     return json_reply(await machines.list_machines(services(request).database, organization_id, where, skip, limit))
 
 
-@router.get("/{machine_id}", response_model=MachineResponse, **operation(MachineNotFound))
+def _refuse_others(machine_id: UUID, request: Request) -> None:
+    """A key that is bound to a machine sees no other."""
+    if request.state.principal.machine_id not in (None, machine_id):
+        raise MachineNotFound
+
+
+@router.get(
+    "/{machine_id}", response_model=MachineResponse, **operation(MachineNotFound, scope="runs:read", bound="runs:read")
+)
 async def get_machine(machine_id: UUID, request: Request) -> Response:
     """One machine."""
+    _refuse_others(machine_id, request)
     async with services(request).database.connection() as connection:
         return json_reply(await machines.get(connection, request.state.principal.organization_id, machine_id))
 
 
 @router.patch(
-    "/{machine_id}", response_model=MachineResponse, **operation(MachineNotFound, body=MachineUpdate, write=True)
+    "/{machine_id}",
+    response_model=MachineResponse,
+    **operation(MachineNotFound, body=MachineUpdate, write=True, scope="resources:write", bound="runs:execute"),
 )
 async def update_machine(machine_id: UUID, request: Request) -> Response:
     """Change what the body names; null clears a text.
@@ -71,16 +91,21 @@ async def update_machine(machine_id: UUID, request: Request) -> Response:
     return send(await machines.change(services(request), write, machine_id, options))
 
 
-@router.delete("/{machine_id}", status_code=204, **operation(MachineNotFound, write=True))
+@router.delete("/{machine_id}", status_code=204, **operation(MachineNotFound, write=True, scope="resources:write"))
 async def delete_machine(machine_id: UUID, request: Request) -> Response:
     """Remove a machine. Active runs pinned or assigned to it end with an error; all its runs stay, without a machine."""
     write = await read_write(request)
     return send(await machines.delete(services(request), write, machine_id))
 
 
-@router.get("/{machine_id}/pools", response_model=list[PoolResponse], **operation(MachineNotFound))
+@router.get(
+    "/{machine_id}/pools",
+    response_model=list[PoolResponse],
+    **operation(MachineNotFound, scope="runs:read", bound="runs:read"),
+)
 async def get_machine_pools(machine_id: UUID, request: Request) -> Response:
     """The pools a machine is in, newest first."""
+    _refuse_others(machine_id, request)
     async with services(request).database.connection() as connection:
         machine = await machines.get(connection, request.state.principal.organization_id, machine_id)
     return json_reply(machine["pools"])
@@ -89,7 +114,7 @@ async def get_machine_pools(machine_id: UUID, request: Request) -> Response:
 @router.put(
     "/{machine_id}/pools",
     response_model=MachineResponse,
-    **operation(MachineNotFound, PoolNotFound, body=MachinePoolUpdate, write=True),
+    **operation(MachineNotFound, PoolNotFound, body=MachinePoolUpdate, write=True, scope="resources:write"),
 )
 async def update_machine_pools(machine_id: UUID, request: Request) -> Response:
     """Put a machine into exactly these pools. Answers the machine: that is what every SDK reads."""

@@ -8,29 +8,32 @@ from fastapi import APIRouter, Query, Request, Response
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
 from app.api.responses import Limit, Skip, json_reply, send
+from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
 from app.resources import pools
 from app.schemas.resources import MachinePoolAssignment, PoolCreate, PoolResponse, PoolUpdate, PoolWithMachines
 from app.schemas.values import Page
 
-router = APIRouter(prefix="/v1/pools", tags=["pools"])
+router = APIRouter(route_class=Route, prefix="/v1/pools", tags=["pools"])
 
 
-@router.post("", status_code=201, response_model=PoolResponse, **operation(body=PoolCreate, write=True))
+@router.post(
+    "", status_code=201, response_model=PoolResponse, **operation(body=PoolCreate, write=True, scope="resources:write")
+)
 async def create_pool(request: Request) -> Response:
     """A new pool, without machines."""
     options, write = await read(request, PoolCreate)
     return send(await pools.create(services(request), write, options))
 
 
-@router.get("", response_model=Page[PoolResponse], **operation())
+@router.get("", response_model=Page[PoolResponse], **operation(scope="runs:read"))
 async def list_pools(request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
     """Pools, newest first."""
     organization_id = request.state.principal.organization_id
     return json_reply(await pools.list_pools(services(request).database, organization_id, skip, limit))
 
 
-@router.get("/{pool_id}", response_model=PoolWithMachines | PoolResponse, **operation(PoolNotFound))
+@router.get("/{pool_id}", response_model=PoolWithMachines | PoolResponse, **operation(PoolNotFound, scope="runs:read"))
 async def get_pool(
     pool_id: UUID,
     request: Request,
@@ -42,14 +45,18 @@ async def get_pool(
         return json_reply(await pools.get(connection, organization_id, pool_id, include_machines=include_machines))
 
 
-@router.patch("/{pool_id}", response_model=PoolResponse, **operation(PoolNotFound, body=PoolUpdate, write=True))
+@router.patch(
+    "/{pool_id}",
+    response_model=PoolResponse,
+    **operation(PoolNotFound, body=PoolUpdate, write=True, scope="resources:write"),
+)
 async def update_pool(pool_id: UUID, request: Request) -> Response:
     """Change what the body names; null clears the description."""
     options, write = await read(request, PoolUpdate)
     return send(await pools.change(services(request), write, pool_id, options))
 
 
-@router.delete("/{pool_id}", status_code=204, **operation(PoolNotFound, write=True))
+@router.delete("/{pool_id}", status_code=204, **operation(PoolNotFound, write=True, scope="resources:write"))
 async def delete_pool(pool_id: UUID, request: Request) -> Response:
     """Remove a pool. Its machines stay; runs that ask for it keep waiting (`no_machine_in_pools`)."""
     write = await read_write(request)
@@ -59,7 +66,7 @@ async def delete_pool(pool_id: UUID, request: Request) -> Response:
 @router.post(
     "/{pool_id}/machines",
     response_model=PoolWithMachines,
-    **operation(PoolNotFound, MachineNotFound, body=MachinePoolAssignment, write=True),
+    **operation(PoolNotFound, MachineNotFound, body=MachinePoolAssignment, write=True, scope="resources:write"),
 )
 async def add_machines_to_pool(pool_id: UUID, request: Request) -> Response:
     """Add machines to a pool: all of them or none."""
@@ -70,7 +77,7 @@ async def add_machines_to_pool(pool_id: UUID, request: Request) -> Response:
 @router.delete(
     "/{pool_id}/machines",
     status_code=204,
-    **operation(PoolNotFound, MachineNotFound, body=MachinePoolAssignment, write=True),
+    **operation(PoolNotFound, MachineNotFound, body=MachinePoolAssignment, write=True, scope="resources:write"),
 )
 async def remove_machines_from_pool(pool_id: UUID, request: Request) -> Response:
     """Take machines out of a pool: all of them or none."""

@@ -10,6 +10,7 @@ from app import events
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
 from app.api.responses import ONLY, Limit, Skip, json_reply, send
+from app.api.scopes import Route
 from app.errors import (
     AttemptSuperseded,
     InputAttachmentsExpired,
@@ -25,7 +26,7 @@ from app.errors import (
     WorkflowNotFound,
 )
 from app.models import RunStatus
-from app.runs import create, ending, projection, report
+from app.runs import attempts, create, ending, projection, report
 from app.runs.listing import FIELDS, RunFilter, list_runs, shown_fields, wait_for_run
 from app.runs.retry import retry
 from app.schemas.runs import (
@@ -41,7 +42,7 @@ from app.schemas.runs import (
 )
 from app.schemas.values import Page, Reason, Timestamp
 
-router = APIRouter(prefix="/v1/runs", tags=["runs"])
+router = APIRouter(route_class=Route, prefix="/v1/runs", tags=["runs"])
 
 _TARGETS = (MachineNotFound, PoolNotFound, SessionNotFound)
 _STORES = (VaultUnavailable, StorageUnavailable)
@@ -62,6 +63,7 @@ _FieldNames = Annotated[str, Field(json_schema_extra={"pattern": f"^{_FIELD}(,{_
         *_STORES,
         body=RunRetry,
         write=True,
+        scope="runs:write",
     ),
 )
 async def retry_run(run_id: UUID, request: Request) -> Response:
@@ -77,7 +79,7 @@ async def retry_run(run_id: UUID, request: Request) -> Response:
     "",
     status_code=201,
     response_model=RunResponse,
-    **operation(WorkflowNotFound, *_TARGETS, *_STORES, body=RunCreate, write=True),
+    **operation(WorkflowNotFound, *_TARGETS, *_STORES, body=RunCreate, write=True, scope="runs:write"),
 )
 async def create_run(request: Request) -> Response:
     """Queue a new run of a workflow."""
@@ -89,7 +91,7 @@ async def create_run(request: Request) -> Response:
     "/bulk",
     status_code=201,
     response_model=RunBulkCreateResponse,
-    **operation(WorkflowNotFound, *_TARGETS, *_STORES, body=RunBulkCreate, write=True),
+    **operation(WorkflowNotFound, *_TARGETS, *_STORES, body=RunBulkCreate, write=True, scope="runs:write"),
 )
 async def bulk_create_runs(request: Request) -> Response:
     """Queue many runs that are alike: all of them or none."""
@@ -97,50 +99,40 @@ async def bulk_create_runs(request: Request) -> Response:
     return send(await create.create_bulk(services(request), write, options))
 
 
-@router.get("/{run_id}", response_model=RunResponse, **operation(RunNotFound))
+@router.get("/{run_id}", response_model=RunResponse, **operation(RunNotFound, scope="runs:read", bound="runs:read"))
 async def get_run(run_id: UUID, request: Request) -> Response:
     """One run."""
     async with services(request).database.connection() as connection:
-        row = await connection.fetchrow(projection.GET_RUN, run_id, request.state.principal.organization_id)
-    if row is None:
-        raise RunNotFound
-    return json_reply(projection.run(row))
+        return json_reply(await projection.get(connection, run_id, request.state.principal))
 
 
-@router.get("/{run_id}/attempts", response_model=Page[RunAttemptResponse], **operation(RunNotFound))
+@router.get(
+    "/{run_id}/attempts",
+    response_model=Page[RunAttemptResponse],
+    **operation(RunNotFound, scope="runs:read", bound="runs:read"),
+)
 async def list_run_attempts(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
     """The archive of finished attempts, newest first."""
     async with services(request).database.connection() as connection:
-        row = await connection.fetchrow(
-            "SELECT (SELECT count(*) FROM run_attempts t WHERE t.run_id = r.id) AS total"
-            " FROM runs r WHERE r.id = $1 AND r.organization_id = $2",
-            run_id,
-            request.state.principal.organization_id,
-        )
-        if row is None:
-            raise RunNotFound
-        rows = await connection.fetch(
-            f"SELECT {projection.columns(projection.ATTEMPT_COLUMNS)} FROM run_attempts t"
-            " WHERE t.run_id = $1 ORDER BY t.attempt DESC OFFSET $2 LIMIT $3",
-            run_id,
-            skip,
-            limit,
-        )
-    return json_reply({"items": [dict(row) for row in rows], "total": row["total"], "skip": skip, "limit": limit})
+        return json_reply(await attempts.list_attempts(connection, run_id, request.state.principal, skip, limit))
 
 
-@router.get("/{run_id}/events", response_model=Page[RunEventResponse], **operation(RunNotFound))
+@router.get(
+    "/{run_id}/events",
+    response_model=Page[RunEventResponse],
+    **operation(RunNotFound, scope="runs:read", bound="runs:read"),
+)
 async def list_run_events(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
     """What happened to a run, oldest first; also to one that was deleted. An event shows once all older changes have ended."""
     organization_id = request.state.principal.organization_id
     async with services(request).database.connection() as connection:
         page = await events.list_of_run(connection, organization_id, run_id, skip, limit)
-        if not page["total"] and await connection.fetchrow(projection.GET_RUN, run_id, organization_id) is None:
-            raise RunNotFound
+        if request.state.principal.machine_id is not None or not page["total"]:
+            await projection.get(connection, run_id, request.state.principal)
     return json_reply(page)
 
 
-@router.get("", name="list_runs", response_model=Page[RunProjection], **operation())
+@router.get("", name="list_runs", response_model=Page[RunProjection], **operation(scope="runs:read", bound="runs:read"))
 async def list_all(
     request: Request,
     workflow_id: Annotated[UUID | None, ONLY] = None,
@@ -158,14 +150,16 @@ async def list_all(
     limit: Limit = 100,
 ) -> Response:
     """Runs, newest first."""
+    principal = request.state.principal
     wanted = RunFilter(
-        request.state.principal.organization_id,
+        principal.organization_id,
         workflow_id,
         machine_id,
         session_id,
         status,
         created_at_from,
         created_at_to,
+        bound_to=principal.machine_id,
     )
     own, shown = services(request), shown_fields(fields)
     if wait:
@@ -176,7 +170,15 @@ async def list_all(
 @router.patch(
     "/{run_id}",
     response_model=RunResponse,
-    **operation(RunNotFound, InvalidTransition, AttemptSuperseded, body=RunUpdate, write=True),
+    **operation(
+        RunNotFound,
+        InvalidTransition,
+        AttemptSuperseded,
+        body=RunUpdate,
+        write=True,
+        scope=("runs:execute", "runs:write"),
+        bound="runs:execute",
+    ),
 )
 async def update_run(run_id: UUID, request: Request) -> Response:
     """An executor's report: status, outputs, history."""
@@ -184,7 +186,7 @@ async def update_run(run_id: UUID, request: Request) -> Response:
     return send(await report.report(services(request), write, run_id, options))
 
 
-@router.delete("/{run_id}", status_code=204, **operation(RunNotFound, write=True))
+@router.delete("/{run_id}", status_code=204, **operation(RunNotFound, write=True, scope="runs:write"))
 async def delete_run(
     run_id: UUID,
     request: Request,

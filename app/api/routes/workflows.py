@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
 from app.api.responses import From, Limit, Skip, To, json_reply, send
+from app.api.scopes import Route
 from app.errors import WorkflowNotFound
 from app.models import Workflow
 from app.resources import workflows
@@ -14,17 +15,22 @@ from app.resources.crud import within
 from app.schemas.resources import WorkflowCreate, WorkflowResponse, WorkflowUpdate
 from app.schemas.values import Page
 
-router = APIRouter(prefix="/v1/workflows", tags=["workflows"])
+router = APIRouter(route_class=Route, prefix="/v1/workflows", tags=["workflows"])
 
 
-@router.post("", status_code=201, response_model=WorkflowResponse, **operation(body=WorkflowCreate, write=True))
+@router.post(
+    "",
+    status_code=201,
+    response_model=WorkflowResponse,
+    **operation(body=WorkflowCreate, write=True, scope="resources:write"),
+)
 async def create_workflow(request: Request) -> Response:
     """A new workflow."""
     options, write = await read(request, WorkflowCreate)
     return send(await workflows.create(services(request), write, options))
 
 
-@router.get("", response_model=Page[WorkflowResponse], **operation())
+@router.get("", response_model=Page[WorkflowResponse], **operation(scope="runs:read", bound="runs:read"))
 async def list_workflows(
     request: Request,
     created_at_from: From = None,
@@ -39,21 +45,28 @@ async def list_workflows(
         *within(Workflow.created_at, created_at_from, created_at_to),
         *within(Workflow.updated_at, updated_at_from, updated_at_to),
     ]
-    organization_id = request.state.principal.organization_id
+    principal = request.state.principal
+    if principal.machine_id is not None:
+        where.append(workflows.used_by(principal.machine_id))
+    organization_id = principal.organization_id
     return json_reply(await workflows.list_workflows(services(request).database, organization_id, where, skip, limit))
 
 
-@router.get("/{workflow_id}", response_model=WorkflowResponse, **operation(WorkflowNotFound))
+@router.get(
+    "/{workflow_id}",
+    response_model=WorkflowResponse,
+    **operation(WorkflowNotFound, scope="runs:read", bound="runs:read"),
+)
 async def get_workflow(workflow_id: UUID, request: Request) -> Response:
     """One workflow."""
     async with services(request).database.connection() as connection:
-        return json_reply(await workflows.get(connection, request.state.principal.organization_id, workflow_id))
+        return json_reply(await workflows.get_seen(connection, request.state.principal, workflow_id))
 
 
 @router.patch(
     "/{workflow_id}",
     response_model=WorkflowResponse,
-    **operation(WorkflowNotFound, body=WorkflowUpdate, write=True),
+    **operation(WorkflowNotFound, body=WorkflowUpdate, write=True, scope="resources:write"),
 )
 async def update_workflow(workflow_id: UUID, request: Request) -> Response:
     """Change what the body names; null clears a name or a schema."""
@@ -61,7 +74,7 @@ async def update_workflow(workflow_id: UUID, request: Request) -> Response:
     return send(await workflows.change(services(request), write, workflow_id, options))
 
 
-@router.delete("/{workflow_id}", status_code=204, **operation(WorkflowNotFound, write=True))
+@router.delete("/{workflow_id}", status_code=204, **operation(WorkflowNotFound, write=True, scope="resources:write"))
 async def delete_workflow(workflow_id: UUID, request: Request) -> Response:
     """Remove a workflow and all its runs, with their secrets and files."""
     write = await read_write(request)
