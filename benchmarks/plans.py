@@ -9,10 +9,12 @@ from typing import Any
 import asyncpg
 
 from app.auth import AUTHENTICATE, digest
+from app.config import MIB
 from app.models import RunStatus
 from app.runs import projection, retry
-from app.runs.listing import Projection, RunFilter, list_runs
+from app.runs.listing import FIELDS, RunFilter, list_runs
 from app.stores.database import Connection, Database, Record
+from app.stores.pages import Slice
 from benchmarks.world import ORGANIZATION, Data, run_id
 
 EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, COSTS OFF, TIMING OFF)"
@@ -79,20 +81,20 @@ async def _explain(data: Data) -> str:
         section("one run")
         await connection.fetchrow(retry.READ, run_id=run_id(1), organization_id=ORGANIZATION)
         section("retry: read")
-        whole = Projection()
-        await list_runs(database, everything, whole, 0, 100)
+        first = Slice(0, 100, 32 * MIB)
+        await list_runs(database, everything, FIELDS, first)
         section("list: total, then the newest page")
-        await list_runs(database, everything, whole, 900_000, 100)
+        await list_runs(database, everything, FIELDS, Slice(900_000, 100, 32 * MIB))
         section("list: skip=900000")
         of_workflow = RunFilter(ORGANIZATION, workflow_id=data.workflow, status=RunStatus.SUCCESS)
-        await list_runs(database, of_workflow, whole, 0, 100)
+        await list_runs(database, of_workflow, FIELDS, first)
         section("list: workflow_id and status")
         await list_runs(
-            database, RunFilter(ORGANIZATION, created_at_from=datetime(2020, 1, 1, tzinfo=UTC)), whole, 0, 100
+            database, RunFilter(ORGANIZATION, created_at_from=datetime(2020, 1, 1, tzinfo=UTC)), FIELDS, first
         )
         section("list: created_at_from")
         [machine] = await raw.fetch("SELECT id FROM machines LIMIT 1")
-        await list_runs(database, RunFilter(ORGANIZATION, machine_id=machine["id"]), whole, 0, 100)
+        await list_runs(database, RunFilter(ORGANIZATION, machine_id=machine["id"]), FIELDS, first)
         section("list: machine_id")
     finally:
         await raw.close()

@@ -1,15 +1,28 @@
 """What a request carries has bounds, and so has what is made of it: no request costs others their time or memory."""
 
+import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
+from app.auth import Principal
+from app.config import Settings
+from app.resources.machines import list_machines
+from app.resources.pools import list_pools
+from app.resources.workflows import list_workflows
+from app.runs.attachments import list_attachments
+from app.runs.listing import FIELDS, RunFilter, list_runs
+from app.stores.database import Database
+from app.stores.pages import Slice
 from tests.conftest import Client, Server, Stack, file_input, start_server
 
 MIB = 1024 * 1024
@@ -235,3 +248,197 @@ def test_the_bounds_of_a_bulk_are_settings(stack: Stack) -> None:
             api.run(file_inputs=[file_input()] * 7, sensitive_input_values={"pw": "x" * 6000})
     finally:
         server.app.stop()
+
+
+# --- pools ------------------------------------------------------------------------------------------------------------
+
+MOST_POOLS = 100
+
+
+def add(api: Client, pool_id: str, *machine_ids: str) -> httpx.Response:
+    return api.post(f"/v1/pools/{pool_id}/machines", json={"machine_ids": machine_ids})
+
+
+def pools_of(api: Client, machine_id: str) -> int:
+    return len(api.json_of(api.get(f"/v1/machines/{machine_id}"))["pools"])
+
+
+def filled(api: Client, stack: Stack, pools: int) -> tuple[str, list[str]]:
+    """A machine that is in so many pools."""
+    machine_id = api.machine(status="disconnected")
+    made = stack.sql(
+        "INSERT INTO pools (id, organization_id, name) SELECT gen_random_uuid(), $1, 'p' FROM generate_series(1, $2)"
+        " RETURNING id::text",
+        api.organization,
+        pools,
+    )
+    ids = [row["id"] for row in made]
+    api.json_of(api.put(f"/v1/machines/{machine_id}/pools", json={"pool_ids": ids}))
+    return machine_id, ids
+
+
+def test_a_machine_is_in_no_more_pools_by_one_way_than_by_the_other(api: Client, stack: Stack) -> None:
+    machine_id, ids = filled(api, stack, MOST_POOLS)
+    free, more = api.machine(), api.pool()
+    reply = api.put(f"/v1/machines/{machine_id}/pools", json={"pool_ids": [*ids, more]})
+    assert code(reply) == (422, [(["body", "pool_ids"], "too_long")])
+    reply = add(api, more, free, machine_id)
+    assert code(reply) == (422, [(["body", "machine_ids"], "too_many_pools")])
+    assert "100 pools" in reply.text
+    assert (pools_of(api, machine_id), pools_of(api, free)) == (MOST_POOLS, 0), "none was added"
+    api.json_of(add(api, ids[0], machine_id, free))  # it is in it
+    assert api.request("DELETE", f"/v1/pools/{ids[0]}/machines", json={"machine_ids": [machine_id]}).is_success
+    api.json_of(add(api, more, machine_id))
+    assert pools_of(api, machine_id) == MOST_POOLS
+
+
+def test_many_at_once_do_not_pass_the_limit_either(api: Client, stack: Stack) -> None:
+    machine_id, _ = filled(api, stack, MOST_POOLS - 3)
+    pools = [api.pool() for _ in range(12)]
+    with ThreadPoolExecutor(len(pools)) as threads:
+        statuses = [reply.status_code for reply in threads.map(lambda pool: add(api, pool, machine_id), pools)]
+    assert sorted(statuses) == [200] * 3 + [422] * 9
+    assert pools_of(api, machine_id) == MOST_POOLS
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def fits(reply: httpx.Response) -> int:
+    """The limit that the refusal of a page names."""
+    assert code(reply) == (422, [(["query", "limit"], "page_too_large")])
+    [found] = re.findall(r"limit=(\d+)", reply.json()["detail"][0]["msg"])
+    return int(found)
+
+
+def all_pages(api: Client, path: str, limit: int) -> list[Any]:
+    """Every item, as a caller finds it who adds `limit` to `skip`, and takes the limit that is named when one is refused."""
+    items: list[Any] = []
+    separator = "&" if "?" in path else "?"
+    while True:
+        reply = api.get(f"{path}{separator}skip={len(items)}&limit={limit}")
+        if reply.status_code == 422:
+            smaller = fits(reply)
+            assert 1 <= smaller < limit
+            limit = smaller
+            continue
+        page = api.json_of(reply)
+        assert len(reply.content) < 40 * MIB or len(page["items"]) == 1
+        assert len(page["items"]) == min(limit, page["total"] - len(items)), "a page is never cut short"
+        items += page["items"]
+        if len(items) >= page["total"]:
+            return items
+
+
+def test_a_page_of_machines_in_pools_with_long_descriptions(api: Client, server: Server, stack: Stack) -> None:
+    machine_id, _ = filled(api, stack, 60)
+    stack.sql("UPDATE pools SET description = repeat('x', 10000) WHERE organization_id = $1", api.organization)
+    stack.sql(
+        "WITH made AS (INSERT INTO machines (id, organization_id, fingerprint, unkey_key_id, status)"
+        " SELECT gen_random_uuid(), $1, 'f', 'k', 'disconnected' FROM generate_series(1, 299) RETURNING id)"
+        " INSERT INTO pool_machines SELECT pools.id, made.id FROM made, pools WHERE pools.organization_id = $1",
+        api.organization,
+    )
+    with Watch(server) as watch:
+        smaller = fits(api.get("/v1/machines?limit=300"))
+        assert 40 < smaller < 60, "32 MiB of 60 times 10 KB"
+        reply = api.get(f"/v1/machines?limit={smaller}")
+        assert len(api.json_of(reply)["items"]) == smaller
+        assert 30 * MIB < len(reply.content) < 32 * MIB
+        assert fits(api.get(f"/v1/machines?limit={smaller + 1}")) == smaller
+        pool_id = api.json_of(api.get("/v1/pools?limit=1"))["items"][0]["id"]
+        whole = api.get(f"/v1/pools/{pool_id}?include_machines=true")
+        assert code(whole) == (422, [(["query", "include_machines"], "pool_too_large")])
+        assert api.json_of(api.get(f"/v1/pools/{pool_id}"))["machine_count"] == 300
+        extra = api.machine(status="disconnected")
+        assert code(add(api, pool_id, extra)) == (422, [(["body", "machine_ids"], "pool_too_large")])
+        assert pools_of(api, extra) == 0
+    assert watch.grown < 200 * MIB, f"{watch.grown // MIB} MiB; it was 1,700"
+    assert watch.seconds < 5
+    assert len(api.json_of(api.get(f"/v1/machines/{machine_id}"))["pools"]) == 60
+
+
+def test_a_page_of_runs_with_long_histories(api: Client, server: Server, stack: Stack) -> None:
+    workflow_id = api.workflow()
+    [first, *rest] = [api.run(workflow_id=workflow_id)["id"] for _ in range(12)]
+    api.report(first, status="running")
+    api.report(first, run_message_history=[{"a": "x" * 1000}] * 4000)
+    stack.sql(
+        "INSERT INTO run_outputs (run_id, attempt, run_message_history)"
+        " SELECT copy.run_id, 1, run_message_history FROM run_outputs, unnest($2::uuid[]) AS copy (run_id)"
+        " WHERE run_outputs.run_id = $1",
+        first,
+        rest,
+    )
+    assert fits(api.get("/v1/runs")) == 8, "32 MiB of 4 MB each"
+    assert len({run["id"] for run in all_pages(api, "/v1/runs", 100)}) == 12
+    with Watch(server) as watch:
+        assert len(api.json_of(api.get("/v1/runs?fields=status"))["items"]) == 12
+        assert len(api.json_of(api.get("/v1/runs?fields=input_values,output_data"))["items"]) == 12
+    assert watch.seconds < 0.5, "what is not shown is not weighed"
+    # The rest weighs nothing; and one run is always served.
+    stack.sql("UPDATE run_outputs SET run_message_history = NULL WHERE run_id = ANY($1::uuid[])", rest[1:])
+    assert len(api.json_of(api.get("/v1/runs"))["items"]) == 12
+    stack.sql("UPDATE runs SET main_prompt = repeat('x', 40000000) WHERE id = $1", rest[-1])
+    assert fits(api.get("/v1/runs?limit=5")) == 1
+    [newest] = api.json_of(api.get("/v1/runs?limit=1"))["items"]
+    assert len(newest["main_prompt"]) == 40_000_000
+    assert len(all_pages(api, "/v1/runs?status=scheduling", 3)) == 11
+
+
+def test_every_list_has_the_bound(stack: Stack) -> None:
+    """With a bound of 1 MiB, and what JSON writes six times as long."""
+    server = start_server(stack, MAX_REPLY_BYTES=MIB)
+    try:
+        with server.client() as api:
+            run_id = api.run()["id"]
+            for _ in range(4):
+                api.report(run_id, status="running")
+                api.report(run_id, status="error", error=["\x01" * 100_000])
+                api.json_of(api.retry(run_id))
+            for _ in range(30):
+                api.json_of(api.post("/v1/pools", json={"name": "\x01" * 255, "description": "\x01" * 10_000}), 201)
+            other = api.run(file_inputs=[file_input(filename="f" * 255, target_path="☃" * 4000)] * 100)["id"]
+            long = "\x01" * 40_000
+            for _ in range(4):
+                api.json_of(api.post("/v1/workflows", json={"main_prompt": long, "output_schema": long}), 201)
+            assert fits(api.get("/v1/workflows")) == 2
+            assert fits(api.get(f"/v1/runs/{run_id}/attempts")) == 1
+            assert 10 < fits(api.get("/v1/pools")) < 20
+            assert 70 < fits(api.get(f"/v1/run-attachments?run_id={other}")) < 100
+            assert api.get(f"/v1/run-attachments?run_id={run_id}").is_success
+            paths = ["/v1/workflows", f"/v1/runs/{run_id}/attempts", "/v1/pools", "/v1/run-attachments", "/v1/runs"]
+            for path in paths:
+                items = all_pages(api, path, 100)
+                names = [item.get("id") or item["attempt"] for item in items]
+                assert len(set(names)) == len(names)
+                total = api.json_of(api.get(f"{path}?limit=1"))["total"]
+                assert len(names) == total > 1
+    finally:
+        server.app.stop()
+
+
+def test_pages_of_all_kinds_are_few_statements(stack: Stack) -> None:
+    """A connection keeps a hundred: the pages of one caller must not push out everybody's."""
+
+    async def prepared() -> int:
+        database = Database(Settings.model_construct(database_url=SecretStr(stack.postgres.url)))
+        try:
+            nobody = Principal(uuid4(), "nobody", None)
+            everything, of_machine = RunFilter("nobody"), RunFilter("nobody", machine_id=uuid4())
+            for wanted in (everything, of_machine):
+                for number in range(1, 40):
+                    part = Slice(number, 2 * number, 10**6 + number)
+                    await list_runs(database, wanted, sorted(FIELDS)[: number % 20], part)
+                    await list_attachments(database, nobody, None, None, part)
+                    await list_machines(database, "nobody", part)
+                    await list_pools(database, "nobody", part)
+                    await list_workflows(database, nobody, part)
+            async with database.connection() as connection:
+                query = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '/* %.find */%'"
+                count: int = await connection.fetchval(query)
+                return count
+        finally:
+            database.close()
+
+    assert asyncio.run(prepared()) == 6, "one for each list, and two for runs"

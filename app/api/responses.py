@@ -2,17 +2,27 @@
 
 from typing import Annotated
 
-from fastapi import Query
+from fastapi import Depends, Query, Request
 from starlette.responses import Response
 
+from app.api.requests import services
 from app.idempotency import Reply
 from app.runs.projection import encode
 from app.schemas.values import Timestamp
+from app.stores.pages import Slice
 
 Skip = Annotated[int, Query(ge=0, le=2**31 - 1, description="Items to pass over.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Items in the page.")]
 From = Annotated[Timestamp | None, Query(description="At or after this time.")]
 To = Annotated[Timestamp | None, Query(description="At or before this time.")]
+
+
+async def _part(request: Request, skip: Skip = 0, limit: Limit = 100) -> Slice:
+    return Slice(skip, limit, services(request).settings.max_reply_bytes)
+
+
+# Which page of a list is asked for.
+Part = Annotated[Slice, Depends(_part)]
 
 # Of a filter whose name says what it compares.
 ONLY = Query(description="Only those with this value.")

@@ -4,24 +4,26 @@ Locks are taken in one order everywhere: pools, runs, machines; each kind by id 
 them is looked for again under the last lock.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, update
+from sqlalchemy import update
 
 from app.auth import Actor
 from app.config import Settings
-from app.errors import InsufficientScope, MachineNotFound, PoolNotFound
+from app.errors import InsufficientScope, Invalid, MachineNotFound, PoolNotFound
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Machine, RunStatus
-from app.resources.crud import Owner, changes, locked_runs, page
+from app.resources.crud import Owner, changes, locked_runs
 from app.runs import projection
 from app.runs.ending import end_runs
 from app.schemas.resources import MachineCreate, MachinePoolUpdate, MachineUpdate
+from app.schemas.values import MAX_POOLS
 from app.services import Services
 from app.stores.database import Connection, Database, Deadlock, Record
-from app.stores.statements import sql
+from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.statements import sql, statement
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
@@ -40,8 +42,10 @@ COLUMNS = {
     "alerts_enabled": "machines.alerts_enabled",
     "reserved_session_id": "machines.reserved_session_id::text",
     "pools": (
-        "ARRAY(SELECT pools.id::text FROM pool_machines JOIN pools ON pools.id = pool_machines.pool_id"
-        " WHERE pool_machines.machine_id = machines.id ORDER BY pools.created_at DESC, pools.id DESC)"
+        # One by one: a join that was planned on an empty table would read all pools for each machine.
+        "ARRAY(SELECT one.id::text FROM pool_machines, LATERAL ("
+        "SELECT id, created_at FROM pools WHERE pools.id = pool_machines.pool_id LIMIT 1) AS one"
+        " WHERE pool_machines.machine_id = machines.id ORDER BY one.created_at DESC, one.id DESC)"
     ),
     "created_at": "machines.created_at",
     "last_seen": "machines.last_seen",
@@ -67,6 +71,20 @@ POOL_UNSUPPORTED = {"pool_parameters": None, "pool_sensitive_parameters": None}
 GET = f"SELECT {projection.columns(COLUMNS)} FROM machines WHERE id = $1 AND organization_id = $2"
 
 POOLS = f"SELECT {projection.columns(POOL_COLUMNS)} FROM pools WHERE id = ANY($1::uuid[]) AND organization_id = $2"
+
+# About how many bytes of JSON a pool takes, and a machine with all of its pools.
+POOL_OCTETS = "octet_length(to_json(pools)::text) + 150"
+OCTETS = f"""
+octet_length(to_json(machines)::text) + 250 + coalesce((
+    SELECT sum(one.octets) FROM pool_machines, LATERAL (
+        SELECT {POOL_OCTETS} AS octets FROM pools WHERE pools.id = pool_machines.pool_id LIMIT 1
+    ) AS one
+    WHERE pool_machines.machine_id = machines.id
+), 0)
+"""
+
+MACHINES = Listing("machines", "machines", octets=OCTETS, row="machines.id = listed.key")
+ROWS = statement("machines.rows", f"SELECT {projection.columns(COLUMNS)} FROM {in_order('machines')} ORDER BY page.n")
 
 
 def show_pool(row: Record) -> dict[str, Any]:
@@ -94,15 +112,12 @@ async def get(connection: Connection, organization_id: str, machine_id: UUID) ->
     return machine
 
 
-async def list_machines(
-    database: Database, organization_id: str, where: Sequence[ColumnElement[bool]], skip: int, limit: int
-) -> dict[str, Any]:
-    """One page."""
-    own = [Machine.organization_id == organization_id, *where]
+async def list_machines(database: Database, organization_id: str, part: Slice, **filters: object) -> dict[str, object]:
+    """One page; `filters` as in pages.where. Raises Invalid if it would be too large."""
+    condition, values = where("machines", organization_id=organization_id, **filters)
     async with database.connection() as connection:
-        rows, total = await page(connection, Machine, COLUMNS, own, skip, limit)
-        items = await show(connection, organization_id, rows)
-    return {"items": items, "total": total, "skip": skip, "limit": limit}
+        rows, total = await page(connection, MACHINES, ROWS, condition, part, **values)
+        return part.shown(await show(connection, organization_id, rows), total)
 
 
 # --- create and change ------------------------------------------------------------------------------------------------
@@ -173,8 +188,8 @@ async def change(services: Services, write: WriteRequest, machine_id: UUID, opti
                 del values["reserved_session_id"]
         if values:
             own = update(Machine).where(Machine.id == machine_id, Machine.organization_id == organization_id)
-            statement, arguments = sql(own.values(**values))
-            await connection.execute(statement, *arguments)
+            written, arguments = sql(own.values(**values))
+            await connection.execute(written, *arguments)
         return Reply(200, projection.encode(await get(connection, organization_id, machine_id)))
 
     return await once(services, write, work)
@@ -254,11 +269,23 @@ SELECT id FROM machines WHERE id = ANY($1::uuid[]) AND organization_id = $2 ORDE
 
 LEAVE_OTHERS = "DELETE FROM pool_machines WHERE machine_id = $1 AND pool_id <> ALL($2::uuid[])"
 
-JOIN = """
-INSERT INTO pool_machines (pool_id, machine_id)
-SELECT pool_id, machine_id FROM unnest($1::uuid[]) AS pool_id CROSS JOIN unnest($2::uuid[]) AS machine_id
-ON CONFLICT DO NOTHING
-"""
+JOIN = statement(
+    "pools.join",
+    """
+    INSERT INTO pool_machines (pool_id, machine_id)
+    SELECT pool_id, machine_id FROM unnest(:pool_ids::uuid[]) AS pool_id CROSS JOIN unnest(:machine_ids::uuid[]) AS machine_id
+    ON CONFLICT DO NOTHING RETURNING machine_id
+    """,
+)
+
+# Of locked machines: who else puts them into pools waits for us, and then sees ours.
+IN_TOO_MANY = statement(
+    "pools.in_too_many",
+    """
+    SELECT 1 FROM unnest(:machine_ids::uuid[]) AS machine (id)
+    WHERE (SELECT count(*) FROM pool_machines WHERE pool_machines.machine_id = machine.id) > :most LIMIT 1
+    """,
+)
 
 
 async def lock_pools(connection: Connection, organization_id: str, pool_ids: Iterable[UUID]) -> None:
@@ -275,6 +302,20 @@ async def lock_machines(connection: Connection, organization_id: str, machine_id
         raise MachineNotFound
 
 
+async def join(connection: Connection, pool_ids: Iterable[UUID], machine_ids: Iterable[UUID]) -> None:
+    """Put locked machines into locked pools. Raises Invalid if one of them would then be in too many."""
+    rows = await connection.fetch(JOIN, pool_ids=list(pool_ids), machine_ids=list(machine_ids))
+    joined = list({row["machine_id"] for row in rows})
+    if joined and await connection.fetchval(IN_TOO_MANY, machine_ids=joined, most=MAX_POOLS):
+        raise Invalid(
+            (
+                ("body", "machine_ids"),
+                f"A machine may be in at most {MAX_POOLS} pools; take it out of others first.",
+                "too_many_pools",
+            )
+        )
+
+
 async def set_pools(services: Services, write: WriteRequest, machine_id: UUID, options: MachinePoolUpdate) -> Reply:
     """Put a machine into exactly these pools. Raises MachineNotFound, PoolNotFound."""
     organization_id = write.principal.organization_id
@@ -283,7 +324,7 @@ async def set_pools(services: Services, write: WriteRequest, machine_id: UUID, o
         await lock_pools(connection, organization_id, options.pool_ids)
         await lock_machines(connection, organization_id, [machine_id])
         await connection.execute(LEAVE_OTHERS, machine_id, options.pool_ids)
-        await connection.execute(JOIN, options.pool_ids, [machine_id])
+        await join(connection, options.pool_ids, [machine_id])
         return Reply(200, projection.encode(await get(connection, organization_id, machine_id)))
 
     return await once(services, write, work)

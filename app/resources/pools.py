@@ -5,23 +5,45 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import func, update
 
-from app.errors import PoolNotFound
+from app.errors import Invalid, PoolNotFound
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Pool
 from app.resources import machines
-from app.resources.crud import changes, page
-from app.resources.machines import JOIN, POOL_COLUMNS, POOLS, lock_machines, lock_pools, show_pool
+from app.resources.crud import changes
+from app.resources.machines import POOL_COLUMNS, POOL_OCTETS, POOLS, join, lock_machines, lock_pools, show_pool
 from app.runs import projection
 from app.schemas.resources import MachinePoolAssignment, PoolCreate, PoolUpdate
 from app.services import Services
 from app.stores.database import Connection, Database
-from app.stores.statements import sql
+from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.statements import sql, statement
 
-MEMBERS = f"""
-SELECT {projection.columns(machines.COLUMNS)} FROM machines JOIN pool_machines ON pool_machines.machine_id = machines.id
-WHERE pool_machines.pool_id = $1 AND machines.organization_id = $2
-ORDER BY machines.created_at DESC, machines.id DESC
-"""
+MEMBERS = statement(
+    "pools.members",
+    f"""
+    SELECT {projection.columns(machines.COLUMNS)} FROM pool_machines member, LATERAL (
+        SELECT * FROM machines WHERE id = member.machine_id AND organization_id = :organization_id LIMIT 1
+    ) AS machines
+    WHERE member.pool_id = :pool_id ORDER BY machines.created_at DESC, machines.id DESC
+    """,
+)
+
+# One after the other, and no further than to the first that is too much.
+TOO_LARGE = statement(
+    "pools.too_large",
+    f"""
+    SELECT EXISTS (
+        SELECT FROM (
+            SELECT sum((SELECT {machines.OCTETS} FROM machines WHERE machines.id = member.machine_id))
+                       OVER (ORDER BY member.machine_id ROWS UNBOUNDED PRECEDING) AS octets
+            FROM pool_machines member WHERE member.pool_id = :pool_id
+        ) AS weighed
+        WHERE octets > :max_bytes::bigint)
+    """,
+)
+
+LISTED = Listing("pools", "pools", octets=POOL_OCTETS, row="pools.id = listed.key")
+ROWS = statement("pools.rows", f"SELECT {projection.columns(POOL_COLUMNS)} FROM {in_order('pools')} ORDER BY page.n")
 
 INSERT = "INSERT INTO pools (id, organization_id, name, description) VALUES ($1, $2, $3, $4)"
 
@@ -35,26 +57,32 @@ WHERE pool_machines.pool_id = $1 ORDER BY machines.id FOR NO KEY UPDATE OF machi
 """
 
 
-async def get(
-    connection: Connection, organization_id: str, pool_id: UUID, *, include_machines: bool = False
-) -> dict[str, Any]:
-    """One pool, with its machines if asked for. Raises PoolNotFound."""
+async def get(connection: Connection, organization_id: str, pool_id: UUID) -> dict[str, Any]:
+    """One pool. Raises PoolNotFound."""
     row = await connection.fetchrow(POOLS, [pool_id], organization_id)
     if row is None:
         raise PoolNotFound
-    pool = show_pool(row)
-    if include_machines:
-        members = await connection.fetch(MEMBERS, pool_id, organization_id)
-        pool["machines"] = await machines.show(connection, organization_id, members)
-    return pool
+    return show_pool(row)
 
 
-async def list_pools(database: Database, organization_id: str, skip: int, limit: int) -> dict[str, Any]:
-    """One page."""
-    own = [Pool.organization_id == organization_id]
+async def get_with_machines(
+    connection: Connection, organization_id: str, pool_id: UUID, *, max_bytes: int, asked_by: tuple[str, str]
+) -> dict[str, Any]:
+    """One pool and its machines. Raises PoolNotFound, and Invalid for `asked_by` if they would be too large."""
+    pool = await get(connection, organization_id, pool_id)
+    if await connection.fetchval(TOO_LARGE, pool_id=pool_id, max_bytes=max_bytes):
+        sentence = f"The pool with its machines would have more than {max_bytes} bytes; have fewer machines in it."
+        raise Invalid((asked_by, sentence, "pool_too_large"))
+    members = await connection.fetch(MEMBERS, pool_id=pool_id, organization_id=organization_id)
+    return pool | {"machines": await machines.show(connection, organization_id, members)}
+
+
+async def list_pools(database: Database, organization_id: str, part: Slice) -> dict[str, object]:
+    """One page. Raises Invalid if it would be too large."""
+    condition, values = where("pools", organization_id=organization_id)
     async with database.connection() as connection:
-        rows, total = await page(connection, Pool, POOL_COLUMNS, own, skip, limit)
-    return {"items": [show_pool(row) for row in rows], "total": total, "skip": skip, "limit": limit}
+        rows, total = await page(connection, LISTED, ROWS, condition, part, **values)
+    return part.shown([show_pool(row) for row in rows], total)
 
 
 async def create(services: Services, write: WriteRequest, options: PoolCreate) -> Reply:
@@ -75,8 +103,8 @@ async def change(services: Services, write: WriteRequest, pool_id: UUID, options
 
     async def work(connection: Connection) -> Reply:
         own = update(Pool).where(Pool.id == pool_id, Pool.organization_id == organization_id)
-        statement, values = sql(own.values(**changes(Pool, options), updated_at=func.now()))
-        await connection.execute(statement, *values)
+        written, values = sql(own.values(**changes(Pool, options), updated_at=func.now()))
+        await connection.execute(written, *values)
         return Reply(200, projection.encode(await get(connection, organization_id, pool_id)))
 
     return await once(services, write, work)
@@ -103,8 +131,15 @@ async def add_machines(services: Services, write: WriteRequest, pool_id: UUID, o
     async def work(connection: Connection) -> Reply:
         await lock_pools(connection, organization_id, [pool_id])
         await lock_machines(connection, organization_id, options.machine_ids)
-        await connection.execute(JOIN, [pool_id], options.machine_ids)
-        return Reply(200, projection.encode(await get(connection, organization_id, pool_id, include_machines=True)))
+        await join(connection, [pool_id], options.machine_ids)
+        shown = await get_with_machines(
+            connection,
+            organization_id,
+            pool_id,
+            max_bytes=services.settings.max_reply_bytes,
+            asked_by=("body", "machine_ids"),
+        )
+        return Reply(200, projection.encode(shown))
 
     return await once(services, write, work)
 

@@ -1,25 +1,25 @@
 """Workflows: what runs execute. A workflow goes with all its runs."""
 
-from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, exists, func, update
+from sqlalchemy import func, update
 
 from app.auth import Principal
 from app.errors import WorkflowNotFound
 from app.idempotency import Reply, WriteRequest, once
-from app.models import Run, Workflow
-from app.resources.crud import changes, locked_runs, page
+from app.models import Workflow
+from app.resources.crud import changes, locked_runs
 from app.runs import projection
 from app.runs.ending import remove_runs
 from app.schemas.resources import WorkflowCreate, WorkflowUpdate
 from app.services import Services
 from app.stores.database import Connection, Database, Record
+from app.stores.pages import Listing, Slice, in_order, page, where
 from app.stores.statements import sql, statement
 
 COLUMNS = {
-    "id": "id::text",
+    "id": "workflows.id::text",
     "user_id": "user_id::text",
     "organization_id": "organization_id",
     "name": "name",
@@ -44,6 +44,14 @@ UNSUPPORTED = {
 
 GET = f"SELECT {projection.columns(COLUMNS)} FROM workflows WHERE id = $1 AND organization_id = $2"
 
+WORKFLOWS = Listing(
+    "workflows", "workflows", octets="octet_length(to_json(workflows)::text) + 300", row="workflows.id = listed.key"
+)
+ROWS = statement(
+    "workflows.rows",
+    f"SELECT {projection.columns(COLUMNS)} FROM {in_order('workflows')} ORDER BY page.n",
+)
+
 INSERT = """
 INSERT INTO workflows (id, organization_id, user_id, name, main_prompt, input_schema, output_schema,
                        includes_file_exports, is_webhooks_enabled)
@@ -67,10 +75,9 @@ async def get(connection: Connection, organization_id: str, workflow_id: UUID) -
     return show(row)
 
 
-def used_by(machine_id: UUID) -> ColumnElement[bool]:
-    """Workflows of runs that are assigned to this machine: what a key that is bound to it sees."""
-    return exists().where(Run.workflow_id == Workflow.id, Run.assigned_machine_id == machine_id)
-
+# Workflows of runs that are assigned to a machine: what a key that is bound to it sees.
+OF_MACHINE = """EXISTS (
+    SELECT FROM runs WHERE runs.assigned_machine_id = :machine_id AND runs.workflow_id = workflows.id)"""
 
 USED = statement(
     "workflows.used",
@@ -92,14 +99,14 @@ async def get_seen(connection: Connection, principal: Principal, workflow_id: UU
     return await get(connection, organization_id, workflow_id)
 
 
-async def list_workflows(
-    database: Database, organization_id: str, where: Sequence[ColumnElement[bool]], skip: int, limit: int
-) -> dict[str, Any]:
-    """One page."""
-    own = [Workflow.organization_id == organization_id, *where]
+async def list_workflows(database: Database, principal: Principal, part: Slice, **filters: object) -> dict[str, object]:
+    """One page of what the caller may see; `filters` as in pages.where. Raises Invalid if it would be too large."""
+    condition, values = where("workflows", organization_id=principal.organization_id, **filters)
+    if principal.machine_id is not None:
+        condition, values = f"{condition} AND {OF_MACHINE}", values | {"machine_id": principal.machine_id}
     async with database.connection() as connection:
-        rows, total = await page(connection, Workflow, COLUMNS, own, skip, limit)
-    return {"items": [show(row) for row in rows], "total": total, "skip": skip, "limit": limit}
+        rows, total = await page(connection, WORKFLOWS, ROWS, condition, part, **values)
+    return part.shown([show(row) for row in rows], total)
 
 
 async def create(services: Services, write: WriteRequest, options: WorkflowCreate) -> Reply:
@@ -130,8 +137,8 @@ async def change(services: Services, write: WriteRequest, workflow_id: UUID, opt
 
     async def work(connection: Connection) -> Reply:
         own = update(Workflow).where(Workflow.id == workflow_id, Workflow.organization_id == organization_id)
-        statement, values = sql(own.values(**changes(Workflow, options), updated_at=func.now()))
-        await connection.execute(statement, *values)
+        written, values = sql(own.values(**changes(Workflow, options), updated_at=func.now()))
+        await connection.execute(written, *values)
         return Reply(200, projection.encode(await get(connection, organization_id, workflow_id)))
 
     return await once(services, write, work)

@@ -7,9 +7,8 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, bindparam, exists, func, literal_column, select
+from sqlalchemy import bindparam, select
 from sqlalchemy import delete as delete_from
-from sqlalchemy.orm import aliased
 
 from app.auth import SEEN, Principal
 from app.errors import (
@@ -28,7 +27,8 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
-from app.stores.statements import composed, fragment, statement
+from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.statements import statement
 
 COLUMNS = projection.columns(projection.ATTACHMENT_COLUMNS)
 
@@ -42,6 +42,13 @@ GET = statement(
     WHERE a.id = :attachment_id AND {OF_CALLER} AND {projection.VISIBLE}
     """,
 )
+
+OF_MACHINE = "EXISTS (SELECT FROM runs WHERE runs.id = a.run_id AND runs.assigned_machine_id = :machine_id)"
+
+ATTACHMENTS = Listing(
+    "attachments", "run_attachments a", octets="octet_length(to_json(a)::text)", row="a.id = listed.key"
+)
+ROWS = statement("attachments.rows", f"SELECT {COLUMNS} FROM {in_order('run_attachments a')} ORDER BY page.n")
 
 # --- read -------------------------------------------------------------------------------------------------------------
 
@@ -60,34 +67,15 @@ async def _get(connection: Connection, attachment_id: UUID, principal: Principal
 
 
 async def list_attachments(
-    database: Database, principal: Principal, run_id: UUID | None, kind: AttachmentType | None, skip: int, limit: int
-) -> dict[str, Any]:
-    """One page, newest first."""
-    a = aliased(RunAttachment, name="a")
-    where: list[ColumnElement[bool]] = [
-        a.organization_id == principal.organization_id,
-        literal_column(projection.VISIBLE),
-    ]
+    database: Database, principal: Principal, run_id: UUID | None, kind: AttachmentType | None, part: Slice
+) -> dict[str, object]:
+    """One page, newest first. Raises Invalid if it would be too large."""
+    condition, values = where("a", organization_id=principal.organization_id, run_id=run_id, attachment_type=kind)
     if principal.machine_id is not None:
-        where.append(exists().where(Run.id == a.run_id, Run.assigned_machine_id == principal.machine_id))
-    if run_id is not None:
-        where.append(a.run_id == run_id)
-    if kind is not None:
-        where.append(a.attachment_type == kind)
-    count = composed("attachments.count", select(func.count()).select_from(a).where(*where))
-    page = composed(
-        "attachments.page",
-        select(fragment(COLUMNS))
-        .select_from(a)
-        .where(*where)
-        .order_by(a.created_at.desc(), a.id.desc())
-        .offset(skip)
-        .limit(limit),
-    )
+        condition, values = f"{condition} AND {OF_MACHINE}", values | {"machine_id": principal.machine_id}
     async with database.connection() as connection:
-        total = await connection.fetchval(count)
-        rows = await connection.fetch(page)
-    return {"items": [dict(row) for row in rows], "total": total, "skip": skip, "limit": limit}
+        rows, total = await page(connection, ATTACHMENTS, ROWS, f"{condition} AND {projection.VISIBLE}", part, **values)
+    return part.shown([dict(row) for row in rows], total)
 
 
 # --- create -----------------------------------------------------------------------------------------------------------

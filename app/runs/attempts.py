@@ -1,37 +1,37 @@
 """The archive of a run's finished attempts. A retry writes it (retry.py); this only reads."""
 
-from typing import Any
 from uuid import UUID
 
 from app.auth import SEEN, Principal
 from app.errors import RunNotFound
 from app.runs import projection
 from app.stores.database import Connection
+from app.stores.pages import Listing, Slice, find
 from app.stores.statements import statement
 
-COUNT = statement(
-    "runs.attempts.count",
-    f"""
-    SELECT (SELECT count(*) FROM run_attempts t WHERE t.run_id = r.id) AS total
-    FROM runs r WHERE r.id = :run_id AND {SEEN}
-    """,
+KNOWN = statement("attempts.known", f"SELECT 1 FROM runs r WHERE r.id = :run_id AND {SEEN}")
+
+ATTEMPTS = Listing(
+    "attempts",
+    "run_attempts t",
+    octets="octet_length(to_json(t)::text)",
+    row="t.run_id = :run_id AND t.attempt = listed.key",
+    order=("attempt",),
 )
 
-PAGE = statement(
-    "runs.attempts.page",
+ROWS = statement(
+    "attempts.rows",
     f"""
     SELECT {projection.columns(projection.ATTEMPT_COLUMNS)} FROM run_attempts t
-    WHERE t.run_id = :run_id ORDER BY t.attempt DESC OFFSET :skip LIMIT :limit
+    WHERE t.run_id = :run_id AND t.attempt = ANY(:attempts::integer[]) ORDER BY t.attempt DESC
     """,
 )
 
 
-async def list_attempts(
-    connection: Connection, run_id: UUID, principal: Principal, skip: int, limit: int
-) -> dict[str, Any]:
-    """One page, newest first. Raises RunNotFound."""
-    total = await connection.fetchval(COUNT, run_id=run_id, **principal.sees())
-    if total is None:
+async def list_attempts(connection: Connection, run_id: UUID, principal: Principal, part: Slice) -> dict[str, object]:
+    """One page, newest first. Raises RunNotFound, and Invalid if the page would be too large."""
+    if not await connection.fetchval(KNOWN, run_id=run_id, **principal.sees()):
         raise RunNotFound
-    rows = await connection.fetch(PAGE, run_id=run_id, skip=skip, limit=limit) if total > skip else []
-    return {"items": [dict(row) for row in rows], "total": total, "skip": skip, "limit": limit}
+    attempts, total = await find(connection, ATTEMPTS, ("t.run_id = :run_id",), part, run_id=run_id)
+    rows = await connection.fetch(ROWS, run_id=run_id, attempts=attempts) if attempts else []
+    return part.shown([dict(row) for row in rows], total)

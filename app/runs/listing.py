@@ -1,23 +1,25 @@
 """The list of runs: filters, projection, paging, and waiting for the list to have something.
 
-No query reads a column that the reply does not show, and the page's ids are found before any wide row is read.
+No query reads a long column that the reply does not show, and the page's ids are found before any wide row is read.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import lru_cache
 from uuid import UUID
 
 from app.errors import Invalid
 from app.models import RunStatus
 from app.runs import projection
 from app.services import Services
+from app.stores import pages
 from app.stores.database import Database
-from app.stores.statements import statement
+from app.stores.pages import Listing, Slice, find, in_order
+from app.stores.statements import Statement, composed, fragment, statement
 
 # How often a caller looks again that waits for anything but an assignment.
 LOOK_AGAIN_SECONDS = 1.0
@@ -36,102 +38,110 @@ class RunFilter:
     created_at_to: datetime | None = None
     bound_to: UUID | None = None  # the caller sees only what is assigned to this machine
 
-    def arms(self) -> tuple[list[str], list[Any]]:
+    def branches(self) -> tuple[tuple[str, ...], dict[str, object]]:
         """Conditions that exclude each other and together mean the filter, each served by one index; and their values.
 
-        `machine_id` has three sources (assigned, reserved for the session, pinned), so that filter has three arms; they say
-        what projection.RUN_SOURCE says.
+        `machine_id` has three sources (assigned, reserved for the session, pinned), so that filter has three branches; they
+        say what projection.RUN_SOURCE says.
         """
-        values: list[Any] = [self.organization_id]
-
-        def bind(value: object) -> str:
-            values.append(value)
-            return f"${len(values)}"
-
-        conditions = ["r.organization_id = $1"]
-        if self.workflow_id is not None:
-            conditions.append(f"r.workflow_id = {bind(self.workflow_id)}")
-        if self.session_id is not None:
-            conditions.append(f"r.session_id = {bind(self.session_id)}")
-        if self.status is not None:
-            conditions.append(f"r.status = {bind(self.status.value)}")
-        if self.created_at_from is not None:
-            conditions.append(f"r.created_at >= {bind(self.created_at_from)}")
-        if self.created_at_to is not None:
-            conditions.append(f"r.created_at <= {bind(self.created_at_to)}")
-        if self.bound_to is not None:
-            conditions.append(f"r.assigned_machine_id = {bind(self.bound_to)}")
-        common = " AND ".join(conditions)
+        common, values = pages.where(
+            "r",
+            organization_id=self.organization_id,
+            workflow_id=self.workflow_id,
+            session_id=self.session_id,
+            status=None if self.status is None else self.status.value,
+            created_at_from=self.created_at_from,
+            created_at_to=self.created_at_to,
+            assigned_machine_id=self.bound_to,
+        )
         if self.machine_id is None:
-            return [common], values
-        machine = bind(self.machine_id)
+            return (common,), values
+        values["machine_id"] = self.machine_id
         if self.bound_to is not None:
-            return [f"{common} AND r.assigned_machine_id = {machine}"], values
-        reserved = f"(SELECT reserved_session_id FROM machines WHERE id = {machine})"
+            return (f"{common} AND r.assigned_machine_id = :machine_id",), values
+        reserved = "(SELECT reserved_session_id FROM machines WHERE id = :machine_id)"
         unreserved = (
             f"NOT ({projection.IS_ACTIVE} AND EXISTS (SELECT FROM machines WHERE reserved_session_id = r.session_id))"
         )
-        return [
-            f"{common} AND r.assigned_machine_id = {machine}",
+        return (
+            f"{common} AND r.assigned_machine_id = :machine_id",
             f"{common} AND r.assigned_machine_id IS NULL AND {projection.IS_ACTIVE} AND r.session_id = {reserved}",
-            f"{common} AND r.assigned_machine_id IS NULL AND r.pinned_machine_id = {machine} AND {unreserved}",
-        ], values
+            f"{common} AND r.assigned_machine_id IS NULL AND r.pinned_machine_id = :machine_id AND {unreserved}",
+        ), values
 
 
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """The columns to read, and the always-null keys to show; None means all."""
-
-    columns: Sequence[str] | None = None
-    unsupported: dict[str, None] | None = None
-
-
-_NEWEST_FIRST = "ORDER BY created_at DESC, id DESC"
-
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 FIELDS = projection.RUN_COLUMNS.keys() | projection.RUN_UNSUPPORTED.keys()
 
 
-async def list_runs(database: Database, wanted: RunFilter, shown: Projection, skip: int, limit: int) -> dict[str, Any]:
-    """One page."""
-    arms, values = wanted.arms()
-    total = " + ".join(f"(SELECT count(*) FROM runs r WHERE {arm})" for arm in arms)
-    if len(arms) == 1:
-        page = f"SELECT r.id, r.created_at FROM runs r WHERE {arms[0]} {_NEWEST_FIRST} OFFSET {skip:d} LIMIT {limit:d}"
-    else:
-        # Each arm gives its own newest, in index order; the page is cut from their merge.
-        newest = " UNION ALL ".join(
-            f"(SELECT r.id, r.created_at FROM runs r WHERE {arm} {_NEWEST_FIRST} LIMIT {skip + limit:d})"
-            for arm in arms
+def _if_shown(name: str, sql: str) -> str:
+    return f"CASE WHEN '{name}' = ANY(:fields::text[]) THEN {sql} END"
+
+
+# What a run shows that can be long, or costs a look into another table, is read only if it is asked for. One statement for all
+# projections: a connection keeps a hundred prepared statements, and one caller's must not push out everybody's.
+_OCTETS = {
+    "error": "octet_length(to_json(r.error)::text)",
+    "pool_ids": "39 * cardinality(r.pool_ids)",
+    "main_prompt": "octet_length(to_json(r.main_prompt)::text)",
+    "input_attachment_ids": "(SELECT 39 * count(*) FROM run_attachments a WHERE a.run_id = r.id)",
+    "output_attachment_ids": "(SELECT 39 * count(*) FROM run_attachments a WHERE a.run_id = r.id)",
+    **{name: f"octet_length(({projection.RUN_COLUMNS[name]})::text)" for name in projection.RUN_JSON},
+}
+_OPTIONAL = _OCTETS.keys() | {"scheduling_reason"}
+
+RUNS = Listing(
+    "runs",
+    "runs r",
+    octets=" + ".join(["1200", *(f"coalesce({_if_shown(name, sql)}, 0)" for name, sql in _OCTETS.items())]),
+    row="r.id = listed.key",
+)
+
+ROWS = statement(
+    "runs.rows",
+    f"""
+    SELECT {
+        ", ".join(
+            f"{_if_shown(name, sql) if name in _OPTIONAL else sql} AS {name}"
+            for name, sql in projection.MANY_RUNS.items()
         )
-        page = f"SELECT id, created_at FROM ({newest}) AS newest {_NEWEST_FIRST} OFFSET {skip:d} LIMIT {limit:d}"
-    statement = (
-        f"WITH page AS MATERIALIZED ({page})"
-        f" SELECT {projection.columns(projection.MANY_RUNS, shown.columns)}"
-        f" FROM page JOIN runs r ON r.id = page.id {projection.RUN_SOURCE}"
-        " ORDER BY page.created_at DESC, page.id DESC"
-    )
+    }
+    FROM {in_order("runs r")} {projection.RUN_SOURCE}
+    ORDER BY page.n
+    """,
+)
+
+
+async def list_runs(database: Database, wanted: RunFilter, fields: Collection[str], part: Slice) -> dict[str, object]:
+    """One page of runs, with these keys. Raises Invalid if it would be too large."""
+    branches, values = wanted.branches()
+    names = list(fields)
     async with database.connection() as connection:
-        count = await connection.fetchval(f"SELECT {total}", *values)
-        rows = await connection.fetch(statement, *values) if count > skip else []
-        items = await projection.many(connection, rows, shown.unsupported)
-    return {"items": items, "total": count, "skip": skip, "limit": limit}
+        ids, total = await find(connection, RUNS, branches, part, fields=names, **values)
+        rows = await connection.fetch(ROWS, ids=ids, fields=names) if ids else []
+        runs = await projection.many(connection, rows)
+    return part.shown([{name: value for name, value in run.items() if name in fields} for run in runs], total)
 
 
-def shown_fields(fields: Sequence[str] | None) -> Projection:
-    """What `fields` asks for; it may be repeated or comma-separated. Raises Invalid for an unknown field."""
+def shown_fields(fields: Sequence[str] | None) -> Collection[str]:
+    """The keys that `fields` asks for; it may be repeated or comma-separated. Raises Invalid for an unknown one."""
     if fields is None:
-        return Projection()
+        return FIELDS
     names = {name.strip(" ") for part in fields for name in part.split(",")} - {""}
     if not names <= FIELDS:
         raise Invalid(
             (("query", "fields"), f"Must be names of fields of a run: {', '.join(sorted(FIELDS))}.", "fields")
         )
-    chosen = names | set(projection.RUN_BASE_FIELDS)
-    return Projection(
-        [name for name in projection.RUN_COLUMNS if name in chosen],
-        {name: None for name in projection.RUN_UNSUPPORTED if name in chosen},
-    )
+    return names | set(projection.RUN_BASE_FIELDS)
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _exists(branch: str) -> Statement:
+    return composed("runs.exists", fragment(f"SELECT EXISTS (SELECT FROM runs r WHERE {branch})"))
 
 
 async def wait_for_run(services: Services, wanted: RunFilter, seconds: float) -> None:
@@ -141,13 +151,13 @@ async def wait_for_run(services: Services, wanted: RunFilter, seconds: float) ->
     and again. Raises DatabaseUnavailable.
     """
     machine_id = wanted.machine_id if wanted.status in (None, RunStatus.SCHEDULING) else None
-    arms, values = wanted.arms()
-    exists = f"SELECT EXISTS (SELECT FROM runs r WHERE {arms[0]})"
+    branches, values = wanted.branches()
+    exists = _exists(branches[0])
     until = time.monotonic() + seconds
     with nullcontext() if machine_id is None else services.wakeups.listen(machine_id) as assigned:
         while True:
             async with services.database.connection() as connection:
-                if await connection.fetchval(exists, *values):
+                if await connection.fetchval(exists, **values):
                     return
             left = until - time.monotonic()
             if left <= 0 or services.wakeups.stopping:

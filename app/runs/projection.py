@@ -119,7 +119,7 @@ MANY_RUNS = RUN_COLUMNS | {"scheduling_reason": _scheduling_reason(f"'{_LANE}' |
 
 RUN_BASE_FIELDS = ("id", "workflow_id", "machine_id", "status", "created_at")
 RUN_UNSUPPORTED = {"post_run_checks": None}
-_RUN_JSON = (
+RUN_JSON = (
     "output_data",
     "run_message_history",
     "usage_metadata",
@@ -159,15 +159,14 @@ async def get(connection: Connection, run_id: UUID, principal: Principal) -> dic
     return run(row)
 
 
-def run(row: Record, unsupported: dict[str, None] | None = None) -> dict[str, Any]:
-    """A run as it is sent; `unsupported` names the keys that are always null (all of them by default)."""
+def run(row: Record) -> dict[str, Any]:
+    """A run as it is sent."""
     document = dict(row.items())
-    for name in _RUN_JSON:
+    for name in RUN_JSON:
         value = document.get(name)
         if value is not None:
             document[name] = orjson.Fragment(value)
-    document.update(RUN_UNSUPPORTED if unsupported is None else unsupported)
-    return document
+    return document | RUN_UNSUPPORTED
 
 
 # Of one run in each lane; whatever became of it meanwhile.
@@ -180,11 +179,9 @@ LANE_REASONS = statement(
 )
 
 
-async def many(
-    connection: Connection, rows: Iterable[Record], unsupported: dict[str, None] | None = None
-) -> list[dict[str, Any]]:
+async def many(connection: Connection, rows: Iterable[Record]) -> list[dict[str, Any]]:
     """Rows of MANY_RUNS as they are sent. What each lane waits for is found out once, not once for each of its runs."""
-    runs = [run(row, unsupported) for row in rows]
+    runs = [run(row) for row in rows]
     waiting = [one for one in runs if (one.get("scheduling_reason") or "").startswith(_LANE)]
     first = {one["scheduling_reason"]: one["id"] for one in waiting}
     if first:

@@ -9,7 +9,7 @@ from app.api import downloads
 from app.api.downloads import Ticket
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
-from app.api.responses import ONLY, Limit, Skip, json_reply, send
+from app.api.responses import ONLY, Part, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
     AttachmentNotFound,
@@ -68,14 +68,13 @@ def _download(*refusals: type[Refusal], public: bool = False) -> dict[str, Any]:
 @router.get(_PATH, response_model=Page[RunAttachmentResponse], **operation(scope="runs:read", bound="runs:read"))
 async def list_run_attachments(
     request: Request,
+    part: Part,
     run_id: Annotated[UUID | None, ONLY] = None,
     attachment_type: Annotated[AttachmentType | None, ONLY] = None,
-    skip: Skip = 0,
-    limit: Limit = 100,
 ) -> Response:
     """Attachments of the organization's runs, newest first."""
     database, principal = services(request).database, request.state.principal
-    return json_reply(await attachments.list_attachments(database, principal, run_id, attachment_type, skip, limit))
+    return json_reply(await attachments.list_attachments(database, principal, run_id, attachment_type, part))
 
 
 @router.post(

@@ -7,12 +7,10 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
-from app.api.responses import ONLY, From, Limit, Skip, To, json_reply, send
+from app.api.responses import ONLY, From, Part, To, json_reply, send
 from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
-from app.models import Machine
 from app.resources import machines
-from app.resources.crud import within
 from app.schemas.resources import (
     MachineCreate,
     MachinePoolUpdate,
@@ -41,24 +39,26 @@ async def create_machine(request: Request) -> Response:
 @router.get("", response_model=Page[MachineResponse], **operation(scope="runs:read", bound="runs:read"))
 async def list_machines(
     request: Request,
+    part: Part,
     name: Annotated[Name | None, Query(description="Exactly this name.")] = None,
     status: Annotated[MachineStatus | None, ONLY] = None,
     created_at_from: From = None,
     created_at_to: To = None,
-    skip: Skip = 0,
-    limit: Limit = 100,
 ) -> Response:
     """Machines, newest first."""
-    where = within(Machine.created_at, created_at_from, created_at_to)
-    if name is not None:
-        where.append(Machine.name == name)
-    if status is not None:
-        where.append(Machine.status == status)
     principal = request.state.principal
-    if principal.machine_id is not None:
-        where.append(Machine.id == principal.machine_id)
-    organization_id = principal.organization_id
-    return json_reply(await machines.list_machines(services(request).database, organization_id, where, skip, limit))
+    return json_reply(
+        await machines.list_machines(
+            services(request).database,
+            principal.organization_id,
+            part,
+            id=principal.machine_id,  # a key that is bound to a machine sees no other
+            name=name,
+            status=status,
+            created_at_from=created_at_from,
+            created_at_to=created_at_to,
+        )
+    )
 
 
 def _refuse_others(machine_id: UUID, request: Request) -> None:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
-from app.api.responses import Limit, Skip, json_reply, send
+from app.api.responses import Part, json_reply, send
 from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
 from app.resources import pools
@@ -27,10 +27,10 @@ async def create_pool(request: Request) -> Response:
 
 
 @router.get("", response_model=Page[PoolResponse], **operation(scope="runs:read"))
-async def list_pools(request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+async def list_pools(request: Request, part: Part) -> Response:
     """Pools, newest first."""
     organization_id = request.state.principal.organization_id
-    return json_reply(await pools.list_pools(services(request).database, organization_id, skip, limit))
+    return json_reply(await pools.list_pools(services(request).database, organization_id, part))
 
 
 @router.get("/{pool_id}", response_model=PoolWithMachines | PoolResponse, **operation(PoolNotFound, scope="runs:read"))
@@ -41,8 +41,19 @@ async def get_pool(
 ) -> Response:
     """One pool."""
     organization_id = request.state.principal.organization_id
-    async with services(request).database.connection() as connection:
-        return json_reply(await pools.get(connection, organization_id, pool_id, include_machines=include_machines))
+    own = services(request)
+    async with own.database.connection() as connection:
+        if not include_machines:
+            return json_reply(await pools.get(connection, organization_id, pool_id))
+        return json_reply(
+            await pools.get_with_machines(
+                connection,
+                organization_id,
+                pool_id,
+                max_bytes=own.settings.max_reply_bytes,
+                asked_by=("query", "include_machines"),
+            )
+        )
 
 
 @router.patch(

@@ -9,7 +9,7 @@ from pydantic import Field
 from app import events
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
-from app.api.responses import ONLY, Limit, Skip, json_reply, send
+from app.api.responses import ONLY, Limit, Part, Skip, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
     AttemptSuperseded,
@@ -111,10 +111,10 @@ async def get_run(run_id: UUID, request: Request) -> Response:
     response_model=Page[RunAttemptResponse],
     **operation(RunNotFound, scope="runs:read", bound="runs:read"),
 )
-async def list_run_attempts(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+async def list_run_attempts(run_id: UUID, request: Request, part: Part) -> Response:
     """The archive of finished attempts, newest first."""
     async with services(request).database.connection() as connection:
-        return json_reply(await attempts.list_attempts(connection, run_id, request.state.principal, skip, limit))
+        return json_reply(await attempts.list_attempts(connection, run_id, request.state.principal, part))
 
 
 @router.get(
@@ -135,6 +135,7 @@ async def list_run_events(run_id: UUID, request: Request, skip: Skip = 0, limit:
 @router.get("", name="list_runs", response_model=Page[RunProjection], **operation(scope="runs:read", bound="runs:read"))
 async def list_all(
     request: Request,
+    part: Part,
     workflow_id: Annotated[UUID | None, ONLY] = None,
     machine_id: Annotated[UUID | None, Query(description="Runs whose machine_id is this.")] = None,
     session_id: Annotated[UUID | None, ONLY] = None,
@@ -146,8 +147,6 @@ async def list_all(
         float,
         Query(ge=0, le=30, description="Seconds to hold the reply until there is a run (assigned to machine_id)."),
     ] = 0,
-    skip: Skip = 0,
-    limit: Limit = 100,
 ) -> Response:
     """Runs, newest first."""
     principal = request.state.principal
@@ -164,7 +163,7 @@ async def list_all(
     own, shown = services(request), shown_fields(fields)
     if wait:
         await wait_for_run(own, wanted, wait)
-    return json_reply(await list_runs(own.database, wanted, shown, skip, limit))
+    return json_reply(await list_runs(own.database, wanted, shown, part))
 
 
 @router.patch(

@@ -6,12 +6,10 @@ from fastapi import APIRouter, Request, Response
 
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
-from app.api.responses import From, Limit, Skip, To, json_reply, send
+from app.api.responses import From, Part, To, json_reply, send
 from app.api.scopes import Route
 from app.errors import WorkflowNotFound
-from app.models import Workflow
 from app.resources import workflows
-from app.resources.crud import within
 from app.schemas.resources import WorkflowCreate, WorkflowResponse, WorkflowUpdate
 from app.schemas.values import Page
 
@@ -33,23 +31,25 @@ async def create_workflow(request: Request) -> Response:
 @router.get("", response_model=Page[WorkflowResponse], **operation(scope="runs:read", bound="runs:read"))
 async def list_workflows(
     request: Request,
+    part: Part,
     created_at_from: From = None,
     created_at_to: To = None,
     updated_at_from: From = None,
     updated_at_to: To = None,
-    skip: Skip = 0,
-    limit: Limit = 100,
 ) -> Response:
     """Workflows, newest first."""
-    where = [
-        *within(Workflow.created_at, created_at_from, created_at_to),
-        *within(Workflow.updated_at, updated_at_from, updated_at_to),
-    ]
     principal = request.state.principal
-    if principal.machine_id is not None:
-        where.append(workflows.used_by(principal.machine_id))
-    organization_id = principal.organization_id
-    return json_reply(await workflows.list_workflows(services(request).database, organization_id, where, skip, limit))
+    return json_reply(
+        await workflows.list_workflows(
+            services(request).database,
+            principal,
+            part,
+            created_at_from=created_at_from,
+            created_at_to=created_at_to,
+            updated_at_from=updated_at_from,
+            updated_at_to=updated_at_to,
+        )
+    )
 
 
 @router.get(
