@@ -17,6 +17,7 @@ from alembic.config import Config
 from pydantic import ValidationError
 
 from app import auth
+from app.api.server import BACKLOG
 from app.config import DatabaseSettings, Settings
 from app.main import create_app
 from app.telemetry.logs import configure
@@ -62,6 +63,7 @@ def application() -> object:
     settings = Settings()
     configure(settings.log_level)
     app = create_app(settings)
+    app.openapi()  # it takes a third of a second, in which a first reader of the document would hold up everybody
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: collections need not go through it again and again
     return app
@@ -81,6 +83,7 @@ def _serve(_: argparse.Namespace) -> int:
         access_log=False,  # the edge writes one line a request, without queries
         log_config=None,
         server_header=False,
+        backlog=BACKLOG,
         timeout_keep_alive=75,  # longer than balancers keep idle connections: else they send requests into closed ones
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )

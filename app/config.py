@@ -55,6 +55,9 @@ class Settings(DatabaseSettings):
     public_url: str | None = Field(
         None, description="Base of the download URLs we sign; default: the request's own base."
     )
+    max_connections: int = Field(
+        2000, ge=16, le=100_000, description="Open connections per process; beyond it the oldest idle one is closed."
+    )
     cors_origins: Annotated[list[str], NoDecode] = Field(
         default=[], description="Comma-separated origins that browsers may call from; empty turns CORS off."
     )
@@ -77,9 +80,12 @@ class Settings(DatabaseSettings):
         ge=MIB,
         description="Largest page of a list (more than one item of it; else 422) and reply of a bulk (else 413).",
     )
-    body_timeout_seconds: float = Field(10, gt=0, description="Patience with a body; each received byte extends it.")
-    body_min_bytes_per_second: int = Field(
-        32 * 1024, ge=1, description="Pace a body must keep beyond that patience, else 408."
+    body_timeout_seconds: float = Field(
+        10, gt=0, description="A body must be complete in this time, or keep the pace within it; else 408."
+    )
+    body_min_bytes_per_second: int = Field(32 * 1024, ge=1, description="The pace that a long body must keep.")
+    send_timeout_seconds: float = Field(
+        30, gt=0, description="A reply of which the reader takes nothing for so long is cut off."
     )
 
     # PostgreSQL

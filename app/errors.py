@@ -30,7 +30,8 @@ Refusal
 └── Unavailable                503, with Retry-After
     ├── VaultUnavailable       vault_unavailable
     ├── StorageUnavailable     storage_unavailable
-    └── DatabaseUnavailable    database_unavailable
+    ├── DatabaseUnavailable    database_unavailable
+    └── Overloaded             overloaded
 
 A sentence here never carries anything a caller sent, except ids and statuses of the caller's own run.
 """
@@ -260,6 +261,11 @@ class StorageUnavailable(Unavailable):
 class DatabaseUnavailable(Unavailable):
     code = "database_unavailable"
     detail = "The database did not answer in time; nothing was changed. Send the request again."
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+    detail = "The service has as many requests or bytes in hand as it may; nothing was changed. Send the request again."
 
 
 class OutcomeUnknown(DatabaseUnavailable):

@@ -14,6 +14,8 @@ from app import background
 from app.api import console, docs, openapi, refusals
 from app.api.edge import Edge
 from app.api.routes import ROUTERS
+from app.api.routes.health import Checks
+from app.api.server import Connections, room_for_connections
 from app.config import Settings
 from app.services import Services
 
@@ -22,12 +24,14 @@ def create_app(settings: Settings) -> FastAPI:
     """The service with these settings; it connects to its stores when it is used, and starts without them."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
         services = Services.open(settings)
         app.state.services = services
+        app.state.checks = Checks(services)
         task = asyncio.create_task(background.run(services))
         _when_told_to_stop(services.wakeups.stop)
-        yield
+        # uvicorn hands it to app.api.server
+        yield {"connections": Connections(_max_connections(settings), settings.send_timeout_seconds)}
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
@@ -37,6 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
         title="Runs API",
         version="1",
         lifespan=lifespan,
+        openapi_url=None,  # served by app.api.openapi, as bytes
         docs_url=None,
         redoc_url=None,
         exception_handlers=refusals.HANDLERS,
@@ -67,6 +72,12 @@ def create_app(settings: Settings) -> FastAPI:
             max_age=600,
         )
     return app
+
+
+def _max_connections(settings: Settings) -> int:
+    """As many as wanted, if the stores then still have the descriptors that they may need at once."""
+    stores = settings.database_pool_size + settings.vault_concurrency + 8 * settings.storage_concurrency
+    return room_for_connections(settings.max_connections, others=128 + stores)
 
 
 def _when_told_to_stop(act: Callable[[], None]) -> None:

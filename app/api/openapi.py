@@ -6,14 +6,17 @@ Bodies are read by requests.py and replies are built as bytes, so FastAPI cannot
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from fastapi import Depends, FastAPI
+import orjson
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.api.pages import PageFile
 from app.api.requests import refuse_unsupported_query
 from app.api.scopes import BOUND
 from app.errors import (
@@ -163,7 +166,7 @@ _JSON_VALUE = {
 
 
 def install(app: FastAPI) -> None:
-    """Make the document complete."""
+    """Make the document complete, and serve it."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -179,7 +182,15 @@ def install(app: FastAPI) -> None:
             app.openapi_schema = document
         return app.openapi_schema
 
+    @cache
+    def file() -> PageFile:
+        return PageFile.of("openapi.json", orjson.dumps(app.openapi()))
+
+    async def serve(request: Request) -> Response:
+        return file().reply(request)
+
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend the document
+    app.add_route("/openapi.json", serve, include_in_schema=False)
 
 
 _DESCRIPTION = """

@@ -19,6 +19,7 @@ TYPES: Final = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
     ".png": "image/png",
+    ".json": "application/json",
 }
 
 # Nothing from elsewhere, nothing inline, no frame, and no form that is sent. data: is the icons in a style sheet, blob: the

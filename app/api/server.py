@@ -1,95 +1,418 @@
-"""HTTP/1.1 by uvicorn and httptools, with limits on the head of a request, which neither has.
+"""HTTP/1.1 by uvicorn and httptools, with the limits that neither has: on heads, on what is read ahead, on sends that do not
+get on, and on connections.
 
-Whoever connects has not said yet who they are: an endless head must not fill the memory, nor a slow one hold a connection.
+Whoever connects has not said yet who they are. Until the edge has found out, a connection holds no more than one head and
+one small piece of what follows it. This module knows bytes and connections; what a request means is the edge's business.
 """
 
 import asyncio
+import fcntl
 import logging
+import re
+import resource
+import sys
+import termios
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.errors import HeadTooLarge, HeadTooSlow, Refusal
+from app.errors import HeadTooLarge, HeadTooSlow, Overloaded, Refusal
 
 log = logging.getLogger("app.request")
 
-# Beyond the piece in which a head begins (at most 256 KiB are read at once).
-MAX_HEAD_BYTES = 65536
+MAX_HEAD_BYTES = 65536  # also of the trailers of a body
+MAX_HEAD_LINES = 100  # a header is a line
 HEAD_SECONDS = 10.0  # from the first byte to the last, and from the connection to its first
 # A connection that is closed with unread data loses the reply on its way: what still comes is thrown away for so long.
 LINGER_SECONDS = 1.0
 
+# One read. Small while nobody knows who is calling: thousands of connections may do no more at once than a small piece of
+# work each. A chunk can be one byte, and costs as much as a large one.
+STRANGER_BYTES = 4096
+CHUNKED_BYTES = 16384
+UNWANTED_BYTES = 1024  # in chunks, from a stranger
+LARGEST_BYTES = 262144
 
-class Protocol(HttpToolsProtocol):
-    """Answers a head that is too long with 431, and one that is too slow with 408."""
+# A head of ordinary length always has room; longer ones of all connections share this.
+ORDINARY_HEAD_BYTES = 8192
+LONG_HEADS_BYTES = 8 * 1024 * 1024
 
-    _silent = True
-    _in_head = True
-    _began = False
-    _refused = False
-    _head_bytes = 0
-    _patience: asyncio.TimerHandle | None = None
+# Connections that the kernel has accepted for us: all of them may come in at once, before the oldest are closed.
+BACKLOG = 512
+TURNED_AWAY = 64  # connections at once that are told that there is no room
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
-        super().connection_made(transport)
-        self._patience = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+_END_OF_HEAD = b"\n\r\n"  # no request ends its head otherwise, nor a chunked body its trailers
+_UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
+
+
+class Connections:
+    """The connections of one process: at most `limit`. For a new one the oldest idle one makes room; if none is idle, the
+    oldest whose caller has shown no key."""
+
+    def __init__(self, limit: int, send_seconds: float) -> None:
+        self._limit = limit
+        self.send_seconds = send_seconds  # how long a reader may take nothing of what is sent
+        self._idle: dict[Protocol, None] = {}  # in the order in which they began to rest
+        self._busy: dict[Protocol, None] = {}
+        self._turned_away: set[Protocol] = set()
+        self.long_heads_left = LONG_HEADS_BYTES
+        # Where reads go, of all connections: each takes out what came before the next one reads.
+        self.buffer = memoryview(bytearray(LARGEST_BYTES))
+        self.parts = {
+            size: self.buffer[:size] for size in (UNWANTED_BYTES, STRANGER_BYTES, CHUNKED_BYTES, LARGEST_BYTES)
+        }
+
+    def add(self, connection: "Protocol") -> bool:
+        """False if there is no room."""
+        if len(self._idle) + len(self._busy) >= self._limit:
+            oldest = next(iter(self._idle), None) or next((one for one in self._busy if one.is_stranger), None)
+            if oldest is None:
+                return False
+            self.remove(oldest)
+            oldest.transport.abort()
+        self._idle[connection] = None
+        return True
+
+    def may_hear_why(self, connection: "Protocol") -> bool:
+        """Whether there is room at least to tell it that there is none."""
+        if len(self._turned_away) >= TURNED_AWAY:
+            return False
+        self._turned_away.add(connection)
+        return True
+
+    def began(self, connection: "Protocol") -> None:
+        """A request is on its way."""
+        self._idle.pop(connection, None)
+        self._busy[connection] = None
+
+    def rests(self, connection: "Protocol") -> None:
+        """Its request is answered."""
+        self._busy.pop(connection, None)
+        self._idle[connection] = None
+
+    def remove(self, connection: "Protocol") -> None:
+        self._idle.pop(connection, None)
+        self._busy.pop(connection, None)
+        self._turned_away.discard(connection)
+
+
+def room_for_connections(wanted: int, others: int) -> int:
+    """Raise the soft limit on descriptors as far as `wanted` connections and `others` need it, and the hard limit lets us;
+    returns how many connections there is room for."""
+    needed = wanted + BACKLOG + TURNED_AWAY + others
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < needed:
+        soft = needed if hard == unlimited else min(needed, hard)
+        with suppress(ValueError, OSError):  # macOS has a lower limit that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == unlimited or soft >= needed:
+        return wanted
+    room = max(wanted - (needed - soft), soft // 4)
+    log.warning({"event": "few_descriptors", "limit": soft, "needed": needed, "connections": room})
+    return room
+
+
+class _Reader(asyncio.BufferedProtocol):
+    """Between the transport and a connection: reads as much as the connection wants at once, not as much as there is."""
+
+    def __init__(self, connection: "Protocol") -> None:
+        self._connection = connection
+
+    def get_buffer(self, _: int) -> memoryview:
+        return self._connection.read_into()
+
+    def buffer_updated(self, count: int) -> None:
+        self._connection.has_read(count)
+
+    def eof_received(self) -> None:
+        self._connection.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        super().connection_lost(exc)
+        self._connection.connection_lost(exc)
 
-    def on_message_begin(self) -> None:
-        self._in_head = self._began = True
-        super().on_message_begin()
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
 
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()
 
-    def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
-        self._silent = False
-        super().data_received(data)
-        if not self._in_head:
-            self._began = False
-            self._stop_waiting()
-        elif not self.transport.is_closing():
-            self._head_bytes = 0 if self._began else self._head_bytes + len(data)
-            self._began = False
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(HeadTooLarge())
-            elif self._patience is None:
-                self._patience = self.loop.call_later(HEAD_SECONDS, self._too_slow)
 
-    def _stop_waiting(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+class _Trailers(list[tuple[bytes, bytes]]):
+    """Where uvicorn puts them: nobody reads them, so they are dropped."""
 
-    def _too_slow(self) -> None:
-        self._patience = None
-        if self.transport.is_closing():
-            return
-        if self._is_answering():  # the next request on the same connection: it cannot be answered yet
-            self._patience = self.loop.call_later(HEAD_SECONDS, self._too_slow)
-        elif self._silent:
-            self.transport.close()  # nothing was asked
-        else:
-            self._refuse(HeadTooSlow())
+    def append(self, _: tuple[bytes, bytes]) -> None:
+        pass
+
+
+_TRAILERS = _Trailers()
+
+
+class _Flow(FlowControl):
+    """Of a connection that is not read while it has something unparsed, whoever asks."""
+
+    held = False
+
+    def resume_reading(self) -> None:
+        if not self.held:
+            super().resume_reading()
+
+
+class Protocol(HttpToolsProtocol):
+    """Parses one request at a time, and the next one when that is answered.
+
+    Answers a head that is too long with 431, one that is too slow with 408, and with 503 when there is no room for it.
+    """
+
+    # Of the connection
+    _silent = True
+    _deaf = False  # refused: whatever still comes is thrown away
+    _unparsed = b""
+    _head_timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
+    _unsent = 0
+    _long_head = 0  # bytes of its head that are more than ordinary
+    # Of the message that is being parsed
+    _outside_body = True  # before a head or in it
+    _begun = False  # its first byte was parsed
+    _overhead = 0  # bytes of its head, then of what follows the last piece of its body
+    _lines = 0  # of its head
+    _body_left = 0  # of the declared length
+    _got_body = False  # in the piece that was parsed last
+
+    def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._all: Connections = app_state["connections"]
+
+    @property
+    def is_stranger(self) -> bool:
+        """Nobody has shown a key for the request that is being read or answered."""
+        return self.cycle is None or self.cycle.response_complete or "principal" not in self.cycle.scope["state"]
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
+        super().connection_made(transport)
+        self.flow: _Flow = _Flow(transport)
+        transport.set_protocol(_Reader(self))
+        if self._all.add(self):
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+        elif self._all.may_hear_why(self):
+            self._refuse(Overloaded())
+        else:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._all.remove(self)
+        self._unparsed = b""
+        self._stop_head_timer()
+        self._stop_send_timer()
+        self._forget_long_head()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._watch_sending()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_sending()
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def read_into(self) -> memoryview:
+        """Where to read to: as much as this connection may take in at once."""
+        if self._outside_body:
+            return self._all.parts[STRANGER_BYTES]
+        if self.is_stranger:
+            return self._all.parts[STRANGER_BYTES if self._body_left else UNWANTED_BYTES]
+        return self._all.parts[LARGEST_BYTES if self._body_left else CHUNKED_BYTES]
+
+    def has_read(self, count: int) -> None:
+        """So many bytes are in the buffer."""
+        if self._deaf:
+            return
+        self._unparsed += bytes(self._all.buffer[:count])
+        self._parse()
+        if count == STRANGER_BYTES and not self.flow.read_paused and not self.transport.is_closing():
+            # There is probably more. The loop would read it before it does anything else: others come first.
+            self.flow.pause_reading()
+            self.loop.call_soon(self.flow.resume_reading)
+
+    def _parse(self) -> None:
+        """All that has come, up to the end of a request: what follows waits until that is answered."""
+        while self._unparsed and not (self._outside_body and self._is_answering()):
+            piece = self._next_piece()
+            if self._outside_body:
+                self._lines += piece.count(b"\n")
+                if self._lines > MAX_HEAD_LINES:
+                    self._refuse(HeadTooLarge())
+                    return
+            self._got_body = False
+            self.data_received(piece)
+            if not (self._outside_body and self._is_answering()):  # that was not the end of a request
+                self._account(piece)
+            if self._deaf or self.transport.is_closing():
+                self._unparsed = b""
+                return
+        if self._unparsed:
+            self.flow.held = True  # until the request is answered
+            self.flow.pause_reading()
+        elif not self._outside_body and self.cycle.body:
+            self.flow.pause_reading()  # until somebody wants more of it
+
+    def _next_piece(self) -> bytes:
+        """What the parser gets next: nothing in which more than one head ends."""
+        if self._body_left:
+            end = self._body_left
+        else:
+            found = self._unparsed.find(_END_OF_HEAD)
+            end = len(self._unparsed) if found < 0 else found + len(_END_OF_HEAD)
+        piece, self._unparsed = self._unparsed[:end], self._unparsed[end:]
+        if self._outside_body and b"pgrade" in piece:
+            # We stay with HTTP/1.1, as RFC 9110 section 7.8 allows. The parser would take the body for the other protocol:
+            # Java's client asks for HTTP/2 with its first request, and would lose what it sends.
+            piece = _UPGRADE.sub(b"\r\nx-not-upgraded:", piece)
+        return piece
+
+    def _account(self, piece: bytes) -> None:
+        """For a head that is not complete yet, and for a body that is not."""
+        if self._got_body:
+            self._overhead = 0
+            return
+        self._overhead += len(piece)
+        if self._overhead > MAX_HEAD_BYTES:
+            self._refuse(HeadTooLarge())
+        elif self._outside_body:
+            self._silent = False
+            long = max(self._overhead - ORDINARY_HEAD_BYTES, 0)
+            self._all.long_heads_left -= long - self._long_head
+            self._long_head = long
+            if long and self._all.long_heads_left < 0:
+                self._refuse(Overloaded())
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def _forget_long_head(self) -> None:
+        self._all.long_heads_left += self._long_head
+        self._long_head = 0
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing():
+            return
+        if self._silent:
+            self.transport.close()  # nothing was asked
+        else:
+            self._refuse(HeadTooSlow())
+
+    # --- what the parser finds ----------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._begun = True
+        self._all.began(self)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            raise ValueError  # the header that asks for it came in two pieces; see _next_piece
+        self._outside_body = False
+        self._overhead = 0
+        self._stop_head_timer()
+        for name, value in self.headers:
+            if name == b"content-length":
+                self._body_left = int(value)
+        super().on_headers_complete()
+        self.headers = _TRAILERS
+
+    def on_body(self, body: bytes) -> None:
+        self._got_body = True
+        if self._body_left:
+            self._body_left -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._outside_body = True
+        self._begun = False
+        self._lines = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        self._watch_sending()
+
+    # --- answering ----------------------------------------------------------------------------------------------------
+
+    def on_response_complete(self) -> None:
+        self._forget_long_head()
+        self.flow.held = False
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_sending()
+            return
+        self._parse()
+        if not self._begun and not self._is_answering():
+            self._all.rests(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_sending()
+
+    def resume_writing(self) -> None:
+        self._stop_send_timer()
+        super().resume_writing()
+
+    def _watch_sending(self) -> None:
+        """While nothing more is written: what waits to be sent must become less."""
+        self._stop_send_timer()
+        if self.transport.get_write_buffer_size():
+            self._unsent = self._bytes_not_taken()
+            self._send_timer = self.loop.call_later(self._all.send_seconds, self._send_is_late)
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+
+    def _bytes_not_taken(self) -> int:
+        """By the reader. The kernel asks for more only when much of what it has is gone, so what it has counts too."""
+        waiting = bytearray(4)
+        with suppress(OSError):  # where the kernel does not tell
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, waiting)
+        return self.transport.get_write_buffer_size() + int.from_bytes(waiting, sys.byteorder)
+
+    def _send_is_late(self) -> None:
+        if self._bytes_not_taken() < self._unsent:
+            self._watch_sending()
+            return
+        log.info({"event": "send_stalled", "bytes": self._unsent})
+        self.transport.abort()
+
     def _refuse(self, refusal: Refusal) -> None:
-        self._refused = True
-        self._stop_waiting()
+        """Answer without the application, and close."""
+        self._deaf = True
+        self._unparsed = b""
+        self.headers = []
+        self.parser = None  # type: ignore[assignment] # with what it holds of the head; as uvicorn does at the end
+        self._forget_long_head()
+        self._stop_head_timer()
         if self._is_answering():
             self.transport.abort()
             return
         request_id = uuid4().hex
-        log.info({"event": "head_refused", "request_id": request_id, "status": refusal.status})
+        log.info({"event": "refused_at_once", "request_id": request_id, "status": refusal.status})
         body = refusal.body()
         headers: dict[str, Any] = {
             "content-type": refusal.media_type,
@@ -97,8 +420,9 @@ class Protocol(HttpToolsProtocol):
             "connection": "close",
             "cache-control": "no-store",
             "x-request-id": request_id,
+            **refusal.headers,
         }
         lines = b"".join(f"{name}: {value}\r\n".encode() for name, value in headers.items())
         self.transport.write(STATUS_LINE[refusal.status] + lines + b"\r\n" + body)
         self.transport.write_eof()
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        self.loop.call_later(LINGER_SECONDS, self.transport.abort)

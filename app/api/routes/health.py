@@ -1,16 +1,19 @@
 """Health: for load balancers and for the person who looks. No key needed."""
 
 import asyncio
+import time
+from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.requests import services
 from app.errors import DatabaseUnavailable
 from app.runs.projection import encode
 from app.schemas.problems import Health
 from app.services import Services
 
 router = APIRouter(tags=["health"])
+
+SHARED_SECONDS = 1.0  # how long an answer of a store is good for
 
 _RESPONSES: dict[int | str, dict[str, object]] = {503: {"model": Health, "description": "A dependency is down."}}
 
@@ -35,6 +38,39 @@ async def _storage_problem(own: Services) -> str | None:
     return None if await own.files.ready() else "unreachable"
 
 
+class _Shared:
+    """One answer for all who ask within a second: thousands of probes are one question to each store."""
+
+    def __init__(self, ask: Callable[[], Awaitable[str | None]]) -> None:
+        self._ask = ask
+        self._until = 0.0
+        self._answer: asyncio.Task[str | None] | None = None
+
+    async def __call__(self) -> str | None:
+        if self._answer is None or (self._answer.done() and time.monotonic() >= self._until):
+            self._answer = asyncio.create_task(self._find_out())
+        return await asyncio.shield(self._answer)  # the others go on waiting for it when one of them gives up
+
+    async def _find_out(self) -> str | None:
+        answer = await self._ask()
+        self._until = time.monotonic() + SHARED_SECONDS
+        return answer
+
+
+class Checks:
+    """What readiness knows of each store."""
+
+    def __init__(self, own: Services) -> None:
+        self.database = _Shared(lambda: _database_problem(own))
+        self.vault = _Shared(own.secrets.problem)
+        self.storage = _Shared(lambda: _storage_problem(own))
+
+
+def _checks(request: Request) -> Checks:
+    found: Checks = request.app.state.checks
+    return found
+
+
 @router.get("/v1/health", name="health", response_model=Health)
 @router.get("/health/live", name="health_live", response_model=Health)
 async def live() -> Response:
@@ -45,14 +81,12 @@ async def live() -> Response:
 @router.get("/v1/health/db", name="health_db", response_model=Health, responses=_RESPONSES)
 async def database(request: Request) -> Response:
     """PostgreSQL answers."""
-    return _reply(database=await _database_problem(services(request)))
+    return _reply(database=await _checks(request).database())
 
 
 @router.get("/health/ready", name="health_ready", response_model=Health, responses=_RESPONSES)
 async def ready(request: Request) -> Response:
     """All three stores can be used; Vault accepts the service's own login. Nothing is written to find out."""
-    own = services(request)
-    database, vault, storage = await asyncio.gather(
-        _database_problem(own), own.secrets.problem(), _storage_problem(own)
-    )
+    checks = _checks(request)
+    database, vault, storage = await asyncio.gather(checks.database(), checks.vault(), checks.storage())
     return _reply(database=database, vault=vault, storage=storage)

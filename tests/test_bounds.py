@@ -1,0 +1,407 @@
+"""No request hurts others: attacks on memory, on the event loop and on connections, while all three are watched.
+
+Each attack is scaled to a few seconds, and to many times what the limit lets through: without the limit the test fails.
+"""
+
+import json
+import re
+import resource
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import Client, Server, Stack, start_server, until
+
+MB = 1_000_000
+
+# What nobody may do without a key, and with one. A busy machine is granted some time, never memory.
+RSS_WITHOUT_KEY = 150 * MB
+RSS_WITH_KEY = 800 * MB
+PAUSE_WITHOUT_KEY = 0.5
+PAUSE_WITH_KEY = 1.0
+
+
+@dataclass
+class Seen:
+    """What was seen of a server while it was watched."""
+
+    rss: int = 0
+    slowest: float = 0.0
+    pauses: list[float] = field(default_factory=list)
+
+    def within(self, *, rss: int, pause: float) -> None:
+        mean = sum(self.pauses) / max(len(self.pauses), 1)
+        print(f"RSS {self.rss / MB:.0f} MB; health {self.slowest:.3f} s at worst, {mean:.3f} s as a rule")  # noqa: T201 - for the record
+        assert self.rss < rss
+        assert len(self.pauses) > 3
+        assert self.slowest < pause
+
+
+def process_of(server: Server) -> psutil.Process:
+    """The one that serves: what started it may still stand above it."""
+    processes = [psutil.Process(server.app.pid), *psutil.Process(server.app.pid).children(recursive=True)]
+    return max(processes, key=lambda process: process.memory_info().rss)
+
+
+@contextmanager
+def watched(server: Server) -> Iterator[Seen]:
+    """Memory, and how long a probe of its own connection waits for an answer, every few milliseconds."""
+    seen, stop, process = Seen(), threading.Event(), process_of(server)
+
+    def memory() -> None:
+        while not stop.wait(0.01):
+            seen.rss = max(seen.rss, process.memory_info().rss)
+
+    def probe() -> None:
+        while not stop.wait(0.02):
+            began = time.monotonic()
+            try:
+                with connect(server) as connection:
+                    connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                    answered = connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            except OSError:
+                answered = False
+            seen.pauses.append(time.monotonic() - began if answered else 60.0)
+            seen.slowest = max(seen.pauses)
+
+    threads = [threading.Thread(target=memory), threading.Thread(target=probe)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)  # the attack runs in this process too, and must not hold up the probe
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def connect(server: Server, **options: int) -> socket.socket:
+    """A connection; `rcvbuf` makes the window that we offer small."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    if "rcvbuf" in options:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options["rcvbuf"])
+    connection.settimeout(20)
+    connection.connect((host, int(port)))
+    return connection
+
+
+def pour(connections: list[socket.socket], piece: bytes, *, seconds: float, at_most: int) -> int:
+    """Send `piece` on all of them again and again, without reading, as fast as the server takes it; returns the bytes sent.
+
+    The kernel takes some megabytes more for each connection than the server does.
+    """
+    sent, end = 0, time.monotonic() + seconds
+    rest = dict.fromkeys(connections, b"")
+    for connection in connections:
+        connection.setblocking(False)
+    while time.monotonic() < end:
+        moved = False
+        if sent >= at_most:
+            rest.clear()
+        for connection in list(rest):
+            rest[connection] = rest[connection] or piece
+            try:
+                count = connection.send(rest[connection])
+            except BlockingIOError:
+                continue
+            except OSError:
+                del rest[connection]  # the server has closed it
+                continue
+            rest[connection] = rest[connection][count:]
+            sent, moved = sent + count, True
+        if not moved:
+            time.sleep(0.01)
+    return sent
+
+
+@pytest.fixture
+def fresh(stack: Stack) -> Iterator[Server]:
+    """A server that nobody has used yet, so that its memory is its own."""
+    started = start_server(stack, LOG_LEVEL="warning")
+    yield started
+    started.app.stop()
+
+
+class TestWithoutKey:
+    def test_pipelined_requests_wait_unread(self, fresh: Server) -> None:
+        piece = b"GET /v1/runs HTTP/1.1\r\nHost: x\r\n\r\n" * 2000
+        with ExitStack() as stack, watched(fresh) as seen:
+            connections = [stack.enter_context(connect(fresh)) for _ in range(60)]
+            pour(connections, piece, seconds=4, at_most=60 * MB)
+        seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+
+    def test_trailers_are_dropped(self, fresh: Server) -> None:
+        head = b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+        with ExitStack() as stack, watched(fresh) as seen:
+            connections = [stack.enter_context(connect(fresh)) for _ in range(4)]
+            for connection in connections:
+                connection.sendall(head)
+            sent = pour(connections, b"X-Trailer: of some length\r\n" * 5000, seconds=4, at_most=80 * MB)
+        assert sent < 40 * MB, "the connections closed"
+        seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+
+    def test_long_heads_share_what_they_may_hold(self, fresh: Server) -> None:
+        """500 connections with 60 KB of a head each; ordinary heads do not notice."""
+        head = b"GET /v1/runs HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 60_000
+        with ExitStack() as stack, watched(fresh) as seen:
+            connections = [stack.enter_context(connect(fresh)) for _ in range(500)]
+            for connection in connections:
+                connection.sendall(head)
+            assert until(lambda: any(readable(connection) for connection in connections))
+            time.sleep(1)  # watched
+            refused = [connection for connection in connections if readable(connection)]
+        assert len(refused) < 500
+        seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+
+    def test_many_tiny_headers_are_too_many(self, server: Server) -> None:
+        with connect(server) as connection:
+            connection.sendall(b"GET /v1/runs HTTP/1.1\r\n" + b"a:\r\n" * 10_000)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 431 ")
+
+    def test_bodies_that_nobody_reads_wait_unread(self, fresh: Server) -> None:
+        """In chunks of one byte, which cost as much work as large ones."""
+        head = b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with ExitStack() as stack, watched(fresh) as seen:
+            connections = [stack.enter_context(connect(fresh)) for _ in range(60)]
+            for connection in connections:
+                connection.sendall(head)
+            pour(connections, b"1\r\nx\r\n" * 10_000, seconds=4, at_most=200 * MB)
+        seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+
+    def test_replies_that_nobody_takes_are_few(self, fresh: Server) -> None:
+        request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100
+        with ExitStack() as stack, watched(fresh) as seen:
+            connections = [stack.enter_context(connect(fresh, rcvbuf=4096)) for _ in range(100)]
+            pour(connections, request, seconds=4, at_most=20 * MB)
+        seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+
+
+def readable(connection: socket.socket) -> bool:
+    """Whether something has come, or the end."""
+    return bool(select.select([connection], [], [], 0)[0])
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether the server has closed it, and sent nothing before."""
+    try:
+        return readable(connection) and connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+ALIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def reply_of(connection: socket.socket) -> tuple[int, bytes, bytes]:
+    """Status, head and body of the next reply; (0, b"", b"") if there is none."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        if not (piece := connection.recv(65536)):
+            return 0, b"", b""
+        received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    [length] = re.findall(rb"(?i)\r\ncontent-length: (\d+)", head)
+    while len(body) < int(length):
+        body += connection.recv(65536)
+    return int(head.split()[1]), head, body
+
+
+def answers(connection: socket.socket) -> bool:
+    connection.sendall(ALIVE)
+    return reply_of(connection)[0] == 200
+
+
+@pytest.fixture(scope="module")
+def narrow(stack: Stack) -> Iterator[Server]:
+    """A server for few connections, that waits for no reader."""
+    started = start_server(stack, MAX_CONNECTIONS=16, SEND_TIMEOUT_SECONDS=1)
+    yield started
+    started.app.stop()
+
+
+class TestConnections:
+    """How many there may be, and which one goes for a new one."""
+
+    @pytest.fixture
+    def open_(self, narrow: Server) -> Iterator[Callable[[], socket.socket]]:
+        with ExitStack() as stack:
+            yield lambda: stack.enter_context(connect(narrow))
+
+    def test_the_oldest_idle_one_goes_first(self, open_: Callable[[], socket.socket]) -> None:
+        connections = [open_() for _ in range(16)]
+        assert all(answers(connection) for connection in connections)
+        assert answers(connections[0])  # which makes it the youngest
+        late = open_()
+        assert answers(late)
+        assert until(lambda: closed(connections[1]))
+        assert all(answers(connection) for connection in (connections[0], *connections[2:], late))
+
+    def test_who_shows_no_key_goes_next(self, open_: Callable[[], socket.socket]) -> None:
+        connections = [open_() for _ in range(16)]
+        for connection in connections:
+            connection.sendall(b"GET /v1/runs HTTP/1.1\r\n")
+        assert answers(open_())
+        assert until(lambda: closed(connections[0]))
+
+    def test_who_works_stays(self, narrow: Server, open_: Callable[[], socket.socket]) -> None:
+        with narrow.client() as api:
+            upload = (
+                f"POST /v1/runs/{uuid4()}/retry HTTP/1.1\r\nHost: x\r\nAuthorization: {api.headers['authorization']}\r\n"
+                "Expect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+            ).encode()
+        connections = [open_() for _ in range(16)]
+        for connection in connections:
+            connection.sendall(upload)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
+        for connection in (open_(), open_()):
+            status, head, body = reply_of(connection)
+            assert (status, json.loads(body)["code"]) == (503, "overloaded")
+            assert b"\r\nRetry-After: " in head
+        for connection in connections:
+            connection.sendall(b"{}")
+            assert reply_of(connection)[0] == 404
+
+    def test_a_thousand_idle_ones_hurt_nobody(self, stack: Stack) -> None:
+        """The usual soft limit is 1,024 descriptors; the server raises it as far as it may."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            server = start_server(stack)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        try:
+            with ExitStack() as opened, watched(server) as seen:
+                connections = [opened.enter_context(connect(server)) for _ in range(1100)]
+                assert answers(connections[-1])
+                assert answers(connections[0])
+                time.sleep(0.5)  # watched
+            seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+        finally:
+            server.app.stop()
+
+    def test_a_crowd_at_readiness_is_one_question(self, stack: Stack) -> None:
+        """Not a connection to PostgreSQL for each of them."""
+        server = start_server(stack, DATABASE_POOL_SIZE=60, BACKGROUND_PERIOD_SECONDS=3600)
+        port = urlsplit(stack.postgres.url).port
+        try:
+            with ExitStack() as opened, watched(server) as seen:
+                connections = [opened.enter_context(connect(server)) for _ in range(300)]
+                for _ in range(5):
+                    for connection in connections:
+                        connection.sendall(b"GET /health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+                    assert all(reply_of(connection)[0] == 200 for connection in connections)
+                assert connected(server, port) < 20
+            seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+        finally:
+            server.app.stop()
+
+    def test_the_document_is_made_once(self, server: Server) -> None:
+        with httpx.Client(base_url=server.url, trust_env=False, verify=False) as client:
+            first = client.get("/openapi.json")
+            tag = first.headers["etag"]
+            assert first.headers["content-encoding"] == "gzip"
+            assert client.get("/openapi.json", headers={"If-None-Match": tag}).status_code == 304
+            plain = client.get("/openapi.json", headers={"Accept-Encoding": "identity", "If-None-Match": tag})
+        assert plain.json() == first.json()
+        assert plain.headers["etag"] != tag
+
+    def test_few_descriptors_mean_few_connections(self) -> None:
+        code = "import app.api.server as s; print(s.room_for_connections(2000, 200))"
+        command = ["sh", "-c", f'ulimit -n 2000; exec {sys.executable} -c "{code}"']
+        assert int(subprocess.run(command, capture_output=True, check=True).stdout) == 2000 - 200 - 512 - 64
+
+
+class TestSending:
+    """Replies to a reader that does not read."""
+
+    @pytest.mark.parametrize("close", ["close", "keep-alive"])
+    def test_a_reader_that_takes_nothing_is_cut_off(self, narrow: Server, close: str) -> None:
+        with narrow.client() as api, connect(narrow, rcvbuf=4096) as connection:
+            connection.sendall(get(api, f"/v1/runs/{large_run(api)}", close))
+            port = connection.getsockname()[1]
+            until(lambda: connected(narrow, port))
+            until(lambda: not connected(narrow, port))
+
+    def test_a_slow_one_gets_everything(self, narrow: Server) -> None:
+        with narrow.client() as api, connect(narrow, rcvbuf=65536) as connection:
+            connection.sendall(get(api, f"/v1/runs/{large_run(api)}", "close"))
+            received = b""
+            while piece := connection.recv(65536):
+                received += piece
+                time.sleep(0.01)
+            assert json.loads(received.partition(b"\r\n\r\n")[2])["input_values"] == {"x": "y" * 15 * MB}
+
+
+def large_run(api: Client) -> str:
+    """One whose reply is more than the kernel takes at once."""
+    return str(api.run(input_values={"x": "y" * 15 * MB})["id"])
+
+
+def get(api: Client, path: str, connection: str = "keep-alive") -> bytes:
+    key = api.headers["authorization"]
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nConnection: {connection}\r\n\r\n".encode()
+
+
+def connected(server: Server, port: int | None) -> int:
+    """How many connections the server has to this port, whoever opened them."""
+    return sum(bool(one.raddr) and one.raddr.port == port for one in process_of(server).net_connections("tcp"))
+
+
+class TestPipelining:
+    def test_requests_are_answered_in_their_order(self, server: Server) -> None:
+        paths = ["/health/live", "/nothing", "/v1/runs", "/health/live"] * 50
+        sent = b"".join(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths)
+        sent += b"GET /health/live HTTP/1.1\r\nConnection: close\r\n\r\n"
+        with connect(server) as connection:
+            connection.sendall(sent)
+            received = b"".join(iter(lambda: connection.recv(65536), b""))
+        expected = {"/health/live": b"200", "/nothing": b"404", "/v1/runs": b"401"}
+        assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [*(expected[path] for path in paths), b"200"]
+
+    def test_whatever_the_pieces_are_that_they_come_in(self, api: Client, server: Server) -> None:
+        body = b'{"input_values":{"x":"\\r\\n\\r\\n"}}'
+        key = api.headers["authorization"]
+        post = f"POST /v1/runs/{uuid4()}/retry HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
+        chunked = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:5], b"", body[5:]) if part)
+        sent = (
+            f"{post}Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+            + f"{post}Transfer-Encoding: chunked\r\n\r\n".encode()
+            + chunked
+            + b"0\r\nX: y\r\n\r\n"
+            + f"{post}Connection: close\r\n\r\n".encode()
+        )
+        for size in (1, 2, 3, 7, 50, 200, len(sent)):
+            with connect(server) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for start in range(0, len(sent), size):
+                    connection.sendall(sent[start : start + size])
+                received = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [b"404"] * 3
+
+    def test_an_upgrade_that_we_do_not_know_keeps_the_body(self, api: Client) -> None:
+        """As Java's client asks with its first request."""
+        run = api.finished()
+        headers = {
+            "Connection": "Upgrade, HTTP2-Settings",
+            "Upgrade": "h2c",
+            "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABk",
+        }
+        reply = api.post(f"/v1/runs/{run['id']}/retry", json={"input_values": {"a": 1}}, headers=headers)
+        assert api.json_of(reply)["input_values"] == {"a": 1}
