@@ -44,6 +44,7 @@ FILLED_IN = r"([0-9.]+|'[a-z_]+'(, '[a-z_]+')*( or '[a-z_]+')?)"
 KNOWN = {
     *SENTENCES.values(),
     "Must be 1 to 255 visible ASCII characters, sent once.",
+    "Must be `next` of an earlier reply, or absent for the beginning.",
     f"Must be names of fields of a run: {', '.join(sorted(FIELDS))}.",
 }
 SENTENCE = re.compile("|".join(re.sub(r"\\{[a-z_]+\\}", FILLED_IN, re.escape(known)) for known in KNOWN))

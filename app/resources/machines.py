@@ -8,14 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import update
-
 from app.auth import Actor
 from app.config import Settings
 from app.errors import InsufficientScope, Invalid, MachineNotFound, PoolNotFound
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Machine, RunStatus
-from app.resources.crud import Owner, changes, locked_runs
+from app.resources.crud import Change, Owner, locked_runs
 from app.runs import projection
 from app.runs.ending import end_runs
 from app.schemas.resources import MachineCreate, MachinePoolUpdate, MachineUpdate
@@ -23,7 +21,7 @@ from app.schemas.values import MAX_POOLS
 from app.services import Services
 from app.stores.database import Connection, Database, Deadlock, Record
 from app.stores.pages import Listing, Slice, in_order, page, where
-from app.stores.statements import sql, statement
+from app.stores.statements import statement
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
@@ -68,9 +66,17 @@ POOL_COLUMNS = {
 }
 POOL_UNSUPPORTED = {"pool_parameters": None, "pool_sensitive_parameters": None}
 
-GET = f"SELECT {projection.columns(COLUMNS)} FROM machines WHERE id = $1 AND organization_id = $2"
+_THE_MACHINE = "id = :machine_id AND organization_id = :organization_id"
 
-POOLS = f"SELECT {projection.columns(POOL_COLUMNS)} FROM pools WHERE id = ANY($1::uuid[]) AND organization_id = $2"
+GET = statement("machines.get", f"SELECT {projection.columns(COLUMNS)} FROM machines WHERE {_THE_MACHINE}")
+
+POOLS = statement(
+    "pools.get",
+    f"""
+    SELECT {projection.columns(POOL_COLUMNS)} FROM pools
+    WHERE id = ANY(:pool_ids::uuid[]) AND organization_id = :organization_id
+    """,
+)
 
 # About how many bytes of JSON a pool takes, and a machine with all of its pools.
 POOL_OCTETS = "octet_length(to_json(pools)::text) + 150"
@@ -96,7 +102,7 @@ async def show(connection: Connection, organization_id: str, rows: Iterable[Reco
     """Machines as they are sent, each with its pools."""
     machines = [dict(row.items()) | UNSUPPORTED for row in rows]
     wanted = {pool_id for machine in machines for pool_id in machine["pools"]}
-    found = await connection.fetch(POOLS, list(wanted), organization_id) if wanted else []
+    found = await connection.fetch(POOLS, pool_ids=list(wanted), organization_id=organization_id) if wanted else []
     pools = {row["id"]: show_pool(row) for row in found}
     for machine in machines:
         machine["pools"] = [pools[pool_id] for pool_id in machine["pools"] if pool_id in pools]
@@ -105,7 +111,7 @@ async def show(connection: Connection, organization_id: str, rows: Iterable[Reco
 
 async def get(connection: Connection, organization_id: str, machine_id: UUID) -> dict[str, Any]:
     """One machine. Raises MachineNotFound."""
-    row = await connection.fetchrow(GET, machine_id, organization_id)
+    row = await connection.fetchrow(GET, machine_id=machine_id, organization_id=organization_id)
     if row is None:
         raise MachineNotFound
     [machine] = await show(connection, organization_id, [row])
@@ -122,23 +128,35 @@ async def list_machines(database: Database, organization_id: str, part: Slice, *
 
 # --- create and change ------------------------------------------------------------------------------------------------
 
-INSERT = """
-INSERT INTO machines (id, organization_id, user_id, fingerprint, unkey_key_id, name, version, hostname, os_info)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-"""
+INSERT = statement(
+    "machines.insert",
+    """
+    INSERT INTO machines (id, organization_id, user_id, fingerprint, unkey_key_id, name, version, hostname, os_info)
+    VALUES (:id, :organization_id, :user_id, :fingerprint, :unkey_key_id, :name, :version, :hostname, :os_info)
+    """,
+)
+
+CHANGE = Change(
+    Machine,
+    *("name", "version", "hostname", "os_info", "status", "is_available", "alerts_enabled", "last_seen"),
+    "reserved_session_id",
+)
 
 # The active runs of the session that a machine is reserved for.
-SESSION_RUNS = """
+_SESSION_RUNS = f"""
 FROM runs
-WHERE session_id = (SELECT reserved_session_id FROM machines WHERE id = $1 AND organization_id = $2)
-  AND organization_id = $2 AND status IN ('scheduling', 'running')
+WHERE session_id = (SELECT reserved_session_id FROM machines WHERE {_THE_MACHINE})
+  AND organization_id = :organization_id AND status IN ('scheduling', 'running')
 """
-LOCK_SESSION_RUNS = f"SELECT id {SESSION_RUNS} ORDER BY created_at DESC, id DESC FOR NO KEY UPDATE"
-COUNT_SESSION_RUNS = f"SELECT count(*) {SESSION_RUNS}"
+_LOCK_SESSION_RUNS = f"SELECT id {_SESSION_RUNS} ORDER BY created_at DESC, id DESC FOR NO KEY UPDATE"
+LOCK_SESSION_RUNS = statement("machines.session.lock_runs", _LOCK_SESSION_RUNS)
+FREE_SESSION_RUNS = statement("machines.session.free_runs", f"{_LOCK_SESSION_RUNS} SKIP LOCKED")
+COUNT_SESSION_RUNS = statement("machines.session.count_runs", f"SELECT count(*) {_SESSION_RUNS}")
 
-LOCK_RESERVATION = """
-SELECT reserved_session_id FROM machines WHERE id = $1 AND organization_id = $2 FOR NO KEY UPDATE
-"""
+LOCK_RESERVATION = statement(
+    "machines.session.lock_machine",
+    f"SELECT reserved_session_id FROM machines WHERE {_THE_MACHINE} FOR NO KEY UPDATE",
+)
 
 SESSION_ENDED = "The session was ended: its machine's reservation was cleared. Retry the run to start it again."
 
@@ -151,15 +169,15 @@ async def create(services: Services, write: WriteRequest, options: MachineCreate
         machine_id = uuid4()
         await connection.execute(
             INSERT,
-            machine_id,
-            principal.organization_id,
-            principal.user_id,
-            options.fingerprint,
-            options.unkey_key_id,
-            options.name,
-            options.version,
-            options.hostname,
-            options.os_info,
+            id=machine_id,
+            organization_id=principal.organization_id,
+            user_id=principal.user_id,
+            fingerprint=options.fingerprint,
+            unkey_key_id=options.unkey_key_id,
+            name=options.name,
+            version=options.version,
+            hostname=options.hostname,
+            os_info=options.os_info,
         )
         return Reply(201, projection.encode(await get(connection, principal.organization_id, machine_id)))
 
@@ -180,16 +198,14 @@ async def change(services: Services, write: WriteRequest, machine_id: UUID, opti
         raise InsufficientScope(["resources:write"], "A key that is bound to a machine cannot end its session.")
 
     async def work(connection: Connection) -> Reply:
-        values = changes(Machine, options)
+        values = CHANGE.named(options)
         if "reserved_session_id" in values:
             if await _end_session(connection, organization_id, machine_id, services.settings, write.actor()):
                 values.setdefault("is_available", True)
             else:
                 del values["reserved_session_id"]
         if values:
-            own = update(Machine).where(Machine.id == machine_id, Machine.organization_id == organization_id)
-            written, arguments = sql(own.values(**values))
-            await connection.execute(written, *arguments)
+            await CHANGE.apply(connection, organization_id, machine_id, values)
         return Reply(200, projection.encode(await get(connection, organization_id, machine_id)))
 
     return await once(services, write, work)
@@ -199,12 +215,13 @@ async def _end_session(
     connection: Connection, organization_id: str, machine_id: UUID, settings: Settings, actor: Actor
 ) -> bool:
     """Lock the machine and cancel the active runs of its session; False if it is not reserved. Raises Deadlock."""
-    await connection.fetch(LOCK_SESSION_RUNS, machine_id, organization_id)
-    if await connection.fetchval(LOCK_RESERVATION, machine_id, organization_id) is None:
+    own = {"machine_id": machine_id, "organization_id": organization_id}
+    await connection.fetch(LOCK_SESSION_RUNS, **own)
+    if await connection.fetchval(LOCK_RESERVATION, **own) is None:
         return False
-    # A run that came into the session meanwhile, and that somebody holds: he may want the machine, so begin again.
-    rows = await connection.fetch(f"{LOCK_SESSION_RUNS} SKIP LOCKED", machine_id, organization_id)
-    if len(rows) < await connection.fetchval(COUNT_SESSION_RUNS, machine_id, organization_id):
+    # A run came into the session meanwhile, and a transaction holds it that may wait for the machine: begin again.
+    rows = await connection.fetch(FREE_SESSION_RUNS, **own)
+    if len(rows) < await connection.fetchval(COUNT_SESSION_RUNS, **own):
         raise Deadlock
     await end_runs(connection, [row["id"] for row in rows], RunStatus.CANCELLED, SESSION_ENDED, settings, actor)
     return True
@@ -212,14 +229,19 @@ async def _end_session(
 
 # --- delete -----------------------------------------------------------------------------------------------------------
 
-KNOWN = "SELECT 1 FROM machines WHERE id = $1 AND organization_id = $2"
+_KNOWN = f"SELECT 1 FROM machines WHERE {_THE_MACHINE}"
+KNOWN = statement("machines.known", _KNOWN)
+LOCK_FOR_DELETE = statement("machines.delete.lock", f"{_KNOWN} FOR UPDATE")
+DELETE = statement("machines.delete", f"DELETE FROM machines WHERE {_THE_MACHINE}")
 
-LOCK_FOR_DELETE = f"{KNOWN} FOR UPDATE"
-
-DETACH = """
-UPDATE runs SET assigned_machine_id = nullif(assigned_machine_id, $2), pinned_machine_id = nullif(pinned_machine_id, $2)
-WHERE id = ANY($1::uuid[])
-"""
+DETACH = statement(
+    "machines.delete.detach",
+    """
+    UPDATE runs SET assigned_machine_id = nullif(assigned_machine_id, :machine_id),
+                    pinned_machine_id = nullif(pinned_machine_id, :machine_id)
+    WHERE id = ANY(:run_ids::uuid[])
+    """,
+)
 
 MACHINE_DELETED = (
     "The machine was deleted while the run needed it. Retry the run, with another machine_id if it needs one."
@@ -231,15 +253,15 @@ async def delete(services: Services, write: WriteRequest, machine_id: UUID) -> R
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        if not await connection.fetchval(KNOWN, machine_id, organization_id):
+        own = {"machine_id": machine_id, "organization_id": organization_id}
+        if not await connection.fetchval(KNOWN, **own):
             raise MachineNotFound
         await _detach_runs(connection, machine_id, services.settings, write.actor())
-        if not await connection.fetchval(LOCK_FOR_DELETE, machine_id, organization_id):
+        if not await connection.fetchval(LOCK_FOR_DELETE, **own):
             raise MachineNotFound
-        await _detach_runs(
-            connection, machine_id, services.settings, write.actor()
-        )  # what was pinned or assigned to it meanwhile
-        await connection.execute("DELETE FROM machines WHERE id = $1", machine_id)
+        # What was pinned or assigned to it meanwhile.
+        await _detach_runs(connection, machine_id, services.settings, write.actor())
+        await connection.execute(DELETE, **own)
         return Reply(204, b"")
 
     return await once(services, write, work)
@@ -254,20 +276,33 @@ async def _detach_runs(connection: Connection, machine_id: UUID, settings: Setti
     for column in columns:
         async for run_ids in locked_runs(connection, column, machine_id):
             await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings, actor)
-            await connection.execute(DETACH, run_ids, machine_id)
+            await connection.execute(DETACH, run_ids=run_ids, machine_id=machine_id)
 
 
 # --- pools of a machine -----------------------------------------------------------------------------------------------
 
 # A pool that is being given machines cannot be deleted meanwhile.
-LOCK_POOLS = "SELECT id FROM pools WHERE id = ANY($1::uuid[]) AND organization_id = $2 ORDER BY id FOR KEY SHARE"
+LOCK_POOLS = statement(
+    "pools.lock",
+    """
+    SELECT id FROM pools WHERE id = ANY(:pool_ids::uuid[]) AND organization_id = :organization_id
+    ORDER BY id FOR KEY SHARE
+    """,
+)
 
 # Placement passes over machines whose pools are being changed.
-LOCK_MACHINES = """
-SELECT id FROM machines WHERE id = ANY($1::uuid[]) AND organization_id = $2 ORDER BY id FOR NO KEY UPDATE
-"""
+LOCK_MACHINES = statement(
+    "machines.lock",
+    """
+    SELECT id FROM machines WHERE id = ANY(:machine_ids::uuid[]) AND organization_id = :organization_id
+    ORDER BY id FOR NO KEY UPDATE
+    """,
+)
 
-LEAVE_OTHERS = "DELETE FROM pool_machines WHERE machine_id = $1 AND pool_id <> ALL($2::uuid[])"
+LEAVE_OTHERS = statement(
+    "pools.leave_others",
+    "DELETE FROM pool_machines WHERE machine_id = :machine_id AND pool_id <> ALL(:pool_ids::uuid[])",
+)
 
 JOIN = statement(
     "pools.join",
@@ -290,15 +325,15 @@ IN_TOO_MANY = statement(
 
 async def lock_pools(connection: Connection, organization_id: str, pool_ids: Iterable[UUID]) -> None:
     """Raises PoolNotFound if the organization lacks one of them."""
-    wanted = set(pool_ids)
-    if len(await connection.fetch(LOCK_POOLS, list(wanted), organization_id)) != len(wanted):
+    wanted = list(set(pool_ids))
+    if len(await connection.fetch(LOCK_POOLS, pool_ids=wanted, organization_id=organization_id)) != len(wanted):
         raise PoolNotFound
 
 
 async def lock_machines(connection: Connection, organization_id: str, machine_ids: Iterable[UUID]) -> None:
     """Raises MachineNotFound if the organization lacks one of them."""
-    wanted = set(machine_ids)
-    if len(await connection.fetch(LOCK_MACHINES, list(wanted), organization_id)) != len(wanted):
+    wanted = list(set(machine_ids))
+    if len(await connection.fetch(LOCK_MACHINES, machine_ids=wanted, organization_id=organization_id)) != len(wanted):
         raise MachineNotFound
 
 
@@ -323,7 +358,7 @@ async def set_pools(services: Services, write: WriteRequest, machine_id: UUID, o
     async def work(connection: Connection) -> Reply:
         await lock_pools(connection, organization_id, options.pool_ids)
         await lock_machines(connection, organization_id, [machine_id])
-        await connection.execute(LEAVE_OTHERS, machine_id, options.pool_ids)
+        await connection.execute(LEAVE_OTHERS, machine_id=machine_id, pool_ids=options.pool_ids)
         await join(connection, options.pool_ids, [machine_id])
         return Reply(200, projection.encode(await get(connection, organization_id, machine_id)))
 

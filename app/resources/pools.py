@@ -3,20 +3,18 @@
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import func, update
-
 from app.errors import Invalid, PoolNotFound
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Pool
 from app.resources import machines
-from app.resources.crud import changes
+from app.resources.crud import Change
 from app.resources.machines import POOL_COLUMNS, POOL_OCTETS, POOLS, join, lock_machines, lock_pools, show_pool
 from app.runs import projection
 from app.schemas.resources import MachinePoolAssignment, PoolCreate, PoolUpdate
 from app.services import Services
 from app.stores.database import Connection, Database
 from app.stores.pages import Listing, Slice, in_order, page, where
-from app.stores.statements import sql, statement
+from app.stores.statements import statement
 
 MEMBERS = statement(
     "pools.members",
@@ -45,21 +43,32 @@ TOO_LARGE = statement(
 LISTED = Listing("pools", "pools", octets=POOL_OCTETS, row="pools.id = listed.key")
 ROWS = statement("pools.rows", f"SELECT {projection.columns(POOL_COLUMNS)} FROM {in_order('pools')} ORDER BY page.n")
 
-INSERT = "INSERT INTO pools (id, organization_id, name, description) VALUES ($1, $2, $3, $4)"
+INSERT = statement(
+    "pools.insert",
+    "INSERT INTO pools (id, organization_id, name, description) VALUES (:id, :organization_id, :name, :description)",
+)
 
-LEAVE = "DELETE FROM pool_machines WHERE pool_id = $1 AND machine_id = ANY($2::uuid[])"
+CHANGE = Change(Pool, "name", "description", always="updated_at = now()")
 
-LOCK_FOR_DELETE = "SELECT 1 FROM pools WHERE id = $1 AND organization_id = $2 FOR UPDATE"
+LEAVE = statement(
+    "pools.leave", "DELETE FROM pool_machines WHERE pool_id = :pool_id AND machine_id = ANY(:machine_ids::uuid[])"
+)
 
-LOCK_MEMBERS = """
-SELECT machines.id FROM machines JOIN pool_machines ON pool_machines.machine_id = machines.id
-WHERE pool_machines.pool_id = $1 ORDER BY machines.id FOR NO KEY UPDATE OF machines
-"""
+_THE_POOL = "id = :pool_id AND organization_id = :organization_id"
+LOCK_FOR_DELETE = statement("pools.delete.lock", f"SELECT 1 FROM pools WHERE {_THE_POOL} FOR UPDATE")
+LOCK_MEMBERS = statement(
+    "pools.delete.lock_members",
+    """
+    SELECT id FROM machines WHERE id = ANY (ARRAY(SELECT machine_id FROM pool_machines WHERE pool_id = :pool_id))
+    ORDER BY id FOR NO KEY UPDATE
+    """,
+)
+DELETE = statement("pools.delete", f"DELETE FROM pools WHERE {_THE_POOL}")
 
 
 async def get(connection: Connection, organization_id: str, pool_id: UUID) -> dict[str, Any]:
     """One pool. Raises PoolNotFound."""
-    row = await connection.fetchrow(POOLS, [pool_id], organization_id)
+    row = await connection.fetchrow(POOLS, pool_ids=[pool_id], organization_id=organization_id)
     if row is None:
         raise PoolNotFound
     return show_pool(row)
@@ -91,7 +100,13 @@ async def create(services: Services, write: WriteRequest, options: PoolCreate) -
 
     async def work(connection: Connection) -> Reply:
         pool_id = uuid4()
-        await connection.execute(INSERT, pool_id, organization_id, options.name, options.description)
+        await connection.execute(
+            INSERT,
+            id=pool_id,
+            organization_id=organization_id,
+            name=options.name,
+            description=options.description,
+        )
         return Reply(201, projection.encode(await get(connection, organization_id, pool_id)))
 
     return await once(services, write, work)
@@ -102,9 +117,7 @@ async def change(services: Services, write: WriteRequest, pool_id: UUID, options
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        own = update(Pool).where(Pool.id == pool_id, Pool.organization_id == organization_id)
-        written, values = sql(own.values(**changes(Pool, options), updated_at=func.now()))
-        await connection.execute(written, *values)
+        await CHANGE.apply(connection, organization_id, pool_id, CHANGE.named(options))
         return Reply(200, projection.encode(await get(connection, organization_id, pool_id)))
 
     return await once(services, write, work)
@@ -115,10 +128,10 @@ async def delete(services: Services, write: WriteRequest, pool_id: UUID) -> Repl
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        if not await connection.fetchval(LOCK_FOR_DELETE, pool_id, organization_id):
+        if not await connection.fetchval(LOCK_FOR_DELETE, pool_id=pool_id, organization_id=organization_id):
             raise PoolNotFound
-        await connection.fetch(LOCK_MEMBERS, pool_id)
-        await connection.execute("DELETE FROM pools WHERE id = $1", pool_id)
+        await connection.fetch(LOCK_MEMBERS, pool_id=pool_id)
+        await connection.execute(DELETE, pool_id=pool_id, organization_id=organization_id)
         return Reply(204, b"")
 
     return await once(services, write, work)
@@ -153,7 +166,7 @@ async def remove_machines(
     async def work(connection: Connection) -> Reply:
         await lock_pools(connection, organization_id, [pool_id])
         await lock_machines(connection, organization_id, options.machine_ids)
-        await connection.execute(LEAVE, pool_id, options.machine_ids)
+        await connection.execute(LEAVE, pool_id=pool_id, machine_ids=options.machine_ids)
         return Reply(204, b"")
 
     return await once(services, write, work)

@@ -3,20 +3,18 @@
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import func, update
-
 from app.auth import Principal
 from app.errors import WorkflowNotFound
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Workflow
-from app.resources.crud import changes, locked_runs
+from app.resources.crud import Change, locked_runs
 from app.runs import projection
 from app.runs.ending import remove_runs
 from app.schemas.resources import WorkflowCreate, WorkflowUpdate
 from app.services import Services
 from app.stores.database import Connection, Database, Record
 from app.stores.pages import Listing, Slice, in_order, page, where
-from app.stores.statements import sql, statement
+from app.stores.statements import statement
 
 COLUMNS = {
     "id": "workflows.id::text",
@@ -42,7 +40,9 @@ UNSUPPORTED = {
     "post_run_checks": None,
 }
 
-GET = f"SELECT {projection.columns(COLUMNS)} FROM workflows WHERE id = $1 AND organization_id = $2"
+_THE_WORKFLOW = "id = :workflow_id AND organization_id = :organization_id"
+
+GET = statement("workflows.get", f"SELECT {projection.columns(COLUMNS)} FROM workflows WHERE {_THE_WORKFLOW}")
 
 WORKFLOWS = Listing(
     "workflows", "workflows", octets="octet_length(to_json(workflows)::text) + 300", row="workflows.id = listed.key"
@@ -52,14 +52,25 @@ ROWS = statement(
     f"SELECT {projection.columns(COLUMNS)} FROM {in_order('workflows')} ORDER BY page.n",
 )
 
-INSERT = """
-INSERT INTO workflows (id, organization_id, user_id, name, main_prompt, input_schema, output_schema,
-                       includes_file_exports, is_webhooks_enabled)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-"""
+INSERT = statement(
+    "workflows.insert",
+    """
+    INSERT INTO workflows (id, organization_id, user_id, name, main_prompt, input_schema, output_schema,
+                           includes_file_exports, is_webhooks_enabled)
+    VALUES (:id, :organization_id, :user_id, :name, :main_prompt, :input_schema, :output_schema,
+            :includes_file_exports, :is_webhooks_enabled)
+    """,
+)
+
+CHANGE = Change(
+    Workflow,
+    *("name", "main_prompt", "input_schema", "output_schema", "includes_file_exports", "is_webhooks_enabled"),
+    always="updated_at = now()",
+)
 
 # A run that is created meanwhile holds the key: this waits for it, and the next one finds no workflow.
-LOCK_FOR_DELETE = "SELECT 1 FROM workflows WHERE id = $1 AND organization_id = $2 FOR UPDATE"
+LOCK_FOR_DELETE = statement("workflows.delete.lock", f"SELECT 1 FROM workflows WHERE {_THE_WORKFLOW} FOR UPDATE")
+DELETE = statement("workflows.delete", f"DELETE FROM workflows WHERE {_THE_WORKFLOW}")
 
 
 def show(row: Record) -> dict[str, Any]:
@@ -69,7 +80,7 @@ def show(row: Record) -> dict[str, Any]:
 
 async def get(connection: Connection, organization_id: str, workflow_id: UUID) -> dict[str, Any]:
     """One workflow. Raises WorkflowNotFound."""
-    row = await connection.fetchrow(GET, workflow_id, organization_id)
+    row = await connection.fetchrow(GET, workflow_id=workflow_id, organization_id=organization_id)
     if row is None:
         raise WorkflowNotFound
     return show(row)
@@ -116,15 +127,15 @@ async def create(services: Services, write: WriteRequest, options: WorkflowCreat
         workflow_id = uuid4()
         await connection.execute(
             INSERT,
-            workflow_id,
-            write.principal.organization_id,
-            write.principal.user_id,
-            options.name,
-            options.main_prompt,
-            options.input_schema,
-            options.output_schema,
-            options.includes_file_exports,
-            options.is_webhooks_enabled,
+            id=workflow_id,
+            organization_id=write.principal.organization_id,
+            user_id=write.principal.user_id,
+            name=options.name,
+            main_prompt=options.main_prompt,
+            input_schema=options.input_schema,
+            output_schema=options.output_schema,
+            includes_file_exports=options.includes_file_exports,
+            is_webhooks_enabled=options.is_webhooks_enabled,
         )
         return Reply(201, projection.encode(await get(connection, write.principal.organization_id, workflow_id)))
 
@@ -136,9 +147,7 @@ async def change(services: Services, write: WriteRequest, workflow_id: UUID, opt
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        own = update(Workflow).where(Workflow.id == workflow_id, Workflow.organization_id == organization_id)
-        written, values = sql(own.values(**changes(Workflow, options), updated_at=func.now()))
-        await connection.execute(written, *values)
+        await CHANGE.apply(connection, organization_id, workflow_id, CHANGE.named(options))
         return Reply(200, projection.encode(await get(connection, organization_id, workflow_id)))
 
     return await once(services, write, work)
@@ -149,11 +158,12 @@ async def delete(services: Services, write: WriteRequest, workflow_id: UUID) -> 
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        if not await connection.fetchval(LOCK_FOR_DELETE, workflow_id, organization_id):
+        own = {"workflow_id": workflow_id, "organization_id": organization_id}
+        if not await connection.fetchval(LOCK_FOR_DELETE, **own):
             raise WorkflowNotFound
         async for run_ids in locked_runs(connection, "workflow_id", workflow_id):
             await remove_runs(connection, run_ids, write.actor())
-        await connection.execute("DELETE FROM workflows WHERE id = $1", workflow_id)
+        await connection.execute(DELETE, **own)
         return Reply(204, b"")
 
     return await once(services, write, work)

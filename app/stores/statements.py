@@ -87,13 +87,6 @@ def _is_open(compiled: SQLCompiler, key: str) -> bool:
     return bound is not None and bound.required
 
 
-def sql(clause: ClauseElement) -> tuple[str, list[object]]:
-    """A SQLAlchemy Core statement as asyncpg takes it: text with $1, $2, ... and the values in that order."""
-    compiled = clause.compile(dialect=_DIALECT)
-    assert isinstance(compiled, SQLCompiler)  # noqa: S101 - what a dialect makes of anything but DDL
-    return str(compiled), [compiled.params[name] for name in compiled.positiontup or ()]
-
-
 def json_text(value: object) -> str | None:
     """A value as asyncpg takes it for a `json` column; None is NULL."""
     return None if value is None else orjson.dumps(value).decode()
