@@ -154,14 +154,32 @@ async def read(request: Request, model: type[Model]) -> tuple[Model, WriteReques
     settings: Settings = request.app.state.services.settings
     raw = await read_body(request, settings)
     write = _write(request, settings, raw)
+    return _parsed(request, settings, raw, model), write
+
+
+async def read_only(request: Request, model: type[Model]) -> Model:
+    """The body of a request that changes nothing: an Idempotency-Key is not looked at."""
+    settings: Settings = request.app.state.services.settings
+    return _parsed(request, settings, await read_body(request, settings), model)
+
+
+def _parsed(request: Request, settings: Settings, raw: bytes, model: type[Model]) -> Model:
     if not raw:
         raw = b"{}"
     elif not _JSON.fullmatch(request.headers.get("content-type", "application/json")):
         raise UnsupportedMediaType
     try:
-        return model.model_validate_json(raw, context=settings), write
+        return model.model_validate_json(raw, context=settings)
     except ValidationError as error:
         raise invalid(error.errors(include_url=False, include_input=False), ("body",)) from None
+
+
+def is_true(request: Request, name: str) -> bool:
+    """A parameter of the query that is true or false; absent is false. Raises Invalid."""
+    given = request.query_params.getlist(name)
+    if len(given) > 1 or any(value not in ("true", "false") for value in given):
+        raise Invalid((("query", name), "Must be true or false, once.", "bool_parsing"))
+    return given == ["true"]
 
 
 async def read_write(request: Request) -> WriteRequest:

@@ -72,7 +72,7 @@ END
 """
 
 
-def _scheduling_reason(of_the_lane: str) -> str:
+def scheduling_reason(of_the_lane: str = _LANE_REASON) -> str:
     """Why a run has not started. Computed on read: it depends on other rows and would be stale when stored."""
     return f"""
 CASE
@@ -92,7 +92,7 @@ RUN_COLUMNS = {
     "user_id": "r.user_id::text",
     "organization_id": "r.organization_id",
     "status": "r.status",
-    "scheduling_reason": _scheduling_reason(_LANE_REASON),
+    "scheduling_reason": scheduling_reason(),
     "attempt": "r.attempt",
     "is_priority": "r.is_priority",
     "error": "r.error",
@@ -115,7 +115,7 @@ RUN_COLUMNS = {
 }
 # For many runs at once: what is to be said of a lane is found out afterwards, by `many`.
 _LANE = "lane "
-MANY_RUNS = RUN_COLUMNS | {"scheduling_reason": _scheduling_reason(f"'{_LANE}' || r.lane")}
+MANY_RUNS = RUN_COLUMNS | {"scheduling_reason": scheduling_reason(f"'{_LANE}' || r.lane")}
 
 RUN_BASE_FIELDS = ("id", "workflow_id", "machine_id", "status", "created_at")
 RUN_UNSUPPORTED = {"post_run_checks": None}

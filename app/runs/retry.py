@@ -75,16 +75,15 @@ def decide(
     """The next attempt, or everything that speaks against it, what counts most first.
 
     `run` is a row of READ, `missing` says which targets the organization does not have. Nothing is read, written or made up
-    here: check and switch decide by this one function, on what each of them has read.
+    here: check, switch and the dry run decide by this one function, on what each of them has read.
     """
     if run is None:
         return [RunNotFound()]
     refusals: list[Refusal] = []
     if run["status"] not in TERMINAL:
         refusals.append(RunNotTerminal(run["status"]))
-    session: Session | None = None
     try:
-        session = next_session(run, options, new_session_id)
+        next_session(run, options, new_session_id)
     except Invalid as contradiction:
         refusals.append(contradiction)
     if options.sensitive_input_values is None and run["secret_path"] is not None and not run["secret_is_kept"]:
@@ -92,8 +91,12 @@ def decide(
     if options.file_inputs is None and run["input_is_expired"]:
         refusals.append(InputAttachmentsExpired())
     refusals += missing
-    if refusals or session is None:
-        return refusals
+    return refusals or plan(run, options, new_session_id)
+
+
+def plan(run: Record, options: RunRetry, new_session_id: UUID) -> Next:
+    """The next attempt, whether or not it may begin. Raises Invalid for an alias without a session."""
+    session = next_session(run, options, new_session_id)
     pinned = next_pin(run, options)
     pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
     is_priority = run["is_priority"] if options.is_priority is None else options.is_priority

@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
-from sqlalchemy import ARRAY, Uuid, any_, bindparam, func, literal_column, select
+from sqlalchemy import ARRAY, Select, Uuid, any_, bindparam, func, literal_column, select
 
 from app.errors import MachineNotFound, PoolNotFound, Refusal, SessionNotFound
 from app.models import Machine, Pool
@@ -25,12 +25,11 @@ class Targets(Protocol):
 
 
 # The lock keeps the machine from being deleted before the run that pins it is committed.
-KNOWN_MACHINE = statement(
-    "targets.machine",
-    select(literal_column("1"))
-    .where(Machine.id == bindparam("machine_id"), Machine.organization_id == bindparam("organization_id"))
-    .with_for_update(key_share=True, read=True),
+_MACHINE: Select[Any] = select(literal_column("1")).where(
+    Machine.id == bindparam("machine_id"), Machine.organization_id == bindparam("organization_id")
 )
+KNOWN_MACHINE = statement("targets.machine", _MACHINE)
+LOCK_MACHINE = statement("targets.lock_machine", _MACHINE.with_for_update(key_share=True, read=True))
 
 KNOWN_POOLS = statement(
     "targets.pools",
@@ -51,11 +50,13 @@ KNOWN_SESSION = statement(
 )
 
 
-async def missing_targets(connection: Connection, organization_id: str, targets: Targets) -> list[Refusal]:
-    """MachineNotFound, PoolNotFound and SessionNotFound for what the organization does not have."""
+async def missing_targets(
+    connection: Connection, organization_id: str, targets: Targets, *, lock: bool = True
+) -> list[Refusal]:
+    """MachineNotFound, PoolNotFound and SessionNotFound for what the organization does not have; `lock` holds the machine."""
     missing: list[Refusal] = []
     if targets.machine_id is not None and not await connection.fetchval(
-        KNOWN_MACHINE, machine_id=targets.machine_id, organization_id=organization_id
+        LOCK_MACHINE if lock else KNOWN_MACHINE, machine_id=targets.machine_id, organization_id=organization_id
     ):
         missing.append(MachineNotFound())
     if targets.pool_ids:

@@ -245,3 +245,76 @@ class RunBulkCreateResponse(Reply):
     created_runs: list[RunResponse] = Field(description="The new runs.")
     failed_count: int = Field(description="Always 0.")
     errors: list[str] = Field(description="Always empty.")
+
+
+class DryRunRefusal(Reply):
+    """One thing that speaks against a retry."""
+
+    status: int = Field(description="The status that the retry would be refused with.")
+    code: str = Field(description="Stable name of the refusal.")
+    detail: str = Field(description="What to do.")
+
+
+class DryRunCleared(Reply):
+    """What of the finished attempt goes."""
+
+    outputs: bool = Field(description="It has output data.")
+    history: bool = Field(description="It has a message history.")
+    error: bool = Field(description="It has errors.")
+    output_attachments: int = Field(description="Files that the executor handed in.")
+
+
+class DryRunSecrets(Reply):
+    """The next attempt's secrets."""
+
+    names: list[str] = Field(description="By name, never the values.")
+    kept_until: datetime | None = Field(description="Until when the kept ones are still there; null for new ones.")
+
+
+class DryRunPlacement(Reply):
+    """Where the next attempt would run, as things stand now."""
+
+    pinned_machine_id: UUID | None = Field(description="The machine it would be pinned to.")
+    pool_ids: list[UUID] | None = Field(description="The pools that its machine must be in.")
+    session_machine_id: UUID | None = Field(description="The machine that is reserved for its session, which decides.")
+    eligible_machines: int = Field(description="Machines that could start it now, counted to 1,000.")
+    expected_reason: SCHEDULING_REASONS = Field(description="Its scheduling_reason right after the retry.")
+
+
+class DryRunResponse(Reply):
+    """What a retry would do. Names and counts, never a value."""
+
+    run_id: UUID
+    attempt: int = Field(description="The number that the next attempt would have.")
+    would_retry: bool = Field(description="Nothing speaks against it.")
+    refusals: list[DryRunRefusal] = Field(description="All that speaks against it; the retry gives the first.")
+    cleared: DryRunCleared = Field(description="What goes.")
+    kept: list[str] = Field(description="Names of what the run has and keeps.")
+    replaced: list[str] = Field(description="Names of what the body replaces.")
+    secrets: DryRunSecrets = Field(description="The next attempt's secrets.")
+    placement: DryRunPlacement = Field(description="Where it would run.")
+
+
+class LaneWants(Reply):
+    """What all runs of a lane want."""
+
+    session_id: UUID | None = Field(description="The machine of this session.")
+    machine_id: UUID | None = Field(description="This machine.")
+    pool_ids: list[UUID] | None = Field(description="A machine that is in all of these pools.")
+
+
+class LaneResponse(Reply):
+    """Runs that wait for the same."""
+
+    lane: str = Field(description="Names the lane; its form may change.")
+    wants: LaneWants = Field(description="What its runs want; all null: any machine.")
+    waiting: int = Field(description="How many runs wait, counted to 1,000.")
+    oldest_queued_at: datetime = Field(description="Since when the oldest of them waits.")
+    head_run_id: UUID = Field(description="The run that starts next.")
+    reason: SCHEDULING_REASONS | None = Field(description="Why it has not started: its scheduling_reason.")
+
+
+class QueueResponse(Reply):
+    """Who waits, for what, how long."""
+
+    items: list[LaneResponse] = Field(description="At most 200 lanes, the one with the oldest run first.")

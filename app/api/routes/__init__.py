@@ -1,6 +1,6 @@
 """The routes: one file per resource, and nothing in them but parse, call once, return. `responses=` lists every refusal."""
 
-from app.api.routes import attachments, events, health, machines, pools, runs, whoami, workflows
+from app.api.routes import attachments, events, health, machines, pools, queue, runs, whoami, workflows
 
 ROUTERS = (
     runs.router,
@@ -9,6 +9,7 @@ ROUTERS = (
     machines.router,
     pools.router,
     events.router,
+    queue.router,
     whoami.router,
     health.router,
 )

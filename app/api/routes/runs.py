@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app import events
 from app.api.openapi import operation
-from app.api.requests import read, read_write, services
+from app.api.requests import is_true, read, read_only, read_write, services
 from app.api.responses import ONLY, Limit, Part, Skip, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
@@ -27,9 +27,11 @@ from app.errors import (
 )
 from app.models import RunStatus
 from app.runs import attempts, create, ending, projection, report
+from app.runs.dry_run import dry_run
 from app.runs.listing import FIELDS, RunFilter, list_runs, shown_fields, wait_for_run
 from app.runs.retry import retry
 from app.schemas.runs import (
+    DryRunResponse,
     RunAttemptResponse,
     RunBulkCreate,
     RunBulkCreateResponse,
@@ -51,26 +53,37 @@ _FIELD = f" *({'|'.join(sorted(FIELDS))})? *"
 _FieldNames = Annotated[str, Field(json_schema_extra={"pattern": f"^{_FIELD}(,{_FIELD})*$"})]
 
 
-@router.post(
-    "/{run_id}/retry",
-    response_model=RunResponse,
-    **operation(
-        RunNotFound,
-        *_TARGETS,
-        RunNotTerminal,
-        SensitiveInputsExpired,
-        InputAttachmentsExpired,
-        *_STORES,
-        body=RunRetry,
-        write=True,
-        scope="runs:write",
-    ),
+_DRY_RUN = {
+    "name": "dry_run",
+    "in": "query",
+    "required": False,
+    "description": "true: nothing is changed; the reply says what the retry would do, and all that speaks against it.",
+    "schema": {"type": "boolean", "default": False},
+}
+_RETRY = operation(
+    RunNotFound,
+    *_TARGETS,
+    RunNotTerminal,
+    SensitiveInputsExpired,
+    InputAttachmentsExpired,
+    *_STORES,
+    body=RunRetry,
+    write=True,
+    scope="runs:write",
 )
+_RETRY["openapi_extra"]["parameters"] = [*_RETRY["openapi_extra"]["parameters"], _DRY_RUN]
+
+
+@router.post("/{run_id}/retry", response_model=RunResponse | DryRunResponse, **_RETRY)
 async def retry_run(run_id: UUID, request: Request) -> Response:
     """Reset a finished run in place and queue it again.
 
     Clears outputs, history and output attachments; replaces what the body overrides; keeps the rest.
     """
+    # Not a parameter of the framework's, which would cost every retry.
+    if request.scope["query_string"] and is_true(request, "dry_run"):
+        options = await read_only(request, RunRetry)
+        return json_reply(await dry_run(services(request), request.state.principal, run_id, options))
     options, write = await read(request, RunRetry)
     return send(await retry(services(request), write, run_id, options))
 

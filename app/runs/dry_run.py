@@ -1,0 +1,158 @@
+"""What a retry would do, decided by the very function that decides the retry, on a plain read.
+
+Nothing is written or locked, and neither Vault nor the file store is asked. A reply has names and counts, never a value.
+"""
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import orjson
+
+from app.auth import Principal
+from app.errors import Invalid, Refusal, RunNotFound
+from app.runs import projection, staging
+from app.runs.retry import READ, Next, decide, overridden, plan
+from app.runs.sessions import refuse_contradictions
+from app.scheduling import rules
+from app.scheduling.targets import missing_targets
+from app.schemas.runs import RunRetry
+from app.services import Services
+from app.stores.database import Connection, Record
+from app.stores.statements import statement
+
+SEEN = statement(
+    "runs.dry_run.seen",
+    """
+    SELECT r.attempt, r.error IS NOT NULL AS has_error,
+           coalesce(o.has_outputs, false) AS has_outputs, coalesce(o.has_history, false) AS has_history,
+           (SELECT count(*) FROM run_attachments a
+            WHERE a.run_id = r.id AND a.attachment_type = 'output') AS output_attachments,
+           r.input_values IS NOT NULL AND r.input_values::text <> '{}' AS has_input_values,
+           r.main_prompt IS NOT NULL AS has_main_prompt, r.model_metadata IS NOT NULL AS has_model_metadata,
+           (SELECT d.due_at FROM deletions d WHERE d.store = 'vault' AND d.name = r.secret_path) AS kept_until
+    FROM runs r LEFT JOIN LATERAL (
+        SELECT output_data IS NOT NULL AS has_outputs, run_message_history IS NOT NULL AS has_history
+        FROM run_outputs WHERE run_id = r.id AND attempt = r.attempt
+    ) AS o ON true
+    WHERE r.id = :run_id AND r.organization_id = :organization_id
+    """,
+)
+
+# A run as the retry would leave it in the queue: the conditions of placement and of scheduling_reason are asked of it.
+PLACEMENT = statement(
+    "runs.dry_run.placement",
+    f"""
+    SELECT m.id::text AS session_machine_id, {projection.scheduling_reason()} AS reason,
+           (SELECT count(*) FROM (
+                SELECT FROM machines t
+                WHERE t.organization_id = r.organization_id AND {rules.idle("t")}
+                  AND (t.reserved_session_id IS NULL OR t.reserved_session_id = r.session_id)
+                  AND CASE
+                      WHEN m.id IS NOT NULL THEN t.id = m.id
+                      WHEN r.pinned_machine_id IS NOT NULL THEN t.id = r.pinned_machine_id
+                      ELSE NOT EXISTS (
+                          SELECT FROM unnest(r.pool_ids) AS wanted (id) WHERE NOT EXISTS (
+                              SELECT FROM pool_machines p WHERE p.pool_id = wanted.id AND p.machine_id = t.id))
+                  END
+                LIMIT 1000
+           ) AS eligible) AS eligible_machines
+    FROM (
+        SELECT :run_id::uuid AS id, :organization_id::text AS organization_id, 'scheduling' AS status,
+               NULL::uuid AS assigned_machine_id, :pinned_machine_id::uuid AS pinned_machine_id,
+               :pool_ids::uuid[] AS pool_ids, :session_id::uuid AS session_id, :lane::text AS lane,
+               :queue_rank::smallint AS queue_rank, now() AS queued_at
+    ) AS r {projection.RUN_SOURCE}
+    """,
+)
+
+
+async def dry_run(services: Services, principal: Principal, run_id: UUID, options: RunRetry) -> dict[str, Any]:
+    """What the retry would do. Raises RunNotFound, PayloadTooLarge, and Invalid for a body that contradicts itself."""
+    refuse_contradictions(options.session_id, options.start_session)
+    staging.check_sizes(services, options.sensitive_input_values, options.file_inputs)
+    named = {"run_id": run_id, "organization_id": principal.organization_id}
+    async with services.database.connection() as connection:
+        run, seen = await connection.fetchrow(READ, **named), await connection.fetchrow(SEEN, **named)
+        if run is None or seen is None:
+            raise RunNotFound
+        missing = await missing_targets(connection, principal.organization_id, options, lock=False)
+        new_session_id = uuid4()
+        decided = decide(run, options, new_session_id=new_session_id, missing=missing)
+        refusals = decided if isinstance(decided, list) else []
+        for refusal in refusals:
+            if isinstance(refusal, Invalid):
+                raise refusal
+        following = plan(run, options, new_session_id)
+        placement = await _placement(connection, named, following)
+    replaced = overridden(options)
+    return {
+        "run_id": str(run_id),
+        "attempt": seen["attempt"] + 1,
+        "would_retry": not refusals,
+        "refusals": [_shown(refusal) for refusal in refusals],
+        "cleared": {
+            "outputs": seen["has_outputs"],
+            "history": seen["has_history"],
+            "error": seen["has_error"],
+            "output_attachments": seen["output_attachments"],
+        },
+        "kept": _kept(run, seen, following, replaced),
+        "replaced": replaced,
+        "secrets": _secrets(run, seen, options),
+        "placement": placement,
+    }
+
+
+def _shown(refusal: Refusal) -> dict[str, Any]:
+    return {"status": refusal.status, "code": refusal.code, "detail": refusal.detail}
+
+
+def _kept(run: Record, seen: Record, following: Next, replaced: list[str]) -> list[str]:
+    """Names of what the run has, and still has after the retry."""
+    has = {
+        "input_values": seen["has_input_values"],
+        "sensitive_input_values": run["secret_path"] is not None,
+        "file_inputs": run["input_count"] > 0,
+        "machine_id": following.pinned_machine_id is not None,
+        "pool_ids": bool(following.pool_ids),
+        "session_id": run["session_id"] is not None and following.session.id == run["session_id"],
+        "session_alias": run["session_alias"] is not None and following.session.alias == run["session_alias"],
+        "release_session_after": following.session.release_after is not None,
+        "is_priority": following.is_priority,
+        "main_prompt": seen["has_main_prompt"],
+        "model_metadata": seen["has_model_metadata"],
+    }
+    return [name for name, present in has.items() if present and name not in replaced]
+
+
+def _secrets(run: Record, seen: Record, options: RunRetry) -> dict[str, Any]:
+    """Names of the next attempt's secrets; until when those that it keeps are still there."""
+    if options.sensitive_input_values is not None:
+        return {"names": sorted(options.sensitive_input_values), "kept_until": None}
+    if run["secret_path"] is None:
+        return {"names": [], "kept_until": None}
+    return {
+        "names": sorted(orjson.loads(run["sensitive_input_aliases"])),
+        "kept_until": seen["kept_until"] if run["secret_is_kept"] else None,
+    }
+
+
+async def _placement(connection: Connection, named: dict[str, Any], following: Next) -> dict[str, Any]:
+    row = await connection.fetchrow(
+        PLACEMENT,
+        **named,
+        pinned_machine_id=following.pinned_machine_id,
+        pool_ids=following.pool_ids,
+        session_id=following.session.id,
+        lane=following.lane,
+        queue_rank=following.queue_rank,
+    )
+    found = dict(row or {})
+    waits = found["reason"] == "waiting_for_session"
+    return {
+        "pinned_machine_id": following.pinned_machine_id and str(following.pinned_machine_id),
+        "pool_ids": None if following.pool_ids is None else [str(pool_id) for pool_id in following.pool_ids],
+        "session_machine_id": found["session_machine_id"],
+        "eligible_machines": found["eligible_machines"],
+        "expected_reason": "assigned" if found["eligible_machines"] and not waits else found["reason"],
+    }

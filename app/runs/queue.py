@@ -1,0 +1,64 @@
+"""The queue as people look at it: who waits, for what, for how long, and why.
+
+The work is bounded whatever waits: so many lanes are looked at, so many are shown, and so many runs are counted in each.
+"""
+
+from typing import Any
+
+from app.runs import projection
+from app.scheduling import rules
+from app.stores.database import Connection
+from app.stores.statements import statement
+
+LANES_SEEN = 2000
+LANES_SHOWN = 200
+RUNS_COUNTED = 1000
+
+# From lane to lane along the index of the queue, as placement goes. Of each lane its first run, and the oldest one: priority
+# may have let another one pass.
+LANES = statement(
+    "runs.queue.lanes",
+    f"""
+    WITH RECURSIVE hops AS (
+        (SELECT 1 AS number, q.lane FROM runs q
+         WHERE q.organization_id = :organization_id AND {rules.waits("q")} ORDER BY q.lane LIMIT 1)
+        UNION ALL
+        SELECT hops.number + 1, (
+            SELECT q.lane FROM runs q
+            WHERE q.organization_id = :organization_id AND {rules.waits("q")} AND q.lane > hops.lane
+            ORDER BY q.lane LIMIT 1)
+        FROM hops WHERE hops.lane IS NOT NULL AND hops.number < {LANES_SEEN}
+    ), heads AS MATERIALIZED (
+        SELECT hops.lane, head.id,
+               least(head.queued_at, (
+                   SELECT q.queued_at FROM runs q
+                   WHERE q.organization_id = :organization_id AND q.lane = hops.lane AND q.queue_rank = 1
+                     AND {rules.waits("q")}
+                   ORDER BY q.queued_at LIMIT 1)) AS oldest_queued_at
+        FROM hops CROSS JOIN LATERAL (
+            SELECT q.id, q.queued_at FROM runs q
+            WHERE q.organization_id = :organization_id AND q.lane = hops.lane AND {rules.waits("q")}
+            ORDER BY q.queue_rank, q.queued_at, q.id LIMIT 1
+        ) AS head
+        ORDER BY oldest_queued_at, hops.lane LIMIT {LANES_SHOWN}
+    )
+    SELECT heads.lane, r.session_id::text, r.pinned_machine_id::text AS machine_id, r.pool_ids::text[],
+           (SELECT count(*) FROM (
+                SELECT FROM runs q
+                WHERE q.organization_id = :organization_id AND q.lane = heads.lane AND {rules.waits("q")}
+                LIMIT {RUNS_COUNTED}) AS waiting) AS waiting,
+           heads.oldest_queued_at, r.id::text AS head_run_id, {projection.scheduling_reason()} AS reason
+    FROM heads CROSS JOIN LATERAL (SELECT * FROM runs WHERE id = heads.id) AS r {projection.RUN_SOURCE}
+    ORDER BY heads.oldest_queued_at, heads.lane
+    """,
+)
+
+
+async def list_lanes(connection: Connection, organization_id: str) -> dict[str, Any]:
+    """The lanes of an organization, the one with the oldest run first."""
+    items = []
+    for row in await connection.fetch(LANES, organization_id=organization_id):
+        lane = dict(row.items())
+        lane["wants"] = {name: lane.pop(name) for name in ("session_id", "machine_id", "pool_ids")}
+        items.append(lane)
+    return {"items": items}

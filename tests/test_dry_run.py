@@ -1,0 +1,257 @@
+"""Say beforehand what will happen: the dry run of a retry, and the queue."""
+
+import os
+import random
+import time
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.conftest import Client, Server, Stack, file_input
+
+PAIRS = 120 * (1 + int(os.environ.get("SOAK", "0")))
+
+
+def dry(client: Client, run_id: str, **body: object) -> dict[str, Any]:
+    found: dict[str, Any] = client.json_of(client.post(f"/v1/runs/{run_id}/retry?dry_run=true", json=body))
+    return found
+
+
+def test_what_a_retry_would_do(api: Client) -> None:
+    machine = api.machine()
+    run = api.finished(
+        status="error",
+        input_values={"a": 1},
+        sensitive_input_values={"password": "x"},
+        file_inputs=[file_input()],
+        machine_id=machine,
+    )
+    found = dry(api, run["id"], input_values={"a": 2}, is_priority=True)
+    kept_until = found["secrets"].pop("kept_until")
+    assert kept_until > run["ended_at"]
+    assert found == {
+        "run_id": run["id"],
+        "attempt": 2,
+        "would_retry": True,
+        "refusals": [],
+        "cleared": {"outputs": True, "history": True, "error": True, "output_attachments": 1},
+        "kept": ["sensitive_input_values", "file_inputs", "machine_id"],
+        "replaced": ["input_values", "is_priority"],
+        "secrets": {"names": ["password"]},
+        "placement": {
+            "pinned_machine_id": machine,
+            "pool_ids": None,
+            "session_machine_id": None,
+            "eligible_machines": 1,
+            "expected_reason": "assigned",
+        },
+    }
+
+
+def test_all_that_speaks_against_a_retry_is_said_at_once(stack: Stack, api: Client) -> None:
+    run = api.finished(sensitive_input_values={"b": "x", "a": "y"})
+    stack.sql(
+        "UPDATE deletions SET condemned_at = now() WHERE name = (SELECT secret_path FROM runs WHERE id::text = $1)",
+        run["id"],
+    )
+    body = {"machine_id": str(uuid4()), "pool_ids": [str(uuid4())], "session_id": str(uuid4())}
+    found = dry(api, run["id"], **body)
+    codes = ["sensitive_inputs_expired", "machine_not_found", "pool_not_found", "session_not_found"]
+    assert [refusal["code"] for refusal in found["refusals"]] == codes
+    assert [refusal["status"] for refusal in found["refusals"]] == [409, 404, 404, 404]
+    assert not found["would_retry"]
+    waiting = api.run()["id"]
+    assert [refusal["code"] for refusal in dry(api, waiting)["refusals"]] == ["run_not_terminal"]
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "status"),
+    [
+        ("dry_run=true", {"session_id": str(uuid4()), "start_session": True}, 422),
+        ("dry_run=true", {"session_alias": "x"}, 422),
+        ("dry_run=true", {"input_values": 1}, 422),
+        ("dry_run=maybe", {}, 422),
+        ("dry_run=true&dry_run=false", {}, 422),
+        ("dry_run=true", {"sensitive_input_values": {str(n): "x" for n in range(401)}}, 413),
+    ],
+)
+def test_what_is_wrong_with_the_request_is_refused_as_ever(
+    api: Client, query: str, body: dict[str, Any], status: int
+) -> None:
+    run = api.finished()
+    assert api.post(f"/v1/runs/{run['id']}/retry?{query}", json=body).status_code == status
+    assert api.get_run(run["id"])["attempt"] == 1
+
+
+def test_a_dry_run_of_what_is_not_there_or_not_allowed(server: Server, api: Client, foreign: Client) -> None:
+    run = api.finished()
+    for client, run_id in ((api, str(uuid4())), (foreign, run["id"])):
+        reply = client.post(f"/v1/runs/{run_id}/retry?dry_run=true")
+        assert (reply.status_code, reply.json()["code"]) == (404, "run_not_found")
+    key = server.stack.new_key(api.organization, scopes=["runs:read"])
+    with server.client(api.organization, key=key) as client:
+        assert client.post(f"/v1/runs/{run['id']}/retry?dry_run=true").status_code == 403
+
+
+def test_a_dry_run_writes_nothing_locks_nothing_and_uses_up_no_key(quiet_server: Server) -> None:
+    stack = quiet_server.stack
+    with quiet_server.client() as api:
+        machine = api.machine()
+        run = api.finished(sensitive_input_values={"password": "x"})
+        secrets, blobs = stack.secret_paths(), stack.blobs()
+        row = stack.sql("SELECT xmin::text, ctid::text FROM runs WHERE id::text = $1", run["id"])
+        desk = stack.sql("SELECT xmin::text, xmax::text FROM machines WHERE id::text = $1", machine)
+        headers = {"Idempotency-Key": uuid4().hex}
+        body = {
+            "sensitive_input_values": {"password": "canary-of-the-dry-run"},
+            "file_inputs": [file_input(b"canary-of-the-dry-run")],
+            "input_values": {"x": "canary-of-the-dry-run"},
+            "machine_id": machine,
+        }
+        with stack.held("SELECT FROM runs WHERE id::text = $1 FOR UPDATE", run["id"]):
+            reply = api.post(f"/v1/runs/{run['id']}/retry?dry_run=true", json=body, headers=headers)
+        assert reply.status_code == 200
+        assert "canary" not in reply.text
+        assert reply.json()["secrets"] == {"names": ["password"], "kept_until": None}
+        assert row == stack.sql("SELECT xmin::text, ctid::text FROM runs WHERE id::text = $1", run["id"])
+        assert desk == stack.sql("SELECT xmin::text, xmax::text FROM machines WHERE id::text = $1", machine)
+        assert (secrets, blobs) == (stack.secret_paths(), stack.blobs())
+        assert not stack.sql("SELECT FROM idempotency_keys WHERE key = $1", headers["Idempotency-Key"])
+        assert api.post(f"/v1/runs/{run['id']}/retry", json={}, headers=headers).status_code == 200
+
+
+class World:
+    """Runs in every state, and bodies of every kind."""
+
+    def __init__(self, api: Client, stack: Stack, seed: int) -> None:
+        self.api, self.stack, self.chance = api, stack, random.Random(seed)
+        self.machines = [api.machine() for _ in range(2)] + [str(uuid4())]
+        self.pools = [api.pool(self.machines[0]), api.pool(), str(uuid4())]
+        self.sessions = [api.run(start_session=True)["session_id"], str(uuid4())]
+        self.workflow = api.workflow()
+
+    def run(self) -> str:
+        chance, api = self.chance, self.api
+        options: dict[str, Any] = {"workflow_id": self.workflow}
+        if chance.random() < 0.4:
+            options["sensitive_input_values"] = {"p": "x"}
+        if chance.random() < 0.3:
+            options["file_inputs"] = [file_input()]
+        if chance.random() < 0.3:
+            options["machine_id"] = chance.choice(self.machines[:2])
+        if chance.random() < 0.3:
+            options |= {"start_session": True, "session_alias": "a"}
+        run_id: str = api.json_of(api.post("/v1/runs", json=options), 201)["id"]
+        if chance.random() < 0.85:
+            api.report(run_id, status="running")
+            if chance.random() < 0.9:
+                api.report(run_id, status=chance.choice(["success", "error", "cancelled"]))
+        if chance.random() < 0.2:
+            name = "(SELECT secret_path FROM runs WHERE id::text = $1)"
+            self.stack.sql(
+                f"UPDATE deletions SET condemned_at = now(), due_at = 'infinity' WHERE name = {name}", run_id
+            )
+        if chance.random() < 0.2:
+            self.stack.sql("UPDATE run_attachments SET expires_at = now() WHERE run_id::text = $1", run_id)
+        return run_id if chance.random() < 0.97 else str(uuid4())
+
+    def body(self) -> dict[str, Any]:
+        chance = self.chance
+        every: dict[str, Any] = {
+            "input_values": chance.choice([{}, {"a": 1}, None]),
+            "sensitive_input_values": chance.choice([{}, {"q": "new"}, None]),
+            "file_inputs": chance.choice([[], [file_input(b"new")], None]),
+            "machine_id": chance.choice([*self.machines, None]),
+            "pool_ids": chance.choice([[], self.pools[:1], self.pools[:2], self.pools, None]),
+            "reuse_session": chance.choice([True, False, None]),
+            "session_id": chance.choice([*self.sessions, None]),
+            "start_session": chance.choice([True, False]),
+            "session_alias": chance.choice(["b", None]),
+            "release_session_after": chance.choice([True, False, None]),
+            "is_priority": chance.choice([True, False, None]),
+        }
+        return {name: every[name] for name in chance.sample(list(every), chance.randint(0, 4))}
+
+
+def test_a_dry_run_foretells_the_retry(quiet_server: Server) -> None:
+    seed = random.randrange(10**6)
+    with quiet_server.client() as api:
+        world = World(api, quiet_server.stack, seed)
+        for number in range(PAIRS):
+            where = f"seed {seed}, pair {number}"
+            run_id, body = world.run(), world.body()
+            foretold = api.post(f"/v1/runs/{run_id}/retry?dry_run=true", json=body)
+            done: httpx.Response = api.post(f"/v1/runs/{run_id}/retry", json=body)
+            if foretold.status_code != 200:
+                assert (done.status_code, done.text) == (foretold.status_code, foretold.text), where
+                continue
+            told = foretold.json()
+            if not told["would_retry"]:
+                first = told["refusals"][0]
+                shown = {name: done.json()[name] for name in ("status", "code", "detail")}
+                assert shown == first, where
+                continue
+            assert done.status_code == 200, f"{where}: {done.text}"
+            run = done.json()
+            assert run["attempt"] == told["attempt"], where
+            names = sorted(run["sensitive_input_aliases"] or {})
+            assert names == told["secrets"]["names"], where
+            assert (run["pool_ids"] or None) == (told["placement"]["pool_ids"] or None), where
+            if told["placement"]["expected_reason"] != "assigned":
+                assert run["scheduling_reason"] in (told["placement"]["expected_reason"], "waiting_for_machine"), where
+            [attempt, *_] = api.json_of(api.get(f"/v1/runs/{run_id}/attempts"))["items"]
+            assert attempt["overridden"] == told["replaced"], where
+
+
+def test_the_queue_says_who_waits_for_what(api: Client) -> None:
+    machine = api.machine(status="disconnected")
+    pool = api.pool(machine)
+    first = api.run(machine_id=machine)["id"]
+    api.run(machine_id=machine)
+    second = api.run(pool_ids=[pool])["id"]
+    session = api.run(start_session=True)
+    lanes = api.json_of(api.get("/v1/queue"))["items"]
+    assert [lane["head_run_id"] for lane in lanes] == [first, second, session["id"]]
+    assert [lane["waiting"] for lane in lanes] == [2, 1, 1]
+    assert [lane["reason"] for lane in lanes] == ["machine_offline", "waiting_for_machine", "waiting_for_machine"]
+    assert lanes[0]["wants"] == {"session_id": None, "machine_id": machine, "pool_ids": None}
+    assert lanes[1]["wants"]["pool_ids"] == [pool]
+    assert lanes[2]["wants"]["session_id"] == session["session_id"]
+    assert lanes[0]["oldest_queued_at"] < lanes[1]["oldest_queued_at"] < lanes[2]["oldest_queued_at"]
+
+
+def test_the_queue_shows_the_oldest_run_though_priority_goes_before_it(api: Client) -> None:
+    old = api.run()
+    urgent = api.run(is_priority=True)
+    [lane] = api.json_of(api.get("/v1/queue"))["items"]
+    assert (lane["head_run_id"], lane["waiting"]) == (urgent["id"], 2)
+    assert lane["oldest_queued_at"] == old["created_at"] or lane["oldest_queued_at"] < urgent["created_at"]
+
+
+def test_the_queue_of_others_is_not_shown(api: Client, foreign: Client) -> None:
+    foreign.run()
+    assert api.json_of(api.get("/v1/queue"))["items"] == []
+
+
+def test_a_long_queue_costs_no_more(quiet_server: Server) -> None:
+    with quiet_server.client() as api:
+        workflow = api.workflow()
+        quiet_server.stack.sql(
+            "INSERT INTO runs (id, organization_id, workflow_id, status, lane, queued_at)"
+            " SELECT gen_random_uuid(), $1, $2::text::uuid, 'scheduling', 'pools:' || n % 600, now() - n * interval '1 s'"
+            " FROM generate_series(1, 30000) AS n",
+            api.organization,
+            workflow,
+        )
+        quiet_server.stack.sql("ANALYZE runs")
+        took = []
+        for _ in range(3):
+            began = time.monotonic()
+            lanes = api.json_of(api.get("/v1/queue"))["items"]
+            took.append(time.monotonic() - began)
+        assert min(took) < 0.5
+        assert len(lanes) == 200
+        assert {lane["waiting"] for lane in lanes} == {50}
+        quiet_server.stack.sql("DELETE FROM runs WHERE organization_id = $1", api.organization)
