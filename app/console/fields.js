@@ -313,10 +313,9 @@ export function filesField(attachments, changed) {
       rows.push(row);
       list.append(row.node);
     }
-    own.clear();
     sum();
-    tooLarge();
     changed();
+    tooLarge();
   }
 
   function sum() {

@@ -41,6 +41,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
   let sent = null; // the body on its way, until it is answered
   let wait = null; // {until, timer}
   let failures = 0;
+  let untouched = true;
 
   // --- the fields -----------------------------------------------------------------------------------------------------
 
@@ -55,10 +56,15 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
   ];
   const [, secrets, files, target] = fields;
   const form = h("form.fields", { novalidate: true, autocomplete: "off", onsubmit: (event) => (event.preventDefault(), press()), oninput: changed }, fields.map((field) => field.node));
-  for (const { code } of plan?.refusals ?? []) {
-    if (code === "sensitive_inputs_expired") secrets.set("change");
-    if (code === "input_attachments_expired") files.set("change");
+  /** What a plain retry is refused for is what somebody opens this for. */
+  function preset(answer) {
+    for (const { code } of answer.refusals) {
+      if (code === "sensitive_inputs_expired") secrets.set("change");
+      if (code === "input_attachments_expired") files.set("change");
+    }
+    untouched = false;
   }
+  if (plan) preset(plan);
 
   /** The body as it is sent, or with stand-ins for what only the sent one may hold. */
   async function build(stand) {
@@ -81,6 +87,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
 
   function changed() {
     if (state !== "editing") return;
+    untouched = false;
     for (const field of fields) field.clear();
     fill(trouble);
     foretold = null;
@@ -109,6 +116,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
       if (asking !== abort || life.signal.aborted) return;
       foretold = answer;
       drawOutcome(answer);
+      if (untouched) preset(answer);
       if (!answer.would_retry) timer = setTimeout(foretell, AGAIN_MS);
     } catch (error) {
       if (aborted(error) || asking !== abort) return;

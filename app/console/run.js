@@ -11,6 +11,7 @@ const TERMINAL = new Set(["success", "error", "cancelled"]);
 // A retry with overrides can still work: the dialog says which.
 const MENDABLE = new Set(["sensitive_inputs_expired", "input_attachments_expired", "machine_not_found", "pool_not_found", "session_not_found"]);
 const DRY_MS = 10_000;
+const EVENTS = 500;
 
 export function runView(root, first, app) {
   const { id } = first;
@@ -24,7 +25,6 @@ export function runView(root, first, app) {
   let plan = null; // the dry run of a plain retry; undefined if the service has none
   let planAt = 0;
   let planFor = "";
-  let gone = false;
   let dialog = null;
 
   const head = h("div.runhead");
@@ -38,7 +38,10 @@ export function runView(root, first, app) {
   fill(panel, skeleton(6));
   markTab();
   const keepTitle = keeping(title);
-  const keepActions = keeping(actions);
+  // The button stays the same one: it may have the focus.
+  const button = h("button.primary", { type: "button", "aria-keyshortcuts": "r", onclick: retry }, icon("retry"), "Retry …");
+  const cancelButton = h("button", { type: "button", onclick: cancel }, "Cancel run …");
+  const obstacleText = h("p.obstacle", { id: "obstacle" });
   let keepPanel = keeping(panel);
 
   function markTab() {
@@ -55,10 +58,13 @@ export function runView(root, first, app) {
     try {
       reply = await call("GET", `runs/${id}`, { signal });
     } catch (error) {
-      if (error.code === "run_not_found") showGone();
+      if (error.code !== "run_not_found") throw error;
+      run = null;
+      text = "";
+      await loadEvents(signal);
+      showGone();
       throw error;
     }
-    gone = false;
     take(reply);
     poll.heard();
     await Promise.all([
@@ -102,13 +108,16 @@ export function runView(root, first, app) {
     await names.loadMissing("machines", attempts.map((attempt) => attempt.machine_id), signal);
   }
 
+  /** The latest, newest first; the API has them oldest first. */
   async function loadEvents(signal) {
+    const page = async (skip) => (await call("GET", `runs/${id}/events`, { query: { limit: EVENTS, skip }, signal })).data;
     try {
-      const { data } = await call("GET", `runs/${id}/events`, { query: { limit: 1000 }, signal });
-      events = data.items;
+      let data = await page(0);
+      if (data.total > EVENTS) data = await page(data.total - EVENTS);
+      events = data.items.reverse();
     } catch (error) {
-      if (error.code !== "route_not_found") throw error;
-      events = undefined;
+      if (error.status !== 404) throw error;
+      events = error.code === "route_not_found" ? undefined : [];
     }
   }
 
@@ -121,17 +130,18 @@ export function runView(root, first, app) {
     [planFor, planAt] = [of, now()];
   }
 
+  /** Events outlive their run: they tell who deleted it. */
   function showGone() {
-    if (gone) return;
-    gone = true;
-    run = null;
-    text = "";
+    dialog?.close();
     keepTitle(["gone"], () => h("h1", { tabindex: -1 }, "Run ", short(id)));
-    keepActions(["gone"], () => []);
+    fill(actions);
     tabs.hidden = true;
-    keepPanel(["gone"], () =>
-      notice("warn", "No run with this id", h("p", null, "It was deleted, or it belongs to another organization, or the address is wrong: ", h("span.id", null, id)), h("a.button", { href: app.lastList() }, "To the runs")),
-    );
+    keepPanel(["gone", events], () => [
+      events?.length
+        ? notice("warn", "This run was deleted", h("p", null, "Its outputs, files and secrets are gone. What happened to it, is kept:"))
+        : notice("warn", "No run with this id", h("p", null, "It belongs to another organization, or the address is wrong: ", h("span.id", null, id)), h("a.button", { href: app.lastList() }, "To the runs")),
+      events?.length ? drawEvents() : null,
+    ]);
   }
 
   // --- drawing --------------------------------------------------------------------------------------------------------
@@ -142,7 +152,7 @@ export function runView(root, first, app) {
     const { output_data: _output, run_message_history: _history, ...small } = run;
     const called = [names.nameOf("workflows", run.workflow_id), run.machine_id && names.nameOf("machines", run.machine_id)];
     if (keepTitle([small, called], drawTitle)) app.titled();
-    keepActions([run.status, run.attempt, plan, planFor, me.scopes], drawActions);
+    drawActions();
     const shown = {
       now: [text, called, [...(attachments?.keys() ?? [])]],
       inputs: [small, called, plan?.secrets, [...(attachments?.keys() ?? [])], run.pool_ids?.map((pool) => names.nameOf("pools", pool))],
@@ -176,12 +186,15 @@ export function runView(root, first, app) {
   /** The button is always there; what stands in its way stands beside it. */
   function drawActions() {
     const [why, hard] = obstacle();
-    const button = h("button.primary", { type: "button", "aria-keyshortcuts": "r", "aria-disabled": hard ? "true" : null, "aria-describedby": why ? "obstacle" : null, onclick: () => !hard && retry() }, icon("retry"), "Retry …");
-    return [
-      why ? h(`p.obstacle${hard ? "" : ".soft"}`, { id: "obstacle" }, icon(hard ? "info" : "warn"), h("span", null, why)) : null,
-      !TERMINAL.has(run.status) && may("runs:write") ? h("button", { type: "button", onclick: cancel }, "Cancel run …") : null,
-      button,
-    ];
+    if (!button.isConnected) fill(actions, obstacleText, cancelButton, button);
+    cancelButton.hidden = TERMINAL.has(run.status) || !may("runs:write");
+    obstacleText.hidden = !why;
+    obstacleText.classList.toggle("soft", !hard);
+    if (why && obstacleText.textContent !== why) fill(obstacleText, icon(hard ? "info" : "warn"), h("span", null, why));
+    if (hard) button.setAttribute("aria-disabled", "true");
+    else button.removeAttribute("aria-disabled");
+    if (why) button.setAttribute("aria-describedby", "obstacle");
+    else button.removeAttribute("aria-describedby");
   }
 
   /** Why Retry cannot work, and whether the dialog could not help either. */
@@ -193,12 +206,21 @@ export function runView(root, first, app) {
     return [(hard[0] ?? plan.refusals[0]).detail, hard.length > 0];
   }
 
-  function retry() {
+  async function retry() {
     if (!run || dialog) return;
     if (obstacle()[1]) {
       say(obstacle()[0]);
       return;
     }
+    dialog = { close() {} }; // one at a time, also while the files are asked for
+    try {
+      await loadAttachments();
+    } catch (error) {
+      dialog = null;
+      if (!aborted(error)) toast(error.message, "bad");
+      return;
+    }
+    if (!root.isConnected || !me.key) return;
     dialog = openRetry({
       run,
       attachments: run.input_attachment_ids.map((one) => attachments?.get(one)).filter(Boolean),
@@ -216,7 +238,7 @@ export function runView(root, first, app) {
         planAt = 0;
         if (root.isConnected && me.key) {
           poll.now(true);
-          actions.querySelector(".primary")?.focus();
+          button.focus();
         }
       },
     });
@@ -406,6 +428,7 @@ export function runView(root, first, app) {
                 h("span", null, cause.overridden.length ? ["changed ", cause.overridden.map((name) => h("code.tag", null, name))] : "changed nothing"),
               )
             : null,
+          attempt.end_reason ? h("p.meta", null, h("span", null, "ended because “", theirs(attempt.end_reason), "”")) : null,
           attempt.error?.length ? h("div.failure", null, icon("error"), h("div", null, attempt.error.slice(0, 3).map((line) => prose(line)), attempt.error.length > 3 ? h("p.faint", null, `and ${attempt.error.length - 3} more`) : null)) : null,
         ),
       ),
