@@ -562,7 +562,8 @@ export function sessionField(run, changed) {
       if (release.value) body.release_session_after = release.value === "true";
     },
     refuseAt(_, message, key) {
-      return own.refuse(message, { session_id: id, session_alias: alias, release_session_after: release }[key]);
+      const control = { session_id: id, session_alias: alias, release_session_after: release }[key];
+      return own.refuse(message, control?.hidden ? undefined : control);
     },
     dirty: () => own.mode !== "keep",
   });

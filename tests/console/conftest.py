@@ -23,7 +23,7 @@ class Console:
         self.key = key
         self.asked: list[Request] = []
         self.page.on("request", self._hear)
-        tab.expect("status of 404.*(whoami|queue)")  # until they are on main
+        tab.expect("(status of 404.*queue|status of 422.*dry_run)")  # until they are on main
 
     def _hear(self, request: Request) -> None:
         self.asked.append(request)
