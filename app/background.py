@@ -23,6 +23,7 @@ from app.services import Services
 from app.stores.deletions import collect_all
 from app.stores.pool import party
 from app.telemetry.logs import describe
+from app.webhooks.delivery import Deliverer, prune_webhooks
 
 log = logging.getLogger("app.background")
 
@@ -35,7 +36,7 @@ class Loop:
     """A round again and again: when it is woken, when the last one said that there is more, and at least once a period.
 
     `rest` is the least time between two rounds: a lone wake-up is answered at once, and under load each round does more for
-    its price. All times are seconds.
+    its price. All times are seconds. `close` ends what rounds have left under way.
     """
 
     name: str
@@ -43,10 +44,18 @@ class Loop:
     period: float
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     rest: float = 0
+    close: Callable[[], Awaitable[None]] | None = None
 
     async def run(self) -> None:
         """Until cancelled."""
         party.set(f"loop {self.name}")
+        try:
+            await self._rounds()
+        finally:
+            if self.close is not None:
+                await self.close()
+
+    async def _rounds(self) -> None:
         while True:
             began = time.monotonic()
             more = False
@@ -73,6 +82,7 @@ def loops(services: Services) -> list[Loop]:
     """One for each task, so that a frozen Vault never delays an assignment."""
     settings, database, wakeups = services.settings, services.database, services.wakeups
     period = settings.background_period_seconds
+    deliverer = Deliverer(services)
     collect = partial(collect_all, database, services.secrets, services.files, noted=note_expired_secrets)
     return [
         Loop("placement", partial(place_woken, services), period, wakeups.placement, rest=0.01),
@@ -83,6 +93,8 @@ def loops(services: Services) -> list[Loop]:
         Loop("outputs", partial(prune_outputs, database), period),
         Loop("events", partial(prune_events, database, settings.event_retention_days), period),
         Loop("assignments", partial(announce_assignments, services), period),
+        Loop("webhooks", deliverer.round, period, wakeups.deliveries, rest=0.02, close=deliverer.close),
+        Loop("old_webhooks", partial(prune_webhooks, database, settings.webhook_retention_days), period),
     ]
 
 
@@ -99,5 +111,6 @@ def _waking(services: Services, work: Callable[[], Awaitable[set[str]]]) -> Call
     async def work_and_wake() -> None:
         for organization_id in await work():
             services.wakeups.wake(organization_id)
+            services.wakeups.deliveries.set()
 
     return work_and_wake

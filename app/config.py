@@ -140,6 +140,22 @@ class Settings(DatabaseSettings):
     event_retention_days: int = Field(
         90, ge=0, le=36_500, description="How long events of runs are kept; 0 = for ever."
     )
+    webhook_allow: Annotated[list[str], NoDecode] = Field(
+        default=[],
+        description="Comma-separated networks and host names that webhooks may go to beside public addresses over https.",
+    )
+    webhook_cacert: Path | None = Field(
+        None, description="CA bundle for certificates of webhook receivers; default: the system's."
+    )
+    webhook_max_bytes: int = Field(
+        256 * 1024,
+        ge=4096,
+        le=MIB,
+        description="Largest webhook body; history, then outputs are left out of a larger one.",
+    )
+    webhook_retention_days: int = Field(
+        7, ge=2, le=90, description="How long webhook events and their deliveries are kept."
+    )
     background_period_seconds: float = Field(
         1.0, gt=0, description="How often deletions and assignments are looked for."
     )
@@ -148,7 +164,7 @@ class Settings(DatabaseSettings):
     )
     server_key_previous: SecretStr | None = Field(None, min_length=32, description="Accepted beside it while rotating.")
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "webhook_allow", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value

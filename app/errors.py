@@ -10,6 +10,8 @@ Refusal
 │   ├── SessionNotFound        session_not_found
 │   ├── WorkflowNotFound       workflow_not_found
 │   ├── AttachmentNotFound     attachment_not_found
+│   ├── WebhookEndpointNotFound    webhook_endpoint_not_found
+│   ├── WebhookDeliveryNotFound    webhook_delivery_not_found
 │   └── RouteNotFound          route_not_found
 ├── MethodNotAllowed           405 method_not_allowed
 ├── RequestTimeout             408 request_timeout
@@ -20,6 +22,10 @@ Refusal
 │   ├── InputAttachmentsExpired    input_attachments_expired
 │   ├── InvalidTransition          invalid_transition
 │   ├── AttemptSuperseded          attempt_superseded
+│   ├── TooManyWebhookEndpoints    too_many_webhook_endpoints
+│   ├── TooManyWebhookSecrets      too_many_webhook_secrets
+│   ├── WebhookEndpointDisabled    webhook_endpoint_disabled
+│   ├── WebhookBodyDeleted         webhook_body_deleted
 │   └── IdempotencyInProgress      idempotency_in_progress
 ├── PayloadTooLarge            413 payload_too_large
 ├── UnsupportedMediaType       415 unsupported_media_type
@@ -133,6 +139,16 @@ class AttachmentNotFound(NotFound):
     code, detail = "attachment_not_found", "No attachment with this id exists in your organization; check the id."
 
 
+class WebhookEndpointNotFound(NotFound):
+    code = "webhook_endpoint_not_found"
+    detail = "No webhook endpoint with this id exists in your organization; check the id."
+
+
+class WebhookDeliveryNotFound(NotFound):
+    code = "webhook_delivery_not_found"
+    detail = "No webhook delivery with this id exists in your organization; deliveries are kept for a limited time."
+
+
 class RouteNotFound(NotFound):
     code, detail = "route_not_found", "There is nothing at this path; see /docs for the routes."
 
@@ -196,6 +212,33 @@ class AttemptSuperseded(Conflict):
         super().__init__(
             f"This report is for an earlier attempt; the run is at attempt {current}. Stop working on the old one."
         )
+
+
+class TooManyWebhookEndpoints(Conflict):
+    code = "too_many_webhook_endpoints"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"An organization can have {most} webhook endpoints; delete one that is not needed any more.")
+
+
+class TooManyWebhookSecrets(Conflict):
+    code = "too_many_webhook_secrets"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(
+            f"{most} signing secrets of this endpoint are in use: each signs for 24 hours after its rotation. "
+            "Rotate again when the oldest has expired, or make a new endpoint."
+        )
+
+
+class WebhookEndpointDisabled(Conflict):
+    code = "webhook_endpoint_disabled"
+    detail = "The endpoint is disabled, so nothing is sent to it; PATCH disabled to false first."
+
+
+class WebhookBodyDeleted(Conflict):
+    code = "webhook_body_deleted"
+    detail = "The run of this delivery was deleted, and what would be sent went with it."
 
 
 class IdempotencyInProgress(Conflict):

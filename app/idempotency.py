@@ -76,6 +76,7 @@ class Reply:
     status: int
     body: bytes
     replayed: bool = False
+    has_event: bool = False  # something is to be sent to webhooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,8 @@ async def attempt_or_replay(services: Services, write: WriteRequest, attempt: Ca
             try:
                 reply = await attempt()
                 services.wakeups.wake(write.principal.organization_id)
+                if reply.has_event:
+                    services.wakeups.deliveries.set()
                 return reply
             except Deadlock:
                 if not more:

@@ -417,3 +417,110 @@ class IdempotencyKey(Base):
     status: Mapped[int] = mapped_column(SmallInteger)
     body: Mapped[bytes]
     expires_at: Mapped[datetime]
+
+
+class WebhookEndpoint(Base):
+    """Where an organization wants its events sent. No delivery references it: its rows go with time, or when they are due."""
+
+    __tablename__ = "webhook_endpoints"
+    __table_args__ = (
+        _organization_check(),
+        CheckConstraint("(disabled_at IS NULL) = (disabled_reason IS NULL)", name="disabled"),
+        CheckConstraint("disabled_reason IN ('requested', 'gone', 'failing')", name="disabled_reason"),
+        Index("ix_webhook_endpoints_organization", "organization_id", text("created_at DESC"), text("id DESC")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    user_id: Mapped[UUID | None]
+    url: Mapped[str]
+    description: Mapped[str | None]
+    event_types: Mapped[list[str]]
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None]
+    failing_since: Mapped[datetime | None]  # the first failure since the last success
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class WebhookSecret(Base):
+    """A signing secret of an endpoint, by its path in Vault; one that was rotated away signs too until `expires_at`."""
+
+    __tablename__ = "webhook_secrets"
+    __table_args__ = (
+        Index("ix_webhook_secrets_endpoint_id", "endpoint_id"),
+        Index("uq_webhook_secrets_current", "endpoint_id", unique=True, postgresql_where=text("expires_at IS NULL")),
+    )
+
+    path: Mapped[str] = mapped_column(primary_key=True)
+    endpoint_id: Mapped[UUID] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="RESTRICT"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+
+
+class WebhookEvent(Base):
+    """The outbox: what happened, in the bytes that are sent. One for each ending; a test has no run.
+
+    `body` is null once its run was deleted.
+    """
+
+    __tablename__ = "webhook_events"
+    __table_args__ = (
+        Index("uq_webhook_events_run_attempt", "run_id", "attempt", unique=True),
+        Index("ix_webhook_events_new", "occurred_at", postgresql_where=text("NOT is_fanned_out")),
+        Index("ix_webhook_events_organization", "organization_id", "occurred_at", "id"),
+        Index("ix_webhook_events_occurred_at", "occurred_at"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    run_id: Mapped[UUID | None]  # no foreign key: the log of what was sent outlives the run
+    attempt: Mapped[int | None]
+    event_type: Mapped[str]
+    occurred_at: Mapped[datetime]
+    body: Mapped[bytes | None]
+    is_fanned_out: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class WebhookDelivery(Base):
+    """One event on its way to one endpoint. Its id is the message's, the same each time it is sent.
+
+    `lease` is the token of whoever sends it now, until `due_at`.
+    """
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="status"),
+        Index("uq_webhook_deliveries_event_endpoint", "event_id", "endpoint_id", unique=True),
+        Index("ix_webhook_deliveries_pending", "endpoint_id", "due_at", postgresql_where=text("status = 'pending'")),
+        Index("ix_webhook_deliveries_endpoint", "endpoint_id", text("created_at DESC"), text("id DESC")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    event_id: Mapped[UUID] = mapped_column(ForeignKey("webhook_events.id", ondelete="CASCADE"))
+    endpoint_id: Mapped[UUID]
+    organization_id: Mapped[str]
+    status: Mapped[str] = mapped_column(server_default="pending")
+    tries: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    due_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    lease: Mapped[UUID | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    tried_at: Mapped[datetime | None]
+    duration_ms: Mapped[int | None]
+    response_status: Mapped[int | None] = mapped_column(SmallInteger)
+    response_body: Mapped[str | None]
+    error: Mapped[str | None]
+
+
+class WebhookRecovery(Base):
+    """An endpoint's events since a time are being sent to it again, in batches: how far that has come."""
+
+    __tablename__ = "webhook_recoveries"
+    __table_args__ = (Index("ix_webhook_recoveries_moved_at", "moved_at"),)
+
+    endpoint_id: Mapped[UUID] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), primary_key=True)
+    organization_id: Mapped[str]
+    after_at: Mapped[datetime]
+    after_id: Mapped[UUID]
+    until: Mapped[datetime]
+    moved_at: Mapped[datetime] = mapped_column(server_default=func.now())

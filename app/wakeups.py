@@ -16,6 +16,7 @@ class Wakeups:
     def __init__(self) -> None:
         self.placement = asyncio.Event()
         self.collector = asyncio.Event()
+        self.deliveries = asyncio.Event()  # set after a commit that left something to send
         self._organizations: set[str] = set()
         self.look_around_at = 0.0
         self._callers: dict[UUID, set[asyncio.Event]] = defaultdict(set)

@@ -1,5 +1,6 @@
-# What the service itself may do: write a fresh secret and destroy one. It can neither read, overwrite nor list any.
-# `secret` is VAULT_MOUNT and `runs` is VAULT_PREFIX: change them here if you change the settings.
+# What the service itself may do: write a fresh secret of a run and destroy it, without being able to read, overwrite or list
+# any; and the same, and read, for what it signs webhooks with. `secret` is VAULT_MOUNT and `runs` is VAULT_PREFIX: change them
+# here if you change the settings.
 #
 #   bao policy write runs-api policies/service.hcl
 
@@ -8,5 +9,13 @@ path "secret/data/runs/*" {
 }
 
 path "secret/metadata/runs/*" {
+  capabilities = ["delete"]
+}
+
+path "secret/data/runs-webhooks/*" {
+  capabilities = ["create", "read"]
+}
+
+path "secret/metadata/runs-webhooks/*" {
   capabilities = ["delete"]
 }

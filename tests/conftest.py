@@ -185,6 +185,10 @@ class Client(httpx.Client):
             self.json_of(self.post(f"/v1/pools/{pool_id}/machines", json={"machine_ids": machine_ids}))
         return pool_id
 
+    def webhook_endpoint(self, url: str = "https://localhost/") -> str:
+        """By default one that may be registered, but is never connected to."""
+        return str(self.json_of(self.post("/v1/webhook-endpoints", json={"url": url}), 201)["id"])
+
     def run(self, **options: object) -> dict[str, Any]:
         body = {"workflow_id": self.workflow()} | options
         created: dict[str, Any] = self.json_of(self.post("/v1/runs", json=body), 201)

@@ -46,6 +46,7 @@ def things(api: Client) -> dict[str, list[Any]]:
             attachments.append(api.upload(run["id"])["id"])
         if index % 10 < 5:
             api.report(run["id"], status=("success", "error", "cancelled")[index % 3])
+    endpoints = [api.webhook_endpoint() for _ in range(5)]
     doomed = [api.run(workflow_id=workflows[1], file_inputs=[file_input()] * 2) for _ in range(3)]
     return {
         "counts": [1, 2, 3],
@@ -55,10 +56,15 @@ def things(api: Client) -> dict[str, list[Any]]:
         "runs": runs,
         "attachments": attachments,
         "sessions": sessions,
+        "endpoints": endpoints[:3],
+        "deliveries": [
+            api.json_of(api.post(f"/v1/webhook-endpoints/{endpoints[0]}/test"), 201)["id"] for _ in range(3)
+        ],
         # For DELETE alone, so that the others live until the end.
         "doomed_machines": [api.machine(), api.machine()],
         "doomed_pools": [api.pool(), api.pool()],
         "doomed_workflows": workflows[2:],
+        "doomed_endpoints": endpoints[3:],
         "doomed_runs": [api.run(workflow_id=workflows[1])["id"] for _ in range(3)],
         "doomed_attachments": [one for run in doomed for one in run["input_attachment_ids"]],
     }

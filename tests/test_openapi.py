@@ -190,6 +190,7 @@ def test_the_examples_are_accepted(document: Document, api: Client) -> None:
             "{workflow_id}": run["workflow_id"],
             "{machine_id}": machine,
             "{pool_id}": api.pool(),
+            "{webhook_endpoint_id}": api.webhook_endpoint(),
             "run_id": run["id"],
             "workflow_id": run["workflow_id"],
             "machine_ids": [machine],

@@ -20,6 +20,7 @@ from app.scheduling.targets import lane
 from app.stores import deletions
 from app.stores.database import Database
 from app.stores.statements import Statement
+from app.webhooks import delivery
 from dev.readme import README, replaced, settings_table
 from dev.run import ROOT
 from tests.conftest import Stack, migrate
@@ -128,6 +129,13 @@ STATEMENTS: dict[str, str | Statement] = {
     "finish": deletions.FINISH,
     "prune outputs": outputs.PRUNE_OUTPUTS,
     "forget keys": idempotency.FORGET,
+    "record ended": ending.RECORD,
+    "fan out": delivery.FAN_OUT,
+    "lanes": delivery.LANES,
+    "claim": delivery.CLAIM,
+    "settle": delivery.SETTLE,
+    "recover": delivery.RECOVER,
+    "prune webhooks": delivery.PRUNE,
 }
 
 

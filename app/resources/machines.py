@@ -199,14 +199,17 @@ async def change(services: Services, write: WriteRequest, machine_id: UUID, opti
 
     async def work(connection: Connection) -> Reply:
         values = CHANGE.named(options)
+        ends_session = False
         if "reserved_session_id" in values:
-            if await _end_session(connection, organization_id, machine_id, services.settings, write.actor()):
+            ends_session = await _end_session(connection, organization_id, machine_id, services.settings, write.actor())
+            if ends_session:
                 values.setdefault("is_available", True)
             else:
                 del values["reserved_session_id"]
         if values:
             await CHANGE.apply(connection, organization_id, machine_id, values)
-        return Reply(200, projection.encode(await get(connection, organization_id, machine_id)))
+        shown = projection.encode(await get(connection, organization_id, machine_id))
+        return Reply(200, shown, has_event=ends_session)
 
     return await once(services, write, work)
 
@@ -262,7 +265,7 @@ async def delete(services: Services, write: WriteRequest, machine_id: UUID) -> R
         # What was pinned or assigned to it meanwhile.
         await _detach_runs(connection, machine_id, services.settings, write.actor())
         await connection.execute(DELETE, **own)
-        return Reply(204, b"")
+        return Reply(204, b"", has_event=True)  # perhaps: of the runs that it ended
 
     return await once(services, write, work)
 
@@ -275,8 +278,9 @@ async def _detach_runs(connection: Connection, machine_id: UUID, settings: Setti
     columns: tuple[Owner, ...] = ("assigned_machine_id", "pinned_machine_id")
     for column in columns:
         async for run_ids in locked_runs(connection, column, machine_id):
-            await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings, actor)
+            # In this order: the event of an ending shows the run as it will be.
             await connection.execute(DETACH, run_ids=run_ids, machine_id=machine_id)
+            await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings, actor)
 
 
 # --- pools of a machine -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Ending and deleting runs. Whatever makes a run terminal goes through `end_runs` or `ended`, and whatever removes its row
-through `remove_runs`: they free the machine, release the session, and put secrets and blobs on the deletion list in the same
-transaction.
+through `remove_runs`: they free the machine, release the session, write the event that webhooks are sent for, and put secrets
+and blobs on the deletion list in the same transaction.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,13 @@ from app.errors import RunNotFound
 from app.events import record
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Run, RunStatus
+from app.runs import projection
 from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database
 from app.stores.deletions import Name
 from app.stores.statements import statement
+from app.webhooks import outbox
 
 # --- end --------------------------------------------------------------------------------------------------------------
 
@@ -58,10 +60,84 @@ RELEASE = statement("runs.ending.release", _RELEASE)
 RELEASE_ACTIVE = statement("runs.ending.release_active", f"{_RELEASE} AND runs.status IN ('scheduling', 'running')")
 
 
-async def ended(connection: Connection, run_ids: Sequence[UUID], settings: Settings) -> None:
-    """What follows in the same transaction when runs become terminal. Their machines are free by their status alone."""
+# The keys of a run whose length nothing bounds but the body of a request, in the order in which an event leaves them out.
+_UNBOUNDED = (
+    "run_message_history",
+    "output_data",
+    "usage_metadata",
+    "input_values",
+    "main_prompt",
+    "model_metadata",
+    "error",
+    "sensitive_input_aliases",
+    "output_attachment_ids",
+)
+_ENVELOPE = 400  # bytes of the event around the run, more than it ever has
+_EVENT_RUNS = 20  # in one statement: what it reads stays bounded also when all of them hold what compresses well
+
+
+def _unbounded_rows() -> str:
+    """VALUES for each of those keys: its turn, its name, and what is shown under it as JSON. What is JSON is not touched: any
+    function would read the whole of it."""
+    columns = projection.RUN_COLUMNS
+    shown = {name: columns[name] if name in projection.RUN_JSON else f"to_json({columns[name]})" for name in _UNBOUNDED}
+    return ", ".join(f"({turn}, '{name}', {text})" for turn, (name, text) in enumerate(shown.items()))
+
+
+# One event for each run whose workflow wants one and whose organization has an endpoint, with the run as GET shows it now. A
+# text that is larger than the limit even as it is stored, compressed, is not read at all. OFFSET 0: computed once for each run.
+RECORD = outbox.insert_events(
+    "runs.record_ended",
+    f"""
+    SELECT event.id, r.organization_id, event.run_id, r.attempt, 'run_complete', event.at,
+           convert_to(concat(
+               '{{"event_id":"', event.id, '","event_type":"run_complete","occurred_at":"', {projection.rfc3339("event.at")},
+               '",', '"truncated":' || long.left_out::text || ',', '"run":', short.shown, ',', long.shown, '}}}}'), 'UTF8')
+    FROM unnest(CAST(:run_ids AS uuid[])) AS ended (run_id)
+    CROSS JOIN LATERAL (SELECT * FROM runs WHERE runs.id = ended.run_id LIMIT 1) AS r
+    CROSS JOIN LATERAL (SELECT FROM workflows WHERE workflows.id = r.workflow_id AND is_webhooks_enabled LIMIT 1) AS wanted
+    CROSS JOIN LATERAL (
+        SELECT FROM webhook_endpoints e WHERE e.organization_id = r.organization_id LIMIT 1
+    ) AS listening
+    {projection.RUN_SOURCE}
+    CROSS JOIN LATERAL (SELECT r.id AS run_id, gen_random_uuid() AS id, clock_timestamp() AS at OFFSET 0) AS event
+    CROSS JOIN LATERAL (
+        SELECT left({projection.json_object({"scheduling_reason": "NULL"}, without=_UNBOUNDED)}::text, -1) AS shown OFFSET 0
+    ) AS short
+    CROSS JOIN LATERAL (
+        SELECT string_agg(
+                   concat(to_json(key), ':', CASE WHEN fits THEN value END, CASE WHEN NOT fits THEN 'null' END), ',') AS shown,
+               json_agg(key ORDER BY turn) FILTER (WHERE NOT fits) AS left_out
+        FROM (
+            SELECT turn, key, value, coalesce(value = 'null', false) OR octet_length(short.shown) + {_ENVELOPE}
+                + sum(octets + octet_length(key) + 4) OVER (ORDER BY turn DESC) <= :max_bytes AS fits
+            FROM (
+                SELECT turn, key, value, coalesce(octet_length(value), :max_bytes) AS octets
+                FROM (
+                    SELECT turn, key, CASE WHEN json IS NULL THEN 'null' WHEN pg_column_size(json) <= :max_bytes THEN json::text
+                        END AS value
+                    FROM (VALUES {_unbounded_rows()}) AS column_of_run (turn, key, json) OFFSET 0
+                ) AS read
+            ) AS measured
+        ) AS decided
+    ) AS long
+    """,
+)
+
+
+async def ended(connection: Connection, run_ids: Sequence[UUID], settings: Settings) -> bool:
+    """What follows in the same transaction when runs become terminal. Their machines are free by their status alone.
+
+    Returns whether there is now an event to send.
+    """
     await connection.execute(RETAIN, run_ids=run_ids, seconds=float(settings.secret_retention_seconds))
     await connection.execute(RELEASE, run_ids=run_ids)
+    recorded = False
+    for start in range(0, len(run_ids), _EVENT_RUNS):
+        some = run_ids[start : start + _EVENT_RUNS]
+        done = await connection.execute(RECORD, run_ids=some, max_bytes=settings.webhook_max_bytes)
+        recorded |= done != "INSERT 0 0"
+    return recorded
 
 
 async def end_runs(
@@ -172,6 +248,7 @@ async def remove_runs(connection: Connection, run_ids: Sequence[UUID], actor: Ac
     """Remove locked runs, listing everything they name. The only way a run's row goes."""
     names = [Name(*row.values()) for row in await connection.fetch(LIST_NAMES, run_ids=run_ids)]
     await deletions.due(connection, names)
+    await connection.execute(outbox.FORGET_BODIES, run_ids=run_ids)
     await connection.execute(RELEASE_ACTIVE, run_ids=run_ids)
     await connection.execute(DELETE, run_ids=run_ids, **actor.parameters())
 

@@ -136,12 +136,18 @@ def columns(table: dict[str, str], names: Iterable[str] | None = None) -> str:
 
 def document(overrides: dict[str, str]) -> str:
     """A SQL expression for the bytes of a run's reply, with other expressions for some of its keys."""
-    shown = {name: _rfc3339(text) if name.endswith("_at") else text for name, text in RUN_COLUMNS.items()} | overrides
-    pairs = ", ".join(f"'{name}', {text}" for name, text in (shown | dict.fromkeys(RUN_UNSUPPORTED, "NULL")).items())
-    return f"convert_to(json_build_object({pairs})::text, 'UTF8')"
+    return f"convert_to({json_object(overrides)}::text, 'UTF8')"
 
 
-def _rfc3339(time: str) -> str:
+def json_object(overrides: dict[str, str], without: Iterable[str] = ()) -> str:
+    """A SQL expression for a run's reply as JSON, with other expressions for some of its keys, and without some."""
+    shown = {name: rfc3339(text) if name.endswith("_at") else text for name, text in RUN_COLUMNS.items()} | overrides
+    shown |= dict.fromkeys(RUN_UNSUPPORTED, "NULL")
+    pairs = ", ".join(f"'{name}', {text}" for name, text in shown.items() if name not in set(without))
+    return f"json_build_object({pairs})"
+
+
+def rfc3339(time: str) -> str:
     """As `encode` shows times."""
     return f"""replace(to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), '.000000Z', 'Z')"""
 

@@ -121,11 +121,13 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
             values = {name: json_text(getattr(options, name)) for name in SAVED}
             named = {f"names_{name}": name in options.model_fields_set for name in SAVED}
             await connection.execute(SAVE_OUTPUTS, run_id=run_id, attempt=run["attempt"], **values, **named)
+        has_event = False
         if status in TERMINAL and current not in TERMINAL:
-            await ended(connection, [run_id], services.settings)
+            has_event = await ended(connection, [run_id], services.settings)
         elif status in TERMINAL and options.release_session_after:
             await connection.execute(RELEASE, run_ids=[run_id])
-        return Reply(200, projection.encode(await projection.get(connection, run_id, write.principal)))
+        shown = projection.encode(await projection.get(connection, run_id, write.principal))
+        return Reply(200, shown, has_event=has_event)
 
     return await once(services, write, work)
 

@@ -37,7 +37,9 @@ class WorkflowCreate(Payload):
         None, description="JSON Schema of output_data, as text; kept as it is, not applied."
     )
     includes_file_exports: bool = Field(default=False, description="Its runs hand in files.")
-    is_webhooks_enabled: bool = Field(default=False, description="Kept for clients; this service sends no webhooks.")
+    is_webhooks_enabled: bool = Field(
+        default=False, description="Its runs' endings are sent to the organization's webhook endpoints."
+    )
     terminal_command_allowlist: NotSupported = None
     model_metadata: NotSupported = None
     post_run_check_failure_cleanup_prompt: NotSupported = None
@@ -59,7 +61,9 @@ class WorkflowUpdate(Payload):
         None, description="JSON Schema of output_data, as text; kept as it is, not applied."
     )
     includes_file_exports: bool | None = Field(None, description="Its runs hand in files.")
-    is_webhooks_enabled: bool | None = Field(None, description="Kept for clients; this service sends no webhooks.")
+    is_webhooks_enabled: bool | None = Field(
+        None, description="Its runs' endings are sent to the organization's webhook endpoints."
+    )
     terminal_command_allowlist: NotSupported = None
     model_metadata: NotSupported = None
     post_run_check_failure_cleanup_prompt: NotSupported = None
@@ -78,7 +82,7 @@ class WorkflowResponse(Reply):
     input_schema: str | None = Field(description="JSON Schema of input_values, as text.")
     output_schema: str | None = Field(description="JSON Schema of output_data, as text.")
     includes_file_exports: bool = Field(description="Its runs hand in files.")
-    is_webhooks_enabled: bool = Field(description="Kept for clients; this service sends no webhooks.")
+    is_webhooks_enabled: bool = Field(description="Its runs' endings are sent to the organization's webhook endpoints.")
     includes_input_variables: bool = Field(description="Always false.")
     terminal_command_allowlist: Unsupported
     model_metadata: Unsupported

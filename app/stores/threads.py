@@ -13,11 +13,11 @@ T = TypeVar("T")
 _ORGANIZATION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def fresh_name(organization_id: str, run_id: UUID) -> str:
-    """`<organization>/<run>/<uuid4>`: never used before, and limited to one organization by its first part."""
+def fresh_name(organization_id: str, owner_id: UUID) -> str:
+    """`<organization>/<run or other owner>/<uuid4>`: never used before, and limited to one organization by its first part."""
     if not _ORGANIZATION.fullmatch(organization_id):
         raise ValueError("an organization id is 1 to 64 of A-Z a-z 0-9 _ -")
-    return f"{organization_id}/{run_id}/{uuid4()}"
+    return f"{organization_id}/{owner_id}/{uuid4()}"
 
 
 class Slots:

@@ -15,6 +15,7 @@ from hvac.exceptions import (
     BadGateway,
     Forbidden,
     InternalServerError,
+    InvalidPath,
     RateLimitExceeded,
     UnexpectedError,
     VaultDown,
@@ -52,8 +53,9 @@ _OUTAGE = (
     requests.Timeout,
 )
 
-# The collector and the health check never take a slot of a request, nor the other way round.
+# The collector, webhooks and the health check never take a slot of a request, nor the other way round.
 _COLLECTOR_SLOTS = 4
+_WEBHOOK_SLOTS = 4
 _HEALTH_SLOTS = 1
 
 # How long the answer to "does our login work?" holds for the health check, which anybody may poll.
@@ -106,7 +108,9 @@ def _too_large() -> PayloadTooLarge:
 
 
 class SecretStore:
-    """One secret per staged set of values, each under a path of its own that is written once and never read here.
+    """One secret per staged set of values, each under a path of its own that is written once.
+
+    Secrets of runs are never read here, and the policy does not allow it; those that webhooks are signed with are.
 
     hvac is synchronous and its sessions are not thread-safe: each thread has a client, and all share one token.
     A call takes at most three times `vault_timeout_seconds`: for a free slot, for a login, for the request itself.
@@ -116,6 +120,8 @@ class SecretStore:
     def __init__(self, settings: Settings) -> None:
         self.mount = settings.vault_mount
         self.prefix = settings.vault_prefix
+        # Beside the prefix of runs: below it, an organization could bear the name.
+        self.webhook_prefix = f"{settings.vault_prefix}-webhooks"
         self._settings = settings
         self._timeout = settings.vault_timeout_seconds
         ways = (settings.vault_token, settings.vault_token_file, settings.vault_role_id)
@@ -129,6 +135,7 @@ class SecretStore:
         self._sessions: list[requests.Session] = []
         self._requests = Slots("vault", settings.vault_concurrency)
         self._collector = Slots("vault-collector", _COLLECTOR_SLOTS)
+        self._webhooks = Slots("vault-webhooks", _WEBHOOK_SLOTS)
         self._health = Slots("vault-health", _HEALTH_SLOTS)
         self._login_works: bool | None = None  # None: not known
         self._look_at_login = 0.0  # of time.monotonic()
@@ -136,6 +143,10 @@ class SecretStore:
     def new_path(self, organization_id: str, run_id: UUID) -> str:
         """A path under the mount that no secret ever had; an executor's policy can be limited to its organization."""
         return f"{self.prefix}/{fresh_name(organization_id, run_id)}"
+
+    def new_webhook_path(self, organization_id: str, endpoint_id: UUID) -> str:
+        """A path that no secret ever had, for a signing secret."""
+        return f"{self.webhook_prefix}/{fresh_name(organization_id, endpoint_id)}"
 
     async def write(self, path: str, values: Mapping[str, JsonValue], *, deadline: float) -> None:
         """Write all values as one secret at a fresh path.
@@ -152,6 +163,25 @@ class SecretStore:
             return isinstance(reply, dict)  # hvac hands anything but 200 back as a response, a redirect too
 
         await self._run(self._requests, write, deadline)
+
+    async def read(self, path: str) -> dict[str, str] | None:
+        """The values of a signing secret, None if there is none. Raises VaultUnavailable, also where the policy forbids it."""
+        found: dict[str, str] | None = None
+
+        def read(client: hvac.Client) -> bool:
+            nonlocal found
+            try:
+                reply = client.secrets.kv.v2.read_secret_version(
+                    path=path, mount_point=self.mount, raise_on_deleted_version=True
+                )
+            except InvalidPath:
+                return True
+            if isinstance(reply, dict):
+                found = reply["data"]["data"]
+            return isinstance(reply, dict)
+
+        await self._run(self._webhooks, read, float("inf"))
+        return found
 
     async def destroy(self, path: str) -> None:
         """Delete all versions and the metadata; a missing secret counts as deleted. Raises VaultUnavailable."""
@@ -222,7 +252,7 @@ class SecretStore:
 
     async def close(self) -> None:
         """Wait for the calls under way and close the connections."""
-        for slots in (self._requests, self._collector, self._health):
+        for slots in (self._requests, self._collector, self._webhooks, self._health):
             await slots.close()
         for session in self._sessions:
             session.close()

@@ -1,6 +1,6 @@
 """The routes: one file per resource, and nothing in them but parse, call once, return. `responses=` lists every refusal."""
 
-from app.api.routes import attachments, events, health, machines, pools, queue, runs, whoami, workflows
+from app.api.routes import attachments, events, health, machines, pools, queue, runs, webhooks, whoami, workflows
 
 ROUTERS = (
     runs.router,
@@ -11,5 +11,6 @@ ROUTERS = (
     events.router,
     queue.router,
     whoami.router,
+    webhooks.router,
     health.router,
 )

@@ -1,0 +1,547 @@
+"""Delivery: what is done with the outbox. Each event is fanned out to the organization's endpoints, and each of these
+deliveries is sent until the receiver confirms it or the schedule ends.
+
+At least once: a delivery is leased (committed) before it is sent and settled after, with no transaction open in between, and
+whoever finds a lease that has run out sends again, under the same id. Two replicas never send one delivery at the same time:
+a lease lasts longer than a send, and is looked at before connecting.
+
+A dead endpoint delays nobody. Deliveries are taken endpoint by endpoint, never from one long queue; each endpoint and each
+organization has only so many under way; and endpoints whose last answer was a failure have places of their own, one each.
+
+Knows nothing of runs: an event is bytes.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from app.errors import DatabaseUnavailable, VaultUnavailable
+from app.services import Services
+from app.stores.database import Database
+from app.stores.statements import statement
+from app.stores.threads import Slots
+from app.telemetry.logs import describe
+from app.webhooks import signing
+from app.webhooks.addresses import Allowed
+from app.webhooks.sending import SEND_SECONDS, TOO_LATE, Answer, Failed, Post, trust
+
+log = logging.getLogger("app.webhooks")
+
+# When a failed delivery is sent again, in seconds after each failure, each a fifth more or less; then never.
+SCHEDULE = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 10 * 3600)
+JITTER = 0.2
+ASKS_FOR_TIME = frozenset({429, 503})  # their Retry-After counts, up to twice the planned delay
+GONE = 410
+
+LEASE_SECONDS = 60.0
+POSTPONED_SECONDS = 5.0  # what was not the receiver's fault: Vault did not answer
+DISABLED_AFTER = timedelta(days=5)
+SECRET_SECONDS = 60.0  # how long a signing secret is kept in memory
+MAX_SECRETS = 10_000
+
+# Places, per process. What fails has places of its own.
+SENDING = 48
+SENDING_TO_FAILING = 16
+PER_ORGANIZATION, PER_ORGANIZATION_FAILING = 16, 4
+PER_ENDPOINT, PER_ENDPOINT_FAILING = 8, 1
+
+BATCH = 100  # events in one round of fanning out, endpoints in one claim
+LOOK_AROUND = 1_000  # endpoints looked at in one round
+CLOSE_SECONDS = 5.0  # how long a stop waits for what is under way
+
+# --- the statements ---------------------------------------------------------------------------------------------------
+
+# An endpoint that was made after the event does not get it; one that is disabled can have it later (RECOVER).
+FAN_OUT = statement(
+    "webhooks.fan_out",
+    """
+    WITH taken AS (
+        SELECT ctid AS tid, id, organization_id, event_type, occurred_at FROM webhook_events
+        WHERE NOT is_fanned_out ORDER BY occurred_at LIMIT :batch FOR UPDATE SKIP LOCKED
+    ), done AS (
+        UPDATE webhook_events SET is_fanned_out = true WHERE ctid = ANY (ARRAY(SELECT tid FROM taken))
+    ), made AS (
+        INSERT INTO webhook_deliveries (id, event_id, endpoint_id, organization_id)
+        SELECT gen_random_uuid(), taken.id, e.id, taken.organization_id
+        FROM taken CROSS JOIN LATERAL (
+            SELECT id FROM webhook_endpoints
+            WHERE organization_id = taken.organization_id AND disabled_at IS NULL AND created_at <= taken.occurred_at
+              AND taken.event_type = ANY (event_types)
+            LIMIT 1000
+        ) AS e
+        ON CONFLICT (event_id, endpoint_id) DO NOTHING
+        RETURNING event_id, endpoint_id
+    )
+    SELECT taken.id, taken.organization_id, made.endpoint_id FROM taken LEFT JOIN made ON made.event_id = taken.id
+    """,
+)
+
+# From one endpoint that has something pending to the next, by the index: however much waits for one, it costs one look.
+LANES = statement(
+    "webhooks.lanes",
+    """
+    WITH RECURSIVE lanes AS (
+        (SELECT endpoint_id, organization_id, due_at FROM webhook_deliveries
+         WHERE status = 'pending' AND endpoint_id > :after ORDER BY endpoint_id, due_at LIMIT 1)
+        UNION ALL
+        SELECT next.* FROM lanes CROSS JOIN LATERAL (
+            SELECT endpoint_id, organization_id, due_at FROM webhook_deliveries
+            WHERE status = 'pending' AND endpoint_id > lanes.endpoint_id ORDER BY endpoint_id, due_at LIMIT 1
+        ) AS next
+    )
+    SELECT endpoint_id, organization_id, due_at <= now() + CAST(:ahead AS interval) AS is_due FROM lanes LIMIT :batch
+    """,
+)
+
+# Of each endpoint as many as there are places for.
+CLAIM = statement(
+    "webhooks.claim",
+    """
+    WITH taken AS (
+        SELECT due.tid
+        FROM unnest(CAST(:endpoint_ids AS uuid[]), CAST(:places AS integer[]), CAST(:places_failing AS integer[]))
+            AS wanted (endpoint_id, places, places_failing)
+        LEFT JOIN LATERAL (SELECT failing_since FROM webhook_endpoints WHERE id = wanted.endpoint_id LIMIT 1) AS e ON true
+        CROSS JOIN LATERAL (
+            SELECT ctid AS tid FROM webhook_deliveries
+            WHERE endpoint_id = wanted.endpoint_id AND status = 'pending' AND due_at <= now() + CAST(:ahead AS interval)
+            ORDER BY due_at
+            LIMIT CASE WHEN e.failing_since IS NOT NULL THEN wanted.places_failing ELSE wanted.places END
+            FOR UPDATE SKIP LOCKED
+        ) AS due
+    ), leased AS (
+        UPDATE webhook_deliveries
+        SET lease = gen_random_uuid(), due_at = now() + CAST(:ahead AS interval) + make_interval(secs => :lease_seconds)
+        WHERE ctid = ANY (ARRAY(SELECT tid FROM taken))
+        RETURNING id, lease, tries, event_id, endpoint_id, organization_id
+    )
+    SELECT leased.id, leased.lease, leased.tries, leased.endpoint_id, leased.organization_id,
+           e.url, e.disabled_at IS NOT NULL AS is_disabled, e.failing_since IS NOT NULL AS is_failing, event.body,
+           ARRAY(SELECT path FROM webhook_secrets
+                 WHERE endpoint_id = leased.endpoint_id AND (expires_at IS NULL OR expires_at > now())
+                 ORDER BY created_at DESC) AS secret_paths
+    FROM leased
+    CROSS JOIN LATERAL (SELECT body FROM webhook_events WHERE id = leased.event_id LIMIT 1) AS event
+    LEFT JOIN LATERAL (
+        SELECT url, disabled_at, failing_since FROM webhook_endpoints WHERE id = leased.endpoint_id LIMIT 1
+    ) AS e ON true
+    """,
+)
+
+# Only by whoever holds the lease. Nothing is written to an endpoint that answers with success as it did before.
+SETTLE = statement(
+    "webhooks.settle",
+    """
+    WITH settled AS (
+        UPDATE webhook_deliveries
+        SET status = :status, tries = tries + 1, lease = NULL, due_at = now() + make_interval(secs => :delay), tried_at = now(),
+            duration_ms = :duration_ms, response_status = :response_status, response_body = :response_body, error = :error
+        WHERE id = :id AND lease = :lease
+        RETURNING endpoint_id
+    ), judged AS (
+        UPDATE webhook_endpoints e
+        SET failing_since = CASE WHEN :is_success THEN NULL ELSE coalesce(e.failing_since, now()) END,
+            disabled_at = CASE WHEN verdict.reason IS NULL THEN e.disabled_at ELSE now() END,
+            disabled_reason = coalesce(verdict.reason, e.disabled_reason)
+        FROM settled CROSS JOIN LATERAL (
+            SELECT failing_since, CASE
+                WHEN disabled_at IS NOT NULL OR :is_success THEN NULL
+                WHEN :is_gone THEN 'gone'
+                WHEN failing_since <= now() - CAST(:after AS interval) THEN 'failing' END AS reason
+            FROM webhook_endpoints WHERE id = settled.endpoint_id LIMIT 1
+        ) AS verdict
+        WHERE e.id = settled.endpoint_id AND (verdict.failing_since IS NOT NULL OR NOT :is_success)
+        RETURNING verdict.reason
+    )
+    SELECT (SELECT reason FROM judged) AS disabled_because FROM settled
+    """,
+)
+
+# Back to be taken again, as if it had not been: what kept it from being sent was not the receiver.
+POSTPONE = statement(
+    "webhooks.postpone",
+    """
+    UPDATE webhook_deliveries SET lease = NULL, due_at = now() + make_interval(secs => :delay)
+    WHERE id = :id AND lease = :lease
+    """,
+)
+
+DROP = statement(
+    "webhooks.drop",
+    """
+    UPDATE webhook_deliveries d SET status = 'failed', lease = NULL, error = dropped.error
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:leases AS uuid[]), CAST(:errors AS text[])) AS dropped (id, lease, error)
+    WHERE d.id = dropped.id AND d.lease = dropped.lease
+    """,
+)
+
+# One batch of what an endpoint has missed since a time: what failed is sent again, what it never got is sent.
+RECOVER = statement(
+    "webhooks.recover",
+    """
+    WITH job AS (
+        SELECT endpoint_id, organization_id, after_at, after_id, until FROM webhook_recoveries
+        ORDER BY moved_at LIMIT 1 FOR UPDATE SKIP LOCKED
+    ), missed AS (
+        SELECT event.id, event.occurred_at FROM job CROSS JOIN LATERAL (
+            SELECT id, occurred_at FROM webhook_events
+            WHERE organization_id = job.organization_id AND (occurred_at, id) > (job.after_at, job.after_id)
+              AND occurred_at <= job.until
+            ORDER BY occurred_at, id LIMIT :batch
+        ) AS event
+    ), again AS (
+        INSERT INTO webhook_deliveries (id, event_id, endpoint_id, organization_id)
+        SELECT gen_random_uuid(), missed.id, job.endpoint_id, job.organization_id
+        FROM job CROSS JOIN missed CROSS JOIN LATERAL (
+            SELECT FROM webhook_events WHERE id = missed.id AND run_id IS NOT NULL AND body IS NOT NULL LIMIT 1
+        ) AS real
+        ON CONFLICT (event_id, endpoint_id) DO UPDATE SET status = 'pending', tries = 0, due_at = now(), lease = NULL
+            WHERE webhook_deliveries.status = 'failed'
+    ), moved AS (
+        UPDATE webhook_recoveries w SET after_at = last.occurred_at, after_id = last.id, moved_at = clock_timestamp()
+        FROM (SELECT id, occurred_at FROM missed ORDER BY occurred_at DESC, id DESC LIMIT 1) AS last
+        WHERE w.endpoint_id = (SELECT endpoint_id FROM job)
+    ), ended AS (
+        DELETE FROM webhook_recoveries
+        WHERE endpoint_id = (SELECT endpoint_id FROM job) AND NOT EXISTS (SELECT FROM missed)
+    )
+    SELECT endpoint_id, organization_id FROM job
+    """,
+)
+
+# An event takes its deliveries with it. The most that one round removes is 16 MiB of the largest bodies.
+PRUNE = statement(
+    "webhooks.prune",
+    """
+    DELETE FROM webhook_events WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM webhook_events WHERE occurred_at <= now() - make_interval(days => :days)
+        ORDER BY occurred_at LIMIT 64 FOR UPDATE SKIP LOCKED))
+    """,
+)
+
+
+async def prune_webhooks(database: Database, days: int) -> bool:
+    """Remove events, and with them deliveries, that are older than the retention time; whether there may be more."""
+    async with database.connection() as connection:
+        return await connection.execute(PRUNE, days=days) != "DELETE 0"
+
+
+# --- one delivery -----------------------------------------------------------------------------------------------------
+
+# `delivered`; `retried`: it failed and is tried again; `failed`: for good; `disabled`: and with it the endpoint;
+# `dropped`: not sent, the endpoint or the run is gone; `postponed`: not sent, and not for the receiver's fault.
+Outcome = Literal["delivered", "retried", "failed", "disabled", "dropped", "postponed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A delivery that this process has leased."""
+
+    id: UUID
+    lease: UUID
+    tries: int
+    endpoint_id: UUID
+    organization_id: str
+    url: str | None
+    is_disabled: bool | None
+    is_failing: bool | None
+    body: bytes | None
+    secret_paths: Sequence[str]
+    connect_by: float  # of time.monotonic(): a send that begins later could outlast the lease
+
+    @property
+    def dropped_because(self) -> str | None:
+        if self.url is None or self.is_disabled:
+            return "endpoint_disabled"
+        return "run_deleted" if self.body is None else None
+
+
+def delay_after(tries: int, retry_after: str | None, spread: Callable[[float, float], float]) -> float | None:
+    """Seconds until a delivery that has failed once more is tried again, None if it is not. `tries` are those before."""
+    if tries >= len(SCHEDULE):
+        return None
+    planned = SCHEDULE[tries] * spread(1 - JITTER, 1 + JITTER)
+    asked = _seconds(retry_after)
+    return planned if asked is None else min(max(planned, asked), 2 * planned)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Retry-After (RFC 9110, 10.2.3): seconds, or a date."""
+    if retry_after is None:
+        return None
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:12])
+    try:
+        date = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+
+
+class Deliverer:
+    """Delivery in one process. `round` is one turn of its loop; what it sends goes on meanwhile."""
+
+    def __init__(self, services: Services, *, ahead: timedelta = timedelta(0)) -> None:
+        """`ahead` reads the database's clock that much later. Raises ValueError for settings that cannot be used."""
+        settings = services.settings
+        self._services = services
+        self._database = services.database
+        self._allowed = Allowed.parse(settings.webhook_allow)
+        self._context = trust(settings.webhook_cacert)
+        self._slots = Slots("webhooks", SENDING + SENDING_TO_FAILING)
+        self._ahead = ahead
+        self._secrets: dict[str, tuple[str | None, float]] = {}
+        self._ready: dict[UUID, str] = {}  # endpoints that may have something due, with their organizations
+        self._sending: dict[asyncio.Task[None], Claimed] = {}
+        self._posts: set[Post] = set()
+        self._is_closing = False
+        self._look_around_at = 0.0
+        self._looked_up_to = UUID(int=0)
+        # What became of deliveries, for whoever counts: metrics read it.
+        self.outcomes: Counter[Outcome] = Counter()
+
+    @property
+    def is_sending(self) -> bool:
+        """Something is under way."""
+        return bool(self._sending)
+
+    async def round(self) -> bool:
+        """Fan out what is new, look for what is due, and begin to send as much as there are places for; whether there is more
+        to do at once."""
+        await self._fan_out()
+        more = False
+        if time.monotonic() >= self._look_around_at:
+            self._look_around_at = time.monotonic() + self._services.settings.background_period_seconds
+            more = await self._recover()
+            await self._look_around()
+        while await self._claim():
+            pass
+        return more
+
+    async def close(self) -> None:
+        """Let what is under way end, for a short while; the rest is broken off, and whoever comes next sends it again."""
+        self._is_closing = True
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=CLOSE_SECONDS)
+        for post in self._posts:
+            post.abort()
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=CLOSE_SECONDS)
+        for task in self._sending:
+            task.cancel()
+        await self._slots.close()
+
+    # --- what is due ---
+
+    async def _fan_out(self) -> None:
+        taken = BATCH
+        while taken >= BATCH:
+            async with self._database.connection() as connection:
+                rows = await connection.fetch(FAN_OUT, batch=BATCH)
+            taken = len({row["id"] for row in rows})
+            self._ready |= {
+                row["endpoint_id"]: row["organization_id"] for row in rows if row["endpoint_id"] is not None
+            }
+
+    async def _look_around(self) -> None:
+        """What is due again, and what another process has left; a part of all endpoints each time."""
+        async with self._database.connection() as connection:
+            lanes = await connection.fetch(LANES, after=self._looked_up_to, ahead=self._ahead, batch=LOOK_AROUND)
+        self._looked_up_to = lanes[-1]["endpoint_id"] if len(lanes) == LOOK_AROUND else UUID(int=0)
+        self._ready |= {row["endpoint_id"]: row["organization_id"] for row in lanes if row["is_due"]}
+
+    async def _recover(self) -> bool:
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(RECOVER, batch=BATCH)
+        if row is None:
+            return False
+        self._ready[row["endpoint_id"]] = row["organization_id"]
+        self._look_around_at = 0.0
+        return True
+
+    async def _claim(self) -> bool:
+        """Lease what there are places for and begin to send it; whether there may be more to lease now."""
+        places = self._places()
+        if not places:
+            return False
+        connect_by = time.monotonic() + LEASE_SECONDS - SEND_SECONDS
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                CLAIM,
+                endpoint_ids=list(places),
+                places=[healthy for healthy, _ in places.values()],
+                places_failing=[failing for _, failing in places.values()],
+                ahead=self._ahead,
+                lease_seconds=LEASE_SECONDS,
+            )
+        claimed = [Claimed(**row, connect_by=connect_by) for row in rows]
+        counts = Counter(one.endpoint_id for one in claimed)
+        for endpoint_id, (healthy, failing) in places.items():
+            # Taken less than was asked for: nothing more is due now. Else it stays, behind the others.
+            organization_id = self._ready.pop(endpoint_id)
+            if counts[endpoint_id] >= max(min(healthy, failing), 1):
+                self._ready[endpoint_id] = organization_id
+        dropped = [one for one in claimed if one.dropped_because]
+        if dropped:
+            await self._drop(dropped)
+        for one in claimed:
+            if not one.dropped_because:
+                task = asyncio.create_task(self._deliver(one))
+                self._sending[task] = one
+                task.add_done_callback(self._done)
+        return bool(claimed)
+
+    def _places(self) -> dict[UUID, tuple[int, int]]:
+        """For each endpoint that has its turn: how many of its deliveries may begin now, and how many if it is failing."""
+        under_way = self._sending.values()
+        free = SENDING - sum(not one.is_failing for one in under_way)
+        free_failing = SENDING_TO_FAILING - sum(bool(one.is_failing) for one in under_way)
+        of_organization = Counter((one.organization_id, bool(one.is_failing)) for one in under_way)
+        of_endpoint = Counter(one.endpoint_id for one in under_way)
+        share = max(1, free // max(1, len(self._ready)))
+        places: dict[UUID, tuple[int, int]] = {}
+        for endpoint_id, organization_id in self._ready.items():
+            healthy = min(
+                share,
+                free,
+                PER_ORGANIZATION - of_organization[organization_id, False],
+                PER_ENDPOINT - of_endpoint[endpoint_id],
+            )
+            failing = min(
+                1,
+                free_failing,
+                PER_ORGANIZATION_FAILING - of_organization[organization_id, True],
+                PER_ENDPOINT_FAILING - of_endpoint[endpoint_id],
+            )
+            healthy, failing = max(healthy, 0), max(failing, 0)
+            if healthy or failing:
+                places[endpoint_id] = (healthy, failing)
+                free, free_failing = free - healthy, free_failing - failing
+                of_organization[organization_id, False] += healthy
+                of_organization[organization_id, True] += failing
+            if len(places) == BATCH:
+                break
+        return places
+
+    async def _drop(self, dropped: Sequence[Claimed]) -> None:
+        async with self._database.connection() as connection:
+            await connection.execute(
+                DROP,
+                ids=[one.id for one in dropped],
+                leases=[one.lease for one in dropped],
+                errors=[one.dropped_because for one in dropped],
+            )
+        self.outcomes["dropped"] += len(dropped)
+
+    # --- sending ---
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        one = self._sending.pop(task)
+        self._ready.setdefault(one.endpoint_id, one.organization_id)
+        self._services.wakeups.deliveries.set()
+
+    async def _deliver(self, one: Claimed) -> None:
+        """Send one and settle what became of it. If that fails, the lease runs out and it is sent again."""
+        try:
+            outcome = await self._send(one)
+            self.outcomes[outcome] += 1
+            line = {
+                "event": "webhook",
+                "outcome": outcome,
+                "delivery_id": str(one.id),
+                "endpoint_id": str(one.endpoint_id),
+            }
+            log.log(logging.WARNING if outcome in ("failed", "disabled") else logging.DEBUG, line)
+        except DatabaseUnavailable as error:
+            log.warning({"event": "webhook_not_settled", "delivery_id": str(one.id), "code": error.code})
+        except Exception as error:  # noqa: BLE001 - one bad delivery must not end the others
+            log.error({"event": "webhook_broke", "delivery_id": str(one.id), **describe(error)})
+
+    async def _send(self, one: Claimed) -> Outcome:
+        try:
+            secrets = [secret for path in one.secret_paths if (secret := await self._secret(path)) is not None]
+        except VaultUnavailable:
+            return await self._postpone(one)
+        if not secrets:
+            log.warning({"event": "webhook_secret_missing", "endpoint_id": str(one.endpoint_id)})
+            return await self._postpone(one)
+        post = Post(self._allowed, self._context)
+        self._posts.add(post)
+        began: float | None = None
+
+        def send() -> Answer:
+            nonlocal began
+            began = time.monotonic()
+            return self._post(post, one, secrets)
+
+        answer, error = None, None
+        try:
+            answer = await self._slots.run(send, wait=SEND_SECONDS, patience=SEND_SECONDS)
+        except TimeoutError:
+            error = "timeout"
+        except Failed as failed:
+            error = failed.code
+        finally:
+            post.abort()  # nobody waits for the thread any more
+            self._posts.discard(post)
+        if began is None or error == TOO_LATE or (self._is_closing and error is not None):
+            return await self._postpone(one)
+        return await self._settle(one, answer, error, round(1000 * (time.monotonic() - began)))
+
+    def _post(self, post: Post, one: Claimed, secrets: Sequence[str]) -> Answer:
+        """In a thread: sign now, so that the timestamp is that of sending, and send."""
+        assert one.url is not None and one.body is not None  # noqa: S101, PT018 - else it was dropped
+        signed = signing.headers(str(one.id), int(time.time()), one.body, secrets)
+        headers = {"Content-Type": "application/json", "User-Agent": "runs-api", **signed}
+        return post.send(one.url, headers, one.body, connect_by=one.connect_by)
+
+    async def _settle(self, one: Claimed, answer: Answer | None, error: str | None, duration_ms: int) -> Outcome:
+        is_success = answer is not None and 200 <= answer.status < 300
+        is_gone = answer is not None and answer.status == GONE
+        asked = answer.retry_after if answer is not None and answer.status in ASKS_FOR_TIME else None
+        delay = None if is_success or is_gone else delay_after(one.tries, asked, random.uniform)
+        status = "delivered" if is_success else "failed" if delay is None else "pending"
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(
+                SETTLE,
+                id=one.id,
+                lease=one.lease,
+                status=status,
+                delay=delay or 0.0,
+                duration_ms=duration_ms,
+                response_status=None if answer is None else answer.status,
+                response_body=None if answer is None else answer.body.decode(errors="replace").replace("\0", "\ufffd"),
+                error=error,
+                is_success=is_success,
+                is_gone=is_gone,
+                after=DISABLED_AFTER,
+            )
+        if is_success:
+            return "delivered"
+        if row is not None and row["disabled_because"] is not None:
+            return "disabled"
+        return "failed" if delay is None else "retried"
+
+    async def _postpone(self, one: Claimed) -> Outcome:
+        async with self._database.connection() as connection:
+            await connection.execute(POSTPONE, id=one.id, lease=one.lease, delay=POSTPONED_SECONDS)
+        return "postponed"
+
+    async def _secret(self, path: str) -> str | None:
+        """A signing secret, kept for a minute. Raises VaultUnavailable."""
+        now = time.monotonic()
+        found = self._secrets.get(path)
+        if found is None or found[1] <= now:
+            values: dict[str, Any] | None = await self._services.secrets.read(path)
+            if len(self._secrets) >= MAX_SECRETS:
+                self._secrets.clear()
+            found = self._secrets[path] = (None if values is None else values["secret"], now + SECRET_SECONDS)
+        return found[0]

@@ -1,0 +1,26 @@
+"""The outbox: rows that say what happened, written by the transaction that makes it happen. What is done with them is in
+delivery.py.
+
+Knows the table and nothing of runs: whoever writes an event makes its body.
+"""
+
+from app.models import WebhookEvent
+from app.stores.statements import Statement, fragment, statement
+
+
+def insert_events(name: str, selected: str) -> Statement:
+    """A statement that writes the events that `selected` finds: its columns are id, organization_id, run_id, attempt,
+    event_type, occurred_at, body."""
+    written = f"""
+    INSERT INTO {WebhookEvent.__tablename__} (id, organization_id, run_id, attempt, event_type, occurred_at, body)
+    {selected}
+    ON CONFLICT (run_id, attempt) DO NOTHING
+    """
+    return statement(name, fragment(written))
+
+
+# The log of what was sent stays; what it said goes with the run.
+FORGET_BODIES = statement(
+    "webhooks.forget_bodies",
+    "UPDATE webhook_events SET body = NULL WHERE run_id = ANY(:run_ids) AND body IS NOT NULL",
+)

@@ -1,0 +1,168 @@
+"""Send one webhook: the only file that imports urllib3.
+
+The host is resolved once, each address is checked, and the connection goes to an address that was checked, so a name that
+resolves differently a moment later changes nothing. Redirects are answers like any other: nothing here follows one. A thread
+that waits for a receiver cannot be interrupted, so whoever gives up shuts its socket down.
+"""
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from ipaddress import ip_address
+from pathlib import Path
+
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError, SSLError
+from urllib3.exceptions import TimeoutError as TimeoutOfUrllib3
+
+from app.webhooks.addresses import Address, Allowed, NotAllowed, Url
+
+SEND_SECONDS = 15.0  # from the first look at the name to the last byte of the answer that we read
+CONNECT_SECONDS = 5.0  # for one address; there may be another
+MAX_ADDRESSES = 4
+MAX_ANSWER = 1024  # bytes of the receiver's answer that are kept
+
+_FAILURES = (HTTPError, HTTPException, OSError, ValueError)
+
+TOO_LATE = "too_late"  # nothing was connected to
+
+Resolve = Callable[[str, int], Sequence[str]]
+
+
+class Failed(Exception):
+    """Nothing was answered; `code` says why in one of a few constant words."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        super().__init__(code)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the receiver said."""
+
+    status: int
+    body: bytes
+    retry_after: str | None
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """The host's addresses, in the order in which the system would use them. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def trust(cacert: Path | None) -> ssl.SSLContext:
+    """Whose certificates of receivers are believed: the system's authorities, or those of this file."""
+    return ssl.create_default_context(cafile=None if cacert is None else str(cacert))
+
+
+class Post:
+    """One POST, run in a thread by `send` and given up from another by `abort`."""
+
+    def __init__(self, allowed: Allowed, context: ssl.SSLContext, resolve: Resolve = resolve) -> None:
+        self._allowed = allowed
+        self._context = context
+        self._resolve = resolve
+        self._lock = threading.Lock()
+        self._aborted = False
+        self._socket: socket.socket | None = None
+
+    def abort(self) -> None:
+        """Whatever `send` waits for, it ends now. Any thread may call this, at any time."""
+        with self._lock:
+            self._aborted = True
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def send(self, url: str, headers: Mapping[str, str], body: bytes, *, connect_by: float) -> Answer:
+        """POST the body and read the beginning of the answer; nothing is connected to after `connect_by` (time.monotonic()).
+
+        Raises Failed.
+        """
+        try:
+            where = self._allowed.check(url)
+            connection = self._connect(where, connect_by)
+        except NotAllowed:
+            raise Failed("address_not_allowed") from None
+        try:
+            with suppress(BrokenPipeError):  # it did not want all of the body, and may have said why
+                connection.request("POST", where.target, body, headers, preload_content=False, decode_content=False)
+            response = connection.getresponse()
+            answer = response.read(MAX_ANSWER, decode_content=False)
+            return Answer(response.status, answer, response.headers.get("Retry-After"))
+        except _FAILURES as error:
+            raise Failed(self._reason(error, "no_answer")) from None
+        finally:
+            connection.close()
+            self._forget()
+
+    def _connect(self, url: Url, connect_by: float) -> HTTPConnection:
+        """A connection to the first checked address that accepts one."""
+        try:
+            addresses = [str(url.literal)] if url.literal is not None else self._resolve(url.host, url.port)
+        except (OSError, UnicodeError):
+            addresses = []
+        checked = [address for address in map(ip_address, addresses) if self._allowed.permits(url, address)]
+        if not checked:
+            # Said of a name that resolves to nothing too: the difference would tell what names our own network has.
+            raise NotAllowed
+        failure = Failed("connection_failed")
+        for address in checked[:MAX_ADDRESSES]:
+            if time.monotonic() > connect_by:
+                raise Failed(TOO_LATE)
+            try:
+                return self._open(url, address)
+            except _FAILURES as error:
+                failure = Failed(self._reason(error, "connection_failed"))
+        raise failure
+
+    def _open(self, url: Url, address: Address) -> HTTPConnection:
+        kind = partial(HTTPSConnection, ssl_context=self._context) if url.secure else HTTPConnection
+        connection = kind(url.host, url.port, timeout=SEND_SECONDS)
+
+        def new_socket() -> socket.socket:
+            made = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+            try:
+                made.settimeout(CONNECT_SECONDS)
+                self._keep(made)
+                made.connect((str(address), url.port))  # an address and no name: nothing is resolved again
+                made.settimeout(SEND_SECONDS)
+                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except BaseException:
+                made.close()
+                raise
+            return made
+
+        connection._new_conn = new_socket  # type: ignore[method-assign]
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            self._forget()
+            raise
+        return connection
+
+    def _keep(self, made: socket.socket) -> None:
+        with self._lock:
+            if self._aborted:
+                raise TimeoutError
+            self._socket = made.dup()  # TLS takes the other one over; both are ends of one connection
+
+    def _forget(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+    def _reason(self, error: Exception, otherwise: str) -> str:
+        if self._aborted or isinstance(error, TimeoutError | TimeoutOfUrllib3):
+            return "timeout"
+        return "tls_failed" if isinstance(error, ssl.SSLError | SSLError) else otherwise
