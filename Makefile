@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 1800
 UV ?= uv
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
+INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
@@ -22,13 +22,13 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
 
 run: .venv/run.stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.0.1:$PORT (8000), state in $DATA_DIR (.data)
-	@exec $(BIN)/python -m dev.run
+	@MAKE_PID=$$PPID exec $(BIN)/python -m dev.run
 
 test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
 
 soak: .venv/dev.stamp ## attack for long: crashes, races, outages, canaries, random lives and placement (SOAK=20: times as much)
-	SOAK=$(SOAK) SOAK_SECONDS=$$((16 * (1 + $(SOAK)))) $(BIN)/python -m pytest -s tests/attack tests/test_placement_simulation.py tests/test_docs.py
+	SOAK=$(SOAK) SOAK_SECONDS=$$((16 * (1 + $(SOAK)))) $(BIN)/python -m pytest -s tests/attack tests/test_placement_simulation.py tests/test_docs.py tests/test_demo.py
 
 fuzz: .venv/dev.stamp ## send what the OpenAPI document allows, and what it does not, for long (FUZZ_SECONDS=1800)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/test_fuzz.py
@@ -70,11 +70,9 @@ lock: ## renew the locked lists from pyproject.toml (needs uv)
 	@touch $@
 
 .venv/run.stamp: .venv/created.stamp requirements.lock requirements-stack.lock
-	@echo "Installing the locked packages ..."
-	@$(INSTALL) -r requirements.lock -r requirements-stack.lock
+	@$(INSTALL) requirements.lock requirements-stack.lock
 	@touch $@
 
 .venv/dev.stamp: .venv/created.stamp requirements-dev.lock
-	@echo "Installing the locked packages ..."
-	@$(INSTALL) -r requirements-dev.lock
+	@$(INSTALL) requirements-dev.lock
 	@touch $@

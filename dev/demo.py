@@ -1,4 +1,7 @@
-"""The demo organization: an API key and one finished run that can be retried, made through the API like any other."""
+"""The demo organization: an API key, a machine and one finished run that can be retried, made through the API like any other.
+
+dev/executor.py is the program on that machine.
+"""
 
 import base64
 import json
@@ -13,19 +16,30 @@ from urllib.parse import urlsplit
 from dev.stack import Bao, StackError, http, write_private
 
 ORGANIZATION = "demo"
+EXAMPLE_ORGANIZATION = "example"  # of `make example`, so that its machine gets none of the demo's runs
 TERMINAL = {"success", "error", "cancelled"}
+PASSWORD = "demo-password-2"  # noqa: S105 - what the pretended application accepts
+OLD_PASSWORD = "demo-password-1"  # noqa: S105 - what the demo run was created with
+WORK_SECONDS = 3
+WATCH_SECONDS = 6  # longer than placing the run and its work take
 
 
 @dataclass(frozen=True)
 class Demo:
     """What is remembered from one start to the next."""
 
-    api_key: str
+    api_key: str = ""
+    example_api_key: str = ""
+    machine_id: str = ""
     run_id: str = ""
 
     @classmethod
-    def load(cls, file: Path) -> "Demo | None":
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    def load(cls, file: Path) -> "Demo":
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else cls()
+
+    def save(self, file: Path) -> "Demo":
+        write_private(file, json.dumps(asdict(self)))
+        return self
 
 
 @dataclass(frozen=True)
@@ -45,17 +59,36 @@ class Api:
         return reply
 
 
-def ensure(file: Path, url: str, bao: Bao, *, create_key: Callable[[], str], retention: timedelta) -> Demo:
-    """The demo of the last start if its key works and its run can still be retried as it is; else a fresh one."""
+def ensure(file: Path, url: str, bao: Bao, *, create_key: Callable[[str], str], retention: timedelta) -> Demo:
+    """The demo of the last start where it can be gone on with; what cannot is made afresh. `create_key` takes the organization.
+
+    The run has ended: what the executor of the last start left behind is cancelled.
+    """
     demo = Demo.load(file)
-    if demo is None or Api(url, demo.api_key).call("GET", "/v1/workflows?limit=1")[0] == 401:
-        demo = Demo(api_key=create_key())
-        write_private(file, json.dumps(asdict(demo)))  # at once: the key is shown only once
+    # Saved at once each time: a key is shown only once.
+    if not _accepted(Api(url, demo.api_key)):
+        demo = Demo(create_key(ORGANIZATION), demo.example_api_key).save(file)
+    if not _accepted(Api(url, demo.example_api_key)):
+        demo = replace(demo, example_api_key=create_key(EXAMPLE_ORGANIZATION)).save(file)
     api = Api(url, demo.api_key)
+    if not demo.machine_id or api.call("GET", f"/v1/machines/{demo.machine_id}")[0] != 200:
+        machine = api.must("POST", "/v1/machines", {"fingerprint": "demo", "unkey_key_id": "demo", "hostname": "demo"})
+        demo = replace(demo, machine_id=machine["id"]).save(file)
+    _cancel_leftovers(api, demo)
     if not _retryable(api, bao, demo.run_id, retention):
-        demo = replace(demo, run_id=_finished_run(api))
-        write_private(file, json.dumps(asdict(demo)))
+        demo = replace(demo, run_id=_failed_run(api)).save(file)
     return demo
+
+
+def _accepted(api: Api) -> bool:
+    return bool(api.key) and api.call("GET", "/v1/workflows?limit=1")[0] != 401
+
+
+def _cancel_leftovers(api: Api, demo: Demo) -> None:
+    """A run in the hands of an executor that is no more would keep the machine for ever."""
+    left = [run["id"] for run in api.must("GET", f"/v1/runs?machine_id={demo.machine_id}&status=running")["items"]]
+    for run_id in {*left, demo.run_id} - {""}:
+        api.call("PATCH", f"/v1/runs/{run_id}", {"status": "cancelled"})  # 409 if it has ended
 
 
 def _retryable(api: Api, bao: Bao, run_id: str, retention: timedelta) -> bool:
@@ -74,8 +107,8 @@ def _retryable(api: Api, bao: Bao, run_id: str, retention: timedelta) -> bool:
     return all(api.call("GET", f"/v1/run-attachments/{file}")[0] == 200 for file in run["input_attachment_ids"])
 
 
-def _finished_run(api: Api) -> str:
-    """A run with everything a retry has to clear or keep."""
+def _failed_run(api: Api) -> str:
+    """A run with everything a retry has to clear or keep; it failed because its password was an old one."""
     workflow = api.must(
         "POST",
         "/v1/workflows",
@@ -87,7 +120,7 @@ def _finished_run(api: Api) -> str:
         {
             "workflow_id": workflow["id"],
             "input_values": {"user": "ada", "amount": "120.00"},
-            "sensitive_input_values": {"password": "demo-password-1"},
+            "sensitive_input_values": {"password": OLD_PASSWORD},
             "file_inputs": [_file("invoice.txt", "Invoice 1001: 120.00\n")],
         },
     )
@@ -98,7 +131,7 @@ def _finished_run(api: Api) -> str:
         "/v1/run-attachments",
         {
             "run_id": run["id"],
-            **_file("receipt.txt", "Posted 120.00\n"),
+            **_file("screen.txt", "Log in: wrong user name or password.\n"),
             "content_type": "text/plain",
             "attachment_type": "output",
         },
@@ -107,13 +140,13 @@ def _finished_run(api: Api) -> str:
         "PATCH",
         path,
         {
-            "status": "success",
+            "status": "error",
             "attempt": run["attempt"],
-            "output_data": {"receipt": "R-1001", "posted": "120.00"},
+            "error": ["The application refused the password."],
             "output_attachment_ids": [output["id"]],
             "run_message_history": [
-                {"role": "user", "content": "Post the invoice."},
-                {"role": "assistant", "content": "Posted, receipt R-1001."},
+                {"role": "user", "content": "Log in, open the invoice and post it."},
+                {"role": "assistant", "content": "The application says: wrong user name or password."},
             ],
         },
     )
@@ -124,17 +157,17 @@ def _file(name: str, content: str) -> dict[str, str]:
     return {"filename": name, "content": base64.b64encode(content.encode()).decode()}
 
 
-def retry_command(url: str, demo: Demo) -> str:
-    """A complete curl that retries the demo run with new values, a new secret and a new file."""
+def commands(url: str, demo: Demo) -> str:
+    """Lines to paste, again and again: retry the run with the password that is accepted, wait for its end, show it."""
     body: Mapping[str, Any] = {
         "input_values": {"user": "ada", "amount": "125.00"},
-        "sensitive_input_values": {"password": "demo-password-2"},
+        "sensitive_input_values": {"password": PASSWORD},
         "file_inputs": [_file("invoice.txt", "Invoice 1001, corrected: 125.00\n")],
     }
-    lines = [
-        f"curl -sS -X POST {url}/v1/runs/{demo.run_id}/retry",
-        f"-H 'Authorization: Bearer {demo.api_key}'",
-        "-H 'Content-Type: application/json'",
-        f"-d {shlex.quote(json.dumps(body))}",
-    ]
-    return " \\\n  ".join(lines)
+    run, authorization = f"{url}/v1/runs/{demo.run_id}", f"-H 'Authorization: Bearer {demo.api_key}'"
+    return f"""\
+curl -sS -X POST {run}/retry \\
+  {authorization} -H 'Content-Type: application/json' \\
+  -d {shlex.quote(json.dumps(body))}
+echo; sleep {WATCH_SECONDS}
+curl -sS {run} {authorization} | python3 -m json.tool"""

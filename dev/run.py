@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,11 +16,36 @@ from typing import Self
 
 from app.config import Settings
 from dev import demo
-from dev.stack import Bao, Part, Postgres, StackError, http, port_problem, private, private_folder, write_private
+from dev.stack import (
+    Bao,
+    Part,
+    Postgres,
+    StackError,
+    http,
+    port_problem,
+    private,
+    private_folder,
+    usable_port,
+    write_private,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = [sys.executable, "-m", "app"]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Executor(Part):
+    """The program on the demo's machine."""
+
+    name = "executor"
+
+    def __init__(self, data_dir: Path, environment: Mapping[str, str]) -> None:
+        super().__init__(data_dir / self.name)
+        self.environment = environment
+
+    def start(self) -> Self:
+        self.launch([sys.executable, "-m", "dev.executor"], self.environment, cwd=ROOT)
+        return self
 
 
 class App(Part):
@@ -57,9 +83,11 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"Another `make run` uses {data_dir}. Stop it, or set another DATA_DIR and PORT.")
-        for number in STOP_SIGNALS:
-            signal.signal(number, _interrupt)
         try:
+            for number in STOP_SIGNALS:
+                signal.signal(number, _interrupt)
+            if make := os.environ.get("MAKE_PID"):  # not simply our parent: make may be gone by now
+                threading.Thread(target=_Make(int(make)).end_with_it, daemon=True).start()
             with ExitStack() as parts:
                 _watch(_start(data_dir, port, parts))
         except KeyboardInterrupt:
@@ -78,9 +106,10 @@ def _interrupt(*_: object) -> None:
 
 def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
     url = f"http://127.0.0.1:{port}"
+    Executor(data_dir, {}).stop_leftover()
     App(data_dir, url, {}).stop_leftover()  # or it would hold the port
     if problem := port_problem(port):
-        raise StackError(f"Port {port} cannot be used: {problem}. Choose another: make run PORT={port + 1}")
+        raise StackError(f"Port {port} cannot be used: {problem}. Choose another: make run PORT={usable_port(port)}")
 
     _say("Starting PostgreSQL and OpenBao ...")
     postgres = parts.enter_context(Postgres(data_dir))
@@ -95,13 +124,26 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
         data_dir / "demo.json",
         url,
         bao,
-        create_key=lambda: _app_command(environment, "keys", "create", "--organization", demo.ORGANIZATION),
+        create_key=lambda organization: _app_command(environment, "keys", "create", "--organization", organization),
         retention=timedelta(seconds=int(retention)),
+    )
+    executor = parts.enter_context(
+        Executor(
+            data_dir,
+            {
+                "API_URL": url,
+                "API_KEY": facts.api_key,
+                "VAULT_ADDR": bao.address,
+                "VAULT_TOKEN": bao.executor_token(demo.ORGANIZATION),
+                "MACHINE_ID": facts.machine_id,
+            },
+        )
     )
     dev_env = {
         "API_URL": url,
         "API_KEY": facts.api_key,
         "DEMO_RUN_ID": facts.run_id,
+        "EXAMPLE_API_KEY": facts.example_api_key,
         "DATABASE_URL": postgres.url,
         "VAULT_ADDR": bao.address,
         "VAULT_TOKEN": bao.root_token,
@@ -112,32 +154,59 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
     psql = shlex.join([str(postgres.binaries / "psql"), postgres.url])
     look = shlex.join([str(bao.binary), "kv", "list", f"secret/runs/{demo.ORGANIZATION}/{facts.run_id}"])
     _say(f"""
-Ready: {url}   (docs: {url}/docs)
+Ready: {url}   (docs: {url}/docs   console: {url}/console/)
 
   API key   {facts.api_key}   (organization {demo.ORGANIZATION})
   Database  {psql}
   Vault     VAULT_ADDR={bao.address} VAULT_TOKEN={bao.root_token} {look}
   Files     {data_dir / "files"}
-  Logs      {app.log}  {postgres.log}  {bao.log}
+  Logs      {app.log}  {executor.log}  {postgres.log}  {bao.log}
   Facts     set -a; . {shlex.quote(str(data_dir / "dev.env"))}; set +a
 
-Retry the finished demo run:
+The demo run has ended. Retry it with the password that its application accepts, and look again when it has been worked on.
+Paste this as often as you like:
 
-{demo.retry_command(url, facts)}
+{demo.commands(url, facts)}
+
+The first reply says `scheduling`: outputs, history and error are gone, the password is an alias. The demo's machine then
+works for {demo.WORK_SECONDS} s (`running`; a retry meanwhile is refused with 409) and reports: the second reply says `success`,
+with a receipt. With any other password it says `error`.
 
 Ctrl-C stops everything.""")
-    return app, postgres, bao
+    return app, executor, postgres, bao
 
 
 def _watch(parts: Sequence[Part]) -> None:
-    """Until a signal comes or a part ends. Under make we also end with make: it may be killed without a word to us."""
-    make = os.getppid() if "MAKELEVEL" in os.environ else None
-    while make is None or os.getppid() == make:
+    """Until a signal comes or a part ends."""
+    while True:
         for part in parts:
             if not part.running:
                 raise StackError(f"{part.tail()}\n\n{part.name} has ended by itself; its log is {part.log}")
         time.sleep(0.2)
-    raise KeyboardInterrupt
+
+
+class _Make:
+    """The make that has started us. It may be killed without a word to us; and when it alone is interrupted, it waits for us
+    and says nothing either: it trusts the terminal to have told everybody."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.catches = self._catches()  # not as a background job of a shell
+
+    def end_with_it(self) -> None:
+        """In a thread of its own, from the start on: give ourselves the signal that make has not passed on."""
+        while os.getppid() == self.pid and (self._catches() or not self.catches):
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _catches(self) -> bool:
+        """Whether an interrupt would still be news to it. Only Linux tells."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        except OSError:
+            return False
+        caught = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(caught >> (signal.SIGINT - 1) & 1)
 
 
 def _settings(data_dir: Path, port: int, postgres: Postgres, bao: Bao) -> dict[str, str]:

@@ -67,6 +67,12 @@ def port_problem(port: int) -> str | None:
     return None
 
 
+def usable_port(instead_of: int) -> int:
+    """The next port that can be used; for a privileged one the usual substitute: 8080 for 80, 8443 for 443."""
+    first = instead_of + 8000 if instead_of < 1024 else instead_of + 1
+    return next((port for port in range(first, 65536) if port_problem(port) is None), None) or free_port()
+
+
 def private(path: Path, create: Callable[[], str]) -> str:
     """The content of a file that only we may read; made on first use, never half written."""
     if not path.exists():

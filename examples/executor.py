@@ -10,6 +10,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,27 @@ class Superseded(Exception):
     """The attempt is no longer ours: the run was cancelled, deleted or retried meanwhile. Drop it."""
 
 
+@dataclass(frozen=True)
+class Done:
+    """What came of the work."""
+
+    output: dict[str, Any]
+    document: bytes
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+# The values, secrets and files of a run; raises WorkFailed.
+Work = Callable[[dict[str, Any], dict[str, Any], list[Path]], Done]
+
+
 class Executor:
     """One machine's worker."""
 
-    def __init__(self, api: httpx.Client, vault: hvac.Client, machine_id: str) -> None:
+    def __init__(self, api: httpx.Client, vault: hvac.Client, machine_id: str, work: Work) -> None:
         self.api = api
         self.vault = vault
         self.machine_id = machine_id
+        self.work = work
 
     def serve(self) -> None:
         """Until killed: wait for a run, do it."""
@@ -75,8 +91,8 @@ class Executor:
                 secrets = self.resolve(run["sensitive_input_aliases"] or {})
                 files = self.download(run["input_attachment_ids"], Path(folder))
                 say(f"has secrets {sorted(secrets)} and files {[file.name for file in files]}")
-                output, document = work(run["input_values"] or {}, secrets, files)
-                self.upload(run, "receipt.txt", document)
+                done = self.work(run["input_values"] or {}, secrets, files)
+                self.upload(run, "receipt.txt", done.document)
             except WorkFailed as problem:
                 self.report(run, status="error", error=[str(problem)])
                 say(f"reported error: {problem}")
@@ -86,8 +102,8 @@ class Executor:
                 self.report(run, status="error", error=[f"The executor failed: {type(problem).__name__}."])
                 say(f"failed: {type(problem).__name__}")
             else:
-                self.report(run, status="success", output_data=output)
-                say(f"reported success: {output}")
+                self.report(run, status="success", output_data=done.output, run_message_history=done.history)
+                say(f"reported success: {done.output}")
 
     def report(self, run: dict[str, Any], **fields: Any) -> None:
         """Naming the attempt keeps a slow executor from overwriting the attempt of a retry. Raises Superseded."""
@@ -146,26 +162,27 @@ class Executor:
         reply.raise_for_status()
 
 
-def work(values: dict[str, Any], secrets: dict[str, Any], files: list[Path]) -> tuple[dict[str, Any], bytes]:
-    """What a real executor does on its desktop: here, log in and post each file. Returns output data and a document."""
+def work(values: dict[str, Any], secrets: dict[str, Any], files: list[Path]) -> Done:
+    """What a real executor does on its desktop: here, log in and post each file."""
     if secrets.get("password") != "correct horse":  # what the pretended application accepts
         raise WorkFailed(f"The application refused the password of user {values.get('user')!r}.")
     lines = [f"{file.name}: {len(file.read_bytes())} bytes, posted by {values['user']}\n" for file in files]
-    return {"posted": len(lines), "booked_on": secrets["account"]["number"]}, "".join(lines).encode()
+    return Done({"posted": len(lines), "booked_on": secrets["account"]["number"]}, "".join(lines).encode())
 
 
 def say(text: str) -> None:
     print(f"{datetime.now().astimezone():%H:%M:%S.%f}"[:-3], " executor ", text, flush=True)
 
 
-def main() -> None:
+def serve(work: Work) -> None:
+    """As the environment says, until killed."""
     setting = os.environ
     api = httpx.Client(
         base_url=setting["API_URL"], headers={"Authorization": f"Bearer {setting['API_KEY']}"}, timeout=30
     )
     vault = hvac.Client(url=setting["VAULT_ADDR"], token=setting["VAULT_TOKEN"], timeout=10)
-    Executor(api, vault, setting["MACHINE_ID"]).serve()
+    Executor(api, vault, setting["MACHINE_ID"], work).serve()
 
 
 if __name__ == "__main__":
-    main()
+    serve(work)
