@@ -71,21 +71,30 @@ class Refusal(Exception):
     code: ClassVar[str]
     detail: str = ""
 
-    def __init__(self, detail: str | None = None, *, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, detail: str | None = None, *, headers: Mapping[str, str] | None = None, **members: object
+    ) -> None:
+        """`members` are what a program can use of the sentence (RFC 9457 section 3.2), and no more than it says."""
         self.detail = detail or type(self).detail
         self.headers = dict(headers or {})
+        self.members = members
         super().__init__(self.detail)
 
     media_type: ClassVar[str] = "application/problem+json"
 
-    def body(self) -> bytes:
+    def body(self, request_id: str) -> bytes:
+        """The problem details; `instance` names the occurrence, by the X-Request-ID of the reply."""
+        retry_after = self.headers.get("Retry-After")
         return orjson.dumps(
             {
                 "type": f"urn:problem:{self.code}",
                 "title": TITLES[self.status],
                 "status": self.status,
                 "detail": self.detail,
+                "instance": f"urn:request:{request_id}",
                 "code": self.code,
+                **({} if retry_after is None else {"retry_after": int(retry_after)}),
+                **self.members,
             }
         )
 
@@ -182,7 +191,8 @@ class RunNotTerminal(Conflict):
     def __init__(self, current: str) -> None:
         super().__init__(
             f"The run is {current}; only a run in success, error or cancelled can be retried. "
-            "Wait until it ends, or PATCH its status to cancelled if its executor died."
+            "Wait until it ends, or PATCH its status to cancelled if its executor died.",
+            current_status=current,
         )
 
 
@@ -192,7 +202,8 @@ class SensitiveInputsExpired(Conflict):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(
             f"The run's stored secrets have expired: {', '.join(names)}. Send sensitive_input_values with all of them, "
-            "or {} to go on without secrets."
+            "or {} to go on without secrets.",
+            names=list(names),
         )
 
 
@@ -210,7 +221,8 @@ class AttemptSuperseded(Conflict):
 
     def __init__(self, current: int) -> None:
         super().__init__(
-            f"This report is for an earlier attempt; the run is at attempt {current}. Stop working on the old one."
+            f"This report is for an earlier attempt; the run is at attempt {current}. Stop working on the old one.",
+            attempt=current,
         )
 
 
@@ -275,7 +287,7 @@ class Invalid(Refusal):
         self.errors = errors
         super().__init__("The request is not valid.")
 
-    def body(self) -> bytes:
+    def body(self, request_id: str) -> bytes:
         return orjson.dumps({"detail": [{"loc": loc, "msg": msg, "type": kind} for loc, msg, kind in self.errors]})
 
 

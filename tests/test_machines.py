@@ -158,6 +158,7 @@ def test_patch_refuses(api: Client, body: object) -> None:
 
 
 def test_unknown_and_foreign_ids_get_the_same_reply(api: Client, foreign: Client) -> None:
+    api.headers["X-Request-ID"] = "the-same"  # which a refusal names
     theirs = foreign.machine()
     before = get(foreign, theirs)
     own_pool = api.pool()

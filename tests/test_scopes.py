@@ -66,7 +66,8 @@ def test_what_does_not_exist_and_what_is_foreign_look_the_same_to_a_key_without_
     organization = f"org-{uuid4().hex[:12]}"
     key = server.stack.new_key(organization, scopes=["runs:read"])
     with server.client(organization, key=key) as client:
-        replies = [client.post(f"/v1/runs/{one}/retry", json={}) for one in (run_id, uuid4(), "x")]
+        same = {"X-Request-ID": "the-same"}
+        replies = [client.post(f"/v1/runs/{one}/retry", json={}, headers=same) for one in (run_id, uuid4(), "x")]
         assert {reply.status_code for reply in replies} == {403}
         assert len({reply.text for reply in replies}) == 1
 

@@ -96,6 +96,7 @@ def test_patch(api: Client) -> None:
 
 
 def test_unknown_and_foreign_ids_get_the_same_reply(api: Client, foreign: Client) -> None:
+    api.headers["X-Request-ID"] = "the-same"  # which a refusal names
     theirs = create(foreign)
     replies = [
         reply

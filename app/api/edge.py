@@ -132,7 +132,7 @@ class _Exchange:
             return  # slow or endless: the connection is closed on it
 
     async def refuse(self, refusal: Refusal) -> None:
-        body = refusal.body()
+        body = refusal.body(self.id)
         headers = [(b"content-type", refusal.media_type.encode()), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
         await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})

@@ -117,6 +117,7 @@ def _problem(refusal: type[Refusal]) -> dict[str, Any]:
         "title": TITLES[refusal.status],
         "status": refusal.status,
         "detail": refusal.detail or "What happened, and what to do.",
+        "instance": "urn:request:9f4c7a1d5b3e4f60a2b8c6d0e1f23456",
         "code": refusal.code,
     }
 

@@ -13,9 +13,9 @@ from app.api.routes import ROUTERS
 from app.errors import InternalError, MethodNotAllowed, Refusal, RouteNotFound
 
 
-async def _refusal(_: Request, error: Exception) -> Response:
+async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)  # noqa: S101 - narrows what Starlette declares too widely
-    return Response(error.body(), error.status, error.headers, error.media_type)
+    return Response(error.body(request.state.request_id), error.status, error.headers, error.media_type)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -413,7 +413,7 @@ class Protocol(HttpToolsProtocol):
             return
         request_id = uuid4().hex
         log.info({"event": "refused_at_once", "request_id": request_id, "status": refusal.status})
-        body = refusal.body()
+        body = refusal.body(request_id)
         headers: dict[str, Any] = {
             "content-type": refusal.media_type,
             "content-length": len(body),

@@ -153,7 +153,7 @@ def _accepting(run: Record | None) -> int:
     status = RunStatus(run["status"])
     if status is not RunStatus.RUNNING:
         hint = "Only POST /v1/runs/{run_id}/retry reopens it." if status in TERMINAL else "Report `running` first."
-        raise InvalidTransition(f"A run that is {status} accepts no output files. {hint}")
+        raise InvalidTransition(f"A run that is {status} accepts no output files. {hint}", current_status=status.value)
     attempt: int = run["attempt"]
     return attempt
 

@@ -67,7 +67,7 @@ PLACEMENT = statement(
 
 
 async def dry_run(services: Services, principal: Principal, run_id: UUID, options: RunRetry) -> dict[str, Any]:
-    """What the retry would do. Raises RunNotFound, PayloadTooLarge, and Invalid for a body that contradicts itself."""
+    """What the retry would do. Raises RunNotFound, PayloadTooLarge, and Invalid where the retry would first of all."""
     refuse_contradictions(options.session_id, options.start_session)
     staging.check_sizes(services, options.sensitive_input_values, options.file_inputs)
     named = {"run_id": run_id, "organization_id": principal.organization_id}
@@ -79,9 +79,10 @@ async def dry_run(services: Services, principal: Principal, run_id: UUID, option
         new_session_id = uuid4()
         decided = decide(run, options, new_session_id=new_session_id, missing=missing)
         refusals = decided if isinstance(decided, list) else []
-        for refusal in refusals:
-            if isinstance(refusal, Invalid):
-                raise refusal
+        if refusals and isinstance(refusals[0], Invalid):
+            raise refusals[0]
+        if any(isinstance(refusal, Invalid) for refusal in refusals):  # an alias for which there is no session
+            options = options.model_copy(update={"session_alias": None})
         following = plan(run, options, new_session_id)
         placement = await _placement(connection, named, following)
     replaced = overridden(options)
@@ -104,7 +105,8 @@ async def dry_run(services: Services, principal: Principal, run_id: UUID, option
 
 
 def _shown(refusal: Refusal) -> dict[str, Any]:
-    return {"status": refusal.status, "code": refusal.code, "detail": refusal.detail}
+    detail = refusal.errors[0][1] if isinstance(refusal, Invalid) else refusal.detail
+    return {"status": refusal.status, "code": refusal.code, "detail": detail}
 
 
 def _kept(run: Record, seen: Record, following: Next, replaced: list[str]) -> list[str]:

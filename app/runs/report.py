@@ -155,10 +155,11 @@ def _refuse_scope(principal: Principal, options: RunUpdate) -> None:
 def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate) -> None:
     if status != current and status not in TRANSITIONS.get(current, ()):
         hint = "Only POST /v1/runs/{run_id}/retry reopens it." if current in TERMINAL else "Report `running` first."
-        raise InvalidTransition(f"A run that is {current} cannot become {status}. {hint}")
+        raise InvalidTransition(f"A run that is {current} cannot become {status}. {hint}", current_status=current.value)
     if status is RunStatus.SCHEDULING and any(getattr(options, name) is not None for name in PRODUCED):
         raise InvalidTransition(
-            "A scheduling run accepts no outputs, times, errors or history; report `running` first."
+            "A scheduling run accepts no outputs, times, errors or history; report `running` first.",
+            current_status=current.value,
         )
 
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from app.models import RunStatus
 from app.schemas.values import example
 
 
@@ -14,7 +15,14 @@ class Problem(BaseModel):
     title: str = Field(description="The name of the status.")
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="What happened and what to do.")
+    instance: str = Field(description="`urn:request:` and the X-Request-ID of this reply, which the log knows.")
     code: str = Field(description="Stable name of the refusal.")
+    current_status: RunStatus | None = Field(
+        None, description="Of `run_not_terminal` and `invalid_transition`: the run's status."
+    )
+    attempt: int | None = Field(None, description="Of `attempt_superseded`: the attempt that the run is at.")
+    names: list[str] | None = Field(None, description="Of `sensitive_inputs_expired`: the secrets that are gone.")
+    retry_after: int | None = Field(None, description="Seconds, as in the header Retry-After, where there is one.")
 
 
 class ValidationItem(BaseModel):
