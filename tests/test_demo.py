@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,13 +54,11 @@ class MakeRun:
 
     def wait_for(self, text: str) -> "MakeRun":
         def said() -> bool:
-            if self.process.poll() is None:
-                self.tree |= set(self.make.children(recursive=True))
             assert self.process.poll() is None, self.printed
+            self.tree |= set(self.make.children(recursive=True))
             return text in self.printed
 
         until(said, SECONDS, what=f"{text!r} in the output")
-        self.tree |= set(self.make.children(recursive=True))
         return self
 
     def facts(self) -> dict[str, str]:
@@ -82,6 +81,16 @@ class MakeRun:
         if self.process.poll() is None:
             self.process.terminate()
         self.process.wait(60)
+
+
+def part(demo: MakeRun, module: str) -> psutil.Process:
+    """The process that runs this module."""
+    found = []
+    for process in demo.tree:
+        with suppress(psutil.NoSuchProcess):  # of the tree, many have lived for a moment only
+            found += [process] if module in process.cmdline() else []
+    [one] = found
+    return one
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -173,13 +182,13 @@ def no_password_is_in_a_log(demo: MakeRun) -> None:
 
 
 def the_executor_reads_only_the_secrets_of_its_organization(demo: MakeRun) -> None:
-    [executor] = [one for one in demo.tree if _alive(one) and "dev.executor" in one.cmdline()]
-    headers = {"X-Vault-Token": executor.environ()["VAULT_TOKEN"]}
+    environment = part(demo, "dev.executor").environ()
+    headers = {"X-Vault-Token": environment["VAULT_TOKEN"]}
     for organization, status in (("demo", 404), ("example", 403)):
         url = f"{demo.facts()['VAULT_ADDR']}/v1/secret/data/runs/{organization}/{'0' * 8}"
         assert httpx.get(url, headers=headers, trust_env=False).status_code == status
     # And no settings of ours or of whoever has started make.
-    assert executor.environ().keys() <= {"API_URL", "API_KEY", "VAULT_ADDR", "VAULT_TOKEN", "MACHINE_ID", "LC_CTYPE"}
+    assert environment.keys() <= {"API_URL", "API_KEY", "VAULT_ADDR", "VAULT_TOKEN", "MACHINE_ID", "LC_CTYPE"}
 
 
 def the_example_leaves_the_demo_alone(demo: MakeRun) -> None:
@@ -204,8 +213,7 @@ def it_goes_on_after_a_power_cut_in_the_middle_of_the_work(demo: MakeRun) -> Non
     with demo.api() as api:
         assert api.post(f"/v1/runs/{run_id}/retry").status_code == 200
         until(lambda: api.get(f"/v1/runs/{run_id}").json()["status"] == "running")
-    [run] = [one for one in demo.tree if _alive(one) and "dev.run" in one.cmdline()]
-    run.kill()
+    part(demo, "dev.run").kill()
     demo.assert_all_gone()
     again = MakeRun(demo.data_dir, demo.port).wait_for(READY)
     try:
