@@ -133,6 +133,7 @@ def test_the_demo_from_its_first_start_to_a_power_cut(tmp_path: Path) -> None:
     demo = MakeRun(tmp_path / "data").wait_for(READY)
     try:
         what_is_printed_can_be_pasted_again_and_again(demo)
+        what_the_readme_shows_works_too(demo)
         another_password_fails_and_the_printed_one_then_helps(demo)
         no_password_is_in_a_log(demo)
         the_executor_reads_only_the_secrets_of_its_organization(demo)
@@ -163,6 +164,17 @@ def what_is_printed_can_be_pasted_again_and_again(demo: MakeRun) -> None:
             document = api.get(f"/v1/run-attachments/{output}/download").text
         assert document == f"Receipt {second['output_data']['receipt']}: 125.00 posted.\n"
     assert len(receipts) == 2
+
+
+def what_the_readme_shows_works_too(demo: MakeRun) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [lines] = re.findall(r"^```\n(set -a; \. \.data/dev\.env.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = lines.replace(".data/dev.env", str(demo.data_dir / "dev.env"))
+    done = subprocess.run(["sh", "-e"], input=lines, capture_output=True, text=True, timeout=60, check=True)
+    run = json.loads(done.stdout)
+    assert run["status"] == "scheduling"
+    with demo.api() as api:
+        assert until(lambda: _ended(api, run["id"]), 30)["output_data"]["amount"] == "130.00"
 
 
 def another_password_fails_and_the_printed_one_then_helps(demo: MakeRun) -> None:
