@@ -25,8 +25,9 @@ URL_PATTERN = (
 _URL = re.compile(URL_PATTERN)
 _NUMBER = re.compile(r"(^|\.)([0-9]+|0[Xx][0-9A-Fa-f]*)$")
 
-# Addresses that are public by the registries and yet belong to the machine below: Azure's wire server.
-_METADATA = frozenset({ip_address("168.63.129.16")})
+# What Python's own lists lack, which depends on its version: protocol assignments and documentation (RFC 6890, RFC 9637), and
+# an address that is public by the registries and belongs to the machine below all the same: Azure's wire server.
+_SPECIAL = tuple(map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20", "168.63.129.16/32")))
 _GLOBAL_UNICAST = ip_network("2000::/3")  # all of IPv6 that is public
 _NAT64 = ip_network("64:ff9b::/96")  # RFC 6052: how networks without IPv4 reach it; the last 32 bits say where
 
@@ -79,8 +80,7 @@ class Allowed:
 
     def contains(self, address: Address) -> bool:
         """The operator listed a network with this address."""
-        address = _unwrapped(address)
-        return any(address.version == network.version and address in network for network in self.networks)
+        return _is_in(_unwrapped(address), self.networks)
 
     def check(self, text: str) -> Url:
         """What the text alone decides. Raises NotAllowed."""
@@ -131,10 +131,15 @@ def parse(text: str) -> Url:
 def is_public(address: Address) -> bool:
     """Whether the whole internet can reach it, as far as the registries say (RFC 6890 and its updates)."""
     address = _unwrapped(address)
-    # 6to4 and Teredo carry an IPv4 address that nobody has checked.
-    if isinstance(address, IPv6Address) and (address not in _GLOBAL_UNICAST or address.sixtofour or address.teredo):
+    # 6to4 carries an IPv4 address that nobody has checked; Teredo does too, and is special.
+    if isinstance(address, IPv6Address) and (address not in _GLOBAL_UNICAST or address.sixtofour is not None):
         return False
-    return address.is_global and not address.is_multicast and not address.is_reserved and address not in _METADATA
+    is_special = address.is_multicast or address.is_reserved or _is_in(address, _SPECIAL)
+    return address.is_global and not is_special
+
+
+def _is_in(address: Address, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
+    return any(address.version == network.version and address in network for network in networks)
 
 
 def _unwrapped(address: Address) -> Address:

@@ -97,9 +97,12 @@ class Post:
                 connection.request("POST", where.target, body, headers, preload_content=False, decode_content=False)
             response = connection.getresponse()
             answer = response.read(MAX_ANSWER, decode_content=False)
-            return Answer(response.status, answer, response.headers.get("Retry-After"))
         except _FAILURES as error:
             raise Failed(self._reason(error, "no_answer")) from None
+        else:
+            if self._aborted:  # what was read ends where it was broken off
+                raise Failed("timeout")
+            return Answer(response.status, answer, response.headers.get("Retry-After"))
         finally:
             connection.close()
             self._forget()

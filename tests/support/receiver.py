@@ -1,6 +1,7 @@
 """A receiver of webhooks on loopback: keeps what it is sent, and answers as the test tells it."""
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,8 @@ Behaviour = Callable[[Message], Answer]
 class Receiver:
     """Every path is an endpoint; one without a behaviour of its own answers 200."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        """With a context it speaks TLS."""
         self.messages: list[Message] = []
         self.behaviours: dict[str, Behaviour] = {}
         self.released = threading.Event()  # for those that hang
@@ -76,6 +78,8 @@ class Receiver:
                 pass  # a sender that gave up
 
         self.server = Server(("127.0.0.1", 0), Handler)
+        if context is not None:
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     @property
@@ -98,8 +102,8 @@ class Receiver:
 
 
 @contextmanager
-def receiving() -> Iterator[Receiver]:
-    receiver = Receiver()
+def receiving(context: ssl.SSLContext | None = None) -> Iterator[Receiver]:
+    receiver = Receiver(context)
     try:
         yield receiver
     finally:
