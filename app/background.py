@@ -18,7 +18,7 @@ from app.runs.attachments import expire_attachments
 from app.runs.ending import end_silent_runs, note_expired_secrets
 from app.runs.listing import announce_assignments
 from app.runs.outputs import prune_outputs
-from app.scheduling.rounds import place_woken
+from app.scheduling.rounds import look_around, place_large, place_woken
 from app.services import Services
 from app.stores.deletions import collect_all
 from app.stores.pool import party
@@ -27,16 +27,20 @@ from app.webhooks.delivery import Deliverer, prune_webhooks
 
 log = logging.getLogger("app.background")
 
-# A loop rests so many times as long as its round took (at most a period), so that requests have most of the process.
+# At most a period: requests have most of the process.
 REST_FOR_WORK = 4
+
+# Seconds after which a loop that has nothing to look for by itself goes on with what a failure left.
+TRY_AGAIN = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Loop:
     """A round again and again: when it is woken, when the last one said that there is more, and at least once a period.
 
-    `rest` is the least time between two rounds: a lone wake-up is answered at once, and under load each round does more for
-    its price. All times are seconds. `close` ends what rounds have left under way.
+    `rest` is the least time between two rounds, and `rest_for_work` how many times as long as its round a loop rests: a lone
+    wake-up is answered at once, and under load each round does more for its price. All times are seconds. `close` ends
+    what rounds have left under way.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Loop:
     period: float
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     rest: float = 0
+    rest_for_work: float = REST_FOR_WORK
     close: Callable[[], Awaitable[None]] | None = None
 
     async def run(self) -> None:
@@ -66,7 +71,7 @@ class Loop:
                 self.wake.clear()  # whatever is woken now meets the same failure: wait a period
             except Exception as error:  # noqa: BLE001 - one bad round must not end the loop for ever
                 log.error({"event": "background_failed", "work": self.name, **describe(error)})
-            await asyncio.sleep(min(max(self.rest, REST_FOR_WORK * (time.monotonic() - began)), self.period))
+            await asyncio.sleep(min(max(self.rest, self.rest_for_work * (time.monotonic() - began)), self.period))
             if more:
                 continue
             try:
@@ -85,7 +90,12 @@ def loops(services: Services) -> list[Loop]:
     deliverer = Deliverer(services)
     collect = partial(collect_all, database, services.secrets, services.files, noted=note_expired_secrets)
     return [
-        Loop("placement", partial(place_woken, services), period, wakeups.placement, rest=0.01),
+        # It is organizations that rest here, each by itself: none waits for what another one costs.
+        Loop("placement", partial(place_woken, services), TRY_AGAIN, wakeups.placement.event, rest_for_work=0),
+        Loop(
+            "large_placement", partial(place_large, services), TRY_AGAIN, wakeups.large_placement.event, rest_for_work=0
+        ),
+        Loop("look_around", partial(look_around, services), period),
         Loop("deletions", collect, period, wakeups.collector, rest=0.1),
         Loop("silent_runs", _waking(services, partial(end_silent_runs, database, settings)), period),
         Loop("expired_attachments", _waking(services, partial(expire_attachments, database)), period),

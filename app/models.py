@@ -524,3 +524,17 @@ class WebhookRecovery(Base):
     after_id: Mapped[UUID]
     until: Mapped[datetime]
     moved_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class SharedRound(Base):
+    """How far a round is that all replicas go through together: whoever is free takes the next slice.
+
+    `position` is null while no round is under way; `slices` is how many full ones it had so far.
+    """
+
+    __tablename__ = "shared_rounds"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    began_at: Mapped[datetime] = mapped_column(server_default=text("'-infinity'"))
+    position: Mapped[list[str] | None]
+    slices: Mapped[int] = mapped_column(server_default=text("0"))

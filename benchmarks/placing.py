@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from app.config import Settings
-from app.scheduling.placement import place
+from app.scheduling.placement import Left, place
 from app.stores.database import Database
 from benchmarks.measure import Sample
 from benchmarks.world import ORGANIZATION, Data, Server, run_id
@@ -82,9 +82,10 @@ def many(data: Data, settings: Settings, waiting: int = 10_000, machines: int = 
                 again = True
                 while again:
                     began = time.perf_counter()
-                    some, again = await place(database, organization)
+                    one = await place(database, organization)
                     took.append((time.perf_counter() - began) * 1000)
-                    placed += len(some)
+                    placed += len(one.placed)
+                    again = one.left is Left.MORE
                 await connection.execute(END_ASSIGNED)
         finally:
             await connection.close()

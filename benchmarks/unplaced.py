@@ -11,7 +11,7 @@ LOOPS = background.loops
 
 def without_placement(services: Services) -> list[background.Loop]:
     """The other loops."""
-    return [loop for loop in LOOPS(services) if loop.name != "placement"]
+    return [loop for loop in LOOPS(services) if loop.name not in ("placement", "large_placement", "look_around")]
 
 
 if __name__ == "__main__":

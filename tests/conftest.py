@@ -41,9 +41,10 @@ def until(condition: Callable[[], Any], seconds: float = DEADLINE, *, what: str 
 class Stack:
     """PostgreSQL, OpenBao and a folder, set up as in production, and ways to look into them by hand."""
 
-    def __init__(self, folder: Path, postgres: Postgres, bao: Bao) -> None:
+    def __init__(self, folder: Path, postgres: Postgres, bao: Bao, database: str | None = None) -> None:
         self.folder = folder
         self.postgres = postgres
+        self.url = postgres.url if database is None else f"{postgres.url.rpartition('/')[0]}/{database}"
         self.bao = bao
         self.files = folder / "files"
         self.files.mkdir(exist_ok=True)
@@ -52,7 +53,7 @@ class Stack:
         """What a server of this stack is started with."""
         base: dict[str, object] = {
             "PATH": os.environ["PATH"],
-            "DATABASE_URL": self.postgres.url,
+            "DATABASE_URL": self.url,
             "VAULT_ADDR": self.bao.address,
             "VAULT_TOKEN": self.bao.token(),
             "STORAGE_URL": self.files.as_uri(),
@@ -66,7 +67,7 @@ class Stack:
         """Rows of one statement, as the database's owner."""
 
         async def run() -> list[dict[str, Any]]:
-            connection = await asyncpg.connect(self.postgres.url, timeout=10)
+            connection = await asyncpg.connect(self.url, timeout=10)
             try:
                 return [dict(row) for row in await connection.fetch(query, *arguments)]
             finally:
@@ -83,7 +84,7 @@ class Stack:
         Yields a function that runs more statements in it.
         """
         with asyncio.Runner() as runner:
-            connection = runner.run(asyncpg.connect(self.postgres.url, timeout=10))
+            connection = runner.run(asyncpg.connect(self.url, timeout=10))
 
             def run(query: str, *arguments: object) -> list[dict[str, Any]]:
                 return [dict(row) for row in runner.run(connection.fetch(query, *arguments))]

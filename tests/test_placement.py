@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from app.scheduling import placement
-from app.scheduling.placement import place
+from app.scheduling.placement import Left, place
 from tests.conftest import NEVER, Client, Server, Stack
 from tests.scheduling import Probe, Replica, assigned, reason, starts
 
@@ -197,7 +197,7 @@ def test_a_retry_keeps_a_pin_and_pool_ids_drop_it(api: Client) -> None:
 def test_an_old_run_is_not_starved_behind_pinned_ones(api: Client) -> None:
     """More than a pass reads of a lane are pinned to a machine that is offline, and all of them are older."""
     offline = api.machine(status="disconnected")
-    body = {"workflow_id": api.workflow(), "count": placement.HEADS_PER_LANE + 50}
+    body = {"workflow_id": api.workflow(), "count": placement.MOST + 50}
     api.json_of(api.post("/v1/runs/bulk", json=body | {"machine_id": offline, "is_priority": True}), 201)
     api.json_of(api.post("/v1/runs/bulk", json=body | {"pool_ids": [api.pool()], "is_priority": True}), 201)
     run_id = api.run()["id"]
@@ -220,7 +220,7 @@ BOTH_AVAILABLE = "UPDATE machines SET is_available = true WHERE organization_id 
 def test_a_run_that_can_go_anywhere_leaves_a_sought_machine_to_the_pinned_run(api: Client, stack: Stack) -> None:
     anywhere, pinned, wanted, other = an_older_run_and_a_pinned_one(api)
     # No pass, also none that an earlier wake-up has left over, looks before both are there and nobody holds them.
-    with stack.held(placement.LOCK_ORGANIZATION, api.organization):
+    with stack.held(placement.LOCK_ORGANIZATION.sql, api.organization):
         stack.sql(BOTH_AVAILABLE, api.organization)
         change(api, wanted, is_available=True)
     assert assigned(api, anywhere) == other
@@ -231,7 +231,7 @@ def test_the_queue_goes_before_what_others_seek(api: Client, stack: Stack) -> No
     """To leave a sought machine to others is a choice among those that can be had now; it makes no older run wait."""
     anywhere, pinned, wanted, other = an_older_run_and_a_pinned_one(api)
     with ExitStack() as held:
-        with stack.held(placement.LOCK_ORGANIZATION, api.organization):
+        with stack.held(placement.LOCK_ORGANIZATION.sql, api.organization):
             stack.sql(BOTH_AVAILABLE, api.organization)
             held.enter_context(stack.held("SELECT 1 FROM machines WHERE id = $1 FOR NO KEY UPDATE", UUID(other)))
             change(api, wanted, is_available=True)
@@ -310,11 +310,12 @@ class _InterruptedConnection:
         self._connection = connection
         self._interrupted = database
         self.execute = connection.execute
+        self.fetchval = connection.fetchval
 
-    async def fetch(self, statement: str, *arguments: object) -> Any:
-        if statement == placement.LOCK_RUNS:
+    async def fetch(self, statement: object, **values: object) -> Any:
+        if statement is placement.LOCK_RUNS:
             await self._interrupted.interrupt()
-        return await self._connection.fetch(statement, *arguments)
+        return await self._connection.fetch(statement, **values)
 
 
 # The run asks for a pool that machines one and two are in; one is the first choice.
@@ -350,9 +351,9 @@ def test_what_changed_since_it_was_read_is_not_assigned(
                 return replica.call(key, method, path.format(**ids), body)
 
             database: Any = Interrupted(services.database, interruption)
-            placed, again = await place(database, organization)
-            assert [str(one.machine.id) for one in placed] == ([ids[expected]] if expected else [])
-            assert not again
+            done = await place(database, organization)
+            assert [str(one.machine.id) for one in done.placed] == ([ids[expected]] if expected else [])
+            assert done.left is Left.HELD
 
     asyncio.run(scenario())
 

@@ -44,11 +44,11 @@ def _produced(column: str) -> str:
 
 
 # What keeps a waiting run in a session: one that is at work, or one that is before it in their lane.
-_WAITS_FOR_SESSION = f"""(r.session_id IS NOT NULL AND (
-    EXISTS (SELECT FROM runs o WHERE o.session_id = r.session_id AND {rules.at_work("o")})
-    OR EXISTS (
-        SELECT FROM runs o WHERE o.organization_id = r.organization_id AND o.lane = r.lane AND {rules.waits("o")}
-          AND (o.queue_rank, o.queued_at, o.id) < (r.queue_rank, r.queued_at, r.id))))"""
+_BEFORE = f"""runs o WHERE o.organization_id = r.organization_id AND o.lane = r.lane AND {rules.waits("o")}
+    AND (o.queue_rank, o.queued_at, o.id) < (r.queue_rank, r.queued_at, r.id)"""
+_WAITS_FOR_SESSION = f"(r.session_id IS NOT NULL AND ({rules.session_at_work('r')} OR {rules.exists(_BEFORE)}))"
+
+_MEMBER = f"pool_machines one WHERE one.pool_id = r.pool_ids[1] AND {rules.in_all_pools('r', 'one.machine_id')}"
 
 # What keeps the first of a lane, and hence all of them: it depends on nothing but what the lane wants.
 _LANE_REASON = f"""
@@ -62,11 +62,7 @@ CASE
         END
         FROM machines t WHERE t.id = coalesce(m.id, r.pinned_machine_id)
     )
-    WHEN cardinality(r.pool_ids) > 0 AND NOT EXISTS (
-        SELECT FROM pool_machines one WHERE one.pool_id = r.pool_ids[1] AND NOT EXISTS (
-            SELECT FROM unnest(r.pool_ids) AS wanted (id) WHERE NOT EXISTS (
-                SELECT FROM pool_machines p WHERE p.pool_id = wanted.id AND p.machine_id = one.machine_id))
-    ) THEN 'no_machine_in_pools'
+    WHEN cardinality(r.pool_ids) > 0 AND NOT {rules.exists(_MEMBER)} THEN 'no_machine_in_pools'
     ELSE 'waiting_for_machine'
 END
 """

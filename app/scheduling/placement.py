@@ -9,88 +9,135 @@ a pass looks at the heads of lanes, not at every waiting run.
     any            runs that take any machine
 
 Lanes compete by their heads: priority first, then queue time. One pass per organization runs at a time, on any replica (an
-advisory lock, taken before any row). Rows that someone else holds are passed over; whoever holds them wakes the background
-task after the commit, and it also polls. So a pass waits for no row and cannot deadlock. Two unique indexes hold the truth
-whatever the code does: one active run per machine, one machine per session.
+advisory lock, taken before any row). Rows that someone else holds are passed over. So a pass waits for no lock and cannot
+deadlock. Two unique indexes hold the truth whatever the code does: one active run per machine, one machine per session.
+
+A pass is bounded: it reads machines and lanes in slices, and assigns at most MOST runs. An organization for which one slice is
+not enough is served apart from the others (rounds.py).
 """
 
+import enum
 import heapq
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from app.auth import NOBODY
 from app.events import record
-from app.stores.database import Connection, Database
+from app.scheduling import rules
+from app.stores.database import Connection, Database, Record
 from app.stores.statements import statement
+
+SLICE = 1000  # machines, and lanes, that one statement looks at
+MOST = 200  # assignments of a pass, and runs of one lane that one statement reads
+LANES_READ_ON = 8  # how often a pass reads on in a lane
+KEPT = 5000  # heads that a pass over many slices keeps in memory
+BEYOND_LANES = "~"  # after the last lane
 
 # --- what a pass reads ------------------------------------------------------------------------------------------------
 
 # Two replicas never place runs of one organization at once: the second could take a session that the first, not yet
 # committed, is about to make busy.
-LOCK_ORGANIZATION = "SELECT pg_advisory_xact_lock(1382379123, hashtext($1))"
+LOCK_ORGANIZATION = statement(
+    "placement.lock_organization", "SELECT pg_try_advisory_xact_lock(1382379123, hashtext(:organization_id))"
+)
 
-IDLE_MACHINES = """
-SELECT m.id, m.reserved_session_id,
-       ARRAY(SELECT p.pool_id FROM pool_machines p WHERE p.machine_id = m.id) AS pool_ids
-FROM machines m
-WHERE m.organization_id = $1 AND m.status = 'connected' AND m.is_available
-  AND NOT EXISTS (SELECT FROM runs r WHERE r.assigned_machine_id = m.id AND r.status IN ('scheduling', 'running'))
-"""
-
-# The next runs of each open lane, in its order. It hops from lane to lane along the index, over all lanes of pinned runs
-# (those of idle machines are given), instead of reading every waiting run.
-HEADS = """
-WITH RECURSIVE hops AS (
-    (SELECT lane FROM runs
-     WHERE organization_id = $1 AND status = 'scheduling' AND assigned_machine_id IS NULL ORDER BY lane LIMIT 1)
+# The idle ones of the next slice of machines, newest first. A last row without pools says that there may be more.
+IDLE_MACHINES = statement(
+    "placement.idle_machines",
+    f"""
+    WITH slice AS MATERIALIZED (
+        SELECT m.id, m.created_at, m.status, m.is_available, m.reserved_session_id FROM machines m
+        WHERE m.organization_id = :organization_id AND (m.created_at, m.id) < (
+            coalesce(:created_at::timestamptz, 'infinity'), coalesce(:id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff'))
+        ORDER BY m.created_at DESC, m.id DESC LIMIT :slice::bigint
+    )
+    SELECT m.id, m.created_at, m.reserved_session_id,
+           ARRAY(SELECT p.pool_id FROM pool_machines p WHERE p.machine_id = m.id) AS pool_ids
+    FROM slice m WHERE {rules.idle("m")}
     UNION ALL
-    SELECT (SELECT r.lane FROM runs r
-            WHERE r.organization_id = $1 AND r.status = 'scheduling' AND r.assigned_machine_id IS NULL
+    (SELECT m.id, m.created_at, NULL, NULL FROM slice m ORDER BY m.created_at DESC, m.id DESC OFFSET :slice::bigint - 1)
+    """,
+)
+
+# The next runs of each open lane of a slice, in its order. It hops from lane to lane along the index, over all lanes of pinned
+# runs (those of idle machines are given), instead of reading every waiting run. Each lane has at least one row, without a run
+# if it has none that may start. Of many lanes it reads less each: two at least, so that heads can be compared.
+_RUN = "id, is_priority, queue_rank, queued_at, session_id, pinned_machine_id, pool_ids"
+HEADS = statement(
+    "placement.heads",
+    f"""
+    WITH RECURSIVE hops AS (
+        (SELECT 1::bigint AS n, r.lane FROM runs r
+         WHERE r.organization_id = :organization_id AND {rules.waits("r")} AND r.lane > :after::text
+         ORDER BY r.lane LIMIT 1)
+        UNION ALL
+        SELECT hops.n + 1, (
+            SELECT r.lane FROM runs r
+            WHERE r.organization_id = :organization_id AND {rules.waits("r")}
               AND r.lane > CASE WHEN hops.lane < 'machine:~' THEN 'machine:~' ELSE hops.lane END
             ORDER BY r.lane LIMIT 1)
-    FROM hops WHERE hops.lane IS NOT NULL
-), open AS (
-    SELECT lane FROM hops WHERE lane NOT LIKE 'machine:%'
-    UNION ALL
-    SELECT unnest($2::text[])
+        FROM hops WHERE hops.lane IS NOT NULL AND hops.n < :slice::bigint
+    ), open AS MATERIALIZED (
+        SELECT n, lane FROM hops WHERE lane NOT LIKE 'machine:%'
+        UNION ALL
+        SELECT 0, unnest(:pinned::text[])
+    ), reading AS MATERIALIZED (
+        SELECT least(:most::bigint, greatest(2, 1000 / greatest(1, count(*)))) AS depth FROM open
+    )
+    SELECT open.n, open.lane, reading.depth, head.*
+    FROM reading CROSS JOIN open LEFT JOIN LATERAL (
+        SELECT next.*, m.id AS reserved_machine_id FROM (
+            SELECT {_RUN} FROM runs r
+            WHERE r.organization_id = :organization_id AND r.lane = open.lane AND {rules.waits("r")}
+            ORDER BY r.queue_rank, r.queued_at, r.id
+            LIMIT CASE WHEN open.lane LIKE 'session:%' OR open.lane LIKE 'machine:%' THEN 1 ELSE reading.depth END
+        ) AS next
+        LEFT JOIN LATERAL (
+            SELECT id FROM machines WHERE reserved_session_id = next.session_id LIMIT 1
+        ) AS m ON true
+        WHERE next.session_id IS NULL OR NOT {rules.session_at_work("next")}
+    ) AS head ON true
+    ORDER BY head.queue_rank, head.queued_at, head.id -- a join need not keep the order of what it joins
+    """,
 )
-SELECT head.*, m.id AS reserved_machine_id
-FROM open
-CROSS JOIN LATERAL (
-    SELECT id, lane, is_priority, queue_rank, queued_at, session_id, pinned_machine_id, pool_ids FROM runs
-    WHERE organization_id = $1 AND lane = open.lane AND status = 'scheduling' AND assigned_machine_id IS NULL
-    ORDER BY queue_rank, queued_at, id
-    LIMIT CASE WHEN open.lane LIKE 'session:%' OR open.lane LIKE 'machine:%' THEN 1 ELSE $3 END
-) AS head
-LEFT JOIN machines m ON m.reserved_session_id = head.session_id
-WHERE head.session_id IS NULL OR NOT EXISTS (
-    SELECT FROM runs other
-    WHERE other.session_id = head.session_id AND other.status IN ('scheduling', 'running')
-      AND (other.status = 'running' OR other.assigned_machine_id IS NOT NULL))
-ORDER BY head.queue_rank, head.queued_at, head.id -- a join need not keep the order of what it joins
-"""
+
+# More of a lane whose runs stand in no session.
+READ_ON = statement(
+    "placement.read_on",
+    f"""
+    SELECT lane, {_RUN}, NULL::uuid AS reserved_machine_id FROM runs r
+    WHERE r.organization_id = :organization_id AND r.lane = :lane AND {rules.waits("r")}
+      AND (r.queue_rank, r.queued_at, r.id) > (:queue_rank::smallint, :queued_at::timestamptz, :id::uuid)
+    ORDER BY r.queue_rank, r.queued_at, r.id LIMIT :most::bigint
+    """,
+)
 
 # --- what a pass writes -----------------------------------------------------------------------------------------------
 
 # What was cancelled, retried, disconnected or reserved since it was read is locked or looks different: it is passed over.
-LOCK_RUNS = """
-SELECT id, queued_at FROM runs
-WHERE id = ANY($1::uuid[]) AND status = 'scheduling' AND assigned_machine_id IS NULL
-FOR NO KEY UPDATE SKIP LOCKED
-"""
+LOCK_RUNS = statement(
+    "placement.lock_runs",
+    f"""
+    SELECT r.id, r.queued_at FROM runs r WHERE r.id = ANY(:run_ids::uuid[]) AND {rules.waits("r")}
+    FOR NO KEY UPDATE SKIP LOCKED
+    """,
+)
 
-LOCK_MACHINES = """
-SELECT id, reserved_session_id FROM machines
-WHERE id = ANY($1::uuid[]) AND status = 'connected' AND is_available
-FOR NO KEY UPDATE SKIP LOCKED
-"""
+LOCK_MACHINES = statement(
+    "placement.lock_machines",
+    f"""
+    SELECT m.id, m.reserved_session_id FROM machines m WHERE m.id = ANY(:machine_ids::uuid[]) AND {rules.up("m")}
+    FOR NO KEY UPDATE SKIP LOCKED
+    """,
+)
 
 # Read again after the lock, by a statement of its own: whoever takes a machine out of a pool locks the machine.
-POOLS_NOW = "SELECT machine_id, pool_id FROM pool_machines WHERE machine_id = ANY($1::uuid[])"
+POOLS_NOW = statement(
+    "placement.pools_now", "SELECT machine_id, pool_id FROM pool_machines WHERE machine_id = ANY(:machine_ids::uuid[])"
+)
 
 # Each run is looked up by its key and changed by its place: a join could read all runs with a plan made while there were few.
 # The runs are locked, so they stay where they are.
@@ -109,13 +156,19 @@ ASSIGN = statement(
     """,
 )
 
-RESERVE = """
-UPDATE machines SET reserved_session_id = chosen.session_id
-FROM unnest($1::uuid[], $2::uuid[]) AS chosen (machine_id, session_id) WHERE machines.id = chosen.machine_id
-"""
+RESERVE = statement(
+    "placement.reserve",
+    """
+    WITH chosen AS MATERIALIZED (
+        SELECT machine.tid, wanted.session_id
+        FROM unnest(:machine_ids::uuid[], :session_ids::uuid[]) AS wanted (machine_id, session_id),
+             LATERAL (SELECT ctid AS tid FROM machines WHERE id = wanted.machine_id) AS machine
+    )
+    UPDATE machines SET reserved_session_id = chosen.session_id FROM chosen WHERE machines.ctid = chosen.tid
+    """,
+)
 
-# Runs read per lane and pass, and hence the most assignments a pass makes in one lane.
-HEADS_PER_LANE = 200
+# --- a pass -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,59 +191,166 @@ class Placed:
     machine: Machine
 
 
-async def place(database: Database, organization_id: str) -> tuple[list[Placed], bool]:
-    """One pass over an organization: what was assigned, and whether another pass might assign more.
+class Left(enum.Enum):
+    """What a pass left for another one."""
 
-    Raises DatabaseUnavailable.
-    """
-    async with database.transaction() as connection:
-        await connection.execute(LOCK_ORGANIZATION, organization_id)
-        rows = await connection.fetch(IDLE_MACHINES, organization_id)
-        idle = {row["id"]: Machine(row["id"], row["reserved_session_id"], frozenset(row["pool_ids"])) for row in rows}
-        if not idle:
-            return [], False
-        pinned = [f"machine:{machine.id}" for machine in idle.values() if machine.session_id is None]
-        limit = min(len(idle), HEADS_PER_LANE)
-        heads = await connection.fetch(HEADS, organization_id, pinned, limit)
-        cut: set[str] = set()
-        if limit < len(idle):
-            cut = {lane for lane, count in Counter(head["lane"] for head in heads).items() if count == limit}
-        while placed := match(heads, idle, cut):
-            runs, machines = await _lock(connection, placed)
-            if len(runs) == len(machines) == len(placed):
-                break
-            # What others hold or changed must not keep the rest waiting: choose anew without it. Not only for whom it was
-            # chosen: a machine that is gone passes its run on to the next machine, before runs of a lesser claim.
-            lost_runs = {one.run_id for one in placed} - runs
-            heads = [head for head in heads if head["id"] not in lost_runs]
-            for one in placed:
-                if one.machine.id not in machines:
-                    del idle[one.machine.id]
-        if placed:
-            opening = [one for one in placed if one.session_id is not None and one.machine.session_id is None]
-            if opening:
-                await connection.execute(
-                    RESERVE, [one.machine.id for one in opening], [one.session_id for one in opening]
-                )
-            await connection.execute(
-                ASSIGN,
-                run_ids=[one.run_id for one in placed],
-                machine_ids=[one.machine.id for one in placed],
-                **NOBODY.parameters(),
+    NOTHING = "nothing that could start"
+    MORE = "more than a pass assigns"
+    HELD = "what somebody else held or changed meanwhile: perhaps all of the organization, in a pass on another replica"
+    LARGE = "everything: the slices were not enough"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What a pass did."""
+
+    placed: Sequence[Placed]
+    left: Left
+
+
+class _TooLarge(Exception):
+    """The slices were not enough."""
+
+
+async def place(database: Database, organization_id: str, *, slices: int = 1) -> Pass:
+    """One pass over an organization that reads so many slices of machines and of lanes at most. Raises DatabaseUnavailable."""
+    try:
+        async with database.transaction() as connection:
+            if not await connection.fetchval(LOCK_ORGANIZATION, organization_id=organization_id):
+                return Pass((), Left.HELD)
+            idle = await _idle_machines(connection, organization_id, slices)
+            if not idle:
+                return Pass((), Left.NOTHING)
+            queue = await _heads(connection, organization_id, idle, slices)
+            return await _assign(connection, organization_id, queue, idle)
+    except _TooLarge:
+        return Pass((), Left.LARGE)
+
+
+async def _idle_machines(connection: Connection, organization_id: str, slices: int) -> dict[UUID, Machine]:
+    idle: dict[UUID, Machine] = {}
+    after: tuple[datetime | None, UUID | None] = (None, None)
+    for _ in range(slices):
+        created_at, machine_id = after
+        rows = await connection.fetch(
+            IDLE_MACHINES, organization_id=organization_id, created_at=created_at, id=machine_id, slice=SLICE
+        )
+        last = rows.pop() if rows and rows[-1]["pool_ids"] is None else None
+        for row in rows:
+            idle[row["id"]] = Machine(row["id"], row["reserved_session_id"], frozenset(row["pool_ids"]))
+        if last is None:
+            return idle
+        after = last["created_at"], last["id"]
+    raise _TooLarge
+
+
+@dataclass(slots=True)
+class _Queue:
+    """The next runs of the open lanes, each lane in its order; and the last one that was read of lanes that have more."""
+
+    runs: list[Record]
+    cut: dict[str, Record]
+    may_read_on: bool
+
+
+async def _heads(connection: Connection, organization_id: str, idle: dict[UUID, Machine], slices: int) -> _Queue:
+    pinned = [f"machine:{machine.id}" for machine in idle.values() if machine.session_id is None]
+    machines = _Machines(idle, set())
+    queue = _Queue([], {}, may_read_on=True)
+    after: str | None = ""
+    for number in range(slices):
+        rows = await connection.fetch(
+            HEADS,
+            organization_id=organization_id,
+            after=after,
+            slice=SLICE,
+            pinned=pinned[number * SLICE : (number + 1) * SLICE],
+            most=min(len(idle), MOST),
+        )
+        after = next((row["lane"] for row in rows if row["n"] == SLICE), None)
+        heads = [row for row in rows if row["id"] is not None]
+        if rows and rows[0]["depth"] < len(idle):
+            read = Counter(row["lane"] for row in heads if row["session_id"] is None)
+            queue.cut |= {row["lane"]: row for row in heads if read[row["lane"]] == row["depth"]}
+        if slices == 1:
+            queue.runs = heads
+        else:
+            _keep_the_best(queue, [run for run in heads if machines.suits(run)])
+        if after is None and (number + 1) * SLICE >= len(pinned):
+            return queue
+        after = after or BEYOND_LANES
+    raise _TooLarge
+
+
+def _keep_the_best(queue: _Queue, more: Sequence[Record]) -> None:
+    """Add runs for which there is a machine, within the room there is: the best decide, and the rest is for other passes."""
+    queue.runs = sorted([*queue.runs, *more], key=_claim)
+    for run in queue.runs[KEPT:]:
+        queue.cut[run["lane"]] = run
+        queue.may_read_on = False  # what is read may come after what was dropped
+    del queue.runs[KEPT:]
+
+
+async def _assign(connection: Connection, organization_id: str, queue: _Queue, idle: dict[UUID, Machine]) -> Pass:
+    reads = LANES_READ_ON if queue.may_read_on else 0
+    left = Left.NOTHING
+    while True:
+        placed, ran_out = match(queue.runs, idle, queue.cut)
+        if ran_out is not None and reads > 0:
+            reads -= 1
+            last = queue.cut.pop(ran_out)
+            rows = await connection.fetch(
+                READ_ON,
+                organization_id=organization_id,
+                lane=ran_out,
+                queue_rank=last["queue_rank"],
+                queued_at=last["queued_at"],
+                id=last["id"],
+                most=MOST,
             )
-    return placed, bool(placed and cut)
+            queue.runs += rows
+            if len(rows) == MOST:
+                queue.cut[ran_out] = rows[-1]
+            continue
+        if not placed:
+            return Pass((), left)
+        runs, machines = await _lock(connection, placed)
+        if len(runs) == len(machines) == len(placed):
+            break
+        # What others hold or changed must not keep the rest waiting: choose anew without it. Not only for whom it was
+        # chosen: a machine that is gone passes its run on to the next machine, before runs of a lesser claim.
+        left = Left.HELD
+        lost_runs = {one.run_id for one in placed} - runs
+        queue.runs = [run for run in queue.runs if run["id"] not in lost_runs]
+        for one in placed:
+            if one.machine.id not in machines:
+                del idle[one.machine.id]
+    opening = [one for one in placed if one.session_id is not None and one.machine.session_id is None]
+    if opening:
+        await connection.execute(
+            RESERVE,
+            machine_ids=[one.machine.id for one in opening],
+            session_ids=[one.session_id for one in opening],
+        )
+    await connection.execute(
+        ASSIGN,
+        run_ids=[one.run_id for one in placed],
+        machine_ids=[one.machine.id for one in placed],
+        **NOBODY.parameters(),
+    )
+    return Pass(placed, Left.MORE if ran_out is not None or len(placed) == MOST else left)
 
 
 async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[set[UUID], set[UUID]]:
     """Lock what was chosen; which of its runs and of its machines are still as they were read."""
-    rows = await connection.fetch(LOCK_RUNS, [one.run_id for one in chosen])
+    rows = await connection.fetch(LOCK_RUNS, run_ids=[one.run_id for one in chosen])
     queued = {row["id"]: row["queued_at"] for row in rows}
     runs = {one.run_id for one in chosen if queued.get(one.run_id) == one.queued_at}
-    rows = await connection.fetch(LOCK_MACHINES, [one.machine.id for one in chosen])
+    rows = await connection.fetch(LOCK_MACHINES, machine_ids=[one.machine.id for one in chosen])
     reserved = {row["id"]: row["reserved_session_id"] for row in rows}
     pools: dict[UUID, set[UUID]] = defaultdict(set)
     if any(one.pools for one in chosen):
-        for row in await connection.fetch(POOLS_NOW, list(reserved)):
+        for row in await connection.fetch(POOLS_NOW, machine_ids=list(reserved)):
             pools[row["machine_id"]].add(row["pool_id"])
     machines = {
         one.machine.id
@@ -200,39 +360,43 @@ async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[set[UUID]
     return runs, machines
 
 
-def match(heads: Sequence[Any], idle: dict[UUID, Machine], cut: set[str]) -> list[Placed]:
+# --- who gets what ----------------------------------------------------------------------------------------------------
+
+
+def match(runs: Sequence[Record], idle: dict[UUID, Machine], cut: Collection[str]) -> tuple[list[Placed], str | None]:
     """Give machines to the heads of lanes, best head first; a lane whose head finds none is done.
 
-    It ends with the last run that was read of a lane in `cut`: that lane has more, which may go before what is left.
+    It ends with the last run that was read of a lane in `cut`, and names that lane: it has more, which may go before what is
+    left.
     """
-    lanes: dict[str, deque[Any]] = defaultdict(deque)
-    for head in heads:
-        lanes[head["lane"]].append(head)
-    queue = [_entry(runs[0]) for runs in lanes.values()]
+    lanes: dict[str, deque[Record]] = defaultdict(deque)
+    for run in runs:
+        lanes[run["lane"]].append(run)
+    queue = [(*_claim(waiting[0]), waiting[0]) for waiting in lanes.values()]
     heapq.heapify(queue)
-    machines = _Machines(idle, {head["pinned_machine_id"] for head in heads})
+    machines = _Machines(idle, {run["pinned_machine_id"] for run in runs})
     chosen: list[Placed] = []
-    while queue and len(chosen) < len(idle):
+    while queue and len(chosen) < min(len(idle), MOST):
         run = heapq.heappop(queue)[-1]
-        pools = _pools(run)
-        machine = machines.take(run, pools)
+        machine = machines.take(run)
         if machine is None:
             continue
-        chosen.append(Placed(run["id"], run["queued_at"], run["session_id"], pools, machine))
+        chosen.append(Placed(run["id"], run["queued_at"], run["session_id"], _pools(run), machine))
         waiting = lanes[run["lane"]]
         waiting.popleft()
         if waiting:
-            heapq.heappush(queue, _entry(waiting[0]))
-        elif run["lane"] in cut:
-            break
-    return chosen
+            heapq.heappush(queue, (*_claim(waiting[0]), waiting[0]))
+        elif run["lane"] in cut and len(chosen) < min(len(idle), MOST):
+            return chosen, run["lane"]
+    return chosen, None
 
 
-def _entry(run: Any) -> tuple[bool, Any, UUID, Any]:
-    return not run["is_priority"], run["queued_at"], run["id"], run
+def _claim(run: Record) -> tuple[bool, datetime, UUID]:
+    """The lower, the better."""
+    return not run["is_priority"], run["queued_at"], run["id"]
 
 
-def _pools(run: Any) -> frozenset[UUID]:
+def _pools(run: Record) -> frozenset[UUID]:
     """The pools that decide where a run goes: a session's reserved machine and a pinned one win over them."""
     if run["reserved_machine_id"] is not None or run["pinned_machine_id"] is not None:
         return frozenset()
@@ -249,22 +413,44 @@ class _Machines:
             (machine for machine in idle.values() if machine.session_id is None),
             key=lambda machine: (machine.id in sought, len(machine.pools), machine.id),
         )
+        self._members: dict[UUID, list[Machine]] = defaultdict(list)
+        for machine in self._open:
+            for pool in machine.pools:
+                self._members[pool].append(machine)
         # Machines only go, so what was passed over for some pools never needs to be looked at again for them.
         self._in_pools: dict[frozenset[UUID], Iterator[Machine]] = {}
+        self._suiting: dict[frozenset[UUID], bool] = {}
 
-    def take(self, run: Any, pools: frozenset[UUID]) -> Machine | None:
+    def take(self, run: Record) -> Machine | None:
         """An eligible machine: the session's reserved one, else the pinned one, else the least sought-after."""
         machine: Machine | None
-        if run["reserved_machine_id"] is not None:
-            machine = self._left.get(run["reserved_machine_id"])
-        elif run["pinned_machine_id"] is not None:
-            machine = self._left.get(run["pinned_machine_id"])
-            if machine is not None and machine.session_id is not None:
-                machine = None
+        if run["reserved_machine_id"] is not None or run["pinned_machine_id"] is not None:
+            machine = self._named(run)
         else:
+            pools = _pools(run)
             if pools not in self._in_pools:
-                self._in_pools[pools] = iter([machine for machine in self._open if pools <= machine.pools])
+                self._in_pools[pools] = self._in_all(pools)
             machine = next((machine for machine in self._in_pools[pools] if machine.id in self._left), None)
         if machine is not None:
             del self._left[machine.id]
         return machine
+
+    def suits(self, run: Record) -> bool:
+        """Whether a machine is eligible as long as none is taken."""
+        if run["reserved_machine_id"] is not None or run["pinned_machine_id"] is not None:
+            return self._named(run) is not None
+        pools = _pools(run)
+        if pools not in self._suiting:
+            self._suiting[pools] = any(True for _ in self._in_all(pools))
+        return self._suiting[pools]
+
+    def _named(self, run: Record) -> Machine | None:
+        if run["reserved_machine_id"] is not None:
+            return self._left.get(run["reserved_machine_id"])
+        machine = self._left.get(run["pinned_machine_id"])
+        return machine if machine is not None and machine.session_id is None else None
+
+    def _in_all(self, pools: frozenset[UUID]) -> Iterator[Machine]:
+        """Those of the pool that has the fewest, if they are in the others too."""
+        few = min((self._members.get(pool, []) for pool in pools), key=len, default=self._open)
+        return (machine for machine in few if pools <= machine.pools)

@@ -1,54 +1,171 @@
-"""When organizations are looked at for something to place; what a look does is in placement.py."""
+"""When organizations are looked at for something to place; what a look does is in placement.py.
+
+Organizations that were woken are served in their turn, each with one bounded pass, and never wait for anything else. Those
+whose passes are long take turns among themselves. What a lost wake-up left is found by the look-around, which reads what waits
+and which machines are idle, and makes a pass only where a run can start. All replicas go through one round of it together.
+"""
 
 import logging
 import time
 
 from app.errors import Unavailable
-from app.scheduling.placement import place
+from app.scheduling import rules
+from app.scheduling.placement import BEYOND_LANES, Left, place
 from app.services import Services
 from app.stores.database import LockTimeout
+from app.stores.statements import statement
 from app.telemetry.logs import describe
+from app.wakeups import Turns
 
 log = logging.getLogger("app.background")
 
-# Organizations that have both a waiting run and a machine that might take one.
-WITH_WORK = """
-WITH RECURSIVE waiting AS (
-    (SELECT organization_id FROM runs
-     WHERE status = 'scheduling' AND assigned_machine_id IS NULL ORDER BY organization_id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT r.organization_id FROM runs r
-            WHERE r.status = 'scheduling' AND r.assigned_machine_id IS NULL AND r.organization_id > waiting.organization_id
-            ORDER BY r.organization_id LIMIT 1)
-    FROM waiting WHERE waiting.organization_id IS NOT NULL
-)
-SELECT organization_id FROM waiting WHERE organization_id IS NOT NULL AND EXISTS (
-    SELECT FROM machines m
-    WHERE m.organization_id = waiting.organization_id AND m.status = 'connected' AND m.is_available
-      AND NOT EXISTS (SELECT FROM runs r WHERE r.assigned_machine_id = m.id AND r.status IN ('scheduling', 'running')))
-"""
+# An organization rests so many times as long as its pass took, and at least and at most so many seconds. Alone it is served at
+# once; under load each of its passes does more for its price, and others come in between.
+REST_FOR_WORK = 4
+LEAST_REST = 0.01
+LONGEST_REST = 1.0
+
+# Slices of 1,000 machines and lanes: more than any organization has.
+ALL_SLICES = 10_000
+
+# The longest rest between two rounds of the look-around: what a lost wake-up left is found within 10 s. After a round of more
+# than one slice it is so long for each, some fifty times as long as a slice takes.
+LOOK_AROUND_SECONDS = 8.0
+REST_FOR_SLICE = 0.35
+LANES = 500  # that one slice looks at,
+LANES_OF_ONE = 200  # and of one organization in it
 
 
 async def place_woken(services: Services) -> None:
-    """One pass for each organization that was woken and, once a period, for each that may have something to place."""
-    database, wakeups = services.database, services.wakeups
-    woken = wakeups.take_organizations()
-    if time.monotonic() >= wakeups.look_around_at:
-        # Also while wake-ups keep coming: another replica may have died between a commit and its wake-up.
-        wakeups.look_around_at = time.monotonic() + services.settings.background_period_seconds
-        async with database.connection() as connection:
-            woken.update(row["organization_id"] for row in await connection.fetch(WITH_WORK))
-    for organization_id in woken:
+    """A pass for each organization that was woken, in turn."""
+    await _place_in_turn(services, services.wakeups.placement, slices=1)
+
+
+async def place_large(services: Services) -> None:
+    """The same for those for which one slice is not enough."""
+    await _place_in_turn(services, services.wakeups.large_placement, slices=ALL_SLICES)
+
+
+async def _place_in_turn(services: Services, turns: Turns, *, slices: int) -> None:
+    while (organization_id := turns.take()) is not None:
+        began = time.monotonic()
         try:
-            placed, again = await place(database, organization_id)
-        except LockTimeout:  # another replica's pass over it takes long
-            log.warning({"event": "placement_waits", "organization_id": organization_id})
-            continue
+            left = await _pass(services, organization_id, slices=slices)
         except Unavailable:
+            turns.wake(organization_id)
             raise
-        except Exception as error:  # noqa: BLE001 - one organization's trouble must not hold up the others
-            log.error({"event": "placement_failed", "organization_id": organization_id, **describe(error)})
-            continue
-        wakeups.assigned({one.machine.id for one in placed})
-        if again:  # after the others had their turn
-            wakeups.wake_placement(organization_id)
+        took = time.monotonic() - began
+        rest = min(max(LEAST_REST, REST_FOR_WORK * took), LONGEST_REST)
+        turns.rest(organization_id, rest, again=left in (Left.MORE, Left.HELD))
+
+
+async def _pass(services: Services, organization_id: str, *, slices: int = 1) -> Left:
+    """One pass, and who is told of it. Raises DatabaseUnavailable."""
+    try:
+        done = await place(services.database, organization_id, slices=slices)
+    except LockTimeout:
+        log.warning({"event": "placement_waits", "organization_id": organization_id})
+        return Left.HELD
+    except Unavailable:
+        raise
+    except Exception as error:  # noqa: BLE001 - one organization's trouble must not hold up the others
+        log.error({"event": "placement_failed", "organization_id": organization_id, **describe(error)})
+        return Left.NOTHING
+    services.wakeups.assigned({one.machine.id for one in done.placed})
+    if done.left is Left.LARGE:
+        services.wakeups.large_placement.wake(organization_id)
+    return done.left
+
+
+# --- the look-around --------------------------------------------------------------------------------------------------
+
+# Whether a machine is idle for the first run of a lane, as a pass would decide it. Where there are too many machines to look at
+# it says yes, and leaves it to the pass.
+_FREE = f"({rules.idle('m')} AND m.reserved_session_id IS NULL)"
+_NAMED = f"""machines m
+    WHERE m.id = coalesce(head.reserved_machine_id, head.pinned_machine_id) AND {rules.idle("m")}
+      AND (m.reserved_session_id IS NULL OR m.id = head.reserved_machine_id)"""
+_POOLED = f"""(
+        SELECT machine_id, row_number() OVER () AS n FROM pool_machines WHERE pool_id = head.pool_ids[1]
+        LIMIT 1 + 500 / cardinality(head.pool_ids)
+    ) AS member CROSS JOIN LATERAL (SELECT * FROM machines WHERE id = member.machine_id LIMIT 1) AS m
+    WHERE member.n > 500 / cardinality(head.pool_ids) OR ({_FREE} AND {rules.in_all_pools("head", "m.id")})"""
+_ANY = f"""(
+        SELECT *, row_number() OVER () AS n FROM machines WHERE organization_id = head.organization_id
+        ORDER BY created_at DESC, id DESC LIMIT 1001
+    ) AS m WHERE m.n > 1000 OR {_FREE}"""
+
+_FIRST_OF_LANE = f"""
+    SELECT r.organization_id, r.lane, r.session_id, r.pinned_machine_id, r.pool_ids FROM runs r
+    WHERE {rules.waits("r")} AND (r.organization_id, r.lane) > ({{organization_id}}, {{lane}})
+    ORDER BY r.organization_id, r.lane, r.queue_rank, r.queued_at, r.id LIMIT 1
+"""
+
+# The next slice of the round that all replicas share, if it is time and nobody else is at it: it hops from lane to lane, over
+# all organizations, and keeps those in which the first run of a lane could start now. One of many lanes is left to a pass.
+LOOK_AROUND = statement(
+    "placement.look_around",
+    f"""
+    WITH RECURSIVE first_of_all AS (
+        INSERT INTO shared_rounds (name) VALUES ('placement') ON CONFLICT DO NOTHING
+    ), round AS MATERIALIZED (
+        SELECT coalesce(position, ARRAY['', '']) AS position FROM shared_rounds
+        WHERE name = 'placement' AND (position IS NOT NULL OR now() >= began_at + make_interval(
+            secs => greatest(:period::float, least(slices * :rest_for_slice::float, :longest::float))))
+        FOR UPDATE SKIP LOCKED
+    ), heads AS MATERIALIZED (
+        SELECT 1 AS n, 1 AS of_organization, first.* FROM round CROSS JOIN LATERAL (
+            {_FIRST_OF_LANE.format(organization_id="round.position[1]", lane="round.position[2]")}
+        ) AS first
+        UNION ALL
+        SELECT h.n + 1, CASE WHEN next.organization_id = h.organization_id THEN h.of_organization + 1 ELSE 1 END, next.*
+        FROM heads h CROSS JOIN LATERAL (
+            {
+        _FIRST_OF_LANE.format(
+            organization_id="h.organization_id",
+            lane=f"CASE WHEN h.of_organization = {LANES_OF_ONE} THEN '{BEYOND_LANES}' ELSE h.lane END",
+        )
+    }
+        ) AS next
+        WHERE h.n < {LANES}
+    ), moved AS (
+        UPDATE shared_rounds SET
+            began_at = CASE WHEN shared_rounds.position IS NULL THEN now() ELSE began_at END,
+            slices = CASE WHEN shared_rounds.position IS NULL THEN 0 ELSE slices + 1 END,
+            position = (SELECT ARRAY[organization_id, lane] FROM heads WHERE n = {LANES})
+        FROM round WHERE shared_rounds.name = 'placement'
+        RETURNING shared_rounds.position IS NOT NULL AS more
+    ), wishes AS MATERIALIZED (
+        SELECT DISTINCT h.organization_id, h.of_organization = {LANES_OF_ONE} AS is_large,
+               m.id AS reserved_machine_id, h.pinned_machine_id, h.pool_ids
+        FROM heads h LEFT JOIN LATERAL (
+            SELECT id FROM machines WHERE reserved_session_id = h.session_id LIMIT 1
+        ) AS m ON true
+        WHERE h.session_id IS NULL OR NOT {rules.session_at_work("h")}
+    )
+    SELECT (SELECT more FROM moved) AS more, ARRAY(
+        SELECT DISTINCT head.organization_id FROM wishes head WHERE head.is_large OR CASE
+            WHEN coalesce(head.reserved_machine_id, head.pinned_machine_id) IS NOT NULL THEN {rules.exists(_NAMED)}
+            WHEN cardinality(head.pool_ids) > 0 THEN {rules.exists(_POOLED)}
+            ELSE {rules.exists(_ANY)}
+        END
+    ) AS startable
+    """,
+)
+
+
+async def look_around(services: Services) -> bool:
+    """A slice of the round that is due, and a pass where a run could start; whether the round goes on."""
+    async with services.database.connection() as connection:
+        found = await connection.fetchrow(
+            LOOK_AROUND,
+            period=services.settings.background_period_seconds,
+            rest_for_slice=REST_FOR_SLICE,
+            longest=LOOK_AROUND_SECONDS,
+        )
+        if found is None or found["more"] is None:
+            return False
+    for organization_id in found["startable"]:
+        if await _pass(services, organization_id) in (Left.MORE, Left.HELD):
+            services.wakeups.placement.wake(organization_id)
+    return bool(found["more"])

@@ -5,6 +5,14 @@ Placement, lists and the reason of a waiting run must mean the same by them, and
 """
 
 
+def exists(source: str) -> str:
+    """Whether there is a row, by a look into an index for each row that asks.
+
+    EXISTS may become a join that reads a whole index, and a plan that was made while it was short is kept.
+    """
+    return f"((SELECT true FROM {source} LIMIT 1) IS NOT NULL)"
+
+
 def waits(run: str) -> str:
     """In the queue of its lane."""
     return f"{run}.status = 'scheduling' AND {run}.assigned_machine_id IS NULL"
@@ -15,17 +23,29 @@ def at_work(run: str) -> str:
     return f"({run}.status = 'running' OR ({run}.status = 'scheduling' AND {run}.assigned_machine_id IS NOT NULL))"
 
 
+def session_at_work(run: str) -> str:
+    """One of the run's session is at work."""
+    return exists(f"runs colleague WHERE colleague.session_id = {run}.session_id AND {at_work('colleague')}")
+
+
 def up(machine: str) -> str:
     return f"{machine}.status = 'connected' AND {machine}.is_available"
 
 
 def occupied(machine: str) -> str:
-    return (
-        "EXISTS (SELECT FROM runs occupant"
-        f" WHERE occupant.assigned_machine_id = {machine}.id AND occupant.status IN ('scheduling', 'running'))"
+    return exists(
+        f"runs occupant WHERE occupant.assigned_machine_id = {machine}.id AND occupant.status IN ('scheduling', 'running')"
     )
 
 
 def idle(machine: str) -> str:
     """It could start a run now, if it is reserved for nobody else."""
     return f"{up(machine)} AND NOT {occupied(machine)}"
+
+
+def in_all_pools(run: str, machine_id: str) -> str:
+    """The machine is in each of the run's pools."""
+    return (
+        f"NOT EXISTS (SELECT FROM unnest({run}.pool_ids) AS wanted (id) WHERE NOT EXISTS ("
+        f"SELECT FROM pool_machines member WHERE member.pool_id = wanted.id AND member.machine_id = {machine_id}))"
+    )

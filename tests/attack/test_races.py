@@ -669,8 +669,8 @@ def test_a_run_that_was_cancelled_and_retried_since_it_was_read(attacked: Stack,
             async with database.connection() as connection:
                 await connection.execute("UPDATE machines SET is_available = true WHERE id = $1", machine_id)
             interrupted: Any = Interrupted(database, lambda: asyncio.to_thread(overtake))
-            placed, _ = await place(interrupted, client.organization)
-            return [str(one.run_id) for one in placed]
+            done = await place(interrupted, client.organization)
+            return [str(one.run_id) for one in done.placed]
         finally:
             database.close()
 
