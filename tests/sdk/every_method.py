@@ -288,6 +288,14 @@ def workflows(sdk: Sdk) -> None:
     sdk.fails("workflows.get", workflow_id, status=404, code="workflow_not_found")
 
 
+def refused(sdk: Sdk, method: str, *arguments: Any, **options: Any) -> None:
+    """As not supported, by the name of what was sent."""
+    response = sdk.respond(method, *arguments, **options)
+    found = response.data if response.data is not None else response.error
+    assert isinstance(found, models.HTTPValidationError), repr(found)
+    assert [item.type_ for item in found.detail] == ["not_supported"], found
+
+
 def runs(sdk: Sdk) -> None:
     sdk.clear()
     pool_id = sdk.pool()
@@ -317,6 +325,25 @@ def runs(sdk: Sdk) -> None:
     assert ended.status is models.RunStatus.SUCCESS
     assert ended.output_data.to_dict() == {"answer": 42}
     assert [line.to_dict() for line in ended.run_message_history] == [{"role": "user"}]
+
+    # What the newest versions can ask for is stored and shown, and kept by a retry; what is not done is refused.
+    model, other = str(uuid4()), str(uuid4())
+    own = sdk.run(main_prompt="Do that.", main_agent_model_id=model, model_metadata={"fallback_model_1_id": other})
+    own_id, asked = str(own.id), {"fallback_model_1_id": other, "main_agent_model_id": model}
+
+    def said(run: Any) -> tuple[Any, dict[str, Any], Any]:
+        shown = run.to_dict()
+        metadata = {name: value for name, value in shown["model_metadata"].items() if value is not None}
+        return shown["main_prompt"], metadata, shown["usage_metadata"]
+
+    assert said(own) == ("Do that.", asked, None)
+    sdk.report(own_id, status="running")
+    assert said(sdk.report(own_id, status="error", usage_metadata={"tokens": 1})) == ("Do that.", asked, {"tokens": 1})
+    assert said(sdk("runs.retry", own_id, models.RunRetry.from_dict({}))) == ("Do that.", asked, None)
+    refused(sdk, "runs.update", own_id, models.RunUpdate.from_dict({"post_run_checks": []}))
+    refused(sdk, "workflows.create", models.WorkflowCreate.from_dict({"main_prompt": "x", "model_metadata": asked}))
+    if "search" in inspect.signature(sdk.client.runs.list).parameters:
+        refused(sdk, "runs.list", search="x")
 
     workflow_id = sdk.workflow()
     bulk = models.RunBulkCreate.from_dict(
