@@ -17,7 +17,7 @@ from benchmarks.load import Plan, Pressure
 from benchmarks.measure import Case, Group, Round, Sample, Target
 from benchmarks.memory import PeakMemory
 from benchmarks.pgbench import SixStatements
-from benchmarks.placing import ADD_MACHINES, END_ASSIGNED, many, soon
+from benchmarks.placing import ADD_MACHINES, END_ASSIGNED, add_crowd, add_lanes, idle, many, soon
 from benchmarks.statements import statements
 from benchmarks.world import ORGANIZATION, RETRY_BODY, Server, Unplaced, World, run_id, sample
 
@@ -109,6 +109,40 @@ def placement(world: World, pressure: Pressure) -> Group:
             Case("unplaced", partial(retries, other), "retries, placement turned off"),
         ],
         [Target("placing / unplaced", rate("placing", "unplaced"), at_least=0.9)],
+    )
+
+
+def tenants(world: World, pressure: Pressure) -> Group:
+    """Whether anybody's retry waits for what other organizations have waiting."""
+    crowd, lanes = world.database("crowd"), world.database("lanes")
+    add_crowd(crowd, 10_000)
+    key, machine_id = add_lanes(lanes)
+    among, beside = world.server_of(crowd), world.server_of(lanes)
+
+    def wake() -> None:
+        """A pass over them begins, in which nothing can be placed."""
+        status, _ = beside.call("PATCH", f"/v1/machines/{machine_id}", {"name": "woken"}, key=key)
+        if status != 200:
+            raise RuntimeError(f"A machine's PATCH answered {status}")
+
+    return Group(
+        "tenants",
+        "from a retry to its machine, among many organizations",
+        [
+            Case("idle", partial(idle, among), "10,000 others whose runs cannot be placed, nothing asked for"),
+            Case("among 10,000", partial(soon, among, 50), "a retry there"),
+            Case(
+                "beside 120,000",
+                partial(soon, beside, 50, wake),
+                "a retry beside passes over 120,000 runs in 600 lanes",
+            ),
+        ],
+        [
+            Target("idle: percent of a core, app", figure("idle", "app %"), at_most=2),
+            Target("idle: percent of a core, PostgreSQL", figure("idle", "postgres %")),
+            Target("among 10,000: p50 ms", lambda one: one["among 10,000"].p50, at_most=100),
+            Target("beside 120,000: p50 ms", lambda one: one["beside 120,000"].p50, at_most=100),
+        ],
     )
 
 
@@ -397,6 +431,7 @@ GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
     "statements": statements,
     "scale": scale,
     "placement": placement,
+    "tenants": tenants,
     "history": history,
     "secret": secret,
     "files": files,

@@ -215,8 +215,9 @@ class Server:
             raise RuntimeError(f"GET {path} answered {status}")
         return reply
 
-    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        return http(method, f"http://127.0.0.1:{self.port}{path}", body, {"Authorization": f"Bearer {self.data.key}"})
+    def call(self, method: str, path: str, body: Any = None, *, key: str | None = None) -> tuple[int, Any]:
+        headers = {"Authorization": f"Bearer {key or self.data.key}"}
+        return http(method, f"http://127.0.0.1:{self.port}{path}", body, headers)
 
     def retries(
         self, pressure: Pressure, *headers: str, body: bytes = RETRY_BODY, history_bytes: int | None = HISTORY
@@ -245,6 +246,10 @@ class Server:
         """The same request again and again."""
         outcome, cost = self._measured(load.Plan(self.port, pressure, head, expect, body))
         return sample(outcome, cost)
+
+    def cpu(self) -> tuple[float, float]:
+        """Seconds of processor time so far: of this server, and of PostgreSQL."""
+        return cpu_seconds(self.app), cpu_seconds(self._postgres)
 
     def _measured(self, plan: load.Plan) -> tuple[load.Outcome, dict[str, float]]:
         app, postgres = cpu_seconds(self.app), cpu_seconds(self._postgres)
