@@ -16,7 +16,7 @@ from alembic import command
 from alembic.config import Config
 from pydantic import ValidationError
 
-from app import auth
+from app import __version__, auth
 from app.api.server import BACKLOG
 from app.config import DatabaseSettings, Settings
 from app.main import create_app
@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     serve = commands.add_parser("serve", help="serve HTTP, with the settings of the environment")
     serve.set_defaults(run=_serve)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
     migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
     migrate.set_defaults(run=_migrate)
 
@@ -56,6 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}", file=sys.stderr)
         return 2
     return code
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(__version__)
+    return 0
 
 
 def application() -> object:

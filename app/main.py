@@ -10,7 +10,7 @@ from types import FrameType
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from app import background
+from app import __version__, background
 from app.api import console, docs, openapi, refusals
 from app.api.edge import Edge
 from app.api.routes import ROUTERS
@@ -39,7 +39,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="Runs API",
-        version="1",
+        version=__version__,
         lifespan=lifespan,
         openapi_url=None,  # served by app.api.openapi, as bytes
         docs_url=None,

@@ -6,6 +6,7 @@ from uuid import uuid4
 
 import pytest
 
+from app import __version__
 from app.cli import main
 from app.config import Settings
 from tests.conftest import Server, Stack
@@ -32,7 +33,7 @@ def test_a_key_from_creation_to_revocation(
     user_id = str(uuid4())
     assert main(["keys", "create", "--organization", organization, "--user", user_id, "--name", "ci"]) == 0
     key = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"rk_[A-Za-z0-9_-]{43}", key)
+    assert re.fullmatch(r"runs_[A-Za-z0-9_-]{43}", key)
     with server.client(organization, key=key) as api:
         assert api.run()["user_id"] == user_id
 
@@ -84,3 +85,12 @@ def test_a_start_that_fails_names_the_settings_and_shows_no_value(
     with pytest.raises(ValueError, match="server_key") as failure:
         Settings()  # as a worker process does
     assert "canary" not in shown.out + shown.err + str(failure.value)
+
+
+def test_the_version_is_said_everywhere(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    assert f'version = "{__version__}"' in project.read_text()
+    with server.client() as api:
+        assert api.get("/openapi.json").json()["info"]["version"] == __version__

@@ -11,6 +11,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from app import __version__
 from tests.conftest import Client, Server, Stack, file_input, start_server, until
 
 KEY_ERRORS = [
@@ -81,7 +82,8 @@ class TestAuthentication:
     def test_health_needs_none(self, server: Server) -> None:
         for path in ("/v1/health", "/v1/health/db", "/health/live", "/health/ready"):
             reply = httpx.get(server.url + path, trust_env=False)
-            assert (reply.status_code, reply.json()) == (200, {"status": "ok", "down": [], "reasons": {}})
+            version = {"version": __version__} if path == "/health/live" else {}
+            assert (reply.status_code, reply.json()) == (200, {"status": "ok", "down": [], "reasons": {}} | version)
 
 
 @pytest.fixture(scope="module")

@@ -47,3 +47,9 @@ class Health(BaseModel):
     status: Literal["ok", "unavailable"]
     down: list[str] = Field(description="Dependencies that cannot be used.")
     reasons: dict[str, str] = Field(description="Why, by dependency: `unreachable`, `login_refused`.")
+
+
+class Alive(Health):
+    """`ok`, and the version."""
+
+    version: str = Field(description="Version of the service.")

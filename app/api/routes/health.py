@@ -6,14 +6,17 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 
+from app import __version__
 from app.errors import DatabaseUnavailable
 from app.runs.projection import encode
-from app.schemas.problems import Health
+from app.schemas.problems import Alive, Health
 from app.services import Services
 
 router = APIRouter(tags=["health"])
 
 SHARED_SECONDS = 1.0  # how long an answer of a store is good for
+
+_ALIVE = encode({"status": "ok", "down": [], "reasons": {}, "version": __version__})
 
 _RESPONSES: dict[int | str, dict[str, object]] = {503: {"model": Health, "description": "A dependency is down."}}
 
@@ -72,10 +75,15 @@ def _checks(request: Request) -> Checks:
 
 
 @router.get("/v1/health", name="health", response_model=Health)
-@router.get("/health/live", name="health_live", response_model=Health)
-async def live() -> Response:
+async def health() -> Response:
     """The process answers."""
     return _reply()
+
+
+@router.get("/health/live", name="health_live", response_model=Alive)
+async def live() -> Response:
+    """The process answers, and says which version it is."""
+    return Response(_ALIVE, media_type="application/json")
 
 
 @router.get("/v1/health/db", name="health_db", response_model=Health, responses=_RESPONSES)
