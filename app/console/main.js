@@ -36,6 +36,10 @@ function show() {
   const to = route();
   if (to.name === "runs") lastList = location.hash || "#/runs";
   markNavigation(to.name);
+  if (to.name === "queue" && me.machine_id) {
+    location.replace("#/runs"); // it is not for a key that belongs to a machine
+    return;
+  }
   if (view?.name === to.name && view.id === to.id) {
     view.change(to);
     titleIs(view.title());
@@ -285,6 +289,7 @@ addEventListener("paste", (event) => {
 
 function enter() {
   inside = true;
+  navigation.queue.hidden = Boolean(me.machine_id);
   fill(who, icon("key"), h("span", null, theirs(me.name || me.organization_id || "key")));
   who.setAttribute("aria-label", `Your key: ${me.name || me.organization_id || "unnamed"}`);
   document.body.prepend(bar, banner);

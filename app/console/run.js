@@ -28,17 +28,19 @@ export function runView(root, first, app) {
   let dialog = null;
 
   const head = h("div.runhead");
-  const title = h("div.title");
+  // The heading and the button stay the same ones: they may have the focus.
+  const heading = h("h1", { tabindex: -1 }, "Run ", short(id));
+  const about = h("p.meta");
+  const title = h("div.title", null, heading, about);
   const actions = h("div.actions");
   const tabs = h("nav.tabs", { "aria-label": "About this run" }, Object.entries(TABS).map(([name, label]) => h("a", { href: `#/runs/${id}/${name}`, "data-tab": name }, label)));
   const panel = h("div.panel");
   fill(head, title, actions);
   fill(root, h("a.back", { href: app.lastList() }, icon("back"), "Runs"), head, tabs, panel);
-  fill(title, h("h1", { tabindex: -1 }, "Run ", short(id)), skeleton(1));
+  fill(about, h("span.faint", null, "Loading …"));
   fill(panel, skeleton(6));
   markTab();
-  const keepTitle = keeping(title);
-  // The button stays the same one: it may have the focus.
+  const keepTitle = keeping(about);
   const button = h("button.primary", { type: "button", "aria-keyshortcuts": "r", onclick: retry }, icon("retry"), "Retry …");
   const cancelButton = h("button", { type: "button", onclick: cancel }, "Cancel run …");
   const obstacleText = h("p.obstacle", { id: "obstacle" });
@@ -133,7 +135,8 @@ export function runView(root, first, app) {
   /** Events outlive their run: they tell who deleted it. */
   function showGone() {
     dialog?.close();
-    keepTitle(["gone"], () => h("h1", { tabindex: -1 }, "Run ", short(id)));
+    keepTitle(["gone"], () => []);
+    fill(heading, "Run ", short(id));
     fill(actions);
     tabs.hidden = true;
     keepPanel(["gone", events], () => [
@@ -166,20 +169,16 @@ export function runView(root, first, app) {
   function drawTitle() {
     const began = run.started_at && Date.parse(run.started_at);
     const ended = run.ended_at && Date.parse(run.ended_at);
+    fill(heading, status(run.status), names.named("workflows", run.workflow_id));
     return [
-      h("h1", { tabindex: -1 }, status(run.status), names.named("workflows", run.workflow_id)),
-      h(
-        "p.meta",
-        null,
-        h("span", null, h("span.id", null, run.id), copyButton(() => run.id, "the id")),
-        h("span", null, `attempt ${run.attempt}`),
-        run.machine_id ? h("span", null, icon("machine"), h("a", { href: `#/runs?machine=${run.machine_id}` }, names.named("machines", run.machine_id)), run.assigned_machine_id || TERMINAL.has(run.status) ? null : " (wished)") : null,
-        run.is_priority ? h("span.tag", null, "priority") : null,
-        run.session_id ? h("span", null, "session ", h("a", { href: `#/runs?session=${run.session_id}` }, run.session_alias ? theirs(run.session_alias) : short(run.session_id))) : null,
-        h("span", null, "created ", time(run.created_at)),
-        run.status === "running" && began ? h("span", null, "running for ", time(run.started_at, "since")) : null,
-        ended ? h("span", null, "ended ", time(run.ended_at), began ? `, ran ${took(ended - began)}` : null) : null,
-      ),
+      h("span", null, h("span.id", null, run.id), copyButton(() => run.id, "the id")),
+      h("span", null, `attempt ${run.attempt}`),
+      run.machine_id ? h("span", null, icon("machine"), h("a", { href: `#/runs?machine=${run.machine_id}` }, names.named("machines", run.machine_id)), run.assigned_machine_id || TERMINAL.has(run.status) ? null : " (wished)") : null,
+      run.is_priority ? h("span.tag", null, "priority") : null,
+      run.session_id ? h("span", null, "session ", h("a", { href: `#/runs?session=${run.session_id}` }, run.session_alias ? theirs(run.session_alias) : short(run.session_id))) : null,
+      h("span", null, "created ", time(run.created_at)),
+      run.status === "running" && began ? h("span", null, "running for ", time(run.started_at, "since")) : null,
+      ended ? h("span", null, "ended ", time(run.ended_at), began ? `, ran ${took(ended - began)}` : null) : null,
     ];
   }
 
@@ -199,6 +198,7 @@ export function runView(root, first, app) {
 
   /** Why Retry cannot work, and whether the dialog could not help either. */
   function obstacle() {
+    if (me.machine_id) return ["This key belongs to a machine: it looks at that machine's runs, and retries none.", true];
     if (!may("runs:write")) return ["This key may look, and not retry: it lacks the scope runs:write.", true];
     if (!TERMINAL.has(run.status)) return [run.status === "running" ? "It is running. Retry works when it has ended; cancel it if its executor died." : "It waits to be run already. Retry works when it has ended.", true];
     if (!plan || plan.would_retry || planFor !== `${run.status}${run.attempt}`) return [null, false];
@@ -460,7 +460,7 @@ export function runView(root, first, app) {
             null,
             h("b", null, String(event.event).replaceAll("_", " ")),
             ` attempt ${event.attempt}`,
-            event.from_status || event.to_status ? h("span.faint", null, ` ${event.from_status ?? "–"} → ${event.to_status ?? "–"}`) : null,
+            event.from_status !== event.to_status ? h("span.faint", null, ` ${event.from_status ?? "–"} → ${event.to_status ?? "–"}`) : null,
             h(
               "p.meta",
               null,

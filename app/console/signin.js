@@ -80,7 +80,7 @@ export function signInView(root, why, entered) {
 
 function sentence(error) {
   if (error instanceof Problem && error.status === 401) return "The service does not know this key: it is mistyped, revoked or expired.";
-  if (error instanceof Problem && error.status === 403) return "The key is valid, but it may not read runs, and the console does nothing else without that. It needs the scope runs:read.";
+  if (error instanceof Problem && error.status === 403) return "The key is valid, but it may not read runs, and without that the console shows nothing: it needs the scope runs:read.";
   if (error instanceof Problem) return `${error.message} (${error.status}${error.requestId ? `, request ${error.requestId}` : ""})`;
   return `${error.message} Try again.`;
 }

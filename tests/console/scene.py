@@ -87,8 +87,11 @@ class Scene:
     runs: dict[str, str] = field(default_factory=dict)
 
 
-def night(stack: Stack, api: Client) -> Scene:
-    """Machines, pools, workflows, and runs in every state; the run `failed` is the one to find and to mend."""
+def night(stack: Stack, api: Client, *, past: int = 26) -> Scene:
+    """Machines, pools, workflows, and runs in every state; the run `failed` is the one to find and to mend.
+
+    `past` is how many other runs have ended.
+    """
     scene = Scene()
     for name in ("Post invoices", "Month-end report", "Update supplier data", "Check deliveries"):
         body = {"name": name, "main_prompt": f"{name} in the ledger."}
@@ -103,7 +106,7 @@ def night(stack: Stack, api: Client) -> Scene:
         members = {"machine_ids": [scene.machines[f"desk-{number}"] for number in numbers]}
         api.json_of(api.post(f"/v1/pools/{pool}/machines", json=members))
         scene.pools[name] = pool
-    _history(stack, api, scene)
+    _history(stack, api, scene, past)
     _present(stack, api, scene)
     return scene
 
@@ -119,9 +122,9 @@ def _assigned(api: Client, run: str) -> str:
     return run
 
 
-def _history(stack: Stack, api: Client, scene: Scene) -> None:
+def _history(stack: Stack, api: Client, scene: Scene, past: int) -> None:
     """Runs that have ended, spread over the night."""
-    for number in range(26):
+    for number in range(past):
         workflow = ["Check deliveries", "Update supplier data", "Month-end report"][number % 3]
         run = _run(api, scene, workflow, machine_id=scene.machines[f"desk-{number % 5 + 1}"])
         api.report(_assigned(api, run), status="running")

@@ -4,7 +4,7 @@ import re
 
 from playwright.async_api import expect
 
-from tests.conftest import Client, Stack
+from tests.conftest import Client, Stack, until
 from tests.console.conftest import Console
 
 
@@ -73,6 +73,58 @@ def test_a_revoked_key_signs_out_at_the_next_request(console: Console, api: Clie
     assert console.storage() == {}
     assert run["id"] not in re.sub(r"#\S*", "", console.do(console.page.content()))
     console.misses(console.page.locator("dialog"))
+
+
+def test_what_the_key_may_not_is_not_offered_and_it_says_why(console: Console, api: Client, stack: Stack) -> None:
+    finished, running = api.finished("error"), api.run()
+    api.report(running["id"], status="running")
+    console.sign_in(f"#/runs/{finished['id']}", stack.new_key(api.organization, scopes=["runs:read"]))
+    button = console.page.get_by_role("button", name="Retry …")
+    console.do(expect(button).to_have_attribute("aria-disabled", "true"))
+    console.do(
+        expect(button).to_have_accessible_description(
+            "This key may look, and not retry: it lacks the scope runs:write."
+        )
+    )
+    console.do(button.click(force=True))
+    console.do(console.page.keyboard.press("r"))
+    console.misses(console.dialog)
+    console.open_run(running["id"])
+    console.do(expect(console.page.get_by_role("button", name="Cancel run …")).to_be_hidden())
+    assert console.sent("POST", "/v1/") == []
+    console.do(console.page.get_by_role("button", name="Your key").click())
+    console.sees("May see runs, workflows, machines and the queue runs:read")
+    console.sees("May not create, retry, cancel and delete runs runs:write")
+    console.reads(console.dialog, api.organization)
+
+
+def test_a_key_that_may_not_read_is_told_so(console: Console, api: Client, stack: Stack) -> None:
+    console.tab.expect("status of 403")
+    console.tab.open(console.url)
+    console.enter_key(stack.new_key(api.organization, scopes=["runs:write"]))
+    console.sees("it needs the scope runs:read")
+    assert console.storage() == {}
+
+
+def test_an_executors_key_sees_its_machines_runs_and_presses_nothing(
+    console: Console, api: Client, stack: Stack
+) -> None:
+    desk = api.machine(name="desk-7")
+    own = api.run(machine_id=desk)
+    until(lambda: api.get_run(own["id"])["assigned_machine_id"])
+    api.report(own["id"], status="running")
+    api.report(own["id"], status="error", error=["it broke"])
+    api.run(machine_id=api.machine(status="disconnected"))
+    console.sign_in(key=stack.new_key(api.organization, scopes=["runs:execute"], machine_id=desk))
+    console.do(expect(console.rows).to_have_count(1))
+    console.do(expect(console.page.get_by_role("link", name="Queue")).to_be_hidden())
+    console.open_run(own["id"])
+    button = console.page.get_by_role("button", name="Retry …")
+    console.do(
+        expect(button).to_have_accessible_description(
+            "This key belongs to a machine: it looks at that machine's runs, and retries none."
+        )
+    )
 
 
 def test_half_an_hour_without_input_signs_out_and_wipes_the_page(console: Console, api: Client) -> None:

@@ -277,6 +277,117 @@ def test_priority_and_a_reason(console: Console, api: Client, mode: str, before:
     assert confirm(console) == {"is_priority": sends, "reason": "The ledger is back."}
 
 
+# --- said beforehand --------------------------------------------------------------------------------------------------
+
+
+def dry_runs(console: Console) -> list[dict[str, Any]]:
+    return [body(request) for request in console.sent("POST", "dry_run=true")]
+
+
+def test_it_says_beforehand_what_will_happen(console: Console, api: Client) -> None:
+    desk = api.machine(name="desk-2")
+    run = api.finished("error", input_values={"user": "ada"}, sensitive_input_values={"password": "old"})
+    console.sign_in()
+    console.open_retry(run["id"])
+    aside = console.dialog.get_by_role("complementary", name="What will happen")
+    for text in (
+        "Attempt 2 is queued, under the same id",
+        "Cleared\nthe error, the result, the history, 1 output file",
+        "Kept\nvalues, secrets",
+        "Replaced\nnothing",
+        "Secrets\npassword\nkept until",
+        "Where\nany machine\n1 machine could take it now",
+        "Then\nIt starts at once",
+    ):
+        console.until("(text) => document.querySelector('aside').innerText.includes(text)", text)
+    console.choose("Values", "Empty")
+    console.reads(aside, "Replacedvalues")
+    field = console.choose("Machine", "Change")
+    console.do(field.get_by_label("desk-2").check())
+    console.reads(aside, "only desk-2")
+    api.json_of(api.patch(f"/v1/machines/{desk}", json={"is_available": False}))
+    console.choose("Priority", "Priority")
+    console.reads(aside, "Its machine is offline")
+    assert api.get_run(run["id"])["attempt"] == 1
+
+
+def test_it_asks_once_after_the_last_change_with_names_and_without_values(console: Console, api: Client) -> None:
+    secrets = {"password": "old", "account": {"number": 1}}
+    run = api.finished("error", sensitive_input_values=secrets)
+    console.sign_in()
+    console.open_retry(run["id"])
+    console.sees(console.dialog.get_by_text("Attempt 2 is queued"))
+    files = console.choose("Files", "Change")
+    content: Any = {"name": "a.txt", "mimeType": "", "buffer": b"the content of the file"}
+    console.do(files.locator("input[type=file]").set_input_files([content]))
+    field = console.choose("Secrets", "Change")
+    until(lambda: (console.do(console.page.wait_for_timeout(50)), dry_runs(console)[-1].get("file_inputs"))[1])
+    before = len(dry_runs(console))
+    # Each key within 300 ms of the one before: one question in the end.
+    console.do(field.get_by_label("password", exact=True).press_sequentially("canary-one", delay=40))
+    console.do(console.page.wait_for_timeout(200))
+    assert len(dry_runs(console)) == before
+    until(lambda: (console.do(console.page.wait_for_timeout(50)), len(dry_runs(console)) > before)[1])
+    assert len(dry_runs(console)) == before + 1
+    assert dry_runs(console)[-1] == {
+        "sensitive_input_values": {"password": "", "account": ""},
+        "file_inputs": [{"filename": "a.txt", "content": ""}],
+    }
+    assert all("canary" not in str(asked) for asked in dry_runs(console))
+
+
+def test_what_would_be_refused_is_told_and_cannot_be_pressed_until_it_passes(console: Console, api: Client) -> None:
+    run = api.finished("error")
+    pool = api.pool()
+    console.sign_in()
+    console.open_retry(run["id"])
+    field = console.choose("Machine", "Change")
+    console.do(field.locator("label", has_text="All machines of pools").click())
+    console.do(field.get_by_label("pool").check())
+    console.reads(console.dialog.get_by_role("complementary"), "No machine is in all its pools")
+    api.delete(f"/v1/pools/{pool}")
+    console.do(console.dialog.get_by_label("Reason").fill("x"))
+    console.sees("It would be refused")
+    console.sees("No pool with this id exists")
+    console.do(expect(console.send).to_have_attribute("aria-disabled", "true"))
+    console.do(console.send.click(force=True))
+    assert console.retries() == []
+    console.choose("Machine", "Keep")
+    console.do(expect(console.send).not_to_have_attribute("aria-disabled", "true"))
+    confirm(console)
+
+
+def test_when_it_cannot_be_asked_it_says_so_and_the_retry_still_works(console: Console, api: Client) -> None:
+    console.tab.expect("ERR_FAILED|status of 422")
+    run = api.finished("error")
+    console.sign_in()
+
+    async def lose(route: Route) -> None:
+        await route.abort()
+
+    console.intercept("**/retry?dry_run=true", lose)
+    console.open_retry(run["id"])
+    console.sees("It could not be asked")
+    confirm(console)
+
+
+def test_a_replica_without_dry_runs_takes_no_question_for_an_order(console: Console, api: Client) -> None:
+    """While a version is rolled out, the replica that answers may not know the parameter: it must not retry."""
+    console.tab.expect("status of 422")
+    run = api.finished("error")
+    console.sign_in()
+
+    async def forget_the_parameter(route: Route) -> None:
+        await route.continue_(url=route.request.url.replace("dry_run", "unknown"))
+
+    console.intercept("**/retry?dry_run=true", forget_the_parameter)
+    console.open_retry(run["id"])
+    console.sees("This service cannot say beforehand")
+    assert api.get_run(run["id"])["attempt"] == 1
+    console.do(console.send.click())
+    console.sees("Attempt 2 is queued")
+
+
 # --- once -------------------------------------------------------------------------------------------------------------
 
 
@@ -361,10 +472,11 @@ def test_expired_secrets_are_asked_for(console: Console, api: Client, stack: Sta
     )
     console.sign_in()
     console.open_retry(run["id"])
+    # The reason stands beside the button, and the dialog opens where it can be mended.
+    obstacle = console.page.locator("#obstacle")
     secret = console.field("Secrets").locator("[data-secret]")
-    if not console.do(secret.is_visible()):
-        console.do(console.send.click())
     console.sees(secret)
+    console.reads(obstacle, "stored secrets have expired: password")
     console.do(secret.fill("new"))
     confirm_after_refusal(console, {"sensitive_input_values": {"password": "new"}})
 
@@ -382,8 +494,8 @@ def test_expired_files_are_asked_for(console: Console, api: Client) -> None:
     api.json_of(api.put(f"/v1/run-attachments/{run['input_attachment_ids'][0]}", json=past))
     console.sign_in()
     console.open_retry(run["id"])
-    console.do(console.send.click())
-    console.reads(console.field("Files"), "expired")
+    console.do(expect(console.field("Files").get_by_label("Change", exact=True)).to_be_checked())
+    console.reads(console.dialog.get_by_role("complementary"), "An input attachment of the run has expired")
     console.choose("Files", "Empty")
     confirm_after_refusal(console, {"file_inputs": []})
 

@@ -1,0 +1,133 @@
+"""For everybody: axe finds nothing on any screen in light and dark, everything fits into 320 px, and nothing moves unasked."""
+
+from typing import Any
+
+import pytest
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import expect
+
+from tests.conftest import Client, Stack
+from tests.console.conftest import Console
+from tests.console.scene import Scene, night
+
+# The rules of WCAG 2.0 to 2.2, levels A and AA, and axe's own best practices.
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+
+@pytest.fixture
+def scene(stack: Stack, api: Client) -> Scene:
+    return night(stack, api, past=4)
+
+
+def problems(console: Console) -> list[str]:
+    """What axe finds: the rule, and the element."""
+    found = console.do(Axe().run(console.page, options={"runOnly": {"type": "tag", "values": RULES}}))
+    violations: list[dict[str, Any]] = found.response["violations"]
+    return [f"{one['id']}: {one['help']}: {node['html'][:200]}" for one in violations for node in one["nodes"]]
+
+
+def walk(console: Console, scene: Scene) -> Any:
+    """Every screen, one after the other, by name."""
+    failed = scene.runs["failed"]
+    console.tab.open(console.url)
+    console.sees(console.page.get_by_label("API key"))
+    yield "sign in"
+    console.enter_key(console.key)
+    console.do(expect(console.rows).not_to_have_count(0))
+    yield "runs"
+    console.go("#/runs?status=cancelled&from=2020-01-01T00:00:00.000Z&to=2020-01-02T00:00:00.000Z")
+    console.sees("No run matches these filters")
+    yield "no runs"
+    for tab in ("now", "inputs", "attempts", "events", "json"):
+        console.open_run(failed, tab)
+        console.misses(console.page.locator(".skeleton"))
+        yield f"run, {tab}"
+    console.open_run(scene.runs["waiting-0"])
+    console.sees("Its machine is offline")
+    yield "waiting run"
+    console.go("#/queue")
+    console.sees(console.page.get_by_text("desk-6"))
+    yield "queue"
+    console.open_retry(failed)
+    for legend in ("Values", "Secrets", "Files", "Machine", "Session"):
+        console.choose(legend, "Change")
+    console.do(console.send.click())  # nothing is filled in: errors stand at their fields
+    yield "retry"
+    console.do(console.page.keyboard.press("Escape"))
+    console.sees("Discard what you have chosen")
+    yield "retry, leaving"
+    console.do(console.page.get_by_role("button", name="Discard").click())
+    console.do(console.page.get_by_role("button", name="Your key").click())
+    yield "key"
+    console.do(console.page.keyboard.press("Escape"))
+    console.do(console.page.keyboard.press("?"))
+    yield "keyboard"
+    console.do(console.page.keyboard.press("Escape"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(console: Console, scene: Scene, scheme: Any) -> None:
+    console.do(console.page.emulate_media(color_scheme=scheme, reduced_motion="reduce"))
+    found = {screen: problems(console) for screen in walk(console, scene)}
+    assert {screen: listed for screen, listed in found.items() if listed} == {}
+    assert len(found) > 12
+
+
+def test_everything_fits_into_320_pixels_and_can_be_hit(console: Console, scene: Scene) -> None:
+    console.do(console.page.set_viewport_size({"width": 320, "height": 640}))
+    wide = "document.scrollingElement.scrollWidth"
+    # WCAG 2.2, 2.5.8: 24 by 24 pixels, but for links within text.
+    small = """() => [...document.querySelectorAll("button, select, input:not(.unseen), .chip, .tabs a, .button")]
+        .filter((node) => node.checkVisibility({visibilityProperty: true}) && !node.closest("[inert]"))
+        .map((node) => [node.outerHTML.slice(0, 90), (node.closest("label") ?? node).getBoundingClientRect()])
+        .filter(([, box]) => box.width && (box.width < 24 || box.height < 24))
+        .map(([html, box]) => `${html} ${box.width}x${box.height}`)"""
+    for screen in walk(console, scene):
+        assert console.do(console.page.evaluate(wide)) <= 320, screen
+        assert console.do(console.page.evaluate(small)) == [], screen
+
+
+def test_text_twice_as_large_still_fits(console: Console, scene: Scene) -> None:
+    console.do(console.page.set_viewport_size({"width": 640, "height": 800}))
+    double = "addEventListener('DOMContentLoaded', () => { document.documentElement.style.fontSize = '200%' })"
+    console.do(console.page.add_init_script(double))
+    for screen in walk(console, scene):
+        assert console.do(console.page.evaluate("document.scrollingElement.scrollWidth")) <= 640, screen
+
+
+def test_nothing_moves_for_those_who_asked_for_that(console: Console, api: Client) -> None:
+    api.run()
+    console.sign_in()
+    console.sees(console.rows)
+    assert console.do(console.page.evaluate("document.getAnimations().length")) == 0
+
+
+def test_focus_goes_where_the_page_goes_and_is_never_hidden(console: Console, api: Client) -> None:
+    for _ in range(60):
+        run = api.run()
+    console.sign_in()
+    console.do(expect(console.rows).to_have_count(60))
+    console.go(f"#/runs/{run['id']}")
+    console.do(expect(console.page.get_by_role("heading", level=1)).to_be_focused())
+    console.do(console.page.go_back())
+    console.do(expect(console.rows).to_have_count(60))
+    covered = """() => { const box = document.activeElement.getBoundingClientRect();
+        const top = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+        return document.activeElement.contains(top) || top?.contains(document.activeElement) }"""
+    for key, times in (("j", 60), ("k", 60)):
+        for _ in range(times):
+            console.do(console.page.keyboard.press(key))
+            assert console.do(console.page.evaluate(covered))
+    console.do(console.page.keyboard.press("Shift+Tab"))
+
+
+def test_a_dialog_keeps_the_focus_and_gives_it_back(console: Console, api: Client) -> None:
+    run = api.finished("error")
+    console.sign_in()
+    console.open_retry(run["id"])
+    inside = "document.activeElement === document.body || Boolean(document.activeElement.closest('dialog'))"
+    for _ in range(30):
+        console.do(console.page.keyboard.press("Tab"))
+        assert console.do(console.page.evaluate(inside))
+    console.do(console.page.keyboard.press("Escape"))
+    console.do(expect(console.page.get_by_role("button", name="Retry …")).to_be_focused())
