@@ -257,9 +257,10 @@ export function secretsField(run, plan, changed) {
       if (own.mode === "change") body.sensitive_input_values = Object.fromEntries(rows.map((row) => [row.name, row.value()]));
       if (own.mode === "empty") body.sensitive_input_values = {};
     },
-    /** Names with `stand` in place of what was typed. */
+    /** Names, with `stand` in place of what was typed; nothing while there are none. */
     putNames(body, stand) {
-      if (own.mode === "change") body.sensitive_input_values = Object.fromEntries(rows.filter((row) => row.name).map((row) => [row.name, stand]));
+      const named = rows.filter((row) => row.name);
+      if (own.mode === "change" && named.length) body.sensitive_input_values = Object.fromEntries(named.map((row) => [row.name, stand]));
       if (own.mode === "empty") body.sensitive_input_values = {};
     },
     dirty: () => own.mode !== "keep",
@@ -372,7 +373,8 @@ export function filesField(attachments, changed) {
       }
     },
     putNames(body, stand) {
-      if (own.mode === "change") body.file_inputs = rows.map((row) => described(row, stand));
+      if (own.mode === "change" && tooLarge()) throw new FieldError(choose);
+      if (own.mode === "change" && rows.length) body.file_inputs = rows.map((row) => described(row, stand));
       if (own.mode === "empty") body.file_inputs = [];
     },
     /** The service's loc goes on with the number of the file and the name of its field. */

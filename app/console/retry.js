@@ -108,7 +108,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     try {
       body = await build(() => "");
     } catch {
-      fill(verdict, h("p.faint", null, "A value is not finished yet."));
+      fill(verdict, h("p.faint", null, "Something is not finished yet."));
       return; // the next change asks
     }
     try {
@@ -116,7 +116,11 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
       if (asking !== abort || life.signal.aborted) return;
       foretold = answer;
       drawOutcome(answer);
-      if (untouched) preset(answer);
+      if (untouched && !answer.would_retry) {
+        preset(answer);
+        ask(0);
+        return;
+      }
       if (!answer.would_retry) timer = setTimeout(foretell, AGAIN_MS);
     } catch (error) {
       if (aborted(error) || asking !== abort) return;
@@ -134,7 +138,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     const cleared = answer.cleared ?? {};
     const list = (items) => (items.length ? items.map((item, index) => [index ? ", " : "", item]) : h("span.faint", null, "nothing"));
     const called = (keys) => [...new Set((keys ?? []).map((key) => WORDS[key] ?? theirs(key)))];
-    const text = answer.would_retry ? `Attempt ${answer.attempt} is queued, under the same id` : "It would be refused";
+    const text = answer.would_retry ? `Attempt ${answer.attempt} will be queued, under the same id` : "It would be refused";
     if (verdict.textContent !== text) fill(verdict, h(`p.${answer.would_retry ? "good" : "bad"}`, null, icon(answer.would_retry ? "success" : "error"), text));
     fill(
       outcome,

@@ -35,11 +35,11 @@ class Console:
     def sign_in(self, route: str = "#/runs", key: str | None = None) -> None:
         self.tab.open(self.url + route)
         self.enter_key(key or self.key)
+        self.sees(self.page.get_by_role("navigation", name="Screens"))
 
     def enter_key(self, key: str) -> None:
         self.do(self.page.get_by_label("API key").fill(key))
         self.do(self.page.keyboard.press("Enter"))
-        self.sees(self.page.get_by_role("navigation", name="Screens"))
 
     def go(self, route: str) -> None:
         self.do(self.page.evaluate("(route) => { location.hash = route }", route))
