@@ -59,7 +59,7 @@ lock: ## renew the locked lists from pyproject.toml (needs uv)
 	$(COMPILE) --upgrade --group stack -c requirements-extras.lock -o requirements-stack.lock
 	$(COMPILE) --upgrade --group dev --all-extras pyproject.toml -c requirements-extras.lock -c requirements-stack.lock -o requirements-dev.lock
 	for list in tests/sdk/locks/*.txt; do \
-		grep -oE '^(cyberdesk==[0-9.]+|pydantic|python-dateutil)' $$list | $(COMPILE) --upgrade - -o $$list || exit; done
+		grep -oE '^(cyberdesk==[0-9.]+|fastapi|pydantic|python-dateutil)' $$list | $(COMPILE) --upgrade - -o $$list || exit; done
 
 # The stamps are written last, so that an interrupted installation is done again.
 .venv/created.stamp:

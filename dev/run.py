@@ -217,6 +217,7 @@ def _settings(data_dir: Path, port: int, postgres: Postgres, bao: Bao) -> dict[s
     files.mkdir(mode=0o700, exist_ok=True)
     role_id, secret_id = bao.approle()
     return {
+        "WEBHOOK_ALLOW": "127.0.0.0/8",  # receivers on this machine, unless ours says otherwise
         **inherited,
         "HOST": "127.0.0.1",
         "PORT": str(port),

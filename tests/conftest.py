@@ -148,9 +148,10 @@ class Stack:
         return {str((Path(path) / name).relative_to(self.files)) for path, _, names in walked for name in names}
 
     def named(self) -> tuple[set[str], set[str]]:
-        """Secret paths and blob keys that a run or the deletion list names."""
+        """Secret paths and blob keys that a run, an endpoint or the deletion list names."""
         secrets_named = self.sql(
             "SELECT secret_path AS name FROM runs WHERE secret_path IS NOT NULL"
+            " UNION SELECT path FROM webhook_secrets"
             " UNION SELECT name FROM deletions WHERE store = 'vault'"
         )
         blobs_named = self.sql(

@@ -1,0 +1,106 @@
+"""Receivers that nobody here wrote accept our messages: the libraries, every SDK's type, and what the vendor documents."""
+
+import asyncio
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import standardwebhooks
+import svix.webhooks
+
+from dev.run import ROOT
+from tests.conftest import file_input, until
+from tests.sdk import environment
+from tests.sdk.environment import NEEDS_UNKNOWN_KEY
+from tests.support.receiver import Message
+from tests.test_sdk import VERSIONS
+from tests.webhooks.conftest import Hooked
+
+Received = tuple[Message, str]
+
+
+@pytest.fixture
+def received(hooked: Hooked) -> Received:
+    """A message with something in all of it, and the secret that it is signed with."""
+    endpoint_id = hooked.endpoint()["id"]
+    options = {"sensitive_input_values": {"password": "x"}, "input_values": {"text": "ü"}, "start_session": True}
+    run_id = hooked.started(file_inputs=[file_input()], **options)
+    hooked.api.upload(run_id)
+    history = [{"role": "assistant", "content": "done"}]
+    hooked.api.report(run_id, status="success", output_data={"total": 42}, run_message_history=history)
+    until(lambda: hooked.receiver.messages)
+    return hooked.receiver.messages[0], hooked.secret(endpoint_id)
+
+
+def altered(message: Message) -> bytes:
+    return message.body.replace(b'"success"', b'"error"')
+
+
+def test_standardwebhooks(received: Received) -> None:
+    message, secret = received
+    receiver = standardwebhooks.Webhook(secret)
+    assert receiver.verify(message.body, message.headers) == message.event
+    with pytest.raises(standardwebhooks.WebhookVerificationError):
+        receiver.verify(altered(message), message.headers)
+
+
+@pytest.mark.parametrize("kind", ["svix", "webhook"])
+def test_svix_2(received: Received, kind: str) -> None:
+    assert int(version("svix").partition(".")[0]) == 2
+    message, secret = received
+    headers = {name: value for name, value in message.headers.items() if name.startswith(f"{kind}-")}
+    assert len(headers) == 3
+    receiver = svix.webhooks.Webhook(secret)
+    receiver.verify(message.body, headers)  # and returns nothing, as the docs say
+    with pytest.raises(svix.webhooks.WebhookVerificationError):
+        receiver.verify(altered(message), headers)
+
+
+def test_the_vendors_documented_receiver_with_svix_1(received: Received) -> None:
+    message, secret = received
+    headers = {name: value for name, value in message.headers.items() if name.startswith("svix-")}
+    job = {"body": message.body.decode(), "headers": headers, "secret": secret}
+    accepted, altered_body = environment.run("receiver", "vendors_receiver.py", job)
+    assert accepted == [200, {"ok": True}]
+    assert altered_body == [400, {"detail": "Invalid signature"}]
+
+
+@pytest.mark.parametrize("sdk", VERSIONS)
+def test_the_sdks_type_reads_a_message(received: Received, sdk: str) -> None:
+    message, _ = received
+    event = message.event
+    job = {"body": message.body.decode()}
+    if sdk == NEEDS_UNKNOWN_KEY:
+        job["body"] = json.dumps(event | {"run": event["run"] | {"run_kind": "workflow"}})
+    read: dict[str, Any] = environment.run(sdk, "receive.py", job)
+    assert (read["event_id"], read["event_type"]) == (event["event_id"], "run_complete")
+    assert (read["run_id"], read["status"]) == (event["run"]["id"], "success")
+    assert read["run"]["output_data"] == {"total": 42}
+    assert read["run"]["sensitive_input_aliases"] == event["run"]["sensitive_input_aliases"]
+    assert read["run"].keys() >= event["run"].keys(), "what this version does not know is kept"
+
+
+def test_the_receiver_of_our_own_docs(
+    received: Received, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message, secret = received
+    [code] = re.findall(
+        r"```python\n(.*?)```", Path(ROOT / "docs" / "webhooks.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert len(code.strip().splitlines()) <= 14
+    monkeypatch.setenv("WEBHOOK_SECRET", secret)
+    names: dict[str, Any] = {}
+    exec(code, names)
+
+    async def post(body: bytes) -> int:
+        transport = httpx.ASGITransport(names["app"])
+        async with httpx.AsyncClient(transport=transport, base_url="http://receiver", verify=False) as client:
+            return (await client.post("/hook", content=body, headers=message.headers)).status_code
+
+    assert asyncio.run(post(message.body)) == 204
+    assert message.event["run"]["id"] in capsys.readouterr().out
+    assert asyncio.run(post(altered(message))) == 400
