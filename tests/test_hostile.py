@@ -45,6 +45,7 @@ KNOWN = {
     *SENTENCES.values(),
     "Must be 1 to 255 visible ASCII characters, sent once.",
     "Must be `next` of an earlier reply, or absent for the beginning.",
+    "Must be an https URL of at most 2048 ASCII characters, with a host, and without user, password and fragment.",
     f"Must be names of fields of a run: {', '.join(sorted(FIELDS))}.",
 }
 SENTENCE = re.compile("|".join(re.sub(r"\\{[a-z_]+\\}", FILLED_IN, re.escape(known)) for known in KNOWN))
