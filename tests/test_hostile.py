@@ -46,6 +46,11 @@ KNOWN = {
     "Must be 1 to 255 visible ASCII characters, sent once.",
     "Must be `next` of an earlier reply, or absent for the beginning.",
     "Must be an https URL of at most 2048 ASCII characters, with a host, and without user, password and fragment.",
+    "Must be a public address.",
+    "Must begin with https://.",
+    "Must use the scheme's own port or one from 1024 to 65535.",
+    "The port must be from 1 to 65535.",
+    "The host is neither a name nor an address in its usual form.",
     f"Must be names of fields of a run: {', '.join(sorted(FIELDS))}.",
 }
 SENTENCE = re.compile("|".join(re.sub(r"\\{[a-z_]+\\}", FILLED_IN, re.escape(known)) for known in KNOWN))
@@ -68,7 +73,10 @@ class Scene:
             "workflow_id": client.workflow(),
             "machine_id": machine,
             "pool_id": client.pool(machine),
+            "webhook_endpoint_id": client.webhook_endpoint(),
         }
+        sent = client.post(f"/v1/webhook-endpoints/{self.ids['webhook_endpoint_id']}/test")
+        self.ids["webhook_delivery_id"] = client.json_of(sent, 201)["id"]
         # In bodies; an output is handed in for a running run.
         self.values = self.ids | {"run_id": running, "machine_ids": [machine], "pool_ids": [self.ids["pool_id"]]}
         self.names = {name for schema in self.schemas.values() for name in schema.get("properties", {})}

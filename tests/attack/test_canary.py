@@ -358,6 +358,9 @@ def test_what_is_sent_in_the_wrong_place(spy: Spy, client: Client) -> None:
     run = client.finished(file_inputs=[file_input()])
     ids = {"run_id": run["id"], "attachment_id": run["input_attachment_ids"][0], "workflow_id": client.workflow()}
     ids |= {"machine_id": client.machine(), "pool_id": client.pool()}
+    ids |= {"webhook_endpoint_id": client.webhook_endpoint()}
+    sent = client.json_of(client.post(f"/v1/webhook-endpoints/{ids['webhook_endpoint_id']}/test"), 201)
+    ids |= {"webhook_delivery_id": sent["id"]}
     statuses = []
     for method, path, operation in sorted(writes, key=lambda write: write[0] == "DELETE"):
         content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
