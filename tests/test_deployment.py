@@ -308,7 +308,7 @@ def test_two_starts_and_the_printed_curl(tmp_path: Path) -> None:
         before = facts()
         names = {"API_URL", "API_KEY", "DEMO_RUN_ID", "DATABASE_URL", "VAULT_ADDR", "VAULT_TOKEN", "STORAGE_URL"}
         assert before.keys() >= names
-        command = shlex.split(printed[printed.index("\ncurl ") : printed.index("Ctrl-C")].replace("\\\n", " "))
+        command = shlex.split(printed[printed.index("\ncurl ") :].split("\n\n")[0].replace("\\\n", " "))
         options = {option: command[place + 1] for place, option in enumerate(command) if option in ("-X", "-d")}
         headers = dict(command[place + 1].split(": ") for place, option in enumerate(command) if option == "-H")
         url = next(part for part in command if part.startswith("http"))
