@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run test soak fuzz test-sdk example lint fmt bench lock
+.PHONY: help run test soak fuzz test-sdk example screenshots lint fmt bench lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the READM
 
 example: .venv/dev.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
 	@$(BIN)/python -m examples.lifecycle
+
+screenshots: .venv/dev.stamp ## every screen of the console as docs/console/*.png (needs Chromium)
+	$(BIN)/python -m tests.console.screenshots
 
 lint: .venv/dev.stamp ## ruff, mypy and who may import whom
 	$(BIN)/ruff check .
