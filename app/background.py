@@ -20,6 +20,7 @@ from app.runs.listing import announce_assignments
 from app.runs.outputs import prune_outputs
 from app.scheduling.rounds import look_around, place_large, place_woken
 from app.services import Services
+from app.stores.channels import tell
 from app.stores.deletions import collect_all
 from app.stores.pool import party
 from app.telemetry.logs import describe
@@ -32,6 +33,9 @@ REST_FOR_WORK = 4
 
 # Seconds after which a loop that has nothing to look for by itself goes on with what a failure left.
 TRY_AGAIN = 1.0
+
+# A process tells others at most so often: the server lets those who tell commit one after the other.
+TELL_REST = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +91,20 @@ def loops(services: Services) -> list[Loop]:
     """One for each task, so that a frozen Vault never delays an assignment."""
     settings, database, wakeups = services.settings, services.database, services.wakeups
     period = settings.background_period_seconds
+    answers, settles = settings.background != "only", settings.background != "none"
+    channels = wakeups.listens_to(answers=answers)
+    telling = [
+        Loop("tell", partial(tell, database, wakeups), TRY_AGAIN, wakeups.to_tell, rest=TELL_REST, rest_for_work=0),
+        Loop("listen", partial(database.listen, channels, wakeups.heard), TRY_AGAIN),
+    ]
+    if answers:
+        telling.append(Loop("assignments", partial(announce_assignments, services), period))
+    if not settles:
+        return telling
     deliverer = Deliverer(services)
     collect = partial(collect_all, database, services.secrets, services.files, noted=note_expired_secrets)
     return [
+        *telling,
         # It is organizations that rest here, each by itself: none waits for what another one costs.
         Loop("placement", partial(place_woken, services), TRY_AGAIN, wakeups.placement.event, rest_for_work=0),
         Loop(
@@ -102,7 +117,6 @@ def loops(services: Services) -> list[Loop]:
         Loop("idempotency_keys", partial(forget_keys, database), period),
         Loop("outputs", partial(prune_outputs, database), period),
         Loop("events", partial(prune_events, database, settings.event_retention_days), period),
-        Loop("assignments", partial(announce_assignments, services), period),
         Loop("webhooks", deliverer.round, period, wakeups.deliveries, rest=0.02, close=deliverer.close),
         Loop("old_webhooks", partial(prune_webhooks, database, settings.webhook_retention_days), period),
     ]
@@ -121,6 +135,6 @@ def _waking(services: Services, work: Callable[[], Awaitable[set[str]]]) -> Call
     async def work_and_wake() -> None:
         for organization_id in await work():
             services.wakeups.wake(organization_id)
-            services.wakeups.deliveries.set()
+            services.wakeups.deliver()
 
     return work_and_wake

@@ -89,6 +89,11 @@ class Settings(DatabaseSettings):
     )
 
     # PostgreSQL
+    database_direct_url: SecretStr | None = Field(
+        None,
+        description="The same database without a pooler that shares connections between transactions: one connection per"
+        " process, for LISTEN; default: DATABASE_URL.",
+    )
     database_pool_size: int = Field(
         16, ge=2, le=500, description="Connections per process; organizations take turns when they are short."
     )
@@ -155,6 +160,11 @@ class Settings(DatabaseSettings):
     )
     webhook_retention_days: int = Field(
         7, ge=2, le=90, description="How long webhook events and their deliveries are kept."
+    )
+    background: Literal["all", "none", "only"] = Field(
+        "all",
+        description="`none`: this replica only answers, `only`: it serves nothing but health; what follows a commit"
+        " (machines, deletions, webhooks) is then done by those with `all` or `only`.",
     )
     background_period_seconds: float = Field(
         1.0, gt=0, description="How often deletions and assignments are looked for."

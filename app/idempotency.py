@@ -183,7 +183,7 @@ async def attempt_or_replay(services: Services, write: WriteRequest, attempt: Ca
                 reply = await attempt()
                 services.wakeups.wake(write.principal.organization_id)
                 if reply.has_event:
-                    services.wakeups.deliveries.set()
+                    services.wakeups.deliver()
                 return reply
             except Deadlock:
                 if not more:

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from app import __version__, background
 from app.api import console, docs, openapi, refusals
 from app.api.edge import Edge
-from app.api.routes import ROUTERS
+from app.api.routes import ROUTERS, health
 from app.api.routes.health import Checks
 from app.api.server import Connections, room_for_connections
 from app.config import Settings
@@ -48,6 +48,10 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=openapi.unique_id,
         redirect_slashes=False,  # a redirect would make clients send their key and body twice
     )
+    if settings.background == "only":
+        app.include_router(health.router)
+        app.add_middleware(Edge)
+        return app
     for router in ROUTERS:
         app.include_router(router)
     openapi.install(app)

@@ -26,7 +26,13 @@ class Services:
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """They connect when they are first used. Raises ValueError for settings that cannot be used."""
-        return cls(settings, Database(settings), SecretStore(settings), FileStore(settings), Wakeups())
+        return cls(
+            settings,
+            Database(settings),
+            SecretStore(settings),
+            FileStore(settings),
+            Wakeups(settles=settings.background != "none"),
+        )
 
     async def close(self) -> None:
         """Wait for the calls under way, and close the connections."""

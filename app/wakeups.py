@@ -6,7 +6,7 @@ It knows only names and events, not what anybody does once awake. Nothing depend
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from uuid import UUID
 
 
@@ -44,14 +44,20 @@ class Turns:
             self.wake(name)
 
 
-class Wakeups:
-    """The wake-ups of one process."""
+WOKEN, TO_DELIVER, ASSIGNED = "runs_woken", "runs_to_deliver", "runs_assigned"  # what processes tell each other
 
-    def __init__(self) -> None:
+
+class Wakeups:
+    """The wake-ups of one process. One that `settles` has the loops; others tell those that have."""
+
+    def __init__(self, *, settles: bool = True) -> None:
+        self._settles = settles
         self.placement = Turns()  # of organizations
         self.large_placement = Turns()  # of those whose passes take long
         self.collector = asyncio.Event()
         self.deliveries = asyncio.Event()  # set after a commit that left something to send
+        self.to_tell = asyncio.Event()
+        self._untold: dict[str, set[str]] = defaultdict(set)
         self._callers: dict[UUID, set[asyncio.Event]] = defaultdict(set)
         self.stopping = False
 
@@ -59,8 +65,49 @@ class Wakeups:
 
     def wake(self, organization_id: str) -> None:
         """Called after a commit that may have left something to assign or to delete."""
-        self.placement.wake(organization_id)
-        self.collector.set()
+        if self._settles:
+            self.placement.wake(organization_id)
+            self.collector.set()
+        else:
+            self._tell(WOKEN, organization_id)
+
+    def deliver(self) -> None:
+        """Called after a commit that left something to send."""
+        if self._settles:
+            self.deliveries.set()
+        else:
+            self._tell(TO_DELIVER, "now")
+
+    # --- other processes ---
+
+    def _tell(self, channel: str, name: str) -> None:
+        self._untold[channel].add(name)
+        self.to_tell.set()
+
+    def take_untold(self) -> dict[str, set[str]]:
+        """What is to be told to other processes, by channel, since the last call."""
+        taken, self._untold = self._untold, defaultdict(set)
+        return taken
+
+    def untell(self, taken: dict[str, set[str]]) -> None:
+        """It could not be told: later."""
+        for channel, names in taken.items():
+            self._untold[channel] |= names
+
+    def heard(self, channel: str, names: Iterable[str]) -> None:
+        """What another process has told, or this one."""
+        for name in names:
+            if channel == WOKEN:
+                self.wake(name)
+            elif channel == TO_DELIVER:
+                self.deliver()
+            elif channel == ASSIGNED:
+                with suppress(ValueError):  # anybody who may connect can say anything
+                    self.assigned([UUID(name)])
+
+    def listens_to(self, *, answers: bool) -> list[str]:
+        """The channels that concern this process."""
+        return [*([WOKEN, TO_DELIVER] if self._settles else []), *([ASSIGNED] if answers else [])]
 
     # --- callers that wait for a machine's next run; they hold no database connection meanwhile ---
 
@@ -73,6 +120,12 @@ class Wakeups:
         for machine in machines:
             for event in self._callers.get(machine, ()):
                 event.set()
+
+    def placed(self, machines: Iterable[UUID]) -> None:
+        """Wake them here and, a moment later, in other processes."""
+        for machine in machines:
+            self.assigned([machine])
+            self._tell(ASSIGNED, str(machine))
 
     def stop(self) -> None:
         """Nobody waits any longer, now or later: the process is about to end."""

@@ -71,7 +71,7 @@ async def _pass(services: Services, organization_id: str, *, slices: int = 1) ->
     except Exception as error:  # noqa: BLE001 - one organization's trouble must not hold up the others
         log.error({"event": "placement_failed", "organization_id": organization_id, **describe(error)})
         return Left.NOTHING
-    services.wakeups.assigned({one.machine.id for one in done.placed})
+    services.wakeups.placed({one.machine.id for one in done.placed})
     if done.left is Left.LARGE:
         services.wakeups.large_placement.wake(organization_id)
     return done.left

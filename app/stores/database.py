@@ -5,7 +5,7 @@ statement, because a retry through SQLAlchemy's own execution costs three to fiv
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -82,6 +82,9 @@ _TRANSIENT = (
     asyncpg.IdleInTransactionSessionTimeoutError,
 )
 
+# How often a connection that only listens is tried.
+LISTEN_CHECK_SECONDS = 5.0
+
 UniqueViolation = asyncpg.UniqueViolationError
 
 
@@ -102,7 +105,6 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         connect = partial(
             asyncpg.connect,
-            settings.database_url.get_secret_value(),
             timeout=settings.database_timeout_seconds,
             command_timeout=settings.database_timeout_seconds,
             server_settings={
@@ -118,11 +120,38 @@ class Database:
                 "idle_in_transaction_session_timeout": "10s",  # a frozen replica must not hold a run's row
             },
         )
-        self._pool = Pool(connect, settings.database_pool_size, settings.database_timeout_seconds)
+        url, direct_url = settings.database_url, settings.database_direct_url or settings.database_url
+        self._pool = Pool(
+            partial(connect, url.get_secret_value()), settings.database_pool_size, settings.database_timeout_seconds
+        )
+        self._connect_directly = partial(connect, direct_url.get_secret_value())
 
     def close(self) -> None:
         """Break every connection off, also what is under way."""
         self._pool.close()
+
+    async def listen(self, channels: Sequence[str], heard: Callable[[str, list[str]], None]) -> None:
+        """Hand on what is told on these channels, until cancelled or the connection is lost. Raises DatabaseUnavailable.
+
+        It has a connection of its own: LISTEN lasts as long as its session.
+        """
+        connection = None
+        try:
+            connection = await self._connect_directly()
+            lost = asyncio.Event()
+            connection.add_termination_listener(lambda _: lost.set())
+            for channel in channels:
+                await connection.add_listener(channel, lambda _, __, name, told: heard(name, told.split(",")))
+            while not lost.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LISTEN_CHECK_SECONDS):
+                        await lost.wait()
+                await connection.execute("SELECT 1")  # whoever is silent may be gone
+        except (*_LOST, asyncpg.PostgresError):
+            raise DatabaseUnavailable from None
+        finally:
+            if connection is not None:
+                connection.terminate()
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
