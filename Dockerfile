@@ -2,8 +2,17 @@
 # with a writable /data/files (only for STORAGE_URL=file:///data/files) and a tmpfs on /tmp.
 #
 #   docker build -t runs-api .
-#   docker run --read-only --tmpfs /tmp --cap-drop ALL --env-file settings.env runs-api            serve
-#   docker run --read-only --tmpfs /tmp --cap-drop ALL --env-file settings.env runs-api migrate    migrate, then end
+#   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --env-file settings.env runs-api migrate
+#   docker run --detach --init --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+#     --memory 1g --pids-limit 1024 --stop-timeout 30 --env-file settings.env \
+#     --publish 127.0.0.1:8000:8000 \
+#     --mount type=volume,source=runs-files,target=/data/files \
+#     --mount type=bind,source=/etc/runs/vault,target=/run/vault,readonly \
+#     runs-api serve
+#
+# /etc/runs/vault is where settings.env finds what VAULT_ROLE_ID_FILE and VAULT_SECRET_ID_FILE name, readable by 10001.
+# The base image goes by its tag. To pin the one you have tried, write FROM python:3.13-slim@sha256:... in both places:
+#   docker buildx imagetools inspect python:3.13-slim --format '{{.Manifest.Digest}}'
 
 FROM python:3.13-slim AS build
 COPY requirements.lock /tmp/requirements.lock
@@ -31,7 +40,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /srv
 USER 10001:10001
 EXPOSE 8000
-# Requests under way are finished within SHUTDOWN_SECONDS (20): give `docker stop` more than its 10 s.
+# Requests under way are finished within SHUTDOWN_SECONDS (20): give `docker stop` more than its 10 s (--stop-timeout).
 STOPSIGNAL SIGTERM
 # Alive, not ready: a restart would not bring a missing database back.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \

@@ -14,12 +14,16 @@ import asyncpg
 import uvicorn
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
 
-from app import __version__, auth
+from app import __version__, auth, startup
 from app.api.server import BACKLOG
-from app.config import DatabaseSettings, Settings
+from app.config import ConfigurationError, DatabaseSettings, Settings, lines_of
 from app.main import create_app
+from app.stores import setup
+from app.stores.database import Unreachable, connect
 from app.telemetry.logs import configure
 
 T = TypeVar("T")
@@ -53,9 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         code: int = chosen.run(chosen)
-    except ValidationError as problem:  # of the settings: their names, never their values
-        for error in problem.errors(include_input=False, include_context=False, include_url=False):
-            print(f"{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}", file=sys.stderr)
+    except ValidationError as error:
+        print(*lines_of(error), sep="\n", file=sys.stderr)
+        return 2
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
         return 2
     return code
 
@@ -67,6 +73,7 @@ def _version(_: argparse.Namespace) -> int:
 
 def application() -> object:
     """The ASGI application of one server process."""
+    startup.keep_out_of_dumps()
     settings = Settings()
     configure(settings.log_level)
     app = create_app(settings)
@@ -77,7 +84,10 @@ def application() -> object:
 
 
 def _serve(_: argparse.Namespace) -> int:
+    startup.keep_out_of_dumps()
     settings = Settings()
+    configure(settings.log_level)
+    startup.check(settings)
     uvicorn.run(
         "app.cli:application",
         factory=True,
@@ -98,8 +108,25 @@ def _serve(_: argparse.Namespace) -> int:
 
 
 def _migrate(_: argparse.Namespace) -> int:
-    command.upgrade(Config(Path(__file__).parent.parent / "alembic.ini"), "head")
+    try:
+        command.upgrade(Config(Path(__file__).parent.parent / "alembic.ini"), "head")
+    except DBAPIError as problem:
+        raise ConfigurationError(f"{DatabaseSettings().owner[0]}: {_failure(problem)}") from None
+    except CommandError as problem:  # of Alembic: about our own files
+        raise ConfigurationError(f"migrate: {problem}") from None
     return 0
+
+
+def _failure(problem: DBAPIError) -> str:
+    """What went wrong in a migration, by its class. Never the driver's text: it shows rows."""
+    cause = problem.orig.__cause__ if problem.orig is not None else None
+    if isinstance(cause, asyncpg.LockNotAvailableError):
+        return "the running service held a table for too long. Nothing was changed; run `migrate` again."
+    if isinstance(cause, asyncpg.InsufficientPrivilegeError):
+        return "its role may not do this. It must own the database's tables; nothing was changed."
+    return (
+        f"a migration failed ({type(cause or problem).__name__}). Nothing was changed; PostgreSQL's log has the reason."
+    )
 
 
 def _create_key(options: argparse.Namespace) -> int:
@@ -157,11 +184,28 @@ def _revoke_key(options: argparse.Namespace) -> int:
 
 
 def _with_database(work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+    """Run it as the tables' owner. Raises ConfigurationError."""
+    name, url = DatabaseSettings().owner
+
     async def connected() -> T:
-        connection = await asyncpg.connect(DatabaseSettings().database_url.get_secret_value(), timeout=10)
+        connection = await connect(url, 10, 60)
         try:
+            setup.check_schema(await connection.fetchrow(setup.FITS.sql, setup.CHECKED))
             return await work(connection)
         finally:
             await connection.close()
 
-    return asyncio.run(connected())
+    try:
+        return asyncio.run(connected())
+    except Unreachable as problem:
+        raise ConfigurationError(f"{name}: {problem.cause}.") from None
+    except setup.Unfit as unfit:
+        raise ConfigurationError(f"{name}: {unfit.line}") from None
+    except asyncpg.UndefinedTableError:
+        raise ConfigurationError(f"{name}: the database has not been migrated: run `python -m app migrate`.") from None
+    except asyncpg.InsufficientPrivilegeError:
+        raise ConfigurationError(
+            f"{name}: its role may not do this; set DATABASE_OWNER_URL to the role that owns the tables."
+        ) from None
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as problem:
+        raise ConfigurationError(f"{name}: the database failed ({type(problem).__name__}); try again.") from None

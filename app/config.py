@@ -1,37 +1,115 @@
-"""Settings, read once at start from the environment. Every name here is an environment variable in upper case."""
+"""Settings, read once at start from the environment. Every name here is an environment variable in upper case.
+
+It knows only what can be said of a value by itself; whether a store can be opened with it is looked at in startup.py.
+"""
 
 import os
+import ssl
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 MIB = 1024 * 1024
+
+
+class ConfigurationError(Exception):
+    """A wrong way to start, in one line for whoever starts it: the setting and the fix, never a value."""
+
+
+def lines_of(error: ValidationError) -> list[str]:
+    """One line for each wrong setting: its name, what is wrong, and what it wants. No value."""
+    lines = []
+    for problem in error.errors(include_input=False, include_url=False):
+        message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:  # of several settings together; the sentence names them
+            lines.append(message)
+            continue
+        name = str(problem["loc"][0])
+        if problem["type"] == "missing":
+            message = "is not set"
+        elif problem["type"] in {"too_short", "string_too_short"}:
+            message = f"is too short; it needs at least {problem['ctx']['min_length']} characters"
+        if problem["type"] != "value_error":  # ours say what to do
+            message += f". {Settings.model_fields[name].description}"
+        lines.append(f"{name.upper()}: {message}")
+    return lines
 
 
 class MountedSecrets(PydanticBaseSettingsSource):
     """`NAME_FILE=/run/secrets/x` gives the setting `NAME` the file's content, for orchestrators that mount secrets."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        path = os.environ.get(f"{field_name.upper()}_FILE")
+        name = field_name.upper()
+        path = os.environ.get(f"{name}_FILE")
         # A setting whose own name ends in _file (vault_token_file) is a path by itself and read elsewhere, again and again.
-        if path is None or f"{field_name}_file" in self.settings_cls.model_fields:
+        if not path or f"{field_name}_file" in self.settings_cls.model_fields:
             return None, field_name, False
-        return Path(path).read_text(encoding="utf-8").strip(), field_name, False
+        if os.environ.get(name):
+            raise ConfigurationError(f"{name}: it is set twice, also by {name}_FILE. Unset one of the two.")
+        try:
+            content = Path(path).read_text(encoding="utf-8").strip()
+        except OSError as problem:
+            raise ConfigurationError(
+                f"{name}_FILE: the file cannot be read ({problem.strerror}). Name one that user {os.geteuid()} may read."
+            ) from None
+        except UnicodeDecodeError:
+            raise ConfigurationError(f"{name}_FILE: the file holds no UTF-8 text. Name one that does.") from None
+        if not content:
+            raise ConfigurationError(f"{name}_FILE: the file is empty. Write the value into it.")
+        return content, field_name, False
 
     def __call__(self) -> dict[str, Any]:
         values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
         return {name: value for name, value in values.items() if value is not None}
 
 
+def _url(value: str, *schemes: str) -> SplitResult | None:
+    """The parts of a URL, if it is one of these schemes and names a host."""
+    try:
+        parts = urlsplit(value)
+        parts.port  # noqa: B018 - raises if it is no number
+    except ValueError:
+        return None
+    return parts if parts.scheme in schemes and parts.hostname else None
+
+
 class DatabaseSettings(BaseSettings):
     """All that migrations and key management need."""
 
-    # Values are hidden in errors: what is printed when a start fails must not show a key or a password.
-    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        extra="ignore",
+        frozen=True,
+        # Values are hidden in errors: what is printed when a start fails must not show a key or a password.
+        hide_input_in_errors=True,
+        env_ignore_empty=True,  # a compose file passes on what is not set as an empty value
+    )
 
     database_url: SecretStr = Field(description="postgresql://user:password@host:port/database")
+    database_owner_url: SecretStr | None = Field(
+        None,
+        description="The same with the role that owns the tables, for `migrate` and `keys`; default: DATABASE_URL.",
+    )
+    database_timeout_seconds: float = Field(
+        3, gt=0, le=5, description="Patience with a connection and with each statement; `migrate` needs it too."
+    )
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """The setting that names the owner's role, and its value."""
+        if self.database_owner_url is None:
+            return "DATABASE_URL", self.database_url.get_secret_value()
+        return "DATABASE_OWNER_URL", self.database_owner_url.get_secret_value()
+
+    @field_validator("database_url", "database_owner_url")
+    @classmethod
+    def _is_postgresql(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must begin with postgresql://, as in postgresql://user:password@host:port/database.")
+        return value
 
     @classmethod
     def settings_customise_sources(
@@ -97,12 +175,12 @@ class Settings(DatabaseSettings):
     database_pool_size: int = Field(
         16, ge=2, le=500, description="Connections per process; organizations take turns when they are short."
     )
-    database_timeout_seconds: float = Field(
-        3, gt=0, le=5, description="Patience with a connection and with each statement."
-    )
 
     # Vault or OpenBao, KV version 2. One way to log in: token, token file (Vault Agent) or AppRole.
-    vault_addr: str = Field(description="Vault's or OpenBao's address, https in production.")
+    vault_addr: str = Field(description="Vault's or OpenBao's address, like https://vault.example.com:8200.")
+    vault_allow_http: bool = Field(
+        default=False, description="Allow http:// to a Vault on another machine: tokens and secrets in clear text."
+    )
     vault_token: SecretStr | None = Field(None, description="Log in with this token.")
     vault_token_file: Path | None = Field(
         None, description="Log in with the token in this file, read again at each login."
@@ -170,7 +248,8 @@ class Settings(DatabaseSettings):
         1.0, gt=0, description="How often deletions and assignments are looked for."
     )
     server_key: SecretStr = Field(
-        min_length=32, description="Keys request fingerprints and download URLs; same on all replicas."
+        min_length=32,
+        description="Key for HMACs of requests and download URLs, the same on all replicas: `openssl rand -hex 32`.",
     )
     server_key_previous: SecretStr | None = Field(None, min_length=32, description="Accepted beside it while rotating.")
 
@@ -178,3 +257,64 @@ class Settings(DatabaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            parts = _url(origin, "http", "https")
+            if origin != "*" and (parts is None or origin != f"{parts.scheme}://{parts.netloc}" or "@" in origin):
+                raise ValueError("each must be like https://app.example.com, with nothing behind the host and port.")
+        return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_a_base(cls, value: str | None) -> str | None:
+        parts = None if value is None else _url(value, "http", "https")
+        if value is not None and (parts is None or "@" in parts.netloc or parts.query or parts.fragment):
+            raise ValueError("must be like https://runs.example.com.")
+        return value
+
+    @field_validator("vault_addr")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        parts = _url(value, "http", "https")
+        if parts is None or "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("must be like https://vault.example.com:8200, without a user or a query.")
+        return value.rstrip("/")
+
+    @field_validator("vault_cacert")
+    @classmethod
+    def _is_a_bundle(cls, value: Path | None) -> Path | None:
+        try:
+            if value is not None:
+                ssl.create_default_context(cafile=value)
+        except OSError:  # ssl's own errors are some, too
+            raise ValueError("the file cannot be read as certificates; name a readable file in PEM form.") from None
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_login(self) -> Self:
+        ways = (self.vault_token, self.vault_token_file, self.vault_role_id)
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError(
+                "VAULT_TOKEN, VAULT_TOKEN_FILE or VAULT_ROLE_ID: set exactly one of them (the last with VAULT_SECRET_ID)."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_secrets_from_the_network(self) -> Self:
+        parts = urlsplit(self.vault_addr)
+        if parts.scheme == "http" and not self.vault_allow_http and not _is_this_machine(parts.hostname or ""):
+            raise ValueError(
+                "VAULT_ADDR: http:// would send tokens and secrets to another machine in clear text. Use https://, or set "
+                "VAULT_ALLOW_HTTP=true where you trust the network."
+            )
+        return self
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

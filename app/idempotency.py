@@ -15,7 +15,7 @@ from app.auth import Actor, Principal
 from app.errors import IdempotencyInProgress, Invalid, Refusal
 from app.models import IdempotencyKey
 from app.services import Services
-from app.stores.database import Connection, Database, Deadlock, LockTimeout, UniqueViolation
+from app.stores.database import Connection, Database, Deadlock, LockTimeout, StatementTimeout, UniqueViolation
 from app.stores.statements import fragment, statement
 
 T = TypeVar("T")
@@ -198,7 +198,8 @@ async def attempt_or_replay(services: Services, write: WriteRequest, attempt: Ca
                 await connection.execute(FREE, write.principal.organization_id, write.key)
         raise IdempotencyInProgress  # freed and taken again, each time
     except LockTimeout as timeout:
-        return await _replay(services, write, timeout if write.key is None else IdempotencyInProgress())
+        is_slow = write.key is None and isinstance(timeout, StatementTimeout)  # nobody need be at work on it
+        return await _replay(services, write, timeout if is_slow else IdempotencyInProgress())
     except Refusal as refusal:
         # A resend of a request that succeeded is refused by its own effect (the run is scheduling): look before refusing.
         if write.key is None or refusal.status >= 500:

@@ -64,7 +64,7 @@ def of_million(data: Data) -> str:
 
 async def _explain(data: Data) -> str:
     plans: list[str] = []
-    raw = await asyncpg.connect(data.url, timeout=10, server_settings={"jit": "off"})
+    raw = await asyncpg.connect(data.app_url, timeout=10)
     try:
         connection = Connection(_Explained(raw, plans))
         database = _ExplainedDatabase(connection)

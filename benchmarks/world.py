@@ -74,24 +74,25 @@ def history(size: int) -> str:
 class Data:
     """One database with runs in it."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, app_url: str) -> None:
+        self.url = url  # as the owner
+        self.app_url = app_url  # as the service
         self.key = new_key()
         self.workflow = uuid4()
         self._next = 1
         self._stock: dict[tuple[int | None, bool], range] = {}
 
     @classmethod
-    def create(cls, url: str, runs: int) -> Self:
+    def create(cls, url: str, app_url: str, runs: int) -> Self:
         """The schema by the migrations, then `runs` finished runs without history or files."""
         subprocess.run(
             [*APP, "migrate"],
-            env={"PATH": os.environ["PATH"], "DATABASE_URL": url},
+            env={"PATH": os.environ["PATH"], "DATABASE_URL": app_url, "DATABASE_OWNER_URL": url},
             cwd=ROOT,
             capture_output=True,
             check=True,
         )
-        data = cls(url)
+        data = cls(url, app_url)
         data.sql(
             "INSERT INTO api_keys (id, organization_id, key_hash) VALUES (gen_random_uuid(), $1, $2)",
             ORGANIZATION,
@@ -335,7 +336,7 @@ class World:
     @cached_property
     def small(self) -> Data:
         """10,000 runs beside the stock."""
-        return Data.create(self.postgres.url, 10_000)
+        return Data.create(self.postgres.url, self.postgres.app_url, 10_000)
 
     @cached_property
     def million(self) -> Data:
@@ -350,7 +351,8 @@ class World:
     def database(self, name: str, runs: int = 0) -> Data:
         """A database of its own."""
         self.small.sql(f"CREATE DATABASE {name}")
-        return Data.create(f"{self.postgres.url.rpartition('/')[0]}/{name}", runs)
+        url = f"{self.postgres.url.rpartition('/')[0]}/{name}"
+        return Data.create(url, self.postgres.as_app(url), runs)
 
     def beside(self, name: str, options: Mapping[str, str]) -> "World":
         """Another world, whose PostgreSQL has other settings."""
@@ -379,7 +381,7 @@ class World:
     def settings(self, data: Data, files: Path) -> dict[str, str]:
         """What any process of the service must know."""
         return {
-            "DATABASE_URL": data.url,
+            "DATABASE_URL": data.app_url,
             "VAULT_ADDR": self.bao.address,
             "VAULT_TOKEN": self.vault_token,
             "STORAGE_URL": files.as_uri(),

@@ -115,7 +115,8 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
     postgres = parts.enter_context(Postgres(data_dir))
     bao = parts.enter_context(Bao(data_dir))
     environment = _settings(data_dir, port, postgres, bao)
-    _app_command(environment, "migrate")
+    as_owner = {**environment, "DATABASE_OWNER_URL": postgres.url}
+    _app_command(as_owner, "migrate")
     _say("Starting the app ...")
     app = parts.enter_context(App(data_dir, url, environment))
 
@@ -124,7 +125,7 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
         data_dir / "demo.json",
         url,
         bao,
-        create_key=lambda organization: _app_command(environment, "keys", "create", "--organization", organization),
+        create_key=lambda organization: _app_command(as_owner, "keys", "create", "--organization", organization),
         retention=timedelta(seconds=int(retention)),
     )
     executor = parts.enter_context(
@@ -144,7 +145,8 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
         "API_KEY": facts.api_key,
         "DEMO_RUN_ID": facts.run_id,
         "EXAMPLE_API_KEY": facts.example_api_key,
-        "DATABASE_URL": postgres.url,
+        "DATABASE_URL": postgres.app_url,
+        "DATABASE_OWNER_URL": postgres.url,
         "VAULT_ADDR": bao.address,
         "VAULT_TOKEN": bao.root_token,
         "STORAGE_URL": environment["STORAGE_URL"],
@@ -211,7 +213,7 @@ class _Make:
 
 def _settings(data_dir: Path, port: int, postgres: Postgres, bao: Bao) -> dict[str, str]:
     """The app's environment: ours, with the stack's settings instead of any that point elsewhere."""
-    elsewhere = ("VAULT_", "BAO_", "DATABASE_URL", "STORAGE_URL", "SERVER_KEY", "PG")
+    elsewhere = ("VAULT_", "BAO_", "DATABASE_URL", "DATABASE_OWNER_URL", "STORAGE_URL", "SERVER_KEY", "PG")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(elsewhere)}
     files = data_dir / "files"
     files.mkdir(mode=0o700, exist_ok=True)
@@ -221,7 +223,7 @@ def _settings(data_dir: Path, port: int, postgres: Postgres, bao: Bao) -> dict[s
         **inherited,
         "HOST": "127.0.0.1",
         "PORT": str(port),
-        "DATABASE_URL": postgres.url,
+        "DATABASE_URL": postgres.app_url,
         "VAULT_ADDR": bao.address,
         "VAULT_ROLE_ID": role_id,
         "VAULT_SECRET_ID": secret_id,

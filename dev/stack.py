@@ -274,11 +274,14 @@ def _alive(process: psutil.Process) -> bool:
 
 
 class Postgres(Part):
-    """PostgreSQL on a port of 127.0.0.1, with one database. `fsync=False`: for tests that need speed, not safety."""
+    """PostgreSQL on a port of 127.0.0.1, with one database and two roles: its owner, and one for the service.
+
+    `fsync=False`: for tests that need speed, not safety.
+    """
 
     name = "postgresql"
     stop_signal = signal.SIGINT  # its "fast" stop: ends the sessions instead of waiting for them
-    user, database = "runs", "runs"
+    user, app_user, database = "runs", "runs_app", "runs"
 
     def __init__(
         self, data_dir: Path, *, fsync: bool = True, port: int | None = None, options: Mapping[str, str] | None = None
@@ -292,8 +295,21 @@ class Postgres(Part):
 
     @property
     def url(self) -> str:
-        password = (self.folder / "password").read_text(encoding="utf-8")
-        return f"postgresql://{self.user}:{password}@127.0.0.1:{self._port}/{self.database}"
+        """As the owner, who migrates and makes keys."""
+        return self._url(self.user, "password", self.database)
+
+    @property
+    def app_url(self) -> str:
+        """As the service."""
+        return self.as_app(self.url)
+
+    def as_app(self, url: str) -> str:
+        """The same database as the service's role."""
+        return self._url(self.app_user, "app-password", url.rpartition("/")[2])
+
+    def _url(self, user: str, password: str, database: str) -> str:
+        secret = (self.folder / password).read_text(encoding="utf-8")
+        return f"postgresql://{user}:{secret}@127.0.0.1:{self._port}/{database}"
 
     def start(self) -> Self:
         self.stop_leftover()
@@ -371,16 +387,32 @@ class Postgres(Part):
         return lines[7].strip() if len(lines) > 7 and lines[0] == str(self.pid) else ""
 
     def _ensure_database(self) -> None:
-        command = [self._binary("psql"), "-X", "-q", "-d", self.url.rpartition("/")[0] + "/postgres"]
+        """The database and the service's role, on standard input: arguments can be read by every user of the machine."""
+        secret = private(self.folder / "app-password", lambda: secrets.token_urlsafe(24))
+        script = f"""
+            SELECT 'CREATE DATABASE "{self.database}"'
+            WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = '{self.database}') \\gexec
+            SELECT 'CREATE ROLE "{self.app_user}"'
+            WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{self.app_user}') \\gexec
+            ALTER ROLE "{self.app_user}" LOGIN PASSWORD '{secret}';
+        """
         outcome = subprocess.run(
-            [*command, "-c", f'CREATE DATABASE "{self.database}"'],
+            [self._binary("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"],
+            input=script,
             capture_output=True,
             text=True,
-            env=_PLAIN,
+            env={
+                **_PLAIN,
+                "PGHOST": "127.0.0.1",
+                "PGPORT": str(self._port),
+                "PGUSER": self.user,
+                "PGPASSWORD": (self.folder / "password").read_text(encoding="utf-8"),
+                "PGDATABASE": "postgres",
+            },
             check=False,
         )
-        if outcome.returncode != 0 and "already exists" not in outcome.stderr:
-            raise StackError(f"The database could not be created: {outcome.stderr}")
+        if outcome.returncode != 0:
+            raise StackError(f"The database could not be set up: {outcome.stderr}")
 
 
 class Bao(Part):

@@ -41,19 +41,28 @@ def until(condition: Callable[[], Any], seconds: float = DEADLINE, *, what: str 
 class Stack:
     """PostgreSQL, OpenBao and a folder, set up as in production, and ways to look into them by hand."""
 
-    def __init__(self, folder: Path, postgres: Postgres, bao: Bao, database: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, postgres: Postgres, bao: Bao, database: str | None = None, **settings: str
+    ) -> None:
+        """`settings` are those that all of its servers have."""
         self.folder = folder
+        self.settings = settings
         self.postgres = postgres
+        # As the database's owner.
         self.url = postgres.url if database is None else f"{postgres.url.rpartition('/')[0]}/{database}"
         self.bao = bao
         self.files = folder / "files"
         self.files.mkdir(exist_ok=True)
 
+    def beside(self, url: str) -> "Stack":
+        """The same with another database, by its owner's URL."""
+        return Stack(self.folder, self.postgres, self.bao, url.rpartition("/")[2], **self.settings)
+
     def environment(self, **settings: object) -> dict[str, str]:
         """What a server of this stack is started with."""
         base: dict[str, object] = {
             "PATH": os.environ["PATH"],
-            "DATABASE_URL": self.url,
+            "DATABASE_URL": self.postgres.as_app(self.url),
             "VAULT_ADDR": self.bao.address,
             "VAULT_TOKEN": self.bao.token(),
             "STORAGE_URL": self.files.as_uri(),
@@ -61,7 +70,7 @@ class Stack:
             "BACKGROUND_PERIOD_SECONDS": "0.2",
             "LOG_LEVEL": "debug",
         }
-        return {name: str(value) for name, value in (base | settings).items()}
+        return {name: str(value) for name, value in (base | self.settings | settings).items()}
 
     def sql(self, query: str, *arguments: object) -> list[dict[str, Any]]:
         """Rows of one statement, as the database's owner."""
@@ -262,19 +271,16 @@ def start_server(stack: Stack, **settings: object) -> Server:
     return Server(stack, App(folder, f"http://127.0.0.1:{port}", environment).start())
 
 
-def migrate(url: str) -> None:
-    """The schema, by the migrations themselves."""
+def migrate(postgres: Postgres, url: str = "", **settings: object) -> None:
+    """The schema by the migrations themselves, as the owner; the service's role gets its rights and settings."""
     from app.cli import main  # imported late: it pulls in the whole application
 
-    before = os.environ.get("DATABASE_URL")
-    os.environ["DATABASE_URL"] = url
-    try:
-        main(["migrate"])
-    finally:
-        if before is None:
-            del os.environ["DATABASE_URL"]
-        else:
-            os.environ["DATABASE_URL"] = before
+    url = url or postgres.url
+    given = {"DATABASE_URL": postgres.as_app(url), "DATABASE_OWNER_URL": url} | settings
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in given.items():
+            environment.setenv(name, str(value))
+        assert main(["migrate"]) == 0
 
 
 @pytest.fixture(scope="session")
@@ -282,7 +288,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The stack that most tests of a worker share; each test has organizations of its own."""
     folder = tmp_path_factory.mktemp("stack")
     with Postgres(folder, fsync=False) as postgres, Bao(folder) as bao:
-        migrate(postgres.url)
+        migrate(postgres)
         yield Stack(folder, postgres, bao)
 
 

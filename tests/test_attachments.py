@@ -164,7 +164,7 @@ def objects(stack: Stack, weed: Weed, tmp_path_factory: pytest.TempPathFactory) 
     """A server whose files are in an S3 store; with a database of its own, because a deletion list is for one store."""
     folder = tmp_path_factory.mktemp("objects")
     with Postgres(folder, fsync=False) as postgres:
-        migrate(postgres.url)
+        migrate(postgres)
         server = start_server(
             Stack(folder, postgres, stack.bao),
             STORAGE_URL="s3://files",
@@ -589,8 +589,9 @@ def look_for_expired(stack: Stack, ahead: timedelta = timedelta(0)) -> None:
     async def collect() -> None:
         database = Database(
             Settings(
-                database_url=SecretStr(stack.postgres.url),
+                database_url=SecretStr(stack.postgres.app_url),
                 vault_addr=stack.bao.address,
+                vault_token=SecretStr("unused"),
                 storage_url=stack.files.as_uri(),
                 server_key=SecretStr(SERVER_KEY),
             )

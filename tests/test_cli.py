@@ -17,7 +17,7 @@ def environment(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyP
     """What a server of this stack is started with, and nothing else that is a setting."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
-    for name, value in stack.environment().items():
+    for name, value in stack.environment(DATABASE_OWNER_URL=stack.url).items():
         monkeypatch.setenv(name, value)
     return monkeypatch
 
@@ -66,7 +66,8 @@ def test_an_organization_must_fit_a_path_in_vault(name: str, stack: Stack) -> No
 def test_settings_from_files(environment: pytest.MonkeyPatch, tmp_path: Path, stack: Stack, organization: str) -> None:
     secret = tmp_path / "database-url"
     secret.write_text(stack.postgres.url + "\n")
-    environment.delenv("DATABASE_URL")
+    for name in ("DATABASE_URL", "DATABASE_OWNER_URL"):
+        environment.delenv(name)
     environment.setenv("DATABASE_URL_FILE", str(secret))
     assert main(["keys", "create", "--organization", organization]) == 0
     assert stack.sql("SELECT 1 AS found FROM api_keys WHERE organization_id = $1", organization) == [{"found": 1}]

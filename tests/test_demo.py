@@ -62,6 +62,7 @@ class MakeRun:
         return self
 
     def facts(self) -> dict[str, str]:
+        assert (self.data_dir / "dev.env").stat().st_mode & 0o777 == 0o600
         lines = (self.data_dir / "dev.env").read_text().splitlines()
         return {name: value.strip("'") for name, value in (line.split("=", 1) for line in lines)}
 

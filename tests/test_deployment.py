@@ -5,16 +5,15 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -111,7 +110,7 @@ def test_every_setting_named_in_image_and_compose_file_exists(compose: dict[str,
 
 def test_no_secret_has_a_default(compose: dict[str, Any]) -> None:
     text = (ROOT / "docker-compose.yml").read_text()
-    for name in ("POSTGRES_PASSWORD", "SERVER_KEY", "VAULT_LOGIN", "VAULT_ADDR"):
+    for name in ("POSTGRES_PASSWORD", "POSTGRES_APP_PASSWORD", "SERVER_KEY", "VAULT_LOGIN", "VAULT_ADDR"):
         uses = re.findall(rf"\$\{{{name}(.*?)\}}", text)
         assert uses, name
         assert all(use.startswith(":?") for use in uses), (name, uses)
@@ -124,7 +123,7 @@ def test_the_development_file_sets_everything_the_compose_file_requires() -> Non
     given = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
     required = set(re.findall(r"\$\{(\w+):\?", (ROOT / "docker-compose.yml").read_text()))
     assert required <= given
-    assert given - required == {"COMPOSE_PROFILES", "OPENBAO_SEAL_KEY"}
+    assert given - required == {"COMPOSE_PROFILES", "OPENBAO_SEAL_KEY", "VAULT_ALLOW_HTTP"}
 
 
 def test_services_wait_for_what_they_need(compose: dict[str, Any]) -> None:
@@ -136,6 +135,39 @@ def test_services_wait_for_what_they_need(compose: dict[str, Any]) -> None:
             assert condition["condition"] == ("service_completed_successfully" if ends else "service_healthy"), name
             # A service of a profile must not be demanded by one that is always there.
             assert condition.get("required", True) == (services[needed].get("profiles") == service.get("profiles"))
+
+
+def test_every_service_has_limits(compose: dict[str, Any]) -> None:
+    assert [name for name, service in compose["services"].items() if not service.get("mem_limit")] == []
+    assert [name for name, service in compose["services"].items() if not service.get("pids_limit")] == []
+
+
+def test_only_the_owner_of_the_tables_gets_the_owners_password(compose: dict[str, Any]) -> None:
+    with_it = {name for name, service in compose["services"].items() if "${POSTGRES_PASSWORD" in str(service)}
+    assert with_it == {"postgres", "postgres-setup", "migrate"}
+
+
+def test_the_setup_of_the_databases_role(tmp_path: Path) -> None:
+    with Postgres(tmp_path, fsync=False) as postgres:
+        place = urlsplit(postgres.url)
+        assert place.username
+        assert place.password
+        for password in ("first", "it's \\ another"):  # a second start changes it
+            done = run(
+                "/bin/sh",
+                str(ROOT / "deploy" / "postgres-setup.sh"),
+                PATH=f"{postgres.binaries}:{os.environ['PATH']}",
+                PGHOST="127.0.0.1",
+                PGPORT=str(place.port),
+                PGUSER=place.username,
+                PGPASSWORD=place.password,
+                PGDATABASE="runs",
+                APP_PASSWORD=password,
+            )
+            assert done.returncode == 0, done.stderr
+            psql = (str(postgres.binaries / "psql"), "-X", "-h", "127.0.0.1", "-p", str(place.port), "-d", "runs")
+            asked = run(*psql, "-Atc", "SELECT current_user", PGUSER="runs_app", PGPASSWORD=password)
+            assert asked.stdout == "runs_app\n", asked.stderr
 
 
 class ComposeBao(Part):
@@ -270,62 +302,6 @@ def test_what_a_machine_lacks_is_said(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find_spec(name))
     told = check_machine.problem()
     assert (told is None) if sentence is None else (told is not None and sentence in told)
-
-
-def test_two_starts_and_the_printed_curl(tmp_path: Path) -> None:
-    data_dir, port = tmp_path / "my data", str(free_port())
-
-    @contextmanager
-    def started() -> Iterator[str]:
-        """What it printed until it was ready; at the end it is stopped as Ctrl-C does."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dev.run"],
-            cwd=ROOT,
-            env={"PATH": os.environ["PATH"], "PORT": port, "DATA_DIR": str(data_dir), "VAULT_TOKEN": "of elsewhere"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert process.stdout is not None
-        try:
-            printed = ""
-            while not printed.endswith("Ctrl-C stops everything.\n"):
-                line = process.stdout.readline()
-                assert line, printed
-                printed += line
-            yield printed
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
-        assert process.returncode == 0
-        assert not list(data_dir.glob("*/*.pid"))
-
-    def facts() -> dict[str, str]:
-        assert (data_dir / "dev.env").stat().st_mode & 0o777 == 0o600
-        return dict(line.split("=", 1) for line in (data_dir / "dev.env").read_text().splitlines())
-
-    with started() as printed:
-        before = facts()
-        names = {"API_URL", "API_KEY", "DEMO_RUN_ID", "DATABASE_URL", "VAULT_ADDR", "VAULT_TOKEN", "STORAGE_URL"}
-        assert before.keys() >= names
-        command = shlex.split(printed[printed.index("\ncurl ") :].split("\n\n")[0].replace("\\\n", " "))
-        options = {option: command[place + 1] for place, option in enumerate(command) if option in ("-X", "-d")}
-        headers = dict(command[place + 1].split(": ") for place, option in enumerate(command) if option == "-H")
-        url = next(part for part in command if part.startswith("http"))
-        status, retried = http(options["-X"], url, json.loads(options["-d"]), headers)
-        assert (status, retried["id"], retried["status"]) == (200, before["DEMO_RUN_ID"], "scheduling")
-        second = run(sys.executable, "-m", "dev.run", PORT=port, DATA_DIR=str(data_dir))
-        assert second.returncode == 1
-        assert "Another `make run` uses" in second.stderr
-
-    with started():
-        after = facts()
-        assert {name for name in before if before[name] != after[name]} <= {
-            "DEMO_RUN_ID"
-        }  # the other may not have ended
-        headers = {"Authorization": f"Bearer {after['API_KEY']}"}
-        runs = http("GET", f"{after['API_URL']}/v1/runs", None, headers)[1]["items"]
-        assert {before["DEMO_RUN_ID"], after["DEMO_RUN_ID"]} <= {each["id"] for each in runs}
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:

@@ -418,8 +418,7 @@ def test_a_twin_that_waits_too_long_for_the_run(api: Client, stack: Stack) -> No
     with ThreadPoolExecutor(2) as threads, stack.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
         with_key, without_key = threads.map(lambda key: write.send(api, key), ["the-key", None])
         assert_in_progress(with_key)
-        assert (without_key.status_code, without_key.json()["code"]) == (503, "database_unavailable")
-        assert "Idempotency-Status" not in without_key.headers
+        assert_in_progress(without_key)  # one of two retries of a run loses with a 409, also without a key
     assert {row for row in rows(stack, api.organization) if row[0] != "staged"} == before
     assert_first(write.send(api, "the-key"))
 

@@ -20,7 +20,7 @@ def stack(stack: Stack) -> Iterator[Stack]:
     name = f"replicas_{uuid4().hex}"
     stack.sql(f"CREATE DATABASE {name}")
     own = Stack(stack.folder, stack.postgres, stack.bao, name)
-    migrate(own.url)
+    migrate(stack.postgres, own.url)
     yield own
     stack.sql(f"DROP DATABASE {name} WITH (FORCE)")
 

@@ -39,6 +39,7 @@ def settings(storage_url: str, **others: Any) -> Settings:
     return Settings(
         database_url=SecretStr("postgresql://unused"),
         vault_addr="http://127.0.0.1:1",
+        vault_token=SecretStr("unused"),
         storage_url=storage_url,
         server_key=SecretStr("k" * 32),
         **others,

@@ -46,7 +46,10 @@ class Health(BaseModel):
 
     status: Literal["ok", "unavailable"]
     down: list[str] = Field(description="Dependencies that cannot be used.")
-    reasons: dict[str, str] = Field(description="Why, by dependency: `unreachable`, `login_refused`.")
+    reasons: dict[str, str] = Field(
+        description="Why, by dependency: `unreachable`; `login_refused` (Vault); `not_migrated`, `incompatible`, "
+        "`role_settings` (database)."
+    )
 
 
 class Alive(Health):

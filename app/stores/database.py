@@ -5,6 +5,9 @@ statement, because a retry through SQLAlchemy's own execution costs three to fiv
 """
 
 import asyncio
+import logging
+import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -14,8 +17,11 @@ import asyncpg
 
 from app.config import Settings
 from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
+from app.stores import setup
 from app.stores.pool import Pool
 from app.stores.statements import Statement
+
+log = logging.getLogger("app.database")
 
 Record = Mapping[str, Any]
 
@@ -62,7 +68,11 @@ def _prepared(
 
 
 class LockTimeout(DatabaseUnavailable):
-    """Another transaction held a row for longer than `lock_timeout`, or one after the other until `statement_timeout`."""
+    """Another transaction held a row for longer than `lock_timeout`."""
+
+
+class StatementTimeout(LockTimeout):
+    """A statement took longer than `statement_timeout`: rows were held one after the other, or the database is slow."""
 
 
 class Deadlock(DatabaseUnavailable):
@@ -85,6 +95,14 @@ _TRANSIENT = (
 # How often a connection that only listens is tried.
 LISTEN_CHECK_SECONDS = 5.0
 
+# The schema is not the one that this version needs, or its role lacks rights: not our defect, and not for the caller to mend.
+_UNMIGRATED = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedFunctionError,
+    asyncpg.InsufficientPrivilegeError,
+)
+
 UniqueViolation = asyncpg.UniqueViolationError
 
 
@@ -99,32 +117,108 @@ def committing() -> Iterator[None]:
         raise OutcomeUnknown from None
 
 
+# Revisions of later versions that this process has warned of.
+_NEWER_TOLD: set[str] = set()
+
+
+class Unreachable(DatabaseUnavailable):
+    """No connection could be made. `cause` says why in our words; `is_wrong`: it will not get better by itself."""
+
+    def __init__(self, cause: str, *, is_wrong: bool = False) -> None:
+        super().__init__()
+        self.cause = cause
+        self.is_wrong = is_wrong
+
+
+async def connect(url: str, patience: float, statement_patience: float) -> Any:
+    """asyncpg's connection; nothing but role, database and encoding is sent to make it. Raises Unreachable."""
+    try:
+        return await asyncpg.connect(url, timeout=patience, command_timeout=statement_patience)
+    except Exception as error:  # noqa: BLE001 - whatever it is, there is no connection, and its text may show the URL
+        raise _unreachable(error) from None
+
+
+async def is_pooled(connection: Any) -> bool:
+    """Whether a pooler stands in between: it tells its clients another process number than the server's own."""
+    told: int = connection.get_server_pid()
+    behind: int = await connection.fetchval("SELECT pg_backend_pid()")
+    return told != behind
+
+
+def _unreachable(error: Exception) -> Unreachable:
+    """The class of the cause. Never the driver's text, which can hold parts of the URL."""
+    match error:
+        case asyncpg.InvalidAuthorizationSpecificationError():
+            return Unreachable("the server refuses the role or its password", is_wrong=True)
+        case asyncpg.InvalidCatalogNameError():
+            return Unreachable("the database does not exist; create it", is_wrong=True)
+        case asyncpg.InsufficientPrivilegeError():
+            return Unreachable("the role may not connect to this database (GRANT CONNECT)", is_wrong=True)
+        case asyncpg.TooManyConnectionsError():
+            return Unreachable("the server has no connection left")
+        case asyncpg.CannotConnectNowError():
+            return Unreachable("the server is starting or stopping")
+        case TimeoutError():
+            return Unreachable("no answer in time; look at host, port and firewall")
+        case ConnectionRefusedError():
+            return Unreachable("nothing listens there; start PostgreSQL, or look at host and port")
+        case socket.gaierror():
+            return Unreachable("its host name cannot be resolved")
+        case ssl.SSLError() | FileNotFoundError() | PermissionError():
+            return Unreachable("TLS, a socket or a file that it names cannot be used; look at its parameters")
+        case ValueError() | OverflowError():
+            return Unreachable(
+                "it cannot be read; percent-encode special characters in user and password, and look at its parameters",
+                is_wrong=True,
+            )
+        case _:
+            return Unreachable(f"the connection failed ({type(error).__name__})")
+
+
 class Database:
     """The pool of connections of one process. It connects when first used, so the service starts without PostgreSQL."""
 
     def __init__(self, settings: Settings) -> None:
-        connect = partial(
-            asyncpg.connect,
-            timeout=settings.database_timeout_seconds,
-            command_timeout=settings.database_timeout_seconds,
-            server_settings={
-                "application_name": "runs-api",
-                "timezone": "UTC",  # how times are shown in documents that PostgreSQL makes
-                # Plans are kept. One made while a table was empty, as the deletion list often is, would read all of it once it
-                # is full; everything here has an index.
-                "enable_seqscan": "off",
-                "jit": "off",  # short statements: compiling them costs more than it saves
-                "lock_timeout": "2s",  # the longest wait for a twin at the switch
-                # Before our own patience ends: the server's word says that nothing was done, our silence says nothing.
-                "statement_timeout": f"{int(settings.database_timeout_seconds * 900)}ms",
-                "idle_in_transaction_session_timeout": "10s",  # a frozen replica must not hold a run's row
-            },
-        )
-        url, direct_url = settings.database_url, settings.database_direct_url or settings.database_url
-        self._pool = Pool(
-            partial(connect, url.get_secret_value()), settings.database_pool_size, settings.database_timeout_seconds
-        )
-        self._connect_directly = partial(connect, direct_url.get_secret_value())
+        self._url = settings.database_url.get_secret_value()
+        self._patience = settings.database_timeout_seconds
+        self._told: str | None = None  # why it is unfit, if that has been said and nothing has been better since
+        direct_url = settings.database_direct_url or settings.database_url
+        self._connect_directly = partial(connect, direct_url.get_secret_value(), self._patience, self._patience)
+        self._pool = Pool(self._connect, settings.database_pool_size, self._patience)
+
+    async def check(self) -> None:
+        """Connect once. Raises DatabaseUnavailable, with Unfit and Unreachable, and leaves it to the caller to tell."""
+        try:
+            (await self._connect()).terminate()
+        except (*_TRANSIENT, *_LOST):
+            raise DatabaseUnavailable from None
+
+    async def _connect(self) -> Any:
+        """A connection to a database that fits, with the settings that its role carries. Raises DatabaseUnavailable."""
+        driver = await connect(self._url, self._patience, self._patience)
+        try:
+            try:
+                rows = await driver.fetch(setup.FITS.sql, *setup.FITS.arguments({"names": setup.CHECKED}))
+            except asyncpg.UndefinedTableError:
+                raise setup.NotMigrated("the database has not been migrated") from None
+            except asyncpg.InsufficientPrivilegeError:
+                raise setup.NotMigrated("the role may not read the tables") from None
+            revision = setup.check_schema(rows[0])
+            setup.check_session(rows, self._patience)
+        except BaseException:
+            driver.terminate()
+            raise
+        if setup.is_newer(revision) and revision not in _NEWER_TOLD:
+            _NEWER_TOLD.add(revision)
+            log.warning({"event": "database_is_newer", "revision": revision, "known": setup.known_revisions()[-1]})
+        self._told = None
+        return driver
+
+    def _tell_unfit(self, unfit: setup.Unfit) -> None:
+        """One line, until it has been mended or something else is wrong."""
+        if unfit.reason != self._told:
+            log.error({"event": "database_unfit", "reason": unfit.reason, "fix": unfit.line})
+        self._told = unfit.reason
 
     def close(self) -> None:
         """Break every connection off, also what is under way."""
@@ -160,8 +254,17 @@ class Database:
         try:
             connection = await self._pool.acquire()
             yield Connection(connection)
-        except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError):
+        except asyncpg.LockNotAvailableError:
             raise LockTimeout from None
+        except asyncpg.QueryCanceledError:
+            raise StatementTimeout from None
+        except _UNMIGRATED as missing:
+            unfit = setup.NotMigrated(f"a table, a column or a right is missing ({type(missing).__name__})")
+            self._tell_unfit(unfit)
+            raise unfit from None
+        except setup.Unfit as unfit:
+            self._tell_unfit(unfit)
+            raise
         except asyncpg.DeadlockDetectedError:
             raise Deadlock from None
         except _TRANSIENT:

@@ -65,9 +65,11 @@ class FileStore:
         """Raises ValueError if the URL cannot be used. Credentials come from the usual AWS_*, GOOGLE_* or AZURE_*."""
         self._timeout = settings.storage_timeout_seconds
         self._wait = min(self._timeout, _LONGEST_WAIT)
-        scheme = urlsplit(settings.storage_url).scheme
+        scheme, host, path = urlsplit(settings.storage_url)[:3]
         if scheme not in {"file", "s3", "gs", "az"}:
-            raise ValueError("STORAGE_URL must begin with file://, s3://, gs:// or az://.")
+            raise ValueError("STORAGE_URL: it must begin with file://, s3://, gs:// or az://.")
+        if scheme == "file" and (host or not path.strip("/")):
+            raise ValueError("STORAGE_URL: it must name a folder of its own, as in file:///data/files.")
         try:
             if scheme == "file":
                 self._store = from_url(settings.storage_url, mkdir=True)
@@ -86,9 +88,14 @@ class FileStore:
                 )
         except (BaseError, OSError, ValueError):
             raise ValueError(
-                "STORAGE_URL cannot be opened: check the folder, or the bucket and its settings."
+                "STORAGE_URL: it cannot be opened; look at the folder and who may write there, or at the bucket and its "
+                "AWS_*, GOOGLE_* or AZURE_* variables."
             ) from None
         self._root = self._store.prefix if isinstance(self._store, LocalStore) else None
+        if self._root is not None and not os.access(self._root, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"STORAGE_URL: user {os.geteuid()} may not write in the folder, or it is mounted read-only."
+            )
         self._requests = Slots("storage", settings.storage_concurrency)
         self._collector = Slots("storage-collector", _COLLECTOR_SLOTS)
         self._health = Slots("storage-health", _HEALTH_SLOTS)

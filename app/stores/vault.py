@@ -124,11 +124,6 @@ class SecretStore:
         self.webhook_prefix = f"{settings.vault_prefix}-webhooks"
         self._settings = settings
         self._timeout = settings.vault_timeout_seconds
-        ways = (settings.vault_token, settings.vault_token_file, settings.vault_role_id)
-        if sum(way is not None for way in ways) != 1:
-            raise ValueError(
-                "Set exactly one of VAULT_TOKEN, VAULT_TOKEN_FILE and VAULT_ROLE_ID (with VAULT_SECRET_ID)."
-            )
         self._token: str | None = None
         self._login = threading.Lock()
         self._own = threading.local()

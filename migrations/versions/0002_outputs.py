@@ -9,6 +9,7 @@ from alembic import op
 
 revision = "0002"
 down_revision = "0001"
+incompatible = True  # replicas that lack it refuse to serve (migrations/env.py)
 
 UP = [
     """

@@ -25,7 +25,7 @@ from app.api.requests import SENTENCES
 from tests.attack.faults import FaultyServer, Plan, fail_with_everything
 from tests.attack.scene import SOAK, chance, resolved
 from tests.attack.test_outages import OUTAGES, is_ready
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
+from tests.conftest import Client, Server, Stack, file_input, migrate, start_server, until
 from tests.test_http import raw_exchange
 
 LIMITS = {"MAX_BODY_BYTES": 2_000_000, "MAX_FILE_BYTES": 1000, "MAX_FILES": 2, "BODY_TIMEOUT_SECONDS": 0.5}
@@ -165,6 +165,7 @@ def spy(broken: Stack) -> Spy:
     for name, value in LOUD_POSTGRES.items():
         broken.sql(f"ALTER SYSTEM SET {name} = '{value}'")
     broken.sql("SELECT pg_reload_conf()")
+    migrate(broken.postgres, DATABASE_TIMEOUT_SECONDS=PATIENCE["DATABASE_TIMEOUT_SECONDS"])
     return Spy(broken)
 
 
@@ -422,7 +423,7 @@ def test_a_statement_that_fails_in_the_database(spy: Spy, client: Client) -> Non
         finally:
             await other.close()
 
-    assert asyncio.run(retry_a_locked_run()).status_code == 503
+    assert asyncio.run(retry_a_locked_run()).status_code == 409
     spy.assert_nowhere()
 
 

@@ -44,14 +44,11 @@ from tests.test_placement_simulation import FORBIDDEN
 AT_ONCE = 50
 ROUNDS = 2 + SOAK
 
-# Twenty requests wait in one queue for one row on a machine that does other things: that is no fault.
-PATIENT = {"DATABASE_TIMEOUT_SECONDS": 5}
-
 
 @pytest.fixture(scope="module")
 def replicas(attacked: Stack) -> Iterator[list[Server]]:
     """Two servers with all that they do by themselves: place, collect, tidy."""
-    started = [start_server(attacked, **PATIENT) for _ in range(2)]
+    started = [start_server(attacked) for _ in range(2)]
     yield started
     for server in started:
         server.app.stop()
@@ -100,7 +97,7 @@ def stopped(stack: Stack, client: Client, call: Call, point: str, **settings: ob
     gate = Path(tempfile.mkdtemp(prefix="gate-", dir=stack.folder)) / "gate"
     key = client.headers["Authorization"].split()[1]
     with (
-        FaultyServer(stack, Plan(point, partial(wait_for, gate)), **(PATIENT | settings)) as server,
+        FaultyServer(stack, Plan(point, partial(wait_for, gate)), **settings) as server,
         server.client(client.organization, key=key) as own,
         ThreadPoolExecutor(1) as threads,
     ):

@@ -11,6 +11,7 @@ from app.errors import DatabaseUnavailable
 from app.runs.projection import encode
 from app.schemas.problems import Alive, Health
 from app.services import Services
+from app.stores.setup import Unfit
 
 router = APIRouter(tags=["health"])
 
@@ -32,6 +33,8 @@ async def _database_problem(own: Services) -> str | None:
         async with own.database.connection() as connection:
             # Also proves that the migrations have run.
             await connection.fetchval("SELECT 1 FROM runs LIMIT 1")
+    except Unfit as unfit:
+        return unfit.reason
     except DatabaseUnavailable:
         return "unreachable"
     return None
