@@ -28,12 +28,15 @@ from app.stores import deletions
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
 from app.stores.pages import Listing, Slice, in_order, page, where
-from app.stores.statements import statement
+from app.stores.statements import by_id, statement
 
 COLUMNS = projection.columns(projection.ATTACHMENT_COLUMNS)
 
-# What the caller may see: a key that is bound to a machine, files of that machine's runs.
-OF_CALLER = f"EXISTS (SELECT FROM runs r WHERE r.id = a.run_id AND a.organization_id = :organization_id AND {SEEN})"
+# What the caller may see: a key that is bound to a machine, files of that machine's runs. OFFSET 0: the run is looked up by its
+# id for this attachment, not joined.
+OF_CALLER = f"""EXISTS (
+    SELECT FROM (SELECT * FROM runs WHERE id = a.run_id OFFSET 0) AS r WHERE a.organization_id = :organization_id AND {SEEN}
+    OFFSET 0)"""
 
 GET = statement(
     "attachments.get",
@@ -227,11 +230,15 @@ async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -
 EXPIRED = statement(
     "attachments.expired",
     """
-    SELECT a.id, r.organization_id
-    FROM run_attachments a JOIN runs r ON r.id = a.run_id
-    WHERE a.expires_at <= now() + :ahead AND a.storage_path IS NOT NULL
-      AND (a.attachment_type = 'output' OR r.status NOT IN ('scheduling', 'running'))
-    ORDER BY a.expires_at LIMIT 200 FOR NO KEY UPDATE OF r SKIP LOCKED
+    SELECT a.id, run.organization_id FROM (
+        SELECT id, run_id, attachment_type FROM run_attachments
+        WHERE expires_at <= now() + :ahead AND storage_path IS NOT NULL ORDER BY expires_at
+    ) AS a, LATERAL (
+        SELECT organization_id FROM runs
+        WHERE id = a.run_id AND (a.attachment_type = 'output' OR status NOT IN ('scheduling', 'running'))
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS run
+    LIMIT 200
     """,
 )
 
@@ -246,11 +253,12 @@ STILL_EXPIRED = statement(
 
 FORGET_OUTPUTS = statement(
     "attachments.forget_outputs",
-    "DELETE FROM run_attachments WHERE id = ANY(:ids::uuid[]) AND attachment_type = 'output'",
+    f"""DELETE FROM run_attachments WHERE {by_id("run_attachments", "ids", "one.attachment_type = 'output'")}""",
 )
 
 FORGET_BYTES = statement(
-    "attachments.forget_bytes", "UPDATE run_attachments SET storage_path = NULL WHERE id = ANY(:ids::uuid[])"
+    "attachments.forget_bytes",
+    f"UPDATE run_attachments SET storage_path = NULL WHERE {by_id('run_attachments', 'ids')}",
 )
 
 

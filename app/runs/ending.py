@@ -19,7 +19,7 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database
 from app.stores.deletions import Name
-from app.stores.statements import statement
+from app.stores.statements import by_id, found, statement
 from app.webhooks import outbox
 
 # --- end --------------------------------------------------------------------------------------------------------------
@@ -28,11 +28,11 @@ END = statement(
     "runs.ending.end",
     f"""
     WITH seen AS (
-        SELECT id, status FROM runs WHERE id = ANY(:run_ids::uuid[]) AND status IN ('scheduling', 'running')
-        FOR NO KEY UPDATE
+        SELECT run.* FROM {found("runs", "run_ids")} AS run WHERE run.status IN ('scheduling', 'running')
     ), ended AS (
-        UPDATE runs SET status = :status, error = :error, ended_at = now() FROM seen WHERE runs.id = seen.id
-        RETURNING runs.id, runs.organization_id, runs.attempt, seen.status AS before
+        UPDATE runs SET status = :status, error = :error, ended_at = now()
+        WHERE ctid = ANY (ARRAY(SELECT tid FROM seen))
+        RETURNING id, organization_id, attempt, (SELECT seen.status FROM seen WHERE seen.id = runs.id) AS before
     ), recorded AS (
         {record("ended", "'ended'", from_status="before", to_status=":status")}
     )
@@ -44,20 +44,28 @@ END = statement(
 # secret that was destroyed since would make it look kept.
 RETAIN = statement(
     "runs.ending.retain",
-    """
+    f"""
     INSERT INTO deletions (store, name, due_at)
     SELECT 'vault', secret_path, now() + make_interval(secs => :seconds)
-    FROM runs WHERE id = ANY(:run_ids::uuid[]) AND secret_path IS NOT NULL
+    FROM {found("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
     """,
 )
 
-_RELEASE = """
-    UPDATE machines SET reserved_session_id = NULL FROM runs
-    WHERE runs.id = ANY(:run_ids::uuid[]) AND runs.release_session_after
-      AND machines.reserved_session_id = runs.session_id AND machines.organization_id = runs.organization_id
-"""
-RELEASE = statement("runs.ending.release", _RELEASE)
-RELEASE_ACTIVE = statement("runs.ending.release_active", f"{_RELEASE} AND runs.status IN ('scheduling', 'running')")
+
+def _release(which: str) -> str:
+    return f"""
+    WITH released AS MATERIALIZED (
+        SELECT session_id, organization_id FROM {found("runs", "run_ids")} AS run
+        WHERE release_session_after AND session_id IS NOT NULL AND {which}
+    )
+    UPDATE machines SET reserved_session_id = NULL
+    WHERE reserved_session_id = ANY (ARRAY(SELECT session_id FROM released))
+      AND organization_id = (SELECT organization_id FROM released WHERE session_id = reserved_session_id LIMIT 1)
+    """
+
+
+RELEASE = statement("runs.ending.release", _release("true"))
+RELEASE_ACTIVE = statement("runs.ending.release_active", _release("status IN ('scheduling', 'running')"))
 
 
 # The keys of a run whose length nothing bounds but the body of a request, in the order in which an event leaves them out.
@@ -193,9 +201,9 @@ EXPIRED = statement(
     f"""
     WITH expired AS (
         SELECT run.* FROM unnest(:run_ids::uuid[], :paths::text[]) AS destroyed (run_id, path), LATERAL (
-            SELECT id, organization_id, attempt, status FROM runs
-            WHERE id = destroyed.run_id AND secret_path = destroyed.path
+            SELECT id, organization_id, attempt, status, secret_path FROM runs WHERE id = destroyed.run_id OFFSET 0
         ) AS run
+        WHERE run.secret_path = destroyed.path
     )
     {record("expired", "'secrets_expired'", from_status="status", to_status="status")}
     """,
@@ -223,13 +231,13 @@ LOCK_FOR_DELETE = statement(
 
 LIST_NAMES = statement(
     "runs.ending.list_names",
-    """
+    f"""
     WITH attachments AS (
         DELETE FROM run_attachments WHERE run_id = ANY(:run_ids::uuid[]) RETURNING storage_path
     )
     SELECT 'storage', storage_path FROM attachments WHERE storage_path IS NOT NULL
     UNION ALL
-    SELECT 'vault', secret_path FROM runs WHERE id = ANY(:run_ids::uuid[]) AND secret_path IS NOT NULL
+    SELECT 'vault', secret_path FROM {found("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
     """,
 )
 
@@ -237,7 +245,7 @@ DELETE = statement(
     "runs.ending.delete",
     f"""
     WITH deleted AS (
-        DELETE FROM runs WHERE id = ANY(:run_ids::uuid[]) RETURNING id, organization_id, attempt, status
+        DELETE FROM runs WHERE {by_id("runs", "run_ids")} RETURNING id, organization_id, attempt, status
     )
     {record("deleted", "'deleted'", from_status="status")}
     """,

@@ -232,10 +232,15 @@ _archived = (
     .cte("archived")
 )
 
+# What follows is looked up by the key that was seen. Joined with it, by a plan that was made while the tables were empty, they
+# would all be read.
+_ID = select(_seen.c.id).scalar_subquery()
+_ATTEMPT = select(_seen.c.attempt).scalar_subquery()
+
 _removed = (
     delete(RunAttachment)
     .where(
-        RunAttachment.run_id == _seen.c.id,
+        RunAttachment.run_id == _ID,
         or_(RunAttachment.attachment_type == constant("output"), bindparam("replaces_inputs", type_=Boolean)),
     )
     .returning(RunAttachment.storage_path)
@@ -255,7 +260,7 @@ _listed = (
 _superseded = (
     update(RunOutput)
     .values(is_superseded=literal_column("true"))
-    .where(RunOutput.run_id == _seen.c.id, RunOutput.attempt == _seen.c.attempt)
+    .where(RunOutput.run_id == _ID, RunOutput.attempt == _ATTEMPT)
     .cte("superseded")
 )
 
@@ -279,7 +284,7 @@ _aliases = bindparam("sensitive_input_aliases", type_=JSON)
 # A null override keeps what the run has.
 _requeued = (
     update(Run)
-    .where(Run.id == _seen.c.id)
+    .where(Run.id == _ID)
     .values(
         {
             Run.status: constant("scheduling"),

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 from app.errors import StorageUnavailable, Unavailable, VaultUnavailable
 from app.stores.database import Connection, Database
 from app.stores.files import FileStore
+from app.stores.statements import statement
 from app.stores.vault import SecretStore
 
 log = logging.getLogger("app.deletions")
@@ -39,35 +40,54 @@ class Name(NamedTuple):
 # --- getting on the list, and off it ----------------------------------------------------------------------------------
 
 # Two sweeps: see above. A staged name is fresh, so there is no conflict to think about.
-STAGE = """
-INSERT INTO deletions (store, name, due_at, sweeps)
-SELECT store, name, now() + make_interval(secs => $3), 2 FROM unnest($1::text[], $2::text[]) AS staged (store, name)
-"""
+STAGE = statement(
+    "deletions.stage",
+    """
+    INSERT INTO deletions (store, name, due_at, sweeps)
+    SELECT store, name, now() + make_interval(secs => :grace_seconds), 2
+    FROM unnest(:stores::text[], :names::text[]) AS staged (store, name)
+    """,
+)
 
-ADOPT = """
-DELETE FROM deletions USING unnest($1::text[], $2::text[]) AS staged (store, name)
-WHERE deletions.store = staged.store AND deletions.name = staged.name AND condemned_at IS NULL
-"""
+# Each name is looked up by its key, as in FINISH. One that the collector condemned while this waited for its lock stays.
+ADOPT = statement(
+    "deletions.adopt",
+    """
+    DELETE FROM deletions WHERE ctid = ANY (ARRAY(
+        SELECT listed.tid FROM unnest(:stores::text[], :names::text[]) AS staged (store, name), LATERAL (
+            SELECT ctid AS tid FROM deletions
+            WHERE store = staged.store AND name = staged.name AND condemned_at IS NULL FOR UPDATE
+        ) AS listed
+    ))
+    """,
+)
 
 # Due earlier wins: a secret that waits for its retention time to pass goes at once when a retry replaces it.
-DUE = """
-INSERT INTO deletions (store, name, due_at)
-SELECT store, name, now() + make_interval(secs => $3) FROM unnest($1::text[], $2::text[]) AS gone (store, name)
-ON CONFLICT (store, name) DO UPDATE SET due_at = least(deletions.due_at, excluded.due_at)
-"""
+DUE = statement(
+    "deletions.due",
+    """
+    INSERT INTO deletions (store, name, due_at)
+    SELECT store, name, now() + make_interval(secs => :after_seconds)
+    FROM unnest(:stores::text[], :names::text[]) AS gone (store, name)
+    ON CONFLICT (store, name) DO UPDATE SET due_at = least(deletions.due_at, excluded.due_at)
+    """,
+)
 
 # A secret whose time has come is as good as gone, condemned or not.
-RECLAIM = "DELETE FROM deletions WHERE store = 'vault' AND name = $1 AND condemned_at IS NULL AND due_at > now()"
+RECLAIM = statement(
+    "deletions.reclaim",
+    "DELETE FROM deletions WHERE store = 'vault' AND name = :name AND condemned_at IS NULL AND due_at > now()",
+)
 
 
-def _columns(names: Iterable[Name]) -> tuple[list[str], list[str]]:
+def _columns(names: Iterable[Name]) -> dict[str, list[str]]:
     ordered = sorted(names)  # one order everywhere: two writers of the same rows cannot deadlock
-    return [name.store for name in ordered], [name.name for name in ordered]
+    return {"stores": [name.store for name in ordered], "names": [name.name for name in ordered]}
 
 
 async def stage(connection: Connection, names: Sequence[Name], grace_seconds: float) -> None:
     """List names before anything is written under them."""
-    await connection.execute(STAGE, *_columns(names), grace_seconds)
+    await connection.execute(STAGE, **_columns(names), grace_seconds=grace_seconds)
 
 
 async def adopt(connection: Connection, names: Sequence[Name]) -> None:
@@ -75,50 +95,56 @@ async def adopt(connection: Connection, names: Sequence[Name]) -> None:
 
     Raises VaultUnavailable or StorageUnavailable if one was condemned meanwhile: staging took longer than the grace time.
     """
-    if names and await connection.execute(ADOPT, *_columns(names)) != f"DELETE {len(names)}":
+    if names and await connection.execute(ADOPT, **_columns(names)) != f"DELETE {len(names)}":
         raise (VaultUnavailable if any(name.store == "vault" for name in names) else StorageUnavailable)
 
 
 async def due(connection: Connection, names: Sequence[Name], *, after_seconds: float = 0) -> None:
     """List names that this transaction makes nobody's, to be deleted now or after a while."""
     if names:
-        await connection.execute(DUE, *_columns(names), after_seconds)
+        await connection.execute(DUE, **_columns(names), after_seconds=after_seconds)
 
 
 async def reclaim(connection: Connection, secret_path: str) -> bool:
     """Take a finished run's secret off the list because a retry keeps it; False if it has expired."""
-    return await connection.execute(RECLAIM, secret_path) == "DELETE 1"
+    return await connection.execute(RECLAIM, name=secret_path) == "DELETE 1"
 
 
 # --- the collector ----------------------------------------------------------------------------------------------------
 
 # Taking a row also postpones it: if this process dies the row is due again later, ever less often while deletes fail.
 # By ctid: joined by name, the planner may run the subquery again for each row, lock more than the batch, and take seconds.
-CONDEMN = """
-UPDATE deletions
-SET condemned_at = coalesce(condemned_at, now()),
-    due_at = now() + $2 + make_interval(secs => 5 * 2 ^ least(failures, 6)),
-    failures = least(failures + 1, 1000)
-WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM deletions WHERE due_at <= now() + $2 ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
-))
-RETURNING store, name, failures = 1 AS is_new
-"""
+CONDEMN = statement(
+    "deletions.condemn",
+    """
+    UPDATE deletions
+    SET condemned_at = coalesce(condemned_at, now()),
+        due_at = now() + :ahead + make_interval(secs => 5 * 2 ^ least(failures, 6)),
+        failures = least(failures + 1, 1000)
+    WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM deletions WHERE due_at <= now() + :ahead ORDER BY due_at LIMIT :batch FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING store, name, failures = 1 AS is_new
+    """,
+)
 
 # Locked in the order in which they are named, as by everyone who changes many rows of the list; then by ctid, because the
 # planner, which thinks the list is short, would join two batches row by row. A row that changed while this waited for its
 # lock stays, and is swept again later.
-FINISH = """
-WITH swept AS (
-    SELECT listed.* FROM unnest($1::text[], $2::text[]) AS gone (store, name), LATERAL (
-        SELECT ctid AS tid, sweeps FROM deletions WHERE store = gone.store AND name = gone.name FOR UPDATE
-    ) AS listed
-), again AS (
-    UPDATE deletions SET sweeps = 1, failures = 0, due_at = now() + $3 + interval '1 day'
-    WHERE ctid = ANY (ARRAY(SELECT tid FROM swept WHERE sweeps = 2))
+FINISH = statement(
+    "deletions.finish",
+    """
+    WITH swept AS (
+        SELECT listed.* FROM unnest(:stores::text[], :names::text[]) AS gone (store, name), LATERAL (
+            SELECT ctid AS tid, sweeps FROM deletions WHERE store = gone.store AND name = gone.name FOR UPDATE
+        ) AS listed
+    ), again AS (
+        UPDATE deletions SET sweeps = 1, failures = 0, due_at = now() + :ahead + interval '1 day'
+        WHERE ctid = ANY (ARRAY(SELECT tid FROM swept WHERE sweeps = 2))
+    )
+    DELETE FROM deletions WHERE ctid = ANY (ARRAY(SELECT tid FROM swept WHERE sweeps = 1))
+    """,
 )
-DELETE FROM deletions WHERE ctid = ANY (ARRAY(SELECT tid FROM swept WHERE sweeps = 1))
-"""
 
 BATCH = 200
 
@@ -139,7 +165,7 @@ async def collect(
     Raises DatabaseUnavailable. A delete that fails is logged by kind and tried again later.
     """
     async with database.transaction() as connection:
-        rows = await connection.fetch(CONDEMN, batch, ahead)
+        rows = await connection.fetch(CONDEMN, batch=batch, ahead=ahead)
         names = [Name(row["store"], row["name"]) for row in rows]
         if noted is not None and (fresh := [Name(row["store"], row["name"]) for row in rows if row["is_new"]]):
             await noted(connection, fresh)
@@ -164,7 +190,7 @@ async def collect(
     deleted = [name for gone in await asyncio.gather(*work) for name in gone]
     if deleted:
         async with database.connection() as connection:
-            await connection.execute(FINISH, *_columns(deleted), ahead)
+            await connection.execute(FINISH, **_columns(deleted), ahead=ahead)
     return len(rows)
 
 

@@ -73,6 +73,26 @@ def fragment(written: str) -> TextClause:
     )  # else it would read the cast in `:values::json` as part of a name
 
 
+def found(table: str, ids: str) -> str:
+    """A subquery for the rows of `table` with one of the `:ids`, and the place of each as `tid`.
+
+    Each is looked up by its key, before anything else is asked of it. With `id = ANY (...)`, a join, or a condition that
+    another index could serve, a plan that was made while the table was short reads all of an index when it is long.
+    """
+    return (
+        f"(SELECT one.* FROM unnest(:{ids}::uuid[]) AS wanted (id),"
+        f" LATERAL (SELECT ctid AS tid, * FROM {table} WHERE id = wanted.id OFFSET 0) AS one)"
+    )
+
+
+def by_id(table: str, ids: str, where: str = "true") -> str:
+    """A condition for those rows of `table` with one of the `:ids`, looked up like that; `where` speaks of `one`.
+
+    Only for rows that this transaction has locked: those stay where they are.
+    """
+    return f"ctid = ANY (ARRAY(SELECT tid FROM {found(table, ids)} AS one WHERE {where}))"
+
+
 def _compiled(name: str, clause: ClauseElement) -> Statement:
     compiled = clause.compile(dialect=_DIALECT, compile_kwargs={"render_postcompile": True})
     assert isinstance(compiled, SQLCompiler)  # noqa: S101 - what a dialect makes of anything but DDL

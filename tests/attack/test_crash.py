@@ -271,7 +271,7 @@ def collector_scene(stack: Stack) -> str:
 def test_a_collector_killed_at_its_points(attacked: Stack) -> None:
     collector_scene(attacked)
     every = collect_as_process(attacked, Plan(), ahead=3 * DAY)
-    assert {"vault delete after#1", "delete after#1", "WITH swept AS ( after#1"} <= set(every)
+    assert {"vault delete after#1", "delete after#1", "deletions.finish after#1"} <= set(every)
     assert any(point.startswith("rmdir") for point in every), "which delete empties the folder is a race"
     chosen = every if SOAK else chance("collector").sample(every, 6)
     for point in chosen:

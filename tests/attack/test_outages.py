@@ -172,7 +172,7 @@ def _send(client: Client, call: Call) -> tuple[threading.Thread, list[Answer]]:
 
 # The point at which PostgreSQL dies under a retry with a secret and a file, and what the caller is told.
 DEATHS = {
-    "INSERT INTO deletions (store, after#1": "nothing was changed",
+    "deletions.stage after#1": "nothing was changed",
     "COMMIT before#1": "nothing was changed",  # it only listed names
     "runs.retry.switch after#1": "nothing was changed",
     "COMMIT before#2": "may have taken effect",

@@ -478,7 +478,7 @@ def test_collectors_of_many_replicas_share_one_list(attacked: Stack, client: Cli
     assert tally(storm(client, [retry(run_id) for run_id in runs[:20]])) == {"409 sensitive_inputs_expired": 20}
 
 
-@pytest.mark.parametrize("point", ["DELETE FROM deletions USING after#1", "COMMIT before#2"])
+@pytest.mark.parametrize("point", ["deletions.adopt after#1", "COMMIT before#2"])
 def test_a_collector_passes_over_what_is_being_adopted(attacked: Stack, client: Client, point: str) -> None:
     """All staged names are due, and none has been condemned: they are adopted, and live."""
     run_id = client.finished(**OLD)["id"]

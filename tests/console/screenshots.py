@@ -69,7 +69,7 @@ def main() -> None:
         folder = Path(name)
         folder.chmod(0o711)  # PostgreSQL runs as another user when we are root
         with Postgres(folder, fsync=False) as postgres, Bao(folder) as bao:
-            migrate(postgres.url)
+            migrate(postgres)
             stack = Stack(folder, postgres, bao)
             server = start_server(stack)
             try:
