@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy import bindparam, func, literal_column, or_, select
 
 from app.errors import Unauthorized
 from app.models import ApiKey
@@ -29,6 +29,15 @@ AUTHENTICATE = statement(
     "auth.authenticate",
     select(ApiKey.id, ApiKey.organization_id, ApiKey.user_id, ApiKey.scopes, ApiKey.machine_id).where(
         ApiKey.key_hash == bindparam("key_hash"),
+        ApiKey.revoked_at.is_(None),
+        or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()),
+    ),
+)
+
+STILL_VALID = statement(
+    "auth.still_valid",
+    select(literal_column("1")).where(
+        ApiKey.id == bindparam("key_id"),
         ApiKey.revoked_at.is_(None),
         or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()),
     ),
@@ -114,6 +123,12 @@ async def authenticate(connection: Connection, key: bytes) -> Principal:
     if row is None:
         raise Unauthorized
     return Principal(*row.values())
+
+
+async def still_valid(connection: Connection, principal: Principal) -> None:
+    """Raises Unauthorized for a key that was revoked or has expired since it was authenticated."""
+    if await connection.fetchval(STILL_VALID, key_id=principal.key_id) is None:
+        raise Unauthorized
 
 
 async def whoami(connection: Connection, principal: Principal) -> dict[str, Any]:

@@ -147,6 +147,16 @@ class Settings(DatabaseSettings):
 
     # Limits on what a caller sends
     max_body_bytes: int = Field(100 * MIB, ge=1024, description="Largest request body; more is 413.")
+    max_small_body_bytes: int = Field(
+        2 * MIB, ge=1024, description="Largest body of a request that takes neither files nor a history; more is 413."
+    )
+    max_json_values: int = Field(250_000, ge=1000, description="Most values in the JSON of a body; more is 422.")
+    max_in_flight_bytes: int = Field(
+        256 * MIB,
+        ge=MIB,
+        description="Bytes of bodies and replies that all requests of a process hold at once; an organization gets half of "
+        "it. Beyond it requests wait for a short while, then 503 `overloaded`. Memory in use is up to 2.5 times as much.",
+    )
     max_file_bytes: int = Field(50 * MIB, ge=1, description="Largest single file, decoded; more is 413.")
     max_files: int = Field(100, ge=1, le=1000, description="Most files in one request; more is 413.")
     max_bulk_files: int = Field(1000, ge=1, description="Most files that one bulk makes, of all its runs; more is 413.")

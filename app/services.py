@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from app.config import Settings
+from app.in_flight import Budget
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.vault import SecretStore
@@ -15,13 +16,15 @@ from app.wakeups import Wakeups
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Settings, the three stores, and the wake-ups."""
+    """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, and turns to parse."""
 
     settings: Settings
     database: Database
     secrets: SecretStore
     files: FileStore
     wakeups: Wakeups
+    in_flight: Budget
+    parsing: Budget
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -32,6 +35,8 @@ class Services:
             SecretStore(settings),
             FileStore(settings),
             Wakeups(settles=settings.background != "none"),
+            Budget(settings.max_in_flight_bytes),
+            Budget(1),
         )
 
     async def close(self) -> None:

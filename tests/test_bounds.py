@@ -3,6 +3,7 @@
 Each attack is scaled to a few seconds, and to many times what the limit lets through: without the limit the test fails.
 """
 
+import base64
 import json
 import os
 import re
@@ -14,10 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import psutil
@@ -408,3 +410,143 @@ class TestPipelining:
         }
         reply = api.post(f"/v1/runs/{run['id']}/retry", json={"input_values": {"a": 1}}, headers=headers)
         assert api.json_of(reply)["input_values"] == {"a": 1}
+
+
+def post(api: Client, path: str, length: int | None, *, content_type: str = "application/json") -> bytes:
+    """The head of a request with a body."""
+    size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {api.headers['authorization']}\r\n"
+        f"Content-Type: {content_type}\r\n{size}\r\n\r\n"
+    ).encode()
+
+
+def at_once(count: int, attack: Callable[[int], int]) -> list[int]:
+    """The statuses that so many threads got."""
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(attack, range(count)))
+
+
+def send_whole(server: Server, head: bytes, body: bytes) -> int:
+    """The status; 0 for a connection that was closed."""
+    with connect(server) as connection:
+        connection.settimeout(60)
+        with suppress(ConnectionError):
+            connection.sendall(head)
+            connection.sendall(body)
+        try:
+            return reply_of(connection)[0]
+        except ConnectionError:
+            return 0
+
+
+class TestBodies:
+    """With a key."""
+
+    @pytest.fixture
+    def api(self, fresh: Server) -> Iterator[Client]:
+        with fresh.client() as client:
+            yield client
+
+    @pytest.fixture
+    def innocent(self, fresh: Server) -> Iterator[Client]:
+        with fresh.client() as client:
+            yield client
+
+    def test_too_many_values_are_refused_before_they_are_parsed(self, fresh: Server, api: Client) -> None:
+        body = b'{"input_values":{"a":[' + b"[]," * 13 * MB + b"1]}}"
+        head = post(api, f"/v1/runs/{uuid4()}/retry", len(body))
+        with watched(fresh) as seen:
+            assert set(at_once(2, lambda _: send_whole(fresh, head, body))) <= {422, 503}
+        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
+
+    def test_commas_in_texts_are_no_values(self, api: Client) -> None:
+        text = ',[{\\"' * 100_000
+        assert api.get_run(api.run(input_values={"x": text})["id"])["input_values"] == {"x": text}
+
+    def test_what_takes_neither_files_nor_a_history_is_small(self, fresh: Server, api: Client) -> None:
+        for path, status in (("/v1/workflows", 413), ("/v1/pools", 413), (f"/v1/runs/{uuid4()}/retry", 404)):
+            body = json.dumps({"x": "y" * 3 * MB}).encode()
+            assert send_whole(fresh, post(api, path, len(body)), body) == status
+
+    def test_wide_characters_count_for_what_they_take(self, fresh: Server, api: Client) -> None:
+        """One of them makes a text take four times as much."""
+        values = {"a": "x" * 40 * MB + "\N{GRINNING FACE}"}
+        body = json.dumps({"workflow_id": api.workflow(), "input_values": values}, ensure_ascii=False).encode()
+        head = post(api, "/v1/runs", len(body))
+        with watched(fresh) as seen:
+            assert set(at_once(4, lambda _: send_whole(fresh, head, body))) <= {201, 503}
+        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
+
+    def test_large_ones_take_turns(self, fresh: Server, api: Client, innocent: Client) -> None:
+        """16 at once of 89 MB each, as files."""
+        content = base64.b64encode(bytes(45 * MB)).decode()
+        files = [{"filename": "a", "content": content}, {"filename": "b", "content": content[: 29 * MB // 4 * 4]}]
+        body = json.dumps({"file_inputs": files}).encode()
+        run, head = innocent.finished(), post(api, f"/v1/runs/{uuid4()}/retry", len(body))
+        with watched(fresh) as seen, ThreadPoolExecutor(1) as threads:
+            attack = threads.submit(at_once, 16, lambda _: send_whole(fresh, head, body))
+            slowest = 0.0
+            while not attack.done():
+                began = time.monotonic()
+                innocent.json_of(innocent.retry(run["id"]))
+                innocent.report(run["id"], status="cancelled")
+                slowest = max(slowest, time.monotonic() - began)
+            statuses = attack.result()
+        assert set(statuses) == {404, 503}
+        assert slowest < 10
+        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
+
+
+@pytest.fixture(scope="module")
+def hasty(stack: Stack) -> Iterator[Server]:
+    """A server that waits for no body."""
+    started = start_server(stack, BODY_TIMEOUT_SECONDS=1)
+    yield started
+    started.app.stop()
+
+
+class TestSlowBodies:
+    def test_a_fast_start_buys_no_time(self, hasty: Server) -> None:
+        """5 MB at once, then nothing: at the least pace they would have bought 150 s."""
+        with hasty.client() as api, connect(hasty) as connection:
+            connection.sendall(post(api, f"/v1/runs/{uuid4()}/retry", 10 * MB) + b" " * 5 * MB)
+            began = time.monotonic()
+            status, _, body = reply_of(connection)
+            assert (status, json.loads(body)["code"]) == (408, "request_timeout")
+            assert time.monotonic() - began < 15
+
+    def test_who_keeps_the_pace_may_take_longer(self, hasty: Server) -> None:
+        with hasty.client() as api, connect(hasty) as connection:
+            connection.sendall(post(api, f"/v1/runs/{uuid4()}/retry", 2 * MB))
+            connection.sendall(b"{}")
+            for _ in range(10):
+                connection.sendall(b" " * 199_999)
+                time.sleep(0.25)
+            connection.sendall(b" " * 8)
+            assert reply_of(connection)[0] == 404
+
+
+class TestRevokedMeanwhile:
+    """A key that is revoked while its request is on its way."""
+
+    def revoke(self, stack: Stack, api: Client) -> None:
+        stack.sql("UPDATE api_keys SET revoked_at = now() WHERE organization_id = $1", api.organization)
+
+    def test_while_its_body_comes(self, server: Server, stack: Stack) -> None:
+        with server.client() as api, connect(server) as connection:
+            run = api.finished()
+            connection.sendall(post(api, f"/v1/runs/{run['id']}/retry", 2) + b"{")
+            time.sleep(1.5)  # longer than a key is trusted
+            self.revoke(stack, api)
+            connection.sendall(b"}")
+            assert reply_of(connection)[0] == 401
+            [row] = stack.sql("SELECT attempt FROM runs WHERE id = $1", UUID(run["id"]))
+            assert row["attempt"] == 1
+
+    def test_while_it_waits(self, server: Server, stack: Stack) -> None:
+        with server.client() as api, connect(server) as connection:
+            connection.sendall(get(api, "/v1/runs?status=scheduling&wait=3"))
+            time.sleep(0.5)  # it waits
+            self.revoke(stack, api)
+            assert reply_of(connection)[0] == 401

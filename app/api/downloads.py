@@ -12,13 +12,14 @@ from uuid import UUID
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
+from app import in_flight
 from app.auth import Principal
 from app.config import Settings
 from app.errors import AttachmentNotFound, RangeNotSatisfiable
 from app.runs.attachments import OF_CALLER
 from app.services import Services
 from app.stores.database import Connection, Database, Record
-from app.stores.files import FileMissingError, file_headers
+from app.stores.files import CHUNK, FileMissingError, file_headers
 from app.stores.statements import statement
 
 # One range alone. Anything else is ignored, as RFC 9110 section 14.2 allows.
@@ -50,7 +51,7 @@ def requested_range(headers: Headers, size: int, etag: str) -> tuple[int, int] |
 
 # An expired file cannot be read, also before its bytes are collected. No row: unknown, foreign, expired or collected.
 _READABLE = """
-SELECT id, filename, content_type, size_bytes, storage_path FROM run_attachments a
+SELECT id, organization_id, filename, content_type, size_bytes, storage_path FROM run_attachments a
 WHERE id = :attachment_id AND storage_path IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
 """
 READABLE = statement("downloads.by_ticket", _READABLE)
@@ -75,6 +76,7 @@ async def respond(services: Services, file: Record, headers: Headers) -> Respons
     etag = f'"{file["id"]}"'  # the bytes of an attachment never change
     wanted = requested_range(headers, size, etag)
     start, end = wanted or (0, size)
+    await in_flight.hold(min(end - start, 2 * CHUNK), party=file["organization_id"])  # one is sent, the next one read
     try:
         chunks = await services.files.stream(file["storage_path"], start, end)
     except FileMissingError:

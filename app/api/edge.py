@@ -13,6 +13,7 @@ from uuid import uuid4
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import in_flight
 from app.auth import authenticate, bearer
 from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized
 from app.services import Services
@@ -27,6 +28,8 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # How long a body that nobody wants is read and thrown away after the reply: closing at once would reset the connection before
 # the reply is read. The server itself would read it for ever, however slowly it comes.
 LINGER_SECONDS = 5.0
+# A reply that is longer is sent in pieces.
+PIECE_BYTES = 256 * 1024
 
 
 def is_public(path: str) -> bool:
@@ -44,17 +47,21 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send)
+        services: Services = scope["app"].state.services
+        share = services.in_flight.share("")
+        in_flight.share.set(share)
+        exchange = _Exchange(scope, receive, send, share)
         refusal: Refusal | None = None
         try:
             if not is_public(scope["path"]):
-                services: Services = scope["app"].state.services
                 key = bearer(exchange.only_header(b"authorization"))
                 party.set("")  # not that of an earlier request on this connection
                 async with services.database.connection() as connection:
                     principal = await authenticate(connection, key)
                 party.set(principal.organization_id)
+                share.party = principal.organization_id
                 exchange.principal = scope["state"]["principal"] = principal
+                scope["state"]["known_at"] = time.monotonic()
             await self.app(scope, exchange.receive, exchange.send)
         except Refusal as error:
             refusal = error
@@ -63,6 +70,8 @@ class Edge:
         except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback and no detail may leave
             log.error({"event": "unhandled", "request_id": exchange.id, **describe(error)})
             refusal = InternalError()
+        finally:
+            share.close()
         if refusal is not None and not exchange.started:
             await exchange.refuse(refusal)
         exchange.report()
@@ -71,8 +80,9 @@ class Edge:
 class _Exchange:
     """One request and its reply."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, share: in_flight.Share) -> None:
         self.scope = scope
+        self._share = share
         self._receive = receive
         self._send = send
         self._began = time.perf_counter()
@@ -113,11 +123,26 @@ class _Exchange:
                 self._lingers = self.status != RequestTimeout.status
                 headers.append((b"connection", b"close"))
             message["headers"] = headers
-        elif self._lingers and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})
+            await self._send(message)
+            return
+        more = message.get("more_body", False)
+        body = message.get("body", b"")
+        if len(body) > PIECE_BYTES and self.principal is not None:
+            body = await self._send_all_but_the_end(body)
+        if self._lingers and not more:
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
             await self._drain(LINGER_SECONDS)
-            message = {"type": "http.response.body", "body": b"", "more_body": False}
-        await self._send(message)
+            body = b""
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _send_all_but_the_end(self, body: bytes) -> bytes:
+        """Piece by piece, as the reader takes them: so that the reply counts as held until it is gone."""
+        self._share.note(len(body))
+        last = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+        for start in range(0, last, PIECE_BYTES):
+            piece = body[start : start + PIECE_BYTES]
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        return body[last:]
 
     async def _drain(self, seconds: float) -> None:
         """Read and forget the rest of the body for a while, unless the caller waits for a 100 before sending it."""

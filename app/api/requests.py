@@ -2,22 +2,36 @@
 
 import asyncio
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
 from io import BytesIO
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from app import in_flight
+from app.api import weights
+from app.auth import still_valid
 from app.config import Settings
 from app.errors import Invalid, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from app.idempotency import WriteRequest, fingerprint
 from app.services import Services
 
+T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 _JSON = re.compile(r"\s*application/([A-Za-z0-9.+-]+\+)?json\s*(;.*)?", re.IGNORECASE)
 _KEY = re.compile(r"[!-~]{1,255}")
+
+# A key that was good so long ago is looked up again.
+KNOWN_SECONDS = 1.0
+
+# Longer bodies are parsed in a thread.
+INLINE_BYTES = in_flight.FREE_BYTES
+# Fields that make a body long; without one of them it is refused early.
+_LONG = frozenset({"file_inputs", "content", "run_message_history"})
 
 # Fields whose content is the caller's own: an error inside them is reported at the field, never at a key of the caller.
 _FREE_FORM = frozenset(
@@ -121,57 +135,99 @@ def services(request: Request) -> Services:
     return found
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """The whole body. Raises PayloadTooLarge before buffering more than the limit, RequestTimeout for a slow sender."""
-    limit = settings.max_body_bytes
-    too_large = PayloadTooLarge(f"The request body may have at most {limit} bytes; send fewer or smaller files.")
+# --- reading a body ---------------------------------------------------------------------------------------------------
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The whole body. Raises PayloadTooLarge and Overloaded before it holds too much, RequestTimeout for a slow sender."""
+    too_large = PayloadTooLarge(
+        f"The body of this request may have at most {limit} bytes; send fewer or smaller values."
+    )
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large
+    if declared.isdigit():
+        if int(declared) > limit:
+            raise too_large
+        await in_flight.hold(int(declared))
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType
-    allowed = asyncio.get_running_loop().time() + settings.body_timeout_seconds
-    buffer = BytesIO()
+    settings = services(request).settings
+    loop = asyncio.get_running_loop()
+    # In each stretch of that many seconds so many bytes must come, or the rest: a fast start buys no time for later.
+    seconds = settings.body_timeout_seconds
+    wanted = seconds * settings.body_min_bytes_per_second
+    buffer, promised = BytesIO(), in_flight.FREE_BYTES if not declared else limit
     try:
-        async with asyncio.timeout_at(allowed) as patience:
+        async with asyncio.timeout(seconds) as timeout:
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
                 buffer.write(message.get("body", b""))
-                if buffer.tell() > limit:
+                size = buffer.tell()
+                if size > limit:
                     raise too_large
                 if not message.get("more_body", False):
                     break
-                patience.reschedule(allowed + buffer.tell() / settings.body_min_bytes_per_second)
+                if size > promised:  # no length was declared
+                    timeout.reschedule(None)
+                    promised = min(2 * size, limit)
+                    await in_flight.hold(promised)
+                    timeout.reschedule(loop.time() + seconds)
+                if size >= wanted:
+                    wanted = size + seconds * settings.body_min_bytes_per_second
+                    timeout.reschedule(loop.time() + seconds)
     except TimeoutError:
         raise RequestTimeout from None
     return buffer.getvalue()  # without a copy, unlike bytes(bytearray)
 
 
+async def still_known(request: Request) -> None:
+    """Raises Unauthorized if the key was revoked, or expired, while its request took long."""
+    if time.monotonic() - request.state.known_at > KNOWN_SECONDS:
+        async with services(request).database.connection() as connection:
+            await still_valid(connection, request.state.principal)
+        request.state.known_at = time.monotonic()
+
+
 async def read(request: Request, model: type[Model]) -> tuple[Model, WriteRequest]:
     """The body as `model` (an absent body equals `{}`) and what idempotency needs to know of the request."""
-    settings: Settings = request.app.state.services.settings
-    raw = await read_body(request, settings)
-    write = _write(request, settings, raw)
-    return _parsed(request, settings, raw, model), write
+    settings = services(request).settings
+    raw = await _read_body(request, _limit(settings, model))
+    if len(raw) <= INLINE_BYTES:
+        write = _write(request, settings, raw)
+    else:
+        write = await asyncio.to_thread(_write, request, settings, raw)
+    return await _parsed(request, raw, model), write
 
 
 async def read_only(request: Request, model: type[Model]) -> Model:
     """The body of a request that changes nothing: an Idempotency-Key is not looked at."""
-    settings: Settings = request.app.state.services.settings
-    return _parsed(request, settings, await read_body(request, settings), model)
+    raw = await _read_body(request, _limit(services(request).settings, model))
+    return await _parsed(request, raw, model)
 
 
-def _parsed(request: Request, settings: Settings, raw: bytes, model: type[Model]) -> Model:
-    if not raw:
-        raw = b"{}"
-    elif not _JSON.fullmatch(request.headers.get("content-type", "application/json")):
+async def read_write(request: Request) -> WriteRequest:
+    """For writes whose body means nothing (DELETE)."""
+    settings = services(request).settings
+    raw = await _read_body(request, min(settings.max_body_bytes, settings.max_small_body_bytes))
+    await still_known(request)
+    return _write(request, settings, raw)
+
+
+async def _parsed(request: Request, raw: bytes, model: type[Model]) -> Model:
+    """The body as `model`; what it takes in memory is held. Raises Unauthorized if the key is no longer good."""
+    settings = services(request).settings
+    if raw and not _JSON.fullmatch(request.headers.get("content-type", "application/json")):
         raise UnsupportedMediaType
-    try:
-        return model.model_validate_json(raw, context=settings)
-    except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_input=False), ("body",)) from None
+    if len(raw) <= INLINE_BYTES:
+        parsed = _parse(raw or b"{}", model, settings)
+    else:
+        before = await _in_turn(request, weights.before, raw, settings)
+        await in_flight.hold(before)
+        parsed, after = await _in_turn(request, _parse_and_weigh, raw, model, settings)
+        in_flight.hold_at_once(before - len(raw) + after)
+    await still_known(request)
+    return parsed
 
 
 def is_true(request: Request, name: str) -> bool:
@@ -182,10 +238,35 @@ def is_true(request: Request, name: str) -> bool:
     return given == ["true"]
 
 
-async def read_write(request: Request) -> WriteRequest:
-    """For writes whose body means nothing (DELETE)."""
-    settings: Settings = request.app.state.services.settings
-    return _write(request, settings, await read_body(request, settings))
+async def _in_turn(request: Request, work: Callable[..., T], *arguments: object) -> T:
+    """In a thread, one at a time and the organizations in turns: while Python's parser works, nothing else does."""
+    turn = services(request).parsing.share(request.state.principal.organization_id)
+    await turn.hold(1)
+    try:
+        return await asyncio.to_thread(work, *arguments)
+    finally:
+        turn.close()
+
+
+@cache
+def _is_long(model: type[BaseModel]) -> bool:
+    return not _LONG.isdisjoint(model.model_fields)
+
+
+def _limit(settings: Settings, model: type[BaseModel]) -> int:
+    return settings.max_body_bytes if _is_long(model) else min(settings.max_body_bytes, settings.max_small_body_bytes)
+
+
+def _parse_and_weigh(raw: bytes, model: type[Model], settings: Settings) -> tuple[Model, int]:
+    parsed = _parse(raw, model, settings)
+    return parsed, weights.after(raw, parsed, settings)
+
+
+def _parse(raw: bytes, model: type[Model], settings: Settings) -> Model:
+    try:
+        return model.model_validate_json(raw, context=settings)
+    except ValidationError as error:
+        raise invalid(error.errors(include_url=False, include_input=False), ("body",)) from None
 
 
 def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:

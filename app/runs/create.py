@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
+import orjson
 from sqlalchemy import bindparam, literal_column, select
 
 from app.errors import PayloadTooLarge, WorkflowNotFound
@@ -16,7 +17,7 @@ from app.scheduling.targets import check_targets, lane
 from app.schemas.runs import RunBulkCreate, RunCreate
 from app.services import Services
 from app.stores.database import Connection
-from app.stores.statements import json_text, statement
+from app.stores.statements import json_bytes, statement
 
 # The lock keeps the workflow from being deleted before its run is committed.
 KNOWN_WORKFLOW = statement(
@@ -85,8 +86,8 @@ async def _create(
     session_id = new_session_id if options.start_session else options.session_id
     session = alias_needs_session(Session(session_id, options.session_alias, options.release_session_after))
     staging.check_sizes(services, options.sensitive_input_values, options.file_inputs, copies=len(run_ids))
-    input_values = json_text(options.input_values)
-    if len(run_ids) * len(input_values or "") > services.settings.max_body_bytes:
+    input_values = json_bytes(options.input_values)
+    if len(run_ids) * len(input_values or b"") > services.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal = write.principal
     _check_reply(services, principal.organization_id, options, run_ids)
@@ -118,9 +119,9 @@ async def _create(
             lane=following_lane,
             queue_rank=queue_rank,
             main_prompt=options.main_prompt,
-            model_metadata=json_text(_model_metadata(options)),
+            model_metadata=json_bytes(_model_metadata(options)),
             run_ids=run_ids,
-            aliases=[json_text(one.aliases) for one in planned],
+            aliases=[None if one.aliases is None else orjson.dumps(one.aliases).decode() for one in planned],
             secret_paths=[one.secret_path for one in planned],
             **write.actor().parameters(),
         )

@@ -20,7 +20,7 @@ from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
 from app.services import Services
 from app.stores.database import Connection
-from app.stores.statements import constant, fragment, json_text, statement
+from app.stores.statements import constant, fragment, json_bytes, statement
 
 LOCK = statement(
     "runs.report.lock", f"SELECT status, attempt FROM runs r WHERE id = :run_id AND {SEEN} FOR NO KEY UPDATE"
@@ -118,7 +118,7 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         changes = _update(run_id, current, status, options)
         await connection.execute(UPDATE, **changes, **write.actor(options.reason).parameters())
         if options.model_fields_set.intersection(SAVED):
-            values = {name: json_text(getattr(options, name)) for name in SAVED}
+            values = {name: json_bytes(getattr(options, name)) for name in SAVED}
             named = {f"names_{name}": name in options.model_fields_set for name in SAVED}
             await connection.execute(SAVE_OUTPUTS, run_id=run_id, attempt=run["attempt"], **values, **named)
         has_event = False
@@ -176,7 +176,7 @@ def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpd
         "before": current.value,
         "starts": status is RunStatus.RUNNING and current is not status,
         "ends": status in TERMINAL and current is not status,
-        "input_values": json_text(options.input_values),
+        "input_values": json_bytes(options.input_values),
         "names_input_values": "input_values" in given,
         "error": options.error,
         "names_error": "error" in given,

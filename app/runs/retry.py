@@ -52,7 +52,7 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Record, committing
 from app.stores.deletions import Name
-from app.stores.statements import constant, fragment, json_text, statement
+from app.stores.statements import constant, fragment, json_bytes, statement
 
 # --- the rules --------------------------------------------------------------------------------------------------------
 
@@ -451,8 +451,8 @@ async def _write(
         session_id=following.session.id,
         session_alias=following.session.alias,
         release_session_after=following.session.release_after,
-        input_values=json_text(options.input_values),
-        sensitive_input_aliases=json_text(staged.aliases),
+        input_values=json_bytes(options.input_values),
+        sensitive_input_aliases=json_bytes(staged.aliases),
         secret_path=staged.secret_path,
         input_ids=input_ids,
         key=write.key,

@@ -107,6 +107,6 @@ def _is_open(compiled: SQLCompiler, key: str) -> bool:
     return bound is not None and bound.required
 
 
-def json_text(value: object) -> str | None:
-    """A value as asyncpg takes it for a `json` column; None is NULL."""
-    return None if value is None else orjson.dumps(value).decode()
+def json_bytes(value: object) -> bytes | None:
+    """A value as our connections take it for a `json` column; None is NULL."""
+    return None if value is None else orjson.dumps(value)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app import events
 from app.api.openapi import operation
-from app.api.requests import is_true, read, read_only, read_write, services
+from app.api.requests import is_true, read, read_only, read_write, services, still_known
 from app.api.responses import ONLY, Limit, Part, Skip, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
@@ -176,6 +176,7 @@ async def list_all(
     own, shown = services(request), shown_fields(fields)
     if wait:
         await wait_for_run(own, wanted, wait)
+        await still_known(request)
     return json_reply(await list_runs(own.database, wanted, shown, part))
 
 

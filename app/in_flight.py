@@ -1,0 +1,153 @@
+"""Bytes in flight: what requests hold in this process, between their first byte and the last one of their reply.
+
+There is one budget for all of them. A party may use half of it, so that the others find room; who finds none waits for a
+short while. This module knows names of parties and numbers, not what they stand for.
+"""
+
+import asyncio
+from contextvars import ContextVar
+
+from app.errors import Overloaded
+
+# So little is not counted: connections limit it.
+FREE_BYTES = 16 * 1024
+# How long a request waits for its turn.
+TURN_SECONDS = 5.0
+
+
+class Budget:
+    """`limit` for all parties, and half of it for what each of them begins."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._used_by: dict[str, int] = {}
+        # Who waits, by party; whose turn was longest ago comes first.
+        self._waiting: dict[str, dict[asyncio.Future[None], tuple[int, int]]] = {}
+
+    def share(self, party: str) -> "Share":
+        """What one request of this party holds; nothing yet."""
+        return Share(self, party)
+
+    def fits(self, party: str, count: int, held: int) -> bool:
+        """Whether a request of this party, which holds `held`, may have so much more now.
+
+        A quarter is kept for those that have begun: else all of them could wait for each other.
+        """
+        if held or not self.used:
+            return self.used + count <= self.limit
+        own = self._used_by.get(party, 0)
+        return self.used + count <= self.limit * 3 // 4 and (not own or own + count <= self.limit // 2)
+
+    def add(self, party: str, count: int) -> None:
+        """A negative count gives back."""
+        self.used += count
+        own = self._used_by.get(party, 0) + count
+        if own:
+            self._used_by[party] = own
+        else:
+            self._used_by.pop(party, None)
+        if count < 0:
+            self._serve()
+
+    async def take(self, party: str, count: int, held: int) -> None:
+        """Add it, as soon as there is room. Raises Overloaded when there is none in time."""
+        if self.fits(party, count, held):
+            self.add(party, count)
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(party, {})[turn] = count, held
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await turn
+        except BaseException as gone:
+            if turn.cancelled():
+                self._forget(party, turn)
+            else:  # given in the very moment when this task gave up
+                self.add(party, -count)
+            if isinstance(gone, TimeoutError):
+                raise Overloaded from None
+            raise
+
+    def _forget(self, party: str, turn: asyncio.Future[None]) -> None:
+        waiting = self._waiting.get(party, {})
+        if waiting.pop(turn, None) is not None and not waiting:
+            del self._waiting[party]
+
+    def _serve(self) -> None:
+        """Who has room now: the parties in turns, of one the first request that fits."""
+        served = True
+        while served:
+            served = False
+            for party, waiting in list(self._waiting.items()):
+                turn = next((one for one, wanted in waiting.items() if self.fits(party, *wanted)), None)
+                if turn is None:
+                    continue
+                served = True
+                count, _ = waiting[turn]
+                self._forget(party, turn)
+                if party in self._waiting:
+                    self._waiting[party] = self._waiting.pop(party)  # behind the others
+                if not turn.cancelled():
+                    self.add(party, count)
+                    turn.set_result(None)
+
+
+class Share:
+    """What one request holds."""
+
+    __slots__ = ("_budget", "held", "party")
+
+    def __init__(self, budget: Budget, party: str) -> None:
+        self._budget = budget
+        self.party = party  # for whom; may be changed while nothing is held
+        self.held = 0
+
+    async def hold(self, count: int) -> None:
+        """Hold so much in all, or more if it does already. Raises Overloaded. Who wants more than there is gets all."""
+        more = min(count, self._budget.limit) - self.held
+        if more > 0:
+            await self._budget.take(self.party, more, self.held)
+            self.held += more
+
+    def fits(self, count: int) -> bool:
+        """Whether there is room now for so much in all."""
+        return self._budget.fits(self.party, count - self.held, self.held)
+
+    def note(self, count: int) -> None:
+        """It holds so much in all, whether there was room for it or not."""
+        more = count - self.held
+        if more > 0:
+            self._budget.add(self.party, more)
+            self.held += more
+
+    def close(self) -> None:
+        """Give all of it back."""
+        if self.held:
+            self._budget.add(self.party, -self.held)
+            self.held = 0
+
+
+# Of the request that the current task answers.
+share: ContextVar[Share | None] = ContextVar("share", default=None)
+
+
+def hold_at_once(count: int) -> None:
+    """As `hold`, for what is in memory already and must not wait there. Raises Overloaded when there is no room now."""
+    own = share.get()
+    if own is not None and count > own.held:
+        if not own.fits(count):
+            raise Overloaded
+        own.note(count)
+
+
+async def hold(count: int, *, party: str | None = None) -> None:
+    """The request that is being answered holds so many bytes at once. Raises Overloaded when there is no room in time.
+
+    `party` is on whose behalf, of a request that holds nothing yet and whose caller shows no key.
+    """
+    own = share.get()
+    if own is not None and count > FREE_BYTES:
+        if party is not None and not own.held:
+            own.party = party
+        await own.hold(count)
