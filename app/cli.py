@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import gc
+import json
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -46,10 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
     create.add_argument("--user", type=UUID, help="user the key belongs to")
     create.add_argument("--name", help="what the key is for")
     create.add_argument("--expires-in-days", type=float, help="default: never")
+    scopes = [*auth.SCOPES, auth.EVERYTHING]
+    create.add_argument("--scope", action="append", choices=scopes, help="what it may do; may be repeated; default: *")
+    create.add_argument("--machine", type=UUID, help="for an executor: it sees and reports only this machine's runs")
     create.set_defaults(run=_create_key)
     show = keys.add_parser("list", help="keys of an organization, or of all")
     show.add_argument("--organization")
+    show.add_argument("--json", action="store_true", help="for programs")
     show.set_defaults(run=_list_keys)
+    rotate = keys.add_parser(
+        "rotate", help="make a key like an old one, which ends after a while; shown on the last line"
+    )
+    rotate.add_argument("id", type=UUID)
+    rotate.add_argument("--overlap-hours", type=float, default=24, help="how long the old one still works; default: 24")
+    rotate.set_defaults(run=_rotate_key)
     revoke = keys.add_parser("revoke", help="make a key useless at once")
     revoke.add_argument("id", type=UUID)
     revoke.set_defaults(run=_revoke_key)
@@ -130,43 +141,110 @@ def _failure(problem: DBAPIError) -> str:
 
 
 def _create_key(options: argparse.Namespace) -> int:
-    key = auth.new_key()
+    key, key_id = auth.new_key(), uuid4()
     days: float | None = options.expires_in_days
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
+    scopes = options.scope or (["runs:read", "runs:execute"] if options.machine else [auth.EVERYTHING])
+    if options.machine and not auth.EXECUTOR_SCOPES.issuperset(scopes):
+        print("A key that is bound to a machine may have no other scopes than runs:read and runs:execute.")
+        return 2
+    if "runs:execute" in scopes and "runs:read" not in scopes and options.machine is None:
+        print("A key with runs:execute and without runs:read must be bound to a machine: give --machine.")
+        return 2
 
-    async def insert(connection: asyncpg.Connection) -> None:
+    async def insert(connection: asyncpg.Connection) -> bool:
+        if options.machine and not await connection.fetchval(
+            "SELECT true FROM machines WHERE id = $1 AND organization_id = $2", options.machine, options.organization
+        ):
+            return False
         await connection.execute(
-            "INSERT INTO api_keys (id, organization_id, user_id, name, key_hash, expires_at) VALUES ($1, $2, $3, $4, $5, $6)",
-            uuid4(),
+            "INSERT INTO api_keys (id, organization_id, user_id, name, key_hash, expires_at, scopes, machine_id)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+            key_id,
             options.organization,
             options.user,
             options.name,
             auth.digest(key.encode()),
             expires_at,
+            scopes,
+            options.machine,
         )
+        return True
 
     try:
-        _with_database(insert)
+        if not _with_database(insert):
+            print("The organization has no machine with this id.")
+            return 1
     except asyncpg.CheckViolationError:
         print("An organization's id is 1 to 64 of A-Z a-z 0-9 _ -.")
         return 2
-    print("Keep this key: it is not stored and not shown again.")
-    print(key)
+    _show_key(key_id, key)
     return 0
+
+
+def _show_key(key_id: UUID, key: str) -> None:
+    print(f"Its id is {key_id}. Keep this key: it is not stored and not shown again.")
+    print(key)
+
+
+def _rotate_key(options: argparse.Namespace) -> int:
+    key, key_id = auth.new_key(), uuid4()
+
+    async def rotate(connection: asyncpg.Connection) -> str:
+        async with connection.transaction():
+            done: str = await connection.execute(
+                "INSERT INTO api_keys (id, organization_id, user_id, name, key_hash, expires_at, scopes, machine_id)"
+                " SELECT $2, organization_id, user_id, name, $3, expires_at, scopes, machine_id FROM api_keys"
+                " WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())",
+                options.id,
+                key_id,
+                auth.digest(key.encode()),
+            )
+            await connection.execute(
+                "UPDATE api_keys SET expires_at = least(expires_at, now() + make_interval(secs => $2)) WHERE id = $1",
+                options.id,
+                options.overlap_hours * 3600,
+            )
+        return done
+
+    if _with_database(rotate) == "INSERT 0 0":
+        print("There is no key with this id that still works; see `keys list`.")
+        return 1
+    print(f"The old key ends in {options.overlap_hours:g} hours.")
+    _show_key(key_id, key)
+    return 0
+
+
+_COLUMNS = "id organization_id name scopes machine_id user_id created_at last_used_at expires_at revoked_at"
 
 
 def _list_keys(options: argparse.Namespace) -> int:
-    async def show(connection: asyncpg.Connection) -> None:
+    async def fetch(connection: asyncpg.Connection) -> list[dict[str, object]]:
         rows = await connection.fetch(
-            "SELECT id, organization_id, user_id, name, created_at, expires_at, revoked_at FROM api_keys"
+            f"SELECT {', '.join(_COLUMNS.split())} FROM api_keys"
             " WHERE $1::text IS NULL OR organization_id = $1 ORDER BY created_at",
             options.organization,
         )
-        for row in rows:
-            print("  ".join("-" if value is None else str(value) for value in row.values()))
+        return [dict(row) for row in rows]
 
-    _with_database(show)
+    found = _with_database(fetch)
+    if options.json:
+        print(json.dumps(found, default=_plain, indent=2))
+        return 0
+    table = [_COLUMNS.upper().split(), *([_plain(value) for value in row.values()] for row in found)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _plain(value: object) -> str:
+    """A value as people read it: times to the second, in UTC."""
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def _revoke_key(options: argparse.Namespace) -> int:

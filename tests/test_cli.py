@@ -1,5 +1,6 @@
 """The command line: API keys from creation to revocation, settings from files, and a start that fails without a leak."""
 
+import json
 import re
 from pathlib import Path
 from uuid import uuid4
@@ -38,9 +39,15 @@ def test_a_key_from_creation_to_revocation(
         assert api.run()["user_id"] == user_id
 
         assert main(["keys", "list", "--organization", organization]) == 0
-        [line] = capsys.readouterr().out.splitlines()
-        key_id = line.split()[0]
-        assert line.split()[1:4] == [organization, user_id, "ci"]
+        header, line = capsys.readouterr().out.splitlines()
+        shown = dict(zip(header.split(), line.split(), strict=True))
+        key_id = shown["ID"]
+        assert (shown["ORGANIZATION_ID"], shown["USER_ID"], shown["NAME"], shown["SCOPES"]) == (
+            organization,
+            user_id,
+            "ci",
+            "*",
+        )
         assert key not in line
 
         for _ in range(2):  # a second time is harmless
@@ -95,3 +102,40 @@ def test_the_version_is_said_everywhere(server: Server, capsys: pytest.CaptureFi
     assert f'version = "{__version__}"' in project.read_text()
     with server.client() as api:
         assert api.get("/openapi.json").json()["info"]["version"] == __version__
+
+
+def test_an_executors_key_is_bound_to_its_machine(
+    server: Server, organization: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create = ["keys", "create", "--organization", organization]
+    with server.client(organization) as api:
+        machine = api.machine()
+    assert main([*create, "--machine", machine]) == 0
+    *_, told, key = capsys.readouterr().out.splitlines()
+    with server.client(organization, key=key) as executor:
+        who = executor.json_of(executor.get("/v1/whoami"))
+        assert (who["machine_id"], who["scopes"]) == (machine, ["runs:read", "runs:execute"])
+        assert who["key_id"] in told
+    assert main([*create, "--machine", str(uuid4())]) == 1
+    assert main([*create, "--machine", machine, "--scope", "runs:write"]) == 2
+    assert main([*create, "--scope", "runs:execute"]) == 2
+
+
+def test_a_key_is_rotated_with_an_overlap(
+    server: Server, organization: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", "create", "--organization", organization, "--scope", "runs:read", "--name", "n"]) == 0
+    old = capsys.readouterr().out.splitlines()[-1]
+    assert main(["keys", "list", "--organization", organization, "--json"]) == 0
+    [listed] = json.loads(capsys.readouterr().out)
+    assert (listed["name"], listed["scopes"]) == ("n", ["runs:read"])
+    assert main(["keys", "rotate", listed["id"], "--overlap-hours", "1"]) == 0
+    new = capsys.readouterr().out.splitlines()[-1]
+    for key in (old, new):
+        with server.client(organization, key=key) as api:
+            assert api.json_of(api.get("/v1/whoami"))["scopes"] == ["runs:read"]
+    assert main(["keys", "rotate", listed["id"], "--overlap-hours", "0"]) == 0
+    capsys.readouterr()
+    with server.client(organization, key=old) as api:
+        assert api.get("/v1/whoami").status_code == 401
+    assert main(["keys", "rotate", listed["id"]]) == 1
