@@ -774,7 +774,7 @@ def reservation(client: Client, machine_id: str) -> str | None:
 def test_a_retry_in_a_session_that_is_ended_meanwhile(attacked: Stack, client: Client) -> None:
     # The retry committed between the two looks for active runs: the second one finds it.
     run_id, machine_id = session(client, **OLD)
-    with stopped(attacked, client, release(machine_id), "SELECT reserved_session_id FROM machines before#1") as ending:
+    with stopped(attacked, client, release(machine_id), "machines.session.lock_machine before#1") as ending:
         assert client.json_of(client.retry(run_id))["session_id"] == run_id
         assert ending.go().status == 200
     run = client.get_run(run_id)
@@ -796,8 +796,8 @@ def test_what_ends_a_session_and_a_run_that_releases_it(attacked: Stack, client:
     """Each would hold what the other wants: the run came into the session between two looks. Neither is told of it."""
     session_id, machine_id = session(client)
     call, point = {
-        "session": (release(machine_id), "SELECT reserved_session_id FROM machines before#1"),
-        "machine": (Call("DELETE", f"/v1/machines/{machine_id}"), "SELECT 1 FROM machines before#2"),
+        "session": (release(machine_id), "machines.session.lock_machine before#1"),
+        "machine": (Call("DELETE", f"/v1/machines/{machine_id}"), "machines.delete.lock before#1"),
     }[end]
     with ExitStack() as gates:
         ending = gates.enter_context(stopped(attacked, client, call, point))
