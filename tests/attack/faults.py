@@ -35,10 +35,13 @@ from app.api.server import Protocol
 from app.cli import application
 from app.config import Settings
 from app.runs.retry import SWITCH
+from app.services import Services
 from app.stores import deletions, files
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.vault import SecretStore
+from app.webhooks import sending
+from app.webhooks.delivery import Deliverer
 from dev.stack import free_port
 from tests.conftest import Server, Stack, until
 
@@ -153,6 +156,9 @@ class Faults:
         vault = hvac.api.secrets_engines.kv_v2.KvV2
         self.wrap(vault, "create_or_update_secret", lambda *_: "vault write")
         self.wrap(vault, "delete_metadata_and_all_versions", lambda *_: "vault delete")
+        self.wrap(vault, "read_secret_version", lambda *_: "vault read")
+        self.wrap(sending.Post, "_open", lambda *_: "connect")
+        self.wrap(sending.Post, "send", lambda *_: "send")
         self.wrap(files, "_write_file", lambda *_: "put")
         self.wrap(files, "_delete_files", lambda *_: "delete")
         for call in ("fsync", "rmdir"):
@@ -223,6 +229,26 @@ def collect(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: flo
     faults.install()
     IN_REQUEST.set(True)
     asyncio.run(collect_until_empty(Settings(), ahead))
+
+
+def deliver(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: float) -> None:
+    """What a replica does for webhooks, until nothing is due; the database's clock is read that many seconds later."""
+    _enter(environment, folder / "app.log")
+    faults = Faults(folder, plan)
+    faults.install()
+    IN_REQUEST.set(True)
+    asyncio.run(deliver_until_idle(Settings(), ahead))
+
+
+async def deliver_until_idle(settings: Settings, ahead: float) -> None:
+    """Rounds until one finds nothing new and all that was begun has been settled."""
+    services = Services.open(settings)
+    deliverer = Deliverer(services, ahead=timedelta(seconds=ahead))
+    try:
+        await deliverer.round()
+    finally:
+        await deliverer.close()
+        await services.close()
 
 
 async def collect_until_empty(
@@ -298,11 +324,25 @@ class FaultyServer(Server):
 
 def collect_as_process(stack: Stack, plan: Plan, *, ahead: float) -> list[str]:
     """One collector process with a fault; returns the points it passed, without one."""
-    folder = Path(tempfile.mkdtemp(prefix="collector-", dir=stack.folder))
-    process = _forks.Process(target=collect, args=(folder, stack.environment(), plan, ahead), daemon=True)
+    return _as_process(stack, collect, stack.environment(), plan, ahead)[1]
+
+
+def deliver_as_process(stack: Stack, plan: Plan, *, ahead: float = 0) -> list[str]:
+    """One process that delivers webhooks, with a fault; returns the points it passed, without one."""
+    code, points = _as_process(stack, deliver, stack.environment(WEBHOOK_ALLOW="127.0.0.0/8"), plan, ahead)
+    assert code == (0 if plan.point is None else -signal.SIGKILL)
+    return points
+
+
+def _as_process(
+    stack: Stack, work: Callable[..., None], environment: Mapping[str, str], plan: Plan, ahead: float
+) -> tuple[int | None, list[str]]:
+    folder = Path(tempfile.mkdtemp(prefix=f"{work.__name__}-", dir=stack.folder))
+    process = _forks.Process(target=work, args=(folder, environment, plan, ahead), daemon=True)
     process.start()
     process.join(60)
     assert not process.is_alive()
+    code = process.exitcode
     process.close()
     points = folder / "points"
-    return points.read_text().splitlines() if points.exists() else []
+    return code, points.read_text().splitlines() if points.exists() else []
