@@ -192,7 +192,7 @@ def test_a_dead_endpoint_delays_nobody(hooked: Hooked) -> None:
         until(lambda: len(hooked.receiver.of("/healthy")) == len(ended))
     waits = [message.at - ended[message.event["run"]["id"]] for message in hooked.receiver.of("/healthy")]
     assert 1 <= len(hooked.receiver.of("/dead")) <= 8, "only so many are under way at once"
-    assert sorted(waits)[18] < 1, waits
+    assert sorted(waits)[18] < 3, waits
 
 
 def test_an_endpoint_that_failed_has_one_place(hooked: Hooked, stack: Stack) -> None:

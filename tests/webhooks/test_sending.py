@@ -166,7 +166,7 @@ def test_a_receiver_that_never_ends_is_broken_off(pieces: list[bytes]) -> None:
         with pytest.raises(Failed) as failed:
             post.send(rude.url, {}, b"{}", connect_by=NEVER)
         assert failed.value.code == "timeout"
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
 
 
 def test_what_was_given_up_before_it_began_connects_to_nothing(receiver: Receiver) -> None:
