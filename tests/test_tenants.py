@@ -66,7 +66,7 @@ def seconds_to_place(api: Client, run_id: str) -> float:
 
 
 def delays_nobody(crowd: Client, machine_id: str, api: Client) -> None:
-    """Another organization's retries get their machine as soon beside passes over the crowd as without, or within 1 s of a busy machine (it was 3.7 s)."""
+    """Another organization's retries get their machine as soon beside passes over the crowd as without, or within 1 s."""
     api.machine()
     run_id = api.run()["id"]
     assigned(api, run_id)
