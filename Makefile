@@ -25,7 +25,8 @@ run: .venv/run.stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.
 	@MAKE_PID=$$PPID exec $(BIN)/python -m dev.run
 
 test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4
+	@# What failed beside the other workers is run once more, alone: its time limits may not have been ours to keep.
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4 || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 soak: .venv/dev.stamp ## attack for long: crashes, races, outages, canaries, random lives and placement (SOAK=20: times as much)
 	SOAK=$(SOAK) SOAK_SECONDS=$$((16 * (1 + $(SOAK)))) $(BIN)/python -m pytest -s tests/attack tests/test_placement_simulation.py tests/test_docs.py tests/test_demo.py

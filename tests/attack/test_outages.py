@@ -91,7 +91,8 @@ def test_an_outage_under_load(broken: Stack, server: Server, client: Client, nam
     outage.begin(broken)
     try:
         answers = storm(client, retries(run_ids, outage.body))
-        health = ready(server)
+        # An answer of a store is shared for a second.
+        health = until(lambda: (found := ready(server))[0] == 503 and found, what="the readiness that says so")
         assert httpx.get(f"{server.url}/health/live", timeout=2, trust_env=False).status_code == 200
     finally:
         outage.end(broken)
