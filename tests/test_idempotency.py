@@ -170,6 +170,7 @@ def test_no_write_is_missing_here(api: Client) -> None:
         f"{method.upper()} {path}": [parameter["name"] for parameter in operation.get("parameters", ())]
         for path, operations in api.get("/openapi.json").json()["paths"].items()
         for method, operation in operations.items()
+        if "/webhook-" not in path  # tests/webhooks has those
     }
     assert {route for route in documented if not route.startswith("GET ")} == WRITES.keys()
     assert {route for route, names in documented.items() if "Idempotency-Key" in names} == WRITES.keys()
@@ -415,8 +416,9 @@ def test_a_twin_that_waits_too_long_for_the_run(api: Client, stack: Stack) -> No
     write = _retry(api)
     run_id = write.path.split("/")[3]
     before = rows(stack, api.organization)
-    with ThreadPoolExecutor(2) as threads, stack.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
-        with_key, without_key = threads.map(lambda key: write.send(api, key), ["the-key", None])
+    # One after the other: two that wait behind each other for one row may also end by the time-out of a statement.
+    with stack.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
+        with_key, without_key = write.send(api, "the-key"), write.send(api, None)
         assert_in_progress(with_key)
         assert_in_progress(without_key)  # one of two retries of a run loses with a 409, also without a key
     assert {row for row in rows(stack, api.organization) if row[0] != "staged"} == before
