@@ -14,7 +14,12 @@ from app.schemas.runs import EventPage
 router = APIRouter(route_class=Route, prefix="/v1/events", tags=["events"])
 
 After = Annotated[
-    str | None, Query(max_length=40, description="`next` of the reply before; absent: from the beginning.")
+    str | None,
+    Query(
+        max_length=40,
+        description="`next` of the reply before; absent: from the beginning.",
+        json_schema_extra={"pattern": r"^([0-9]{1,18}\.[0-9]{1,18})?$"},
+    ),
 ]
 
 
