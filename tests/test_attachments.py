@@ -25,8 +25,11 @@ from app.config import Settings
 from app.runs.attachments import expire_attachments
 from app.stores.database import Database
 from dev.stack import Postgres
-from tests.conftest import Client, Server, Stack, file_input, migrate, start_server, until
-from tests.test_storage import Weed
+from tests.support.client import Client, file_input
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, migrate
+from tests.support.waiting import until
+from tests.support.weed import Weed
 
 SERVER_KEY = "a key of the tests, longer than 32 characters"
 HOUR = timedelta(hours=1)

@@ -25,7 +25,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import Client, Server, Stack, start_server, until
+from tests.support.client import Client
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 MB = 1_000_000
 

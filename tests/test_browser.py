@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.conftest import Stack
 from tests.support.browser import Tab, page_of
+from tests.support.stack import Stack
 
 POLICY = "default-src 'self'"
 

@@ -10,7 +10,8 @@ import pytest
 from app import __version__
 from app.cli import main
 from app.config import Settings
-from tests.conftest import Server, Stack
+from tests.support.server import Server
+from tests.support.stack import Stack
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,9 @@ from app.runs.attachments import list_attachments
 from app.runs.listing import FIELDS, RunFilter, list_runs
 from app.stores.database import Database
 from app.stores.pages import Slice
-from tests.conftest import Client, Server, Stack, file_input, start_server
+from tests.support.client import Client, file_input
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
 
 MIB = 1024 * 1024
 

@@ -21,7 +21,7 @@ import pytest
 
 from dev.demo import OLD_PASSWORD, PASSWORD, TERMINAL
 from dev.stack import free_port, port_problem, usable_port
-from tests.conftest import until
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent
 READY = "Ctrl-C stops everything."

@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 from app.config import Settings
 from dev import check_machine
 from dev.stack import Bao, Part, Postgres, free_port, http
-from tests.conftest import Stack
+from tests.support.stack import Stack
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

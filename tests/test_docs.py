@@ -8,8 +8,9 @@ import httpx
 import pytest
 from playwright.async_api import Locator, expect
 
-from tests.conftest import Client, Server
 from tests.support.browser import Tab, page_of
+from tests.support.client import Client
+from tests.support.server import Server
 
 METHODS = {"get", "post", "put", "patch", "delete"}
 

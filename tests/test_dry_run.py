@@ -9,7 +9,9 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tests.conftest import Client, Server, Stack, file_input
+from tests.support.client import Client, file_input
+from tests.support.server import Server
+from tests.support.stack import Stack
 
 PAIRS = 120 * (1 + int(os.environ.get("SOAK", "0")))
 

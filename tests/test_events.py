@@ -9,7 +9,10 @@ import asyncpg
 import httpx
 import pytest
 
-from tests.conftest import Client, Server, Stack, file_input, until
+from tests.support.client import Client, file_input
+from tests.support.server import Server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 
 def events_of(client: Client, run_id: str, count: int) -> list[dict[str, Any]]:

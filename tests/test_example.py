@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
-from tests.conftest import Client, Server, Stack
 from tests.sdk.environment import HERE
+from tests.support.client import Client
+from tests.support.server import Server
+from tests.support.stack import Stack
 
 ROOT = HERE.parent.parent
 

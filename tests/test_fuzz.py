@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Client, Server, file_input
+from tests.support.client import Client, file_input
+from tests.support.server import Server
 
 HERE = Path(__file__).parent
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "40"))

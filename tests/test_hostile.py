@@ -20,7 +20,9 @@ import pytest
 
 from app.api.requests import SENTENCES
 from app.runs.listing import FIELDS
-from tests.conftest import Client, Server, Stack, file_input, start_server
+from tests.support.client import Client, file_input
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
 
 Document = dict[str, Any]
 Schema = dict[str, Any]

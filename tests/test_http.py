@@ -12,7 +12,11 @@ import httpx
 import pytest
 
 from app import __version__
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
+from tests.support.client import Client, file_input
+from tests.support.raw_http import raw_exchange
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 KEY_ERRORS = [
     {},
@@ -24,28 +28,6 @@ KEY_ERRORS = [
     {"Authorization": "Bearer rk_" + "x" * 5000},
     {"Authorization": "Bearer \xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9"},
 ]
-
-
-def raw_exchange(url: str, request: bytes, *, seconds: float = 10) -> bytes:
-    """Send bytes, read what comes until the reply is whole or the connection closes."""
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
-        connection.sendall(request)
-        received = b""
-        while b"\r\n\r\n" not in received or not _whole(received):
-            chunk = connection.recv(65536)
-            if not chunk:
-                break
-            received += chunk
-        return received
-
-
-def _whole(received: bytes) -> bool:
-    head, _, body = received.partition(b"\r\n\r\n")
-    for line in head.lower().split(b"\r\n"):
-        if line.startswith(b"content-length:"):
-            return len(body) >= int(line.split(b":")[1])
-    return False
 
 
 class TestAuthentication:

@@ -12,7 +12,10 @@ import httpx
 import pytest
 
 from app.idempotency import fingerprint
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
+from tests.support.client import Client, file_input
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 REUSED = {
     "loc": ["header", "Idempotency-Key"],

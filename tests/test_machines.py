@@ -7,7 +7,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tests.conftest import Client, Stack, until
+from tests.support.client import Client
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 KEYS = {
     "id",

@@ -5,7 +5,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.conftest import Client, file_input
+from tests.support.client import Client, file_input
 
 NOBODY = str(uuid4())
 MODEL = str(uuid4())

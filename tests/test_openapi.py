@@ -9,7 +9,8 @@ import httpx
 import pytest
 import schemathesis
 
-from tests.conftest import Client, Server
+from tests.support.client import Client
+from tests.support.server import Server
 
 Document = dict[str, Any]
 METHODS = {"get", "post", "put", "patch", "delete"}

@@ -1,8 +1,8 @@
 """Placement through the API: which waiting run gets which machine, when, and what a waiting run says about it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from uuid import UUID
 
@@ -11,8 +11,11 @@ import pytest
 
 from app.scheduling import placement
 from app.scheduling.placement import Left, place
-from tests.conftest import NEVER, Client, Server, Stack
-from tests.scheduling import Probe, Replica, assigned, reason, starts
+from tests.support.client import Client
+from tests.support.scheduling import Interrupted, Probe, Replica, assigned, reason, starts
+from tests.support.server import Server
+from tests.support.stack import Stack
+from tests.support.waiting import NEVER
 
 
 @pytest.fixture(scope="module")
@@ -285,37 +288,6 @@ def test_a_retried_run_queues_at_the_time_of_the_retry(api: Client) -> None:
 
 
 # --- what changes between reading and locking -------------------------------------------------------------------------
-
-
-class Interrupted:
-    """The application's database, where something else commits after placement has read and before it locks."""
-
-    def __init__(self, database: Any, interruption: Callable[[], Any]) -> None:
-        self._database = database
-        self._interruption = interruption
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Any]:
-        async with self._database.transaction() as connection:
-            yield _InterruptedConnection(connection, self)
-
-    async def interrupt(self) -> None:
-        interruption, self._interruption = self._interruption, lambda: None
-        if (started := interruption()) is not None:
-            await started
-
-
-class _InterruptedConnection:
-    def __init__(self, connection: Any, database: Interrupted) -> None:
-        self._connection = connection
-        self._interrupted = database
-        self.execute = connection.execute
-        self.fetchval = connection.fetchval
-
-    async def fetch(self, statement: object, **values: object) -> Any:
-        if statement is placement.LOCK_RUNS:
-            await self._interrupted.interrupt()
-        return await self._connection.fetch(statement, **values)
 
 
 # The run asks for a pool that machines one and two are in; one is the first choice.

@@ -19,8 +19,9 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from tests.conftest import NEVER, Stack
-from tests.scheduling import Replica
+from tests.support.scheduling import FORBIDDEN, Replica
+from tests.support.stack import Stack
+from tests.support.waiting import NEVER
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "16"))
 ORGANIZATIONS = 2
@@ -43,30 +44,6 @@ MACHINES_NOW = """
 SELECT id, organization_id, status = 'connected' AND is_available AS up, reserved_session_id AS reserved,
        ARRAY(SELECT pool_id FROM pool_machines WHERE machine_id = machines.id) AS pools
 FROM machines WHERE organization_id = ANY($1::text[])
-"""
-
-# States that must never be seen, not even for a moment.
-FORBIDDEN = """
-SELECT 'two active runs on a machine' AS what, assigned_machine_id AS id FROM runs
-WHERE status IN ('scheduling', 'running') AND assigned_machine_id IS NOT NULL
-GROUP BY assigned_machine_id HAVING count(*) > 1
-UNION ALL
-SELECT 'two runs of a session at once', session_id FROM runs
-WHERE session_id IS NOT NULL AND (status = 'running' OR (status = 'scheduling' AND assigned_machine_id IS NOT NULL))
-GROUP BY session_id HAVING count(*) > 1
-UNION ALL
-SELECT 'a session on two machines', reserved_session_id FROM machines
-WHERE reserved_session_id IS NOT NULL GROUP BY reserved_session_id HAVING count(*) > 1
-UNION ALL
-SELECT 'a run away from its session''s machine', runs.id FROM runs JOIN machines ON reserved_session_id = session_id
-WHERE runs.status IN ('scheduling', 'running') AND assigned_machine_id <> machines.id
-UNION ALL
-SELECT 'a run on a machine reserved for another session', runs.id FROM runs JOIN machines ON assigned_machine_id = machines.id
-WHERE runs.status IN ('scheduling', 'running') AND reserved_session_id IS DISTINCT FROM session_id
-  AND reserved_session_id IS NOT NULL
-UNION ALL
-SELECT 'a machine of another organization', runs.id FROM runs JOIN machines ON assigned_machine_id = machines.id
-WHERE runs.organization_id <> machines.organization_id
 """
 
 

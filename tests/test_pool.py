@@ -10,7 +10,10 @@ import asyncpg
 import pytest
 
 from app.stores.pool import Pool, party
-from tests.conftest import Client, Server, Stack, start_server, until
+from tests.support.client import Client
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 CONNECTIONS = 4
 

@@ -6,7 +6,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tests.conftest import Client, until
+from tests.support.client import Client
+from tests.support.waiting import until
 
 KEYS = {
     "id",

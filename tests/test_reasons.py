@@ -5,8 +5,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tests.conftest import Client, Server, Stack
-from tests.scheduling import reason
+from tests.support.client import Client
+from tests.support.scheduling import reason
+from tests.support.server import Server
+from tests.support.stack import Stack
 
 # Every machine is in every pool but the last.
 POOLS = 20

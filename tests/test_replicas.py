@@ -3,13 +3,15 @@
 import time
 from collections.abc import Iterator
 from threading import Thread
-from uuid import uuid4
 
 import httpx
 import pytest
 
-from tests.conftest import NEVER, Client, Server, Stack, migrate, start_server, until
-from tests.scheduling import assigned
+from tests.support.client import Client
+from tests.support.scheduling import assigned
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, own_database
+from tests.support.waiting import NEVER, until
 
 LISTENERS = "FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'"
 
@@ -17,12 +19,8 @@ LISTENERS = "FROM pg_stat_activity WHERE datname = current_database() AND query 
 @pytest.fixture(scope="module")
 def stack(stack: Stack) -> Iterator[Stack]:
     """A database of its own: nobody else's replica settles here."""
-    name = f"replicas_{uuid4().hex}"
-    stack.sql(f"CREATE DATABASE {name}")
-    own = Stack(stack.folder, stack.postgres, stack.bao, name)
-    migrate(stack.postgres, own.url)
-    yield own
-    stack.sql(f"DROP DATABASE {name} WITH (FORCE)")
+    with own_database(stack, "replicas") as own:
+        yield own
 
 
 @pytest.fixture(scope="module")

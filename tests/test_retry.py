@@ -6,27 +6,13 @@ from uuid import uuid4
 
 import pytest
 
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
+from tests.support.client import RUN_KEYS, Client, file_input, secret_path
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
+from tests.support.waiting import until
+
 
 # Every key of SDK 2.2.69's RunResponse, and ours.
-RUN_KEYS = {
-    *("id", "workflow_id", "machine_id", "assigned_machine_id", "user_id", "organization_id", "created_at", "status"),
-    *("error", "output_data", "run_message_history", "output_attachment_ids", "input_attachment_ids", "input_values"),
-    *("pool_ids", "sensitive_input_aliases", "session_id", "session_alias", "release_session_after", "started_at"),
-    *("ended_at", "is_priority", "attempt", "scheduling_reason", "main_prompt", "model_metadata", "usage_metadata"),
-    "post_run_checks",
-}
-
-
-def secret_path(run: dict[str, Any]) -> str:
-    """Where the run's aliases point, without mount and variable name."""
-    paths = {alias.split("://", 1)[1].split("#")[0] for alias in run["sensitive_input_aliases"].values()}
-    assert len(paths) == 1, "one secret per retry"
-    mount, _, path = paths.pop().partition("/")
-    assert mount == "secret"
-    return str(path)
-
-
 def blob_of(stack: Stack, attachment_id: str) -> str:
     [row] = stack.sql("SELECT storage_path FROM run_attachments WHERE id = $1", attachment_id)
     return str(row["storage_path"])

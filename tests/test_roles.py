@@ -17,8 +17,10 @@ import pytest
 from app.cli import main
 from app.models import Base
 from app.stores.setup import GRANTS
-from tests.conftest import Server, Stack, migrate, start_server, until
 from tests.support.pooler import pooler
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, migrate
+from tests.support.waiting import until
 
 OWNER = "plain_owner"
 

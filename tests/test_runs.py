@@ -9,9 +9,11 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
-from tests.scheduling import starts
-from tests.test_retry import RUN_KEYS, secret_path
+from tests.support.client import RUN_KEYS, Client, file_input, secret_path
+from tests.support.scheduling import starts
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 STATUSES = ("scheduling", "running", "success", "cancelled", "error")
 TERMINAL = ("success", "cancelled", "error")

@@ -23,7 +23,7 @@ from app.stores.statements import Statement
 from app.webhooks import delivery
 from dev.readme import README, replaced, settings_table
 from dev.run import ROOT
-from tests.conftest import Stack, migrate
+from tests.support.stack import Stack, migrate
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from uuid import uuid4
 
 import pytest
 
-from tests.conftest import Client, Server, until
+from tests.support.client import Client
+from tests.support.server import Server
+from tests.support.waiting import until
 
 SCOPES = ["runs:read", "runs:write", "runs:execute", "resources:write", "webhooks:write"]
 ID = "3c90c3cc-0d44-4b50-8888-8dd25736052a"

@@ -17,7 +17,10 @@ from app.cli import main
 from app.config import Settings
 from dev.run import APP, ROOT
 from dev.stack import free_port, http
-from tests.conftest import Client, Stack, migrate, start_server, until
+from tests.support.client import Client
+from tests.support.server import start_server
+from tests.support.stack import Stack, migrate
+from tests.support.waiting import until
 
 CANARY = "canary-5f1d7a"
 WITH_DATABASE = (["serve"], ["migrate"], ["keys", "list"])

@@ -6,7 +6,8 @@ import time
 import httpx
 import pytest
 
-from tests.conftest import Stack, start_server
+from tests.support.server import start_server
+from tests.support.stack import Stack
 
 
 @pytest.mark.parametrize("of_machine", [True, False])

@@ -1,13 +1,10 @@
 """Files in a real folder and in a real S3 server (SeaweedFS)."""
 
 import asyncio
-import json
 import logging
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,7 +20,7 @@ from pydantic import SecretStr
 from app.config import MIB, Settings
 from app.errors import StorageUnavailable
 from app.stores.files import CHUNK, FileMissingError, FileStore
-from dev.stack import free_port
+from tests.support.weed import Weed
 
 pytestmark = pytest.mark.anyio
 
@@ -337,53 +334,6 @@ async def test_errors_and_logs_name_nothing(store: FileStore, folder: Path, capl
 def test_urls_that_cannot_be_used(url: str) -> None:
     with pytest.raises(ValueError, match="STORAGE_URL"):
         FileStore(settings(url))
-
-
-class Weed:
-    """SeaweedFS's S3 server with its master, volume and filer, all on loopback."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        identities = {
-            "identities": [
-                {
-                    "name": "tests",
-                    "credentials": [{"accessKey": "key", "secretKey": "secret"}],
-                    "actions": ["Read", "Write", "List", "Admin"],
-                }
-            ]
-        }
-        (folder / "s3.json").write_text(json.dumps(identities))
-        (folder / "data").mkdir()
-        names = ("master.port", "volume.port", "filer.port")
-        ports = [f"-{name}{kind}={free_port()}" for name in names for kind in ("", ".grpc")]
-        with (folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    Path(sys.executable).with_name("weed"),
-                    "server",
-                    "-ip=127.0.0.1",
-                    "-ip.bind=127.0.0.1",
-                    f"-dir={folder / 'data'}",
-                    "-volume.max=4",
-                    "-master.volumeSizeLimitMB=64",
-                    *ports,
-                    "-s3",
-                    f"-s3.port={self.port}",
-                    f"-s3.port.grpc={free_port()}",
-                    "-s3.port.iceberg=0",
-                    "-s3.port.lance=0",
-                    f"-s3.config={folder / 's3.json'}",
-                ],
-                stdout=log,
-                stderr=log,
-                env={"PATH": os.defpath, "HOME": str(folder)},
-            )
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from uuid import UUID
 
 import pytest
 
-from tests.conftest import Client, Server, Stack
-from tests.scheduling import assigned
+from tests.support.client import Client
+from tests.support.scheduling import assigned
+from tests.support.server import Server
+from tests.support.stack import Stack
 
 MOST_POOLS = 100
 

@@ -3,24 +3,23 @@
 import statistics
 import time
 from collections.abc import Iterator
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 
 from app.scheduling import placement
-from tests.conftest import NEVER, Client, Server, Stack, migrate, start_server
-from tests.scheduling import assigned
+from tests.support.client import Client
+from tests.support.scheduling import assigned
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, own_database
+from tests.support.waiting import NEVER
 
 
 @pytest.fixture(scope="module")
 def stack(stack: Stack) -> Iterator[Stack]:
     """A database of its own: its crowds would slow the other tests down."""
-    name = f"tenants_{uuid4().hex}"
-    stack.sql(f"CREATE DATABASE {name}")
-    own = Stack(stack.folder, stack.postgres, stack.bao, name)
-    migrate(own.postgres, own.url)
-    yield own
-    stack.sql(f"DROP DATABASE {name} WITH (FORCE)")
+    with own_database(stack, "tenants") as own:
+        yield own
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tests.conftest import Client, Stack, file_input, until
+from tests.support.client import Client, file_input
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 KEYS = {
     "id",

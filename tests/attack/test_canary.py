@@ -22,11 +22,14 @@ import httpx
 import pytest
 
 from app.api.requests import SENTENCES
-from tests.attack.faults import FaultyServer, Plan, fail_with_everything
-from tests.attack.scene import SOAK, chance, resolved
-from tests.attack.test_outages import OUTAGES, is_ready
-from tests.conftest import Client, Server, Stack, file_input, migrate, start_server, until
-from tests.test_http import raw_exchange
+from tests.support.client import Client, file_input
+from tests.support.faults import FaultyServer, Plan, fail_with_everything
+from tests.support.outages import OUTAGES, is_ready
+from tests.support.raw_http import raw_exchange
+from tests.support.scene import SOAK, chance, resolved
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, migrate
+from tests.support.waiting import until
 
 LIMITS = {"MAX_BODY_BYTES": 2_000_000, "MAX_FILE_BYTES": 1000, "MAX_FILES": 2, "BODY_TIMEOUT_SECONDS": 0.5}
 # Short, so that an outage is over soon.

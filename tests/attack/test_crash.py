@@ -10,17 +10,11 @@ from uuid import UUID
 import httpx
 import pytest
 
-from tests.attack.faults import FaultyServer, Plan, collect_as_process, die_while_writing
-from tests.attack.scene import (
-    DAY,
-    SOAK,
-    Picture,
-    assert_exactly_named,
-    assert_nothing_lost,
-    chance,
-    picture,
-)
-from tests.conftest import Client, Stack, file_input, until
+from tests.support.client import Client, file_input
+from tests.support.faults import FaultyServer, Plan, collect_as_process, die_while_writing
+from tests.support.scene import DAY, SOAK, Picture, assert_exactly_named, assert_nothing_lost, chance, gone, picture
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 OLD, NEW = {"password": "old", "nested": {"a": 1}}, {"password": "new", "pin": 7}
 STORED = {"password": "new", "pin": "7"}
@@ -126,11 +120,6 @@ def points_of(stack: Stack, scene: Callable[[Client], WriteRequest]) -> list[str
         server.arm()
         assert write.send(client).status_code == write.status
         return sorted(server.points())
-
-
-def gone(stack: Stack) -> bool:
-    """PostgreSQL has noticed that the service died: its transactions are over."""
-    return not stack.sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'runs-api'")
 
 
 def crash(stack: Stack, scene: Callable[[Client], WriteRequest], plan: Plan, commit: str) -> Picture:

@@ -3,57 +3,23 @@
 import asyncio
 import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import pytest
 
-from tests.attack.faults import FaultyServer, Plan, collect_until_empty, fail_with_everything, lose_answer, wait_for
-from tests.attack.scene import assert_exactly_named, assert_nothing_lost, attempts, picture, settings_of
-from tests.attack.storm import Answer, Call, finished_runs, storm, tally, worst
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
+from tests.support.client import Client, file_input
+from tests.support.faults import FaultyServer, Plan, collect_until_empty, fail_with_everything, lose_answer, wait_for
+from tests.support.outages import FILES, OUTAGES, PLAIN, SECRETS, is_ready, ready
+from tests.support.scene import assert_exactly_named, assert_nothing_lost, attempts, picture
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, settings_of
+from tests.support.storm import Answer, Call, finished_runs, storm, tally, worst
+from tests.support.waiting import until
 
 AT_ONCE = 64
-SECRETS: dict[str, object] = {"sensitive_input_values": {"password": "new"}}
-FILES: dict[str, object] = {"file_inputs": [file_input(b"new")]}
-PLAIN: dict[str, object] = {}
-
-
-class Outage(NamedTuple):
-    """One way a part fails."""
-
-    part: str
-    body: dict[str, object]
-    begin: Callable[[Stack], object]
-    end: Callable[[Stack], object]
-
-
-def hide_storage(stack: Stack) -> None:
-    stack.files.rename(stack.folder / "elsewhere")
-
-
-def show_storage(stack: Stack) -> None:
-    if stack.files.is_file():
-        stack.files.unlink()
-    (stack.folder / "elsewhere").rename(stack.files)
-
-
-def replace_storage(stack: Stack) -> None:
-    hide_storage(stack)
-    stack.files.write_text("not a folder")
-
-
-OUTAGES = {
-    "vault frozen": Outage("vault", SECRETS, lambda s: s.bao.freeze(), lambda s: s.bao.thaw()),
-    "vault killed": Outage("vault", SECRETS | FILES, lambda s: s.bao.kill(), lambda s: s.bao.start()),
-    "database frozen": Outage("database", PLAIN, lambda s: s.postgres.freeze(), lambda s: s.postgres.thaw()),
-    "database killed": Outage("database", SECRETS, lambda s: s.postgres.kill(), lambda s: s.postgres.start()),
-    "storage missing": Outage("storage", FILES, hide_storage, show_storage),
-    "storage a file": Outage("storage", SECRETS | FILES, replace_storage, show_storage),
-}
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +38,6 @@ def client(server: Server) -> Iterator[Client]:
 
 def retries(run_ids: list[str], body: dict[str, object]) -> list[Call]:
     return [Call("POST", f"/v1/runs/{run_id}/retry", body, f"key-{run_id}") for run_id in run_ids]
-
-
-def ready(server: Server) -> tuple[int, list[str]]:
-    reply = httpx.get(f"{server.url}/health/ready", timeout=10, trust_env=False)
-    return reply.status_code, reply.json()["down"]
-
-
-def is_ready(server: Server) -> bool:
-    return ready(server)[0] == 200
 
 
 @pytest.mark.parametrize("name", OUTAGES)

@@ -24,8 +24,9 @@ from app.scheduling.placement import place
 from app.stores import deletions
 from app.stores.database import Database
 from app.stores.vault import SecretStore
-from tests.attack.faults import FaultyServer, Plan, collect_until_empty, wait_for
-from tests.attack.scene import (
+from tests.support.client import Client, file_input
+from tests.support.faults import FaultyServer, Plan, collect_until_empty, wait_for
+from tests.support.scene import (
     DAY,
     SOAK,
     assert_exactly_named,
@@ -34,12 +35,12 @@ from tests.attack.scene import (
     chance,
     collect_all,
     picture,
-    settings_of,
 )
-from tests.attack.storm import Answer, Call, finished_runs, storm, tally
-from tests.conftest import Client, Server, Stack, file_input, start_server, until
-from tests.test_placement import Interrupted
-from tests.test_placement_simulation import FORBIDDEN
+from tests.support.scheduling import FORBIDDEN, Interrupted
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, settings_of
+from tests.support.storm import Answer, Call, finished_runs, storm, tally
+from tests.support.waiting import until
 
 AT_ONCE = 50
 ROUNDS = 2 + SOAK

@@ -40,17 +40,12 @@ from app.stores import deletions
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.vault import SecretStore
-from tests.attack.scene import (
-    DAY,
-    SEED,
-    SOAK,
-    assert_exactly_named,
-    assert_nothing_lost,
-    collect_all,
-    settings_of,
-)
-from tests.attack.storm import Call, storm
-from tests.conftest import NEVER, Client, Server, Stack, file_input, start_server, until
+from tests.support.client import Client, file_input
+from tests.support.scene import DAY, SEED, SOAK, assert_exactly_named, assert_nothing_lost, collect_all
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, settings_of
+from tests.support.storm import Call, storm
+from tests.support.waiting import NEVER, until
 
 SECONDS = 38 * (1 + SOAK)
 UNKNOWN = str(uuid4())

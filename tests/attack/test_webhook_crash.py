@@ -2,10 +2,11 @@
 
 from uuid import UUID
 
-from tests.attack.faults import FaultyServer, Plan, deliver_as_process
-from tests.attack.test_crash import gone
-from tests.conftest import Stack, until
+from tests.support.faults import FaultyServer, Plan, deliver_as_process
 from tests.support.receiver import Receiver, receiving
+from tests.support.scene import gone
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 MESSAGES = 3
 

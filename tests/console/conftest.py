@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import pytest
 from playwright.async_api import Locator, Page, Request, Route, expect
 
-from tests.conftest import Client, Server
 from tests.support.browser import Tab
+from tests.support.client import Client
+from tests.support.server import Server
 
 T = TypeVar("T")
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tests.conftest import Client, Stack, file_input, until
+from tests.support.client import Client, file_input
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 # What a caller may write anywhere: none of it may become more than text.
 MARKUP = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"

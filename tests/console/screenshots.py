@@ -7,9 +7,10 @@ from pathlib import Path
 from playwright.async_api import Page, async_playwright, expect
 
 from dev.stack import Bao, Postgres
-from tests.conftest import Stack, migrate, start_server
 from tests.console.scene import Scene, night
 from tests.support.browser import FLAGS, chromium
+from tests.support.server import start_server
+from tests.support.stack import Stack, migrate
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "console"
 

@@ -6,9 +6,10 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import expect
 
-from tests.conftest import Client, Stack
 from tests.console.conftest import Console
 from tests.console.scene import Scene, night
+from tests.support.client import Client
+from tests.support.stack import Stack
 
 # The rules of WCAG 2.0 to 2.2, levels A and AA, and axe's own best practices.
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]

@@ -4,8 +4,10 @@ import re
 
 from playwright.async_api import expect
 
-from tests.conftest import Client, Stack, until
 from tests.console.conftest import Console
+from tests.support.client import Client
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 
 def test_a_key_is_pasted_and_the_runs_are_there(console: Console, api: Client) -> None:

@@ -2,9 +2,11 @@
 
 from playwright.async_api import expect
 
-from tests.conftest import Client, Stack, until
 from tests.console.conftest import Console
 from tests.console.scene import night
+from tests.support.client import Client
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 
 def test_lanes_say_what_they_want_who_waits_and_why_the_oldest_first(

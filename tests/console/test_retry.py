@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from playwright.async_api import Route, expect
 
-from tests.conftest import Client, Stack, file_input, until
 from tests.console.conftest import Console, body
+from tests.support.client import Client, file_input
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 
 def sent(console: Console) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from uuid import uuid4
 import pytest
 from playwright.async_api import expect
 
-from tests.conftest import Client, Stack, file_input, until
 from tests.console.conftest import Console
 from tests.console.scene import MARKUP, failed_login
+from tests.support.client import Client, file_input
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 
 def test_what_went_wrong_stands_first_and_its_history_can_be_read(console: Console, api: Client) -> None:

@@ -6,8 +6,10 @@ from uuid import uuid4
 
 from playwright.async_api import expect
 
-from tests.conftest import Client, Server, Stack
 from tests.console.conftest import Console
+from tests.support.client import Client
+from tests.support.server import Server
+from tests.support.stack import Stack
 
 
 def ids(console: Console) -> list[str]:

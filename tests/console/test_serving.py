@@ -8,7 +8,8 @@ import pytest
 
 from app.api.console import FOLDER
 from app.api.pages import TYPES
-from tests.conftest import Server, Stack, start_server
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "

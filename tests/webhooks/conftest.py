@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Client, Server, Stack, start_server
+from tests.support.client import Client
 from tests.support.receiver import Receiver, receiving
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, own_database
 
 
 class Hooked:
@@ -46,8 +48,23 @@ class Hooked:
 
 
 @pytest.fixture(scope="session")
+def stack(stack: Stack) -> Iterator[Stack]:
+    """A database of its own: no other test's server, which may not send to loopback, takes what is to be delivered."""
+    with own_database(stack, "webhooks") as own:
+        yield own
+
+
+@pytest.fixture(scope="session")
 def hooking_server(stack: Stack) -> Iterator[Server]:
     started = start_server(stack, WEBHOOK_ALLOW="127.0.0.0/8")
+    yield started
+    started.app.stop()
+
+
+@pytest.fixture(scope="session")
+def server(stack: Stack) -> Iterator[Server]:
+    """One that allows public addresses alone. It only answers, so that it delivers nothing of what the other one may."""
+    started = start_server(stack, BACKGROUND="none")
     yield started
     started.app.stop()
 

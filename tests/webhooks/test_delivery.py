@@ -11,9 +11,9 @@ import pytest
 
 from app.services import Services
 from app.webhooks.delivery import SCHEDULE, Deliverer, delay_after
-from tests.attack.scene import settings_of
-from tests.conftest import Stack, until
 from tests.support.receiver import Answer, Message
+from tests.support.stack import Stack, settings_of
+from tests.support.waiting import until
 from tests.webhooks.conftest import Hooked
 
 

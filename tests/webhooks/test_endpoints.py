@@ -10,7 +10,10 @@ import pytest
 from standardwebhooks import Webhook
 
 from app.webhooks.signing import headers
-from tests.conftest import Client, Server, Stack, until
+from tests.support.client import Client
+from tests.support.server import Server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 from tests.webhooks.conftest import Hooked
 
 PATH = "/v1/webhook-endpoints"

@@ -7,7 +7,10 @@ from uuid import UUID
 
 import pytest
 
-from tests.conftest import Stack, file_input, start_server, until
+from tests.support.client import file_input
+from tests.support.server import start_server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 from tests.webhooks.conftest import Hooked
 
 

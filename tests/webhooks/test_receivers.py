@@ -13,10 +13,11 @@ import standardwebhooks
 import svix.webhooks
 
 from dev.run import ROOT
-from tests.conftest import file_input, until
 from tests.sdk import environment
 from tests.sdk.environment import NEEDS_UNKNOWN_KEY
+from tests.support.client import file_input
 from tests.support.receiver import Message
+from tests.support.waiting import until
 from tests.test_sdk import VERSIONS
 from tests.webhooks.conftest import Hooked
 

@@ -13,9 +13,9 @@ import pytest
 
 from app.webhooks.addresses import Allowed
 from app.webhooks.sending import Answer, Failed, Post, trust
-from tests.conftest import Stack
 from tests.support.receiver import Answer as Said
 from tests.support.receiver import Receiver, receiving
+from tests.support.stack import Stack
 
 LOOPBACK = Allowed.parse(["127.0.0.0/8"])
 NEVER = float("inf")

@@ -8,9 +8,9 @@ import secrets
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from app.config import Settings
-from tests.attack.faults import collect_until_empty
-from tests.conftest import Client, Stack
+from tests.support.client import Client
+from tests.support.faults import collect_until_empty
+from tests.support.stack import Stack, settings_of
 
 # `make test` takes samples and few rounds; `make soak` sets how much more.
 SOAK = int(os.environ.get("SOAK", "0"))
@@ -105,11 +105,6 @@ def assert_nothing_lost(stack: Stack, organization: str) -> Picture:
     return seen
 
 
-def settings_of(stack: Stack, **settings: object) -> Settings:
-    values = {name.lower(): value for name, value in stack.environment(**settings).items()}
-    return Settings.model_validate(values)
-
-
 DAY = 86_400.0
 
 
@@ -142,3 +137,8 @@ def assert_exactly_named(stack: Stack, organization: str) -> None:
 def attempts(client: Client, run_id: str) -> int:
     """Retries so far."""
     return int(client.json_of(client.get(f"/v1/runs/{run_id}/attempts"))["total"])
+
+
+def gone(stack: Stack) -> bool:
+    """PostgreSQL has noticed that the service died: its transactions are over."""
+    return not stack.sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'runs-api'")

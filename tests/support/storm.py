@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from tests.conftest import Client
+from tests.support.client import Client
 
 
 class Call(NamedTuple):

@@ -1,15 +1,41 @@
 """What the tests of placement and sessions share."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
 import orjson
 from fastapi import FastAPI
 
-from app.config import Settings
 from app.main import create_app
-from tests.conftest import Client, Stack, until
+from app.scheduling import placement
+from tests.support.client import Client
+from tests.support.stack import Stack, settings_of
+from tests.support.waiting import until
+
+# States that must never be seen, not even for a moment.
+FORBIDDEN = """
+SELECT 'two active runs on a machine' AS what, assigned_machine_id AS id FROM runs
+WHERE status IN ('scheduling', 'running') AND assigned_machine_id IS NOT NULL
+GROUP BY assigned_machine_id HAVING count(*) > 1
+UNION ALL
+SELECT 'two runs of a session at once', session_id FROM runs
+WHERE session_id IS NOT NULL AND (status = 'running' OR (status = 'scheduling' AND assigned_machine_id IS NOT NULL))
+GROUP BY session_id HAVING count(*) > 1
+UNION ALL
+SELECT 'a session on two machines', reserved_session_id FROM machines
+WHERE reserved_session_id IS NOT NULL GROUP BY reserved_session_id HAVING count(*) > 1
+UNION ALL
+SELECT 'a run away from its session''s machine', runs.id FROM runs JOIN machines ON reserved_session_id = session_id
+WHERE runs.status IN ('scheduling', 'running') AND assigned_machine_id <> machines.id
+UNION ALL
+SELECT 'a run on a machine reserved for another session', runs.id FROM runs JOIN machines ON assigned_machine_id = machines.id
+WHERE runs.status IN ('scheduling', 'running') AND reserved_session_id IS DISTINCT FROM session_id
+  AND reserved_session_id IS NOT NULL
+UNION ALL
+SELECT 'a machine of another organization', runs.id FROM runs JOIN machines ON assigned_machine_id = machines.id
+WHERE runs.organization_id <> machines.organization_id
+"""
 
 
 def assigned(api: Client, run_id: str) -> str:
@@ -62,8 +88,7 @@ class Replica:
     @classmethod
     @asynccontextmanager
     async def run(cls, stack: Stack, **settings: object) -> AsyncIterator[Self]:
-        environment = stack.environment(**settings)
-        app = create_app(Settings(**{name.lower(): value for name, value in environment.items()}))  # type: ignore[arg-type]
+        app = create_app(settings_of(stack, **settings))
         async with app.router.lifespan_context(app):
             yield cls(app)
 
@@ -99,3 +124,34 @@ class Replica:
 
         await self.app(scope, receive, send)
         return status, orjson.loads(received) if received else None
+
+
+class Interrupted:
+    """The application's database, where something else commits after placement has read and before it locks."""
+
+    def __init__(self, database: Any, interruption: Callable[[], Any]) -> None:
+        self._database = database
+        self._interruption = interruption
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Any]:
+        async with self._database.transaction() as connection:
+            yield _InterruptedConnection(connection, self)
+
+    async def interrupt(self) -> None:
+        interruption, self._interruption = self._interruption, lambda: None
+        if (started := interruption()) is not None:
+            await started
+
+
+class _InterruptedConnection:
+    def __init__(self, connection: Any, database: Interrupted) -> None:
+        self._connection = connection
+        self._interrupted = database
+        self.execute = connection.execute
+        self.fetchval = connection.fetchval
+
+    async def fetch(self, statement: object, **values: object) -> Any:
+        if statement is placement.LOCK_RUNS:
+            await self._interrupted.interrupt()
+        return await self._connection.fetch(statement, **values)

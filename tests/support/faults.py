@@ -43,7 +43,9 @@ from app.stores.vault import SecretStore
 from app.webhooks import sending
 from app.webhooks.delivery import Deliverer
 from dev.stack import free_port
-from tests.conftest import Server, Stack, until
+from tests.support.server import Server
+from tests.support.stack import Stack
+from tests.support.waiting import until
 
 # What happens at the point; it gets what the wrapped call was given. It must be picklable.
 Fault = Callable[[Sequence[object]], None]
@@ -269,7 +271,7 @@ async def collect_until_empty(
 
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.attack.faults", "uvloop", "uvicorn.protocols.http.httptools_impl"])
+_forks.set_forkserver_preload(["tests.support.faults", "uvloop", "uvicorn.protocols.http.httptools_impl"])
 
 
 class FaultyServer(Server):
