@@ -98,7 +98,11 @@ def loops(services: Services) -> list[Loop]:
         Loop("listen", partial(database.listen, channels, wakeups.heard), TRY_AGAIN),
     ]
     if answers:
-        telling.append(Loop("assignments", partial(announce_assignments, services), period))
+        used = services.keys_used
+        telling += [
+            Loop("assignments", partial(announce_assignments, services), period),
+            Loop("last_used", partial(used.write, database), TRY_AGAIN, used.event, rest=1.0),
+        ]
     if not settles:
         return telling
     deliverer = Deliverer(services)

@@ -8,6 +8,7 @@ from typing import Self
 
 from app.config import Settings
 from app.in_flight import Budget
+from app.last_used import KeysUsed
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.vault import SecretStore
@@ -16,7 +17,8 @@ from app.wakeups import Wakeups
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, and turns to parse."""
+    """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse, and the keys
+    that they use."""
 
     settings: Settings
     database: Database
@@ -25,6 +27,7 @@ class Services:
     wakeups: Wakeups
     in_flight: Budget
     parsing: Budget
+    keys_used: KeysUsed
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -37,6 +40,7 @@ class Services:
             Wakeups(settles=settings.background != "none"),
             Budget(settings.max_in_flight_bytes),
             Budget(1),
+            KeysUsed(),
         )
 
     async def close(self) -> None:

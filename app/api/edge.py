@@ -61,7 +61,8 @@ class Edge:
                 party.set(principal.organization_id)
                 share.party = principal.organization_id
                 exchange.principal = scope["state"]["principal"] = principal
-                scope["state"]["known_at"] = time.monotonic()
+                now = scope["state"]["known_at"] = time.monotonic()
+                services.keys_used.note(principal.key_id, now)
             await self.app(scope, exchange.receive, exchange.send)
         except Refusal as error:
             refusal = error
