@@ -22,6 +22,7 @@ from sqlalchemy import (
     func,
     text,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 ORGANIZATION_PATTERN = "^[A-Za-z0-9_-]{1,64}$"
@@ -511,6 +512,7 @@ class WebhookDelivery(Base):
     response_status: Mapped[int | None] = mapped_column(SmallInteger)
     response_body: Mapped[str | None]
     error: Mapped[str | None]
+    last_tries: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))  # the newest first
 
 
 class WebhookRecovery(Base):

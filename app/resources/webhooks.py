@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import orjson
+
 from app.errors import (
     DatabaseUnavailable,
     Invalid,
@@ -99,7 +101,7 @@ ROWS = statement(
 LISTED_DELIVERIES = Listing(
     "webhooks.deliveries",
     "webhook_deliveries",
-    octets="octet_length(to_json(webhook_deliveries)::text) + 300",
+    octets="coalesce(octet_length(to_json(webhook_deliveries.response_body)::text), 0) + 1000",
     row="webhook_deliveries.id = listed.key",
 )
 DELIVERY_ROWS = statement(
@@ -112,14 +114,17 @@ LOCK = statement(
     f"SELECT disabled_at IS NOT NULL AS is_disabled FROM webhook_endpoints WHERE {_OWN} FOR NO KEY UPDATE",
 )
 
-GET_DELIVERY = statement(
-    "webhooks.delivery.get",
-    f"""
-    SELECT {projection.columns(DELIVERY_COLUMNS)} FROM webhook_deliveries
-    WHERE id = :delivery_id AND organization_id = :organization_id
-      AND EXISTS (SELECT FROM webhook_endpoints e WHERE e.id = webhook_deliveries.endpoint_id)
-    """,
-)
+_OF_ENDPOINT = "(SELECT true FROM webhook_endpoints e WHERE e.id = webhook_deliveries.endpoint_id)"
+_DELIVERY = f"FROM webhook_deliveries WHERE id = :delivery_id AND organization_id = :organization_id AND {_OF_ENDPOINT}"
+
+GET_DELIVERY = statement("webhooks.delivery.get", f"SELECT {projection.columns(DELIVERY_COLUMNS)} {_DELIVERY}")
+GET_LOG = statement("webhooks.delivery.log", f"SELECT {projection.columns(DELIVERY_COLUMNS)}, last_tries {_DELIVERY}")
+
+# What belongs to a run: its id is looked up in the outbox, which has one row for each of its endings.
+_OF_RUN = f"""
+    webhook_deliveries.organization_id = :organization_id AND {_OF_ENDPOINT} AND webhook_deliveries.event_id = ANY (ARRAY(
+        SELECT event.id FROM webhook_events event WHERE event.run_id = :run_id AND event.organization_id = :organization_id))
+"""
 
 
 async def get(connection: Connection, organization_id: str, endpoint_id: UUID) -> dict[str, Any]:
@@ -144,6 +149,27 @@ async def get_delivery(connection: Connection, organization_id: str, delivery_id
     if row is None:
         raise WebhookDeliveryNotFound
     return dict(row.items())
+
+
+async def get_log(connection: Connection, organization_id: str, delivery_id: UUID) -> dict[str, Any]:
+    """One delivery with its last tries. Raises WebhookDeliveryNotFound."""
+    row = await connection.fetchrow(GET_LOG, delivery_id=delivery_id, organization_id=organization_id)
+    if row is None:
+        raise WebhookDeliveryNotFound
+    tries = orjson.loads(row["last_tries"])
+    return dict(row.items()) | {
+        "last_tries": [one | {"tried_at": datetime.fromisoformat(one["tried_at"])} for one in tries]
+    }
+
+
+async def list_of_run(
+    connection: Connection, organization_id: str, run_id: UUID, part: Slice
+) -> tuple[list[dict[str, Any]], int]:
+    """One page of what was sent of a run's endings, newest first, also of one that was deleted; and how many there are in
+    all. Raises Invalid if the page would be too large."""
+    named = {"organization_id": organization_id, "run_id": run_id}
+    rows, total = await page(connection, LISTED_DELIVERIES, DELIVERY_ROWS, _OF_RUN, part, **named)
+    return [dict(row.items()) for row in rows], total
 
 
 async def list_deliveries(

@@ -115,6 +115,22 @@ class WebhookDeliveryResponse(Reply):
     created_at: datetime
 
 
+class WebhookTry(Reply):
+    """What became of one sending."""
+
+    tried_at: datetime = Field(description="When it was answered, or given up.")
+    duration_ms: int = Field(description="How long the receiver took.")
+    response_status: int | None = Field(description="The receiver's status.")
+    response_body: str | None = Field(description="The first 1,024 bytes of its answer, as text.")
+    error: str | None = Field(description="Why nothing was answered.")
+
+
+class WebhookDeliveryLog(WebhookDeliveryResponse):
+    """A delivery with what became of each sending."""
+
+    last_tries: list[WebhookTry] = Field(description="The last 8 sendings, newest first, also those before a resend.")
+
+
 class RunCompletedEvent(Reply):
     """The body of a `run_complete` message."""
 

@@ -5,8 +5,9 @@ At least once: a delivery is leased (committed) before it is sent and settled af
 whoever finds a lease that has run out sends again, under the same id. Two replicas never send one delivery at the same time:
 a lease lasts longer than a send, and is looked at before connecting.
 
-A dead endpoint delays nobody. Deliveries are taken endpoint by endpoint, never from one long queue; each endpoint and each
-organization has only so many under way; and endpoints whose last answer was a failure have places of their own, one each.
+A dead or slow endpoint delays nobody. Deliveries are taken endpoint by endpoint, never from one long queue; each endpoint and
+each organization has only so many under way; and endpoints that fail, and those that take long to answer, have places of their
+own.
 
 Knows nothing of runs: an event is bytes.
 """
@@ -38,6 +39,7 @@ log = logging.getLogger("app.webhooks")
 # When a failed delivery is sent again, in seconds after each failure, each a fifth more or less; then never.
 SCHEDULE = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 10 * 3600)
 JITTER = 0.2
+MAX_TRIES = len(SCHEDULE) + 1  # that are sent by themselves, and that the log keeps
 ASKS_FOR_TIME = frozenset({429, 503})  # their Retry-After counts, up to twice the planned delay
 GONE = 410
 
@@ -47,11 +49,16 @@ DISABLED_AFTER = timedelta(days=5)
 SECRET_SECONDS = 60.0  # how long a signing secret is kept in memory
 MAX_SECRETS = 10_000
 
-# Places, per process. What fails has places of its own.
-SENDING = 48
-SENDING_TO_FAILING = 16
+# Places for what is sent at the same time, per process: in all, for one organization, for one endpoint. An endpoint is failing
+# if its last answer was a failure, and slow if it took long within the last minute, or takes long now.
+Kind = Literal["prompt", "slow", "failing"]
+PLACES: dict[Kind, int] = {"prompt": 48, "slow": 48, "failing": 16}
 PER_ORGANIZATION, PER_ORGANIZATION_FAILING = 16, 4
 PER_ENDPOINT, PER_ENDPOINT_FAILING = 8, 1
+SLOW_SECONDS = 0.5
+SLOW_FOR_SECONDS = 60.0
+MAX_SENDING = sum(PLACES.values())
+MAX_SLOW = 10_000  # endpoints that are remembered
 
 BATCH = 100  # events in one round of fanning out, endpoints in one claim
 LOOK_AROUND = 1_000  # endpoints looked at in one round
@@ -136,14 +143,19 @@ CLAIM = statement(
     """,
 )
 
-# Only by whoever holds the lease. Nothing is written to an endpoint that answers with success as it did before.
+# Only by whoever holds the lease. Nothing is written to an endpoint that answers with success as it did before. The log
+# keeps as many tries as the schedule has, the newest first: the one after them goes.
 SETTLE = statement(
     "webhooks.settle",
     """
     WITH settled AS (
         UPDATE webhook_deliveries
         SET status = :status, tries = tries + 1, lease = NULL, due_at = now() + make_interval(secs => :delay), tried_at = now(),
-            duration_ms = :duration_ms, response_status = :response_status, response_body = :response_body, error = :error
+            duration_ms = :duration_ms, response_status = :response_status, response_body = :response_body, error = :error,
+            last_tries = (jsonb_build_array(jsonb_build_object(
+                'tried_at', now(), 'duration_ms', CAST(:duration_ms AS integer), 'response_status',
+                CAST(:response_status AS smallint), 'response_body', CAST(:response_body AS text), 'error', CAST(:error AS text)
+            )) || last_tries) - CAST(:most_tries AS integer)
         WHERE id = :id AND lease = :lease
         RETURNING endpoint_id
     ), judged AS (
@@ -296,11 +308,12 @@ class Deliverer:
         self._database = services.database
         self._allowed = Allowed.parse(settings.webhook_allow)
         self._context = trust(settings.webhook_cacert)
-        self._slots = Slots("webhooks", SENDING + SENDING_TO_FAILING)
+        self._slots = Slots("webhooks", MAX_SENDING)
         self._ahead = ahead
         self._secrets: dict[str, tuple[str | None, float]] = {}
         self._ready: dict[UUID, str] = {}  # endpoints that may have something due, with their organizations
         self._sending: dict[asyncio.Task[None], Claimed] = {}
+        self._slow_until: dict[UUID, float] = {}  # of time.monotonic(), by endpoint
         self._posts: set[Post] = set()
         self._is_closing = False
         self._look_around_at = 0.0
@@ -402,34 +415,53 @@ class Deliverer:
     def _places(self) -> dict[UUID, tuple[int, int]]:
         """For each endpoint that has its turn: how many of its deliveries may begin now, and how many if it is failing."""
         under_way = self._sending.values()
-        free = SENDING - sum(not one.is_failing for one in under_way)
-        free_failing = SENDING_TO_FAILING - sum(bool(one.is_failing) for one in under_way)
+        kinds = Counter(self._kind_of(one.endpoint_id, is_failing=bool(one.is_failing)) for one in under_way)
+        most = MAX_SENDING - len(under_way)
+        free = {kind: places - kinds[kind] for kind, places in PLACES.items()}
         of_organization = Counter((one.organization_id, bool(one.is_failing)) for one in under_way)
         of_endpoint = Counter(one.endpoint_id for one in under_way)
-        share = max(1, free // max(1, len(self._ready)))
+        share = max(1, free["prompt"] // max(1, len(self._ready)))
         places: dict[UUID, tuple[int, int]] = {}
         for endpoint_id, organization_id in self._ready.items():
+            kind = self._kind_of(endpoint_id)
             healthy = min(
                 share,
-                free,
+                most,
+                free[kind],
                 PER_ORGANIZATION - of_organization[organization_id, False],
                 PER_ENDPOINT - of_endpoint[endpoint_id],
             )
             failing = min(
                 1,
-                free_failing,
+                most,
+                free["failing"],
                 PER_ORGANIZATION_FAILING - of_organization[organization_id, True],
                 PER_ENDPOINT_FAILING - of_endpoint[endpoint_id],
             )
             healthy, failing = max(healthy, 0), max(failing, 0)
             if healthy or failing:
                 places[endpoint_id] = (healthy, failing)
-                free, free_failing = free - healthy, free_failing - failing
+                most -= max(healthy, failing)
+                free[kind] -= healthy
+                free["failing"] -= failing
                 of_organization[organization_id, False] += healthy
                 of_organization[organization_id, True] += failing
             if len(places) == BATCH:
                 break
         return places
+
+    def _kind_of(self, endpoint_id: UUID, *, is_failing: bool = False) -> Kind:
+        """Whose places its deliveries take."""
+        if is_failing:
+            return "failing"
+        return "slow" if self._slow_until.get(endpoint_id, 0.0) > time.monotonic() else "prompt"
+
+    def _takes_long(self, endpoint_id: UUID) -> None:
+        """From now on its deliveries, those under way too, take no place of a healthy endpoint's."""
+        if len(self._slow_until) >= MAX_SLOW:
+            self._slow_until.clear()
+        self._slow_until[endpoint_id] = time.monotonic() + SLOW_FOR_SECONDS
+        self._services.wakeups.deliveries.set()
 
     async def _drop(self, dropped: Sequence[Claimed]) -> None:
         async with self._database.connection() as connection:
@@ -482,6 +514,7 @@ class Deliverer:
             began = time.monotonic()
             return self._post(post, one, secrets)
 
+        slow = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._takes_long, one.endpoint_id)
         answer, error = None, None
         try:
             answer = await self._slots.run(send, wait=SEND_SECONDS, patience=SEND_SECONDS)
@@ -490,6 +523,7 @@ class Deliverer:
         except Failed as failed:
             error = failed.code
         finally:
+            slow.cancel()
             post.abort()  # nobody waits for the thread any more
             self._posts.discard(post)
         if began is None or error == TOO_LATE or (self._is_closing and error is not None):
@@ -520,6 +554,7 @@ class Deliverer:
                 response_status=None if answer is None else answer.status,
                 response_body=None if answer is None else answer.body.decode(errors="replace").replace("\0", "\ufffd"),
                 error=error,
+                most_tries=MAX_TRIES,
                 is_success=is_success,
                 is_gone=is_gone,
                 after=DISABLED_AFTER,

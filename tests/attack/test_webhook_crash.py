@@ -19,23 +19,10 @@ def organization_with_endpoint(stack: Stack, receiver: Receiver) -> str:
     return organization
 
 
-def happen(stack: Stack, organization: str) -> set[UUID]:
-    """Events that nobody has looked at yet."""
-    rows = stack.sql(
-        "INSERT INTO webhook_events (id, organization_id, run_id, attempt, event_type, occurred_at, body)"
-        " SELECT id, $1, gen_random_uuid(), 1, 'run_complete', clock_timestamp(),"
-        " convert_to(json_build_object('event_id', id)::text, 'UTF8')"
-        " FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, $2)) AS made RETURNING id",
-        organization,
-        MESSAGES,
-    )
-    return {row["id"] for row in rows}
-
-
 def test_killed_at_every_point_none_is_lost_and_each_has_one_id(attacked: Stack) -> None:
     with receiving() as receiver:
         organization = organization_with_endpoint(attacked, receiver)
-        happen(attacked, organization)
+        attacked.new_events(organization, MESSAGES)
         every = deliver_as_process(attacked, Plan())
         assert len(receiver.messages) == MESSAGES
         # What is done for each message is done alike: once is enough.
@@ -43,7 +30,7 @@ def test_killed_at_every_point_none_is_lost_and_each_has_one_id(attacked: Stack)
         assert len(points) >= 12, points
         assert {"connect before#1", "send after#1", "webhooks.settle after#1", "vault read before#1"} <= set(points)
         for point in points:
-            events = happen(attacked, organization)
+            events = attacked.new_events(organization, MESSAGES)
             deliver_as_process(attacked, Plan(point))
             until(lambda: gone(attacked))
             deliver_as_process(attacked, Plan(), ahead=61)  # the lease has run out

@@ -10,6 +10,7 @@ from app.api.requests import read, read_write, services
 from app.api.responses import ONLY, Part, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
+    RunNotFound,
     TooManyWebhookEndpoints,
     TooManyWebhookSecrets,
     VaultUnavailable,
@@ -19,8 +20,10 @@ from app.errors import (
     WebhookEndpointNotFound,
 )
 from app.resources import webhooks
+from app.runs import projection
 from app.schemas.values import Page
 from app.schemas.webhooks import (
+    WebhookDeliveryLog,
     WebhookDeliveryResponse,
     WebhookEndpointCreate,
     WebhookEndpointResponse,
@@ -149,12 +152,27 @@ async def list_webhook_deliveries(
     )
 
 
-@router.get(DELIVERY, response_model=WebhookDeliveryResponse, **operation(WebhookDeliveryNotFound, scope="runs:read"))
+@router.get(
+    "/runs/{run_id}/webhook-deliveries",
+    response_model=Page[WebhookDeliveryResponse],
+    **operation(RunNotFound, scope="runs:read"),
+)
+async def list_run_webhook_deliveries(run_id: UUID, request: Request, part: Part) -> Response:
+    """What was sent of a run's endings, and what waits, newest first; also of a run that was deleted."""
+    principal = request.state.principal
+    async with services(request).database.connection() as connection:
+        items, total = await webhooks.list_of_run(connection, principal.organization_id, run_id, part)
+        if not total:
+            await projection.get(connection, run_id, principal)
+    return json_reply(part.shown(items, total))
+
+
+@router.get(DELIVERY, response_model=WebhookDeliveryLog, **operation(WebhookDeliveryNotFound, scope="runs:read"))
 async def get_webhook_delivery(webhook_delivery_id: UUID, request: Request) -> Response:
-    """One delivery."""
+    """One delivery, with what was answered to each of the last tries."""
     async with services(request).database.connection() as connection:
         organization_id = request.state.principal.organization_id
-        return json_reply(await webhooks.get_delivery(connection, organization_id, webhook_delivery_id))
+        return json_reply(await webhooks.get_log(connection, organization_id, webhook_delivery_id))
 
 
 @router.post(
