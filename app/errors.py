@@ -22,6 +22,8 @@ Refusal
 │   ├── InputAttachmentsExpired    input_attachments_expired
 │   ├── InvalidTransition          invalid_transition
 │   ├── AttemptSuperseded          attempt_superseded
+│   ├── AssignmentSuperseded       assignment_superseded
+│   ├── AlreadyClaimed             already_claimed
 │   ├── TooManyWebhookEndpoints    too_many_webhook_endpoints
 │   ├── TooManyWebhookSecrets      too_many_webhook_secrets
 │   ├── WebhookEndpointDisabled    webhook_endpoint_disabled
@@ -224,6 +226,25 @@ class AttemptSuperseded(Conflict):
             f"This report is for an earlier attempt; the run is at attempt {current}. Stop working on the old one.",
             attempt=current,
         )
+
+
+class AssignmentSuperseded(Conflict):
+    code = "assignment_superseded"
+
+    def __init__(self, current: int) -> None:
+        super().__init__(
+            f"This is about an earlier assignment of the run, which is at assignment {current}; it was taken from that "
+            "machine. Drop the work.",
+            assignment=current,
+        )
+
+
+class AlreadyClaimed(Conflict):
+    code = "already_claimed"
+    detail = (
+        "Another executor process began this attempt, so only reports and uploads with its claim are accepted. "
+        "Drop the work, or PATCH status cancelled if that process died."
+    )
 
 
 class TooManyWebhookEndpoints(Conflict):

@@ -265,6 +265,10 @@ class Run(Base):
     status: Mapped[str]
     is_priority: Mapped[bool] = mapped_column(server_default=text("false"))
     attempt: Mapped[int] = mapped_column(server_default=text("1"))
+    assignment: Mapped[int] = mapped_column(server_default=text("0"))  # how often it was given to a machine
+    # Which executor process began it, and in which attempt: what an earlier attempt left means nothing.
+    claim: Mapped[UUID | None]
+    claim_attempt: Mapped[int | None]
     pinned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
     assigned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
     pool_ids: Mapped[list[UUID] | None]

@@ -32,6 +32,7 @@ class Demo:
     example_api_key: str = ""
     machine_id: str = ""
     run_id: str = ""
+    executor_key: str = ""  # bound to the machine
 
     @classmethod
     def load(cls, file: Path) -> "Demo":
@@ -59,8 +60,9 @@ class Api:
         return reply
 
 
-def ensure(file: Path, url: str, bao: Bao, *, create_key: Callable[[str], str], retention: timedelta) -> Demo:
-    """The demo of the last start where it can be gone on with; what cannot is made afresh. `create_key` takes the organization.
+def ensure(file: Path, url: str, bao: Bao, *, create_key: Callable[..., str], retention: timedelta) -> Demo:
+    """The demo of the last start where it can be gone on with; what cannot is made afresh. `create_key` takes the organization,
+    and the machine if the key is to be bound to one.
 
     The run has ended: what the executor of the last start left behind is cancelled.
     """
@@ -73,7 +75,9 @@ def ensure(file: Path, url: str, bao: Bao, *, create_key: Callable[[str], str], 
     api = Api(url, demo.api_key)
     if not demo.machine_id or api.call("GET", f"/v1/machines/{demo.machine_id}")[0] != 200:
         machine = api.must("POST", "/v1/machines", {"fingerprint": "demo", "unkey_key_id": "demo", "hostname": "demo"})
-        demo = replace(demo, machine_id=machine["id"]).save(file)
+        demo = replace(demo, machine_id=machine["id"], executor_key="").save(file)
+    if not _accepted(Api(url, demo.executor_key)):
+        demo = replace(demo, executor_key=create_key(ORGANIZATION, demo.machine_id)).save(file)
     _cancel_leftovers(api, demo)
     if not _retryable(api, bao, demo.run_id, retention):
         demo = replace(demo, run_id=_failed_run(api)).save(file)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -125,7 +126,7 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
         data_dir / "demo.json",
         url,
         bao,
-        create_key=lambda organization: _app_command(as_owner, "keys", "create", "--organization", organization),
+        create_key=partial(_create_key, as_owner),
         retention=timedelta(seconds=int(retention)),
     )
     executor = parts.enter_context(
@@ -133,7 +134,7 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
             data_dir,
             {
                 "API_URL": url,
-                "API_KEY": facts.api_key,
+                "API_KEY": facts.executor_key,
                 "VAULT_ADDR": bao.address,
                 "VAULT_TOKEN": bao.executor_token(demo.ORGANIZATION),
                 "MACHINE_ID": facts.machine_id,
@@ -241,6 +242,11 @@ def _app_command(environment: Mapping[str, str], *arguments: str) -> str:
     if outcome.returncode != 0:
         raise StackError(f"`python -m app {' '.join(arguments)}` failed:\n{outcome.stdout}{outcome.stderr}")
     return (outcome.stdout.strip().splitlines() or [""])[-1].strip()
+
+
+def _create_key(as_owner: Mapping[str, str], organization: str, machine_id: str | None = None) -> str:
+    bound = ["--machine", machine_id, "--name", "executor"] if machine_id else []
+    return _app_command(as_owner, "keys", "create", "--organization", organization, *bound)
 
 
 def _port() -> int:

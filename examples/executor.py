@@ -2,6 +2,7 @@
 
     API_URL=... API_KEY=... VAULT_ADDR=... VAULT_TOKEN=... MACHINE_ID=... python -m examples.executor
 
+API_KEY needs no more than a key that is bound to the machine (`keys create --machine`) can do: to see and report its runs.
 VAULT_TOKEN needs no more than policies/executor.hcl gives: to read the secrets of one organization's runs.
 """
 
@@ -16,11 +17,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 import httpx
 import hvac
 
 LONG_POLL_SECONDS = 30  # the longest the service holds a request for us
+TRIES = 30  # of a report, a second apart
+TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 
 
 class WorkFailed(Exception):
@@ -28,7 +32,8 @@ class WorkFailed(Exception):
 
 
 class Superseded(Exception):
-    """The attempt is no longer ours: the run was cancelled, deleted or retried meanwhile. Drop it."""
+    """The attempt is not ours, or no longer: the run was begun by another process on this machine, placed on another machine,
+    cancelled, deleted or retried meanwhile. Drop it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Executor:
         self.api = api
         self.vault = vault
         self.machine_id = machine_id
+        self.claim = str(uuid4())  # of this process: if another one works for the machine, one of them begins a run
         self.work = work
 
     def serve(self) -> None:
@@ -106,11 +112,31 @@ class Executor:
                 say(f"reported success: {done.output}")
 
     def report(self, run: dict[str, Any], **fields: Any) -> None:
-        """Naming the attempt keeps a slow executor from overwriting the attempt of a retry. Raises Superseded."""
-        reply = self.api.patch(f"/v1/runs/{run['id']}", json={"attempt": run["attempt"], **fields})
-        if reply.status_code in (404, 409):  # attempt_superseded, invalid_transition (cancelled), or deleted
-            raise Superseded
-        reply.raise_for_status()
+        """A PATCH of the run. Raises Superseded."""
+        self.send("PATCH", f"/v1/runs/{run['id']}", run, fields)
+
+    def send(self, method: str, path: str, run: dict[str, Any], fields: dict[str, Any]) -> None:
+        """A write about our work on a run. Raises Superseded.
+
+        It says what it is about, so that a late one spoils nothing: which attempt, which assignment to a machine, and which
+        process. It is sent again until it is answered; its key keeps the second from doing anything.
+        """
+        about = {"attempt": run["attempt"], "assignment": run["assignment"], "claim": self.claim}
+        headers = {"Idempotency-Key": str(uuid4())}
+        for left in reversed(range(TRIES)):
+            try:
+                reply = self.api.request(method, path, json=about | fields, headers=headers)
+            except httpx.TransportError:
+                if not left:
+                    raise
+            else:
+                in_progress = "Idempotency-Status" in reply.headers and reply.status_code == 409
+                if reply.status_code in (404, 409) and not in_progress:
+                    raise Superseded
+                if not left or not (in_progress or reply.status_code in TRY_AGAIN):
+                    reply.raise_for_status()
+                    return
+            time.sleep(1)
 
     def resolve(self, aliases: dict[str, str]) -> dict[str, Any]:
         """Secrets by name, from the aliases of a run.
@@ -149,17 +175,14 @@ class Executor:
 
     def upload(self, run: dict[str, Any], filename: str, content: bytes) -> None:
         """An output file; refused when the run is no longer running."""
-        body = {
+        fields = {
             "run_id": run["id"],
             "filename": filename,
             "content": base64.b64encode(content).decode(),
             "content_type": "text/plain",
             "attachment_type": "output",
         }
-        reply = self.api.post("/v1/run-attachments", json=body)
-        if reply.status_code in (404, 409):
-            raise Superseded
-        reply.raise_for_status()
+        self.send("POST", "/v1/run-attachments", run, fields)
 
 
 def work(values: dict[str, Any], secrets: dict[str, Any], files: list[Path]) -> Done:

@@ -3,12 +3,14 @@
     make run        in one terminal
     make example    in another
 
-Reads API_URL, API_KEY, VAULT_ADDR and VAULT_TOKEN from the environment, or else from what `make run` wrote. VAULT_TOKEN is used
-once, to make the executor a token of its own that reads the secrets of one organization and nothing else.
+Reads API_URL, API_KEY, DATABASE_OWNER_URL, VAULT_ADDR and VAULT_TOKEN from the environment, or else from what `make run` wrote.
+The database and VAULT_TOKEN are used once, as an operator does for each machine: the executor gets an API key that is bound to
+its machine, and a token that reads the secrets of one organization and nothing else.
 """
 
 import base64
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -36,12 +38,14 @@ def main() -> None:
         machine = call(api, "POST", "/v1/machines", {"fingerprint": uuid4().hex, "unkey_key_id": "example"})
         say(f"machine {machine['id']} registered")
         token = executor_token(facts, machine["organization_id"])
+        key, key_id = executor_key(facts, machine)
         try:
-            with executor(facts, token, machine["id"]):
+            with executor(facts, key, token, machine["id"]):
                 lifecycle(api, machine["id"])
         finally:
             # Nobody works on it any more: gone, no run can be given to it.
             call(api, "DELETE", f"/v1/machines/{machine['id']}")
+            keys(facts, "revoke", key_id)
 
 
 def lifecycle(api: httpx.Client, machine_id: str) -> None:
@@ -97,9 +101,10 @@ def wait_for_end(api: httpx.Client, run_id: str) -> dict[str, Any]:
 
 
 @contextmanager
-def executor(facts: dict[str, str], token: str, machine_id: str) -> Iterator[None]:
-    """The executor as a process of its own, with its own Vault token."""
-    environment = {**os.environ, **facts, "VAULT_TOKEN": token, "MACHINE_ID": machine_id}
+def executor(facts: dict[str, str], key: str, token: str, machine_id: str) -> Iterator[None]:
+    """The executor as a process of its own, with its own API key and its own Vault token."""
+    own = {"API_URL": facts["API_URL"], "API_KEY": key, "VAULT_ADDR": facts["VAULT_ADDR"], "VAULT_TOKEN": token}
+    environment = {**os.environ, **own, "MACHINE_ID": machine_id}
     # In a session of its own: Ctrl-C reaches only us, and we end it.
     command = [sys.executable, "-m", "examples.executor"]
     process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
@@ -108,6 +113,25 @@ def executor(facts: dict[str, str], token: str, machine_id: str) -> Iterator[Non
     finally:
         process.terminate()
         process.wait()
+
+
+def executor_key(facts: dict[str, str], machine: dict[str, Any]) -> tuple[str, str]:
+    """A key that sees and reports this machine's runs and no others, and its id."""
+    organization, name = machine["organization_id"], "the example's executor"
+    said = keys(facts, "create", "--organization", organization, "--name", name, "--machine", machine["id"])
+    found = re.search(r"[0-9a-f]{8}-[0-9a-f-]{27}", said)
+    return said.splitlines()[-1], found[0] if found else ""
+
+
+def keys(facts: dict[str, str], *arguments: str) -> str:
+    """What `python -m app keys ...` prints."""
+    url = facts["DATABASE_OWNER_URL"]
+    environment = {**os.environ, "DATABASE_URL": url, "DATABASE_OWNER_URL": url}
+    command = [sys.executable, "-m", "app", "keys", *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"`python -m app keys {arguments[0]}` failed: {done.stdout}{done.stderr}")
+    return done.stdout.strip()
 
 
 def executor_token(facts: dict[str, str], organization: str) -> str:
@@ -120,7 +144,7 @@ def executor_token(facts: dict[str, str], organization: str) -> str:
 
 
 def settings() -> dict[str, str]:
-    names = ("API_URL", "API_KEY", "VAULT_ADDR", "VAULT_TOKEN")
+    names = ("API_URL", "API_KEY", "DATABASE_OWNER_URL", "VAULT_ADDR", "VAULT_TOKEN")
     if all(name in os.environ for name in names):
         return {name: os.environ[name] for name in names}
     file = Path(os.environ.get("DATA_DIR") or ROOT / ".data") / "dev.env"

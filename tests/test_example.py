@@ -16,6 +16,7 @@ def test_fails_is_retried_and_succeeds(api: Client, server: Server, stack: Stack
         "PATH": stack.environment()["PATH"],
         "API_URL": server.url,
         "API_KEY": api.headers["authorization"].split()[1],
+        "DATABASE_OWNER_URL": stack.url,
         "VAULT_ADDR": stack.bao.address,
         "VAULT_TOKEN": stack.bao.root_token,
     }
@@ -43,6 +44,11 @@ def test_fails_is_retried_and_succeeds(api: Client, server: Server, stack: Stack
     assert first["error"] == ["The application refused the password of user 'ada'."]
     assert first["overridden"] == ["sensitive_input_values"]
     assert api.json_of(api.get("/v1/machines"))["total"] == 0
+    [key] = stack.sql("SELECT * FROM api_keys WHERE organization_id = $1 AND machine_id IS NOT NULL", api.organization)
+    assert set(key["scopes"]) == {"runs:read", "runs:execute"}
+    assert key["revoked_at"] is not None
+    events = api.json_of(api.get(f"/v1/runs/{run['id']}/events"))["items"]
+    assert {event["key_id"] for event in events if event["event"] in ("started", "ended")} == {str(key["id"])}
 
 
 def test_the_executors_token_reads_only_its_organization(api: Client, foreign: Client, stack: Stack) -> None:

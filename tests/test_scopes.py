@@ -129,10 +129,11 @@ def test_an_executor_works_with_a_key_of_its_machine(desk: Desk, api: Client) ->
     assert [run["id"] for run in found["items"]] == [desk.own]
     workflow = found["items"][0]["workflow_id"]
     assert client.json_of(client.get(f"/v1/workflows/{workflow}"))["id"] == workflow
-    client.report(desk.own, status="running", attempt=1)
-    uploaded = client.upload(desk.own)
+    about = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
+    client.report(desk.own, status="running", **about)
+    uploaded = client.upload(desk.own, **about)
     assert client.get(f"/v1/run-attachments/{uploaded['id']}/download").content == b"result"
-    client.report(desk.own, status="success", attempt=1, output_attachment_ids=[uploaded["id"]])
+    client.report(desk.own, status="success", output_attachment_ids=[uploaded["id"]], **about)
     assert client.json_of(client.get("/v1/whoami"))["machine_id"] == desk.machine
     assert (
         client.json_of(client.patch(f"/v1/machines/{desk.machine}", json={"is_available": False}))["id"] == desk.machine
@@ -154,7 +155,8 @@ def test_an_executor_sees_nothing_of_other_machines(desk: Desk, api: Client) -> 
     for method, path, code in hidden:
         reply = client.request(method, path, json={} if method == "PATCH" else None)
         assert (reply.status_code, reply.json()["code"]) == (404, code), path
-    reply = client.patch(f"/v1/runs/{desk.foreign}", json={"status": "running", "attempt": 1})
+    about = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
+    reply = client.patch(f"/v1/runs/{desk.foreign}", json={"status": "running", **about})
     assert (reply.status_code, reply.json()["code"]) == (404, "run_not_found")
     for path, own in (("runs", desk.own), ("machines", desk.machine)):
         assert [item["id"] for item in client.json_of(client.get(f"/v1/{path}"))["items"]] == [own]
@@ -192,15 +194,18 @@ def test_a_stolen_desktops_key_changes_nothing_but_its_own_run(desk: Desk, api: 
     assert reply.status_code == 403
 
 
-def test_an_executors_report_must_name_its_attempt(desk: Desk) -> None:
-    reply = desk.client.patch(f"/v1/runs/{desk.own}", json={"status": "running"})
-    assert reply.status_code == 422
-    assert ["body", "attempt"] in [item["loc"] for item in reply.json()["detail"]]
+@pytest.mark.parametrize("missing", ["attempt", "assignment", "claim"])
+def test_an_executors_report_must_say_what_it_is_about(desk: Desk, missing: str) -> None:
+    about = {"attempt": 1, "assignment": 1, "claim": str(uuid4())} | {missing: None}
+    for body in ({"status": "running"}, {"status": "cancelled"}, {"input_values": {}}):
+        reply = desk.client.patch(f"/v1/runs/{desk.own}", json=body | about)
+        assert reply.status_code == 422
+        assert reply.json()["detail"][0]["loc"] == ["body", missing]
 
 
 def test_a_bound_key_replays_only_its_own(desk: Desk, api: Client) -> None:
     headers = {"Idempotency-Key": uuid4().hex}
-    body = {"status": "running", "attempt": 1}
+    body = {"status": "running", "attempt": 1, "assignment": 1, "claim": str(uuid4())}
     assert api.patch(f"/v1/runs/{desk.own}", json=body, headers=headers).status_code == 200
     reply = desk.client.patch(f"/v1/runs/{desk.own}", json=body, headers=headers)
     assert reply.status_code == 422

@@ -21,7 +21,7 @@ from app.errors import (
 )
 from app.idempotency import Reply, WriteRequest, check_or_replay, once
 from app.models import TERMINAL, Run, RunAttachment, RunStatus
-from app.runs import projection, staging
+from app.runs import fences, projection, staging
 from app.schemas.attachments import AttachmentType, RunAttachmentCreate, RunAttachmentUpdate
 from app.services import Services
 from app.stores import deletions
@@ -83,7 +83,7 @@ async def list_attachments(
 
 # --- create -----------------------------------------------------------------------------------------------------------
 
-_RUN = f"SELECT status, attempt FROM runs r WHERE id = :run_id AND {SEEN}"
+_RUN = f"SELECT {fences.COLUMNS} FROM runs r WHERE id = :run_id AND {SEEN}"
 READ_RUN = statement("attachments.read_run", _RUN)
 LOCK_RUN = statement("attachments.lock_run", f"{_RUN} FOR NO KEY UPDATE")
 
@@ -112,11 +112,12 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
                 "attachment_type",
             )
         )
+    fences.check(options)
     staging.check_sizes(services, None, [options])
     principal = write.principal
 
     async def check(connection: Connection) -> int:
-        return _accepting(await connection.fetchrow(READ_RUN, run_id=options.run_id, **principal.sees()))
+        return _accepting(await connection.fetchrow(READ_RUN, run_id=options.run_id, **principal.sees()), options)
 
     attempt = await check_or_replay(services, write, check)
     if isinstance(attempt, Reply):
@@ -128,7 +129,7 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
         run = await connection.fetchrow(LOCK_RUN, run_id=options.run_id, **principal.sees())
         if run is not None and run["attempt"] != attempt:
             raise AttemptSuperseded(run["attempt"])
-        _accepting(run)
+        _accepting(run, options)
         await deletions.adopt(connection, staged.names())
         [row] = await connection.fetch(
             INSERT,
@@ -149,10 +150,11 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
     return await once(services, write, switch)
 
 
-def _accepting(run: Record | None) -> int:
+def _accepting(run: Record | None, options: RunAttachmentCreate) -> int:
     """The run's attempt if it accepts outputs. Used on a plain read by check, and on the locked row by switch."""
     if run is None:
         raise RunNotFound
+    fences.refuse_late(run, options)
     status = RunStatus(run["status"])
     if status is not RunStatus.RUNNING:
         hint = "Only POST /v1/runs/{run_id}/retry reopens it." if status in TERMINAL else "Report `running` first."

@@ -90,6 +90,7 @@ RUN_COLUMNS = {
     "status": "r.status",
     "scheduling_reason": scheduling_reason(),
     "attempt": "r.attempt",
+    "assignment": "r.assignment",
     "is_priority": "r.is_priority",
     "error": "r.error",
     "output_data": _produced("output_data"),

@@ -10,11 +10,11 @@ from sqlalchemy import Boolean, ColumnElement, Text, bindparam, case, func, lite
 from sqlalchemy.orm import InstrumentedAttribute
 
 from app.auth import SEEN, Principal
-from app.errors import AttemptSuperseded, InsufficientScope, Invalid, InvalidTransition, RunNotFound
+from app.errors import InsufficientScope, Invalid, InvalidTransition, RunNotFound
 from app.events import record
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
-from app.runs import projection
+from app.runs import fences, projection
 from app.runs.ending import RELEASE, ended
 from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
@@ -23,7 +23,7 @@ from app.stores.database import Connection
 from app.stores.statements import constant, fragment, json_bytes, statement
 
 LOCK = statement(
-    "runs.report.lock", f"SELECT status, attempt FROM runs r WHERE id = :run_id AND {SEEN} FOR NO KEY UPDATE"
+    "runs.report.lock", f"SELECT {fences.COLUMNS} FROM runs r WHERE id = :run_id AND {SEEN} FOR NO KEY UPDATE"
 )
 
 OUTPUTS_OF = statement(
@@ -42,6 +42,7 @@ def _if_named(column: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
 
 
 _status = bindparam("status", type_=Text)
+_starts = bindparam("starts", type_=Boolean)
 _now = func.clock_timestamp()  # the database's: silence is measured by it, and servers' clocks differ
 
 _reported = (
@@ -55,13 +56,15 @@ _reported = (
             Run.release_session_after: _if_named(Run.release_session_after),
             Run.started_at: func.coalesce(
                 bindparam("started_at", type_=Run.started_at.type),
-                case((bindparam("starts", type_=Boolean), _now), else_=Run.started_at),
+                case((_starts, _now), else_=Run.started_at),
             ),
             Run.ended_at: func.coalesce(
                 bindparam("ended_at", type_=Run.ended_at.type),
                 Run.ended_at,
                 case((bindparam("ends", type_=Boolean), _now)),
             ),
+            Run.claim: case((_starts, bindparam("claim", type_=Run.claim.type)), else_=Run.claim),
+            Run.claim_attempt: case((_starts, Run.attempt), else_=Run.claim_attempt),
             Run.reported_at: case((_status == constant("running"), _now), else_=Run.reported_at),
         }
     )
@@ -100,8 +103,7 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         run = await connection.fetchrow(LOCK, run_id=run_id, **write.principal.sees())
         if run is None:
             raise RunNotFound
-        if options.attempt is not None and options.attempt != run["attempt"]:
-            raise AttemptSuperseded(run["attempt"])
+        fences.refuse_late(run, options, only_stops=_only_stops(options))
         current = RunStatus(run["status"])
         status = options.status or current
         _refuse_transition(current, status, options)
@@ -132,24 +134,30 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
     return await once(services, write, work)
 
 
-# What a key may send that is no executor's: to stop a run that it may also create and retry.
+# What anybody may send who may create and retry a run: to stop it. Whoever begins it has no say in that.
 _STOPPING = {"status", "reason", "release_session_after"}
 
 
+def _only_stops(options: RunUpdate) -> bool:
+    return options.status in (None, RunStatus.CANCELLED) and options.model_fields_set <= _STOPPING | fences.FIELDS
+
+
 def _refuse_scope(principal: Principal, options: RunUpdate) -> None:
-    """Raises InsufficientScope for a report of a key that may only stop runs, and Invalid for one that names no attempt.
+    """Raises InsufficientScope for a report of a key that may only stop runs, and Invalid for one that does not say enough.
 
     An executor that is bound to a machine must say what its report is about: it could be late.
     """
-    if not principal.may("runs:execute") and (
-        options.status not in (None, RunStatus.CANCELLED) or not options.model_fields_set <= _STOPPING
-    ):
+    if not principal.may("runs:execute") and not (_only_stops(options) and options.model_fields_set <= _STOPPING):
         raise InsufficientScope(
             ["runs:execute"],
             "A key without runs:execute may send only status: cancelled, reason and release_session_after.",
         )
-    if principal.machine_id is not None and options.attempt is None:
-        raise Invalid((("body", "attempt"), "This field is required of a key that is bound to a machine.", "missing"))
+    if principal.machine_id is not None and (
+        missing := [name for name in fences.NAMES if getattr(options, name) is None]
+    ):
+        sentence = "This field is required of a key that is bound to a machine."
+        raise Invalid(*((("body", name), sentence, "missing") for name in missing))
+    fences.check(options)
 
 
 def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate) -> None:
@@ -164,7 +172,7 @@ def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate
 
 
 # Names that say nothing of what changed.
-_NOT_CHANGES = {"status", "attempt", "reason"}
+_NOT_CHANGES = {"status", "reason", *fences.NAMES}
 
 
 def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpdate) -> dict[str, Any]:
@@ -182,6 +190,7 @@ def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpd
         "names_error": "error" in given,
         "release_session_after": options.release_session_after,
         "names_release_session_after": "release_session_after" in given,
+        "claim": options.claim,
         "started_at": options.started_at,
         "ended_at": options.ended_at,
         "changed": sorted(given - _NOT_CHANGES),

@@ -149,7 +149,8 @@ ASSIGN = statement(
         FROM unnest(:run_ids::uuid[], :machine_ids::uuid[]) AS wanted (run_id, machine_id),
              LATERAL (SELECT ctid AS tid FROM runs WHERE id = wanted.run_id) AS run
     ), assigned AS (
-        UPDATE runs SET assigned_machine_id = chosen.machine_id FROM chosen WHERE runs.ctid = chosen.tid
+        UPDATE runs SET assigned_machine_id = chosen.machine_id, assignment = assignment + 1
+        FROM chosen WHERE runs.ctid = chosen.tid
         RETURNING runs.id, runs.organization_id, runs.attempt, runs.status
     )
     {record("assigned", "'assigned'", from_status="status", to_status="status")}

@@ -13,6 +13,8 @@ from app.errors import PayloadTooLarge
 from app.schemas.values import (
     EXAMPLE_ID,
     MAX_NAME,
+    Assignment,
+    Attempt,
     Base64,
     FileName,
     Payload,
@@ -75,6 +77,14 @@ class RunAttachmentCreate(FileInput):
     )
     expires_at: Timestamp | None = Field(
         None, description="When the file is deleted; null keeps it as long as the run."
+    )
+    attempt: Attempt | None = Field(None, description="The attempt this file is of; an older one is refused.")
+    assignment: Assignment | None = Field(
+        None, description="The assignment this file is of; an older one is refused. Required with claim."
+    )
+    claim: UUID | None = Field(
+        None,
+        description="The claim that began the attempt; required if it was begun with one, and no other is accepted.",
     )
 
 

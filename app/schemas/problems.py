@@ -21,6 +21,7 @@ class Problem(BaseModel):
         None, description="Of `run_not_terminal` and `invalid_transition`: the run's status."
     )
     attempt: int | None = Field(None, description="Of `attempt_superseded`: the attempt that the run is at.")
+    assignment: int | None = Field(None, description="Of `assignment_superseded`: the assignment that the run is at.")
     names: list[str] | None = Field(None, description="Of `sensitive_inputs_expired`: the secrets that are gone.")
     retry_after: int | None = Field(None, description="Seconds, as in the header Retry-After, where there is one.")
 

@@ -13,6 +13,7 @@ from app.models import RunStatus
 from app.schemas.attachments import FileInputs
 from app.schemas.values import (
     EXAMPLE_ID,
+    Assignment,
     Attempt,
     Count,
     Ids,
@@ -120,6 +121,14 @@ class RunUpdate(Payload):
 
     status: RunStatus | None = Field(None, strict=False, description="The run's new status.")
     attempt: Attempt | None = Field(None, description="The attempt this report is for; an older one is refused.")
+    assignment: Assignment | None = Field(
+        None, description="The assignment this report is for; an older one is refused. Required with claim."
+    )
+    claim: UUID | None = Field(
+        None,
+        description="Chosen by the executor's process, and sent with all of its reports. The one that began the attempt is "
+        "the only one that is accepted.",
+    )
     error: Annotated[list[Line], Field(max_length=1000, fail_fast=True)] | None = Field(
         None, description="What went wrong."
     )
@@ -165,6 +174,7 @@ class RunResponse(Reply):
     status: RunStatus
     scheduling_reason: SCHEDULING_REASONS | None = Field(description="Why a scheduling run has not started.")
     attempt: int = Field(description="1 at creation, one more with each retry.")
+    assignment: int = Field(description="0 at creation, one more each time it is given to a machine; never reset.")
     is_priority: bool = Field(description="Starts before runs without priority.")
     error: list[str] | None = Field(description="What went wrong.")
     output_data: dict[str, Any] | None = Field(description="The result.")

@@ -114,6 +114,7 @@ def _not_supported(value: object) -> None:
 NO_NUL = {"pattern": "^[^\\u0000]*$"}
 
 Attempt = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_whole)]
+Assignment = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
 # A length before a validator, or its error would be the one of a list.
 Line = Annotated[str, Field(max_length=MAX_LINE, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]

@@ -10,7 +10,16 @@ RUN_KEYS = {
     *("id", "workflow_id", "machine_id", "assigned_machine_id", "user_id", "organization_id", "created_at", "status"),
     *("error", "output_data", "run_message_history", "output_attachment_ids", "input_attachment_ids", "input_values"),
     *("pool_ids", "sensitive_input_aliases", "session_id", "session_alias", "release_session_after", "started_at"),
-    *("ended_at", "is_priority", "attempt", "scheduling_reason", "main_prompt", "model_metadata", "usage_metadata"),
+    *(
+        "ended_at",
+        "is_priority",
+        "attempt",
+        "assignment",
+        "scheduling_reason",
+        "main_prompt",
+        "model_metadata",
+        "usage_metadata",
+    ),
     "post_run_checks",
 }
 
@@ -63,13 +72,16 @@ class Client(httpx.Client):
         reported: dict[str, Any] = self.json_of(self.patch(f"/v1/runs/{run_id}", json=fields))
         return reported
 
-    def upload(self, run_id: str, content: bytes = b"result", filename: str = "out.txt") -> dict[str, Any]:
+    def upload(
+        self, run_id: str, content: bytes = b"result", filename: str = "out.txt", **more: object
+    ) -> dict[str, Any]:
         body = {
             "run_id": run_id,
             "filename": filename,
             "content": base64.b64encode(content).decode(),
             "content_type": "text/plain",
             "attachment_type": "output",
+            **more,
         }
         created: dict[str, Any] = self.json_of(self.post("/v1/run-attachments", json=body), 201)
         return created

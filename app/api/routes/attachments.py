@@ -12,6 +12,8 @@ from app.api.requests import read, read_write, services
 from app.api.responses import ONLY, Part, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
+    AlreadyClaimed,
+    AssignmentSuperseded,
     AttachmentNotFound,
     AttemptSuperseded,
     InputAttachmentsExpired,
@@ -85,6 +87,8 @@ async def list_run_attachments(
         RunNotFound,
         InvalidTransition,
         AttemptSuperseded,
+        AssignmentSuperseded,
+        AlreadyClaimed,
         StorageUnavailable,
         body=RunAttachmentCreate,
         write=True,

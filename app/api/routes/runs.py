@@ -12,6 +12,8 @@ from app.api.requests import is_true, read, read_only, read_write, services, sti
 from app.api.responses import ONLY, Limit, Part, Skip, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
+    AlreadyClaimed,
+    AssignmentSuperseded,
     AttemptSuperseded,
     InputAttachmentsExpired,
     InvalidTransition,
@@ -187,6 +189,8 @@ async def list_all(
         RunNotFound,
         InvalidTransition,
         AttemptSuperseded,
+        AssignmentSuperseded,
+        AlreadyClaimed,
         body=RunUpdate,
         write=True,
         scope=("runs:execute", "runs:write"),
