@@ -129,7 +129,7 @@ def test_an_executor_works_with_a_key_of_its_machine(desk: Desk, api: Client) ->
     assert [run["id"] for run in found["items"]] == [desk.own]
     workflow = found["items"][0]["workflow_id"]
     assert client.json_of(client.get(f"/v1/workflows/{workflow}"))["id"] == workflow
-    about = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
+    about: dict[str, Any] = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
     client.report(desk.own, status="running", **about)
     uploaded = client.upload(desk.own, **about)
     assert client.get(f"/v1/run-attachments/{uploaded['id']}/download").content == b"result"
@@ -155,7 +155,7 @@ def test_an_executor_sees_nothing_of_other_machines(desk: Desk, api: Client) -> 
     for method, path, code in hidden:
         reply = client.request(method, path, json={} if method == "PATCH" else None)
         assert (reply.status_code, reply.json()["code"]) == (404, code), path
-    about = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
+    about: dict[str, Any] = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
     reply = client.patch(f"/v1/runs/{desk.foreign}", json={"status": "running", **about})
     assert (reply.status_code, reply.json()["code"]) == (404, "run_not_found")
     for path, own in (("runs", desk.own), ("machines", desk.machine)):
@@ -197,7 +197,8 @@ def test_a_stolen_desktops_key_changes_nothing_but_its_own_run(desk: Desk, api: 
 @pytest.mark.parametrize("missing", ["attempt", "assignment", "claim"])
 def test_an_executors_report_must_say_what_it_is_about(desk: Desk, missing: str) -> None:
     about = {"attempt": 1, "assignment": 1, "claim": str(uuid4())} | {missing: None}
-    for body in ({"status": "running"}, {"status": "cancelled"}, {"input_values": {}}):
+    bodies: list[dict[str, Any]] = [{"status": "running"}, {"status": "cancelled"}, {"input_values": {}}]
+    for body in bodies:
         reply = desk.client.patch(f"/v1/runs/{desk.own}", json=body | about)
         assert reply.status_code == 422
         assert reply.json()["detail"][0]["loc"] == ["body", missing]

@@ -17,7 +17,7 @@ def work(values: dict[str, Any], secrets: dict[str, Any], files: list[Path]) -> 
     descriptor = os.open(os.environ["BEGUN"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, f"{values['number']}\n".encode())
     os.close(descriptor)
-    time.sleep(random.uniform(0, 0.2))  # noqa: S311 - so that a kill finds it anywhere
+    time.sleep(random.uniform(0, 0.4))
     return Done({"number": values["number"]}, b"done")
 
 
