@@ -1,10 +1,12 @@
-"""The command line: `python -m app serve|migrate|keys`."""
+"""The command line: `python -m app serve|migrate|keys|organizations|version`."""
 
 import argparse
 import asyncio
 import gc
 import json
+import re
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,12 +21,14 @@ from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
-from app import __version__, auth, startup
+from app import __version__, auth, keys, startup
 from app.api.server import BACKLOG
 from app.config import ConfigurationError, DatabaseSettings, Settings, lines_of
 from app.main import create_app
+from app.models import ORGANIZATION_PATTERN
+from app.resources import organizations
 from app.stores import setup
-from app.stores.database import Unreachable, connect
+from app.stores.database import Connection, Unreachable, connect
 from app.telemetry.logs import configure
 
 T = TypeVar("T")
@@ -41,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
     migrate.set_defaults(run=_migrate)
 
-    keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="action")
-    create = keys.add_parser("create", help="make a key; it is shown this once, on the last line")
+    key = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="action")
+    create = key.add_parser("create", help="make a key; it is shown this once, on the last line")
     create.add_argument("--organization", required=True, help="organization the key belongs to")
     create.add_argument("--user", type=UUID, help="user the key belongs to")
     create.add_argument("--name", help="what the key is for")
@@ -51,19 +55,36 @@ def main(arguments: list[str] | None = None) -> int:
     create.add_argument("--scope", action="append", choices=scopes, help="what it may do; may be repeated; default: *")
     create.add_argument("--machine", type=UUID, help="for an executor: it sees and reports only this machine's runs")
     create.set_defaults(run=_create_key)
-    show = keys.add_parser("list", help="keys of an organization, or of all")
+    show = key.add_parser("list", help="keys of an organization, or of all")
     show.add_argument("--organization")
     show.add_argument("--json", action="store_true", help="for programs")
     show.set_defaults(run=_list_keys)
-    rotate = keys.add_parser(
+    rotate = key.add_parser(
         "rotate", help="make a key like an old one, which ends after a while; shown on the last line"
     )
     rotate.add_argument("id", type=UUID)
     rotate.add_argument("--overlap-hours", type=float, default=24, help="how long the old one still works; default: 24")
     rotate.set_defaults(run=_rotate_key)
-    revoke = keys.add_parser("revoke", help="make a key useless at once")
+    revoke = key.add_parser("revoke", help="make a key useless at once")
     revoke.add_argument("id", type=UUID)
     revoke.set_defaults(run=_revoke_key)
+
+    organization = commands.add_parser("organizations", help="organizations").add_subparsers(
+        required=True, metavar="action"
+    )
+    delete = organization.add_parser(
+        "delete", help="delete an organization with all it has; if it is broken off, run it again"
+    )
+    delete.add_argument("name")
+    delete.add_argument("--confirm", metavar="NAME", help="the name again, for scripts; default: ask for it")
+    delete.add_argument(
+        "--grace-seconds",
+        type=float,
+        default=90,
+        help="how long requests may take that were under way when the keys were revoked: longer than"
+        " STAGE_TIMEOUT_SECONDS; default: 90",
+    )
+    delete.set_defaults(run=_delete_organization)
 
     chosen = parser.parse_args(arguments)
     try:
@@ -143,41 +164,29 @@ def _failure(problem: DBAPIError) -> str:
 def _create_key(options: argparse.Namespace) -> int:
     key, key_id = auth.new_key(), uuid4()
     days: float | None = options.expires_in_days
-    expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     scopes = options.scope or (["runs:read", "runs:execute"] if options.machine else [auth.EVERYTHING])
+    if not re.fullmatch(ORGANIZATION_PATTERN, options.organization):
+        print("An organization's id is 1 to 64 of A-Z a-z 0-9 _ -.")
+        return 2
     if options.machine and not auth.EXECUTOR_SCOPES.issuperset(scopes):
         print("A key that is bound to a machine may have no other scopes than runs:read and runs:execute.")
         return 2
     if "runs:execute" in scopes and "runs:read" not in scopes and options.machine is None:
         print("A key with runs:execute and without runs:read must be bound to a machine: give --machine.")
         return 2
-
-    async def insert(connection: asyncpg.Connection) -> bool:
-        if options.machine and not await connection.fetchval(
-            "SELECT true FROM machines WHERE id = $1 AND organization_id = $2", options.machine, options.organization
-        ):
-            return False
-        await connection.execute(
-            "INSERT INTO api_keys (id, organization_id, user_id, name, key_hash, expires_at, scopes, machine_id)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-            key_id,
-            options.organization,
-            options.user,
-            options.name,
-            auth.digest(key.encode()),
-            expires_at,
-            scopes,
-            options.machine,
-        )
-        return True
-
-    try:
-        if not _with_database(insert):
-            print("The organization has no machine with this id.")
-            return 1
-    except asyncpg.CheckViolationError:
-        print("An organization's id is 1 to 64 of A-Z a-z 0-9 _ -.")
-        return 2
+    new = keys.NewKey(
+        id=key_id,
+        organization_id=options.organization,
+        user_id=options.user,
+        name=options.name,
+        key_hash=auth.digest(key.encode()),
+        expires_at=None if days is None else datetime.now(UTC) + timedelta(days=days),
+        scopes=scopes,
+        machine_id=options.machine,
+    )
+    if not _with_database(lambda connection: keys.insert(connection, new)):
+        print("The organization has no machine with this id.")
+        return 1
     _show_key(key_id, key)
     return 0
 
@@ -188,26 +197,9 @@ def _show_key(key_id: UUID, key: str) -> None:
 
 
 def _rotate_key(options: argparse.Namespace) -> int:
-    key, key_id = auth.new_key(), uuid4()
-
-    async def rotate(connection: asyncpg.Connection) -> str:
-        async with connection.transaction():
-            done: str = await connection.execute(
-                "INSERT INTO api_keys (id, organization_id, user_id, name, key_hash, expires_at, scopes, machine_id)"
-                " SELECT $2, organization_id, user_id, name, $3, expires_at, scopes, machine_id FROM api_keys"
-                " WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())",
-                options.id,
-                key_id,
-                auth.digest(key.encode()),
-            )
-            await connection.execute(
-                "UPDATE api_keys SET expires_at = least(expires_at, now() + make_interval(secs => $2)) WHERE id = $1",
-                options.id,
-                options.overlap_hours * 3600,
-            )
-        return done
-
-    if _with_database(rotate) == "INSERT 0 0":
+    key, key_id, overlap = auth.new_key(), uuid4(), options.overlap_hours * 3600
+    digest = auth.digest(key.encode())
+    if not _with_database(lambda connection: keys.rotate(connection, options.id, key_id, digest, overlap)):
         print("There is no key with this id that still works; see `keys list`.")
         return 1
     print(f"The old key ends in {options.overlap_hours:g} hours.")
@@ -215,24 +207,14 @@ def _rotate_key(options: argparse.Namespace) -> int:
     return 0
 
 
-_COLUMNS = "id organization_id name scopes machine_id user_id created_at last_used_at expires_at revoked_at"
-
-
 def _list_keys(options: argparse.Namespace) -> int:
-    async def fetch(connection: asyncpg.Connection) -> list[dict[str, object]]:
-        rows = await connection.fetch(
-            f"SELECT {', '.join(_COLUMNS.split())} FROM api_keys"
-            " WHERE $1::text IS NULL OR organization_id = $1 ORDER BY created_at",
-            options.organization,
-        )
-        return [dict(row) for row in rows]
-
-    found = _with_database(fetch)
+    found = [dict(row.items()) for row in _with_database(lambda one: keys.list_keys(one, options.organization))]
     if options.json:
         print(json.dumps(found, default=_plain, indent=2))
         return 0
-    table = [_COLUMNS.upper().split(), *([_plain(value) for value in row.values()] for row in found)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    header = [name.upper() for name in keys.SHOWN]
+    table = [header, *([_plain(value) for value in row.values()] for row in found)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
@@ -248,20 +230,55 @@ def _plain(value: object) -> str:
 
 
 def _revoke_key(options: argparse.Namespace) -> int:
-    async def revoke(connection: asyncpg.Connection) -> str:
-        done: str = await connection.execute(
-            "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1", options.id
-        )
-        return done
-
-    if _with_database(revoke) == "UPDATE 0":
+    if not _with_database(lambda connection: keys.revoke(connection, options.id)):
         print("There is no key with this id; see `keys list`.")
         return 1
     print("Revoked.")
     return 0
 
 
-def _with_database(work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+def _delete_organization(options: argparse.Namespace) -> int:
+    name: str = options.name
+    found = _with_database(lambda connection: organizations.count(connection, name))
+    if not found:
+        print("There is nothing of an organization with this name.")
+        return 1
+    most = organizations.COUNTED
+    had = ", ".join(f"{kind}: {number:,}{' or more' if number == most else ''}" for kind, number in found.items())
+    print(f"All that {name} has will be deleted for good. {had}.")
+    again = options.confirm
+    if again is None:
+        try:
+            again = input("Its name again, to confirm: ")
+        except EOFError:
+            print("Give --confirm NAME where nobody can answer.")
+            return 2
+    if again != name:
+        print("That is another name. Nothing was changed.")
+        return 1
+    done = _with_database(lambda connection: organizations.delete(connection, name, options.grace_seconds, _Told()))
+    if not done:
+        print("Something new of it comes up again and again. Run this once more.")
+        return 1
+    print("Done. The service now deletes its secrets and files, as they are on the deletion list.")
+    return 0
+
+
+class _Told:
+    """Prints how far it is, once in a while."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, what: str, number: int) -> None:
+        if what == organizations.WAITING:
+            print(f"Waiting {number} s for requests that were under way when the keys were revoked.", flush=True)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + 1
+            print(f"{what}: {number:,} deleted", flush=True)
+
+
+def _with_database(work: Callable[[Connection], Awaitable[T]]) -> T:
     """Run it as the tables' owner. Raises ConfigurationError."""
     name, url = DatabaseSettings().owner
 
@@ -269,7 +286,7 @@ def _with_database(work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
         connection = await connect(url, 10, 60)
         try:
             setup.check_schema(await connection.fetchrow(setup.FITS.sql, setup.CHECKED))
-            return await work(connection)
+            return await work(Connection(connection))
         finally:
             await connection.close()
 

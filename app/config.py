@@ -91,7 +91,7 @@ class DatabaseSettings(BaseSettings):
     database_url: SecretStr = Field(description="postgresql://user:password@host:port/database")
     database_owner_url: SecretStr | None = Field(
         None,
-        description="The same with the role that owns the tables, for `migrate` and `keys`; default: DATABASE_URL.",
+        description="The same as the tables' owner, for `migrate`, `keys` and `organizations`; default: DATABASE_URL.",
     )
     database_timeout_seconds: float = Field(
         3, gt=0, le=5, description="Patience with a connection and with each statement; `migrate` needs it too."

@@ -292,12 +292,17 @@ async def delete(services: Services, write: WriteRequest, endpoint_id: UUID) -> 
     async def work(connection: Connection) -> Reply:
         if await connection.fetchrow(LOCK, endpoint_id=endpoint_id, organization_id=organization_id) is None:
             raise WebhookEndpointNotFound
-        rows = await connection.fetch(FORGET_SECRETS, endpoint_id=endpoint_id)
-        await deletions.due(connection, [Name("vault", row["path"]) for row in rows])
-        await connection.execute(DELETE, endpoint_id=endpoint_id, organization_id=organization_id)
+        await remove_endpoint(connection, organization_id, endpoint_id)
         return Reply(204, b"")
 
     return await once(services, write, work)
+
+
+async def remove_endpoint(connection: Connection, organization_id: str, endpoint_id: UUID) -> None:
+    """Remove an endpoint, listing its secrets. The only way an endpoint's row goes."""
+    rows = await connection.fetch(FORGET_SECRETS, endpoint_id=endpoint_id)
+    await deletions.due(connection, [Name("vault", row["path"]) for row in rows])
+    await connection.execute(DELETE, endpoint_id=endpoint_id, organization_id=organization_id)
 
 
 def _check_url(services: Services, url: str) -> None:

@@ -105,6 +105,14 @@ _UNMIGRATED = (
 
 UniqueViolation = asyncpg.UniqueViolationError
 
+# Somebody else was in the way; the same transaction may succeed later.
+IN_THE_WAY = (
+    asyncpg.LockNotAvailableError,
+    asyncpg.QueryCanceledError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.ForeignKeyViolationError,
+)
+
 
 @contextmanager
 def committing() -> Iterator[None]:

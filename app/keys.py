@@ -1,0 +1,89 @@
+"""API keys as their keeper handles them: made, listed, rotated, revoked. For the command line, in the role that owns the
+tables: the service itself may do none of this. Whom a key stands for when it is used is found out in auth.py.
+"""
+
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+
+from app.stores.database import Connection, Record
+from app.stores.statements import statement
+
+
+class NewKey(NamedTuple):
+    """What is stored of a new key."""
+
+    id: UUID
+    organization_id: str
+    user_id: UUID | None
+    name: str | None
+    key_hash: bytes
+    expires_at: datetime | None
+    scopes: list[str]
+    machine_id: UUID | None
+
+
+INSERT = statement(
+    "keys.insert",
+    """
+    INSERT INTO api_keys (id, organization_id, user_id, name, key_hash, expires_at, scopes, machine_id)
+    SELECT :id::uuid, :organization_id, :user_id::uuid, :name, :key_hash::bytea, :expires_at::timestamptz,
+           :scopes::text[], :machine_id::uuid
+    WHERE :machine_id::uuid IS NULL OR EXISTS (
+        SELECT FROM machines WHERE machines.id = :machine_id::uuid AND machines.organization_id = :organization_id::text)
+    """,
+)
+
+ROTATE = statement(
+    "keys.rotate",
+    """
+    WITH old AS MATERIALIZED (
+        SELECT * FROM api_keys
+        WHERE id = :old_id AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()) FOR NO KEY UPDATE
+    ), ending AS (
+        UPDATE api_keys SET expires_at = least(expires_at, now() + make_interval(secs => :overlap_seconds))
+        WHERE id = (SELECT id FROM old)
+    )
+    INSERT INTO api_keys (id, organization_id, user_id, name, key_hash, expires_at, scopes, machine_id)
+    SELECT :id::uuid, organization_id, user_id, name, :key_hash::bytea, expires_at, scopes, machine_id FROM old
+    """,
+)
+
+# What a list of keys shows.
+SHOWN = (
+    *("id", "organization_id", "name", "scopes", "machine_id", "user_id"),
+    *("created_at", "last_used_at", "expires_at", "revoked_at"),
+)
+
+LIST = statement(
+    "keys.list",
+    f"""
+    SELECT {", ".join(SHOWN)}
+    FROM api_keys WHERE :organization_id::text IS NULL OR organization_id = :organization_id ORDER BY created_at
+    """,
+)
+
+REVOKE = statement("keys.revoke", "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = :id")
+
+
+async def insert(connection: Connection, key: NewKey) -> bool:
+    """False if its organization has no such machine."""
+    return await connection.execute(INSERT, **key._asdict()) == "INSERT 0 1"
+
+
+async def rotate(connection: Connection, old_id: UUID, new_id: UUID, key_hash: bytes, overlap_seconds: float) -> bool:
+    """A key like the old one, which ends after the overlap; False if there is none that still works."""
+    done = await connection.execute(
+        ROTATE, old_id=old_id, id=new_id, key_hash=key_hash, overlap_seconds=overlap_seconds
+    )
+    return done == "INSERT 0 1"
+
+
+async def list_keys(connection: Connection, organization_id: str | None) -> list[Record]:
+    """Those of an organization, or all; the oldest first."""
+    return await connection.fetch(LIST, organization_id=organization_id)
+
+
+async def revoke(connection: Connection, key_id: UUID) -> bool:
+    """End a key at once; False if there is none. A second time is harmless."""
+    return await connection.execute(REVOKE, id=key_id) == "UPDATE 1"
