@@ -28,10 +28,12 @@ def create_app(settings: Settings) -> FastAPI:
         services = Services.open(settings)
         app.state.services = services
         app.state.checks = Checks(services)
+        look = asyncio.create_task(app.state.checks.vault())  # the log says at once if Vault refuses our login
         task = asyncio.create_task(background.run(services))
         _when_told_to_stop(services.wakeups.stop)
         # uvicorn hands it to app.api.server
         yield {"connections": Connections(_max_connections(settings), settings.send_timeout_seconds)}
+        look.cancel()
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task

@@ -346,6 +346,22 @@ def test_a_wrong_vault_login_is_told_by_readiness(stack: Stack, serve: Callable[
     assert CANARY not in serving.log.read_text()
 
 
+def test_a_policy_from_before_webhooks_is_told_at_the_start_and_by_readiness(
+    stack: Stack, serve: Callable[[dict[str, str]], Serving]
+) -> None:
+    """The replica serves all the same. When the policy has been written again, that is noticed."""
+    before = 'path "secret/data/runs/*" { capabilities = ["create"] }\n'
+    before += 'path "secret/metadata/runs/*" { capabilities = ["delete"] }\n'
+    policy = "sys/policies/acl/before-webhooks"
+    stack.bao.call("PUT", policy, {"policy": before})
+    serving = serve(stack.environment(PORT=free_port(), VAULT_TOKEN=stack.bao.token("before-webhooks")))
+    until(lambda: "no webhook is sent" in serving.log.read_text(), what="the log says it before anybody asks")
+    assert readiness(serving.url) == (200, {"webhooks": "not_granted"})
+    more = 'path "secret/+/runs-webhooks/*" { capabilities = ["create", "read", "delete"] }'
+    stack.bao.call("PUT", policy, {"policy": before + more})
+    until(lambda: readiness(serving.url) == (200, {}), what="it is noticed")
+
+
 def test_a_database_that_is_unmigrated_while_we_run(stack: Stack, url: str) -> None:
     migrate(stack.postgres, url)
     own = stack.beside(url)

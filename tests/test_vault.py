@@ -217,6 +217,10 @@ OTHER_PREFIX = """
 path "secret/data/other/*" { capabilities = ["create"] }
 path "secret/metadata/other/*" { capabilities = ["delete"] }
 """
+RUNS_ALONE = """
+path "secret/data/runs/*" { capabilities = ["create"] }
+path "secret/metadata/runs/*" { capabilities = ["delete"] }
+"""
 CREATE_ONLY = 'path "secret/data/runs/*" { capabilities = ["create"] }'
 # As a careful operator may write it: the policy denies even what every token may do.
 SELF_DENIED = """
@@ -254,6 +258,34 @@ async def test_the_health_check_proves_the_login(
     store = SecretStore(settings(bao.address, vault_token=token))
     assert await store.problem() == expected
     assert bao.call("LIST", "secret/metadata/runs/-")[0] == 404  # nothing is ever written for it
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ("", "not_granted"),
+        ('path "secret/data/runs-webhooks/*" { capabilities = ["create", "read"] }', "not_granted"),
+        (
+            'path "secret/data/runs-webhooks/*" { capabilities = ["create"] }\n'
+            'path "secret/metadata/runs-webhooks/*" { capabilities = ["delete"] }',
+            "not_granted",
+        ),
+        ('path "secret/+/runs-webhooks/*" { capabilities = ["create", "read", "delete"] }', None),
+    ],
+)
+async def test_the_health_check_tells_a_policy_without_webhooks(
+    bao: Bao, caplog: pytest.LogCaptureFixture, more: str, problem: str | None
+) -> None:
+    """As it was before there were any: runs go on, and it is said once."""
+    bao.call("PUT", "sys/policies/acl/runs-alone", {"policy": RUNS_ALONE + more})
+    store = SecretStore(settings(bao.address, vault_token=bao.token("runs-alone")))
+    assert store.webhooks_problem is None  # nobody has looked
+    assert await store.problem() is None
+    assert await store.problem() is None
+    assert store.webhooks_problem == problem
+    assert caplog.text.count("no webhook is sent") == (1 if problem else 0)
+    assert bao.call("LIST", "secret/metadata/runs-webhooks/-")[0] == 404
     await store.close()
 
 
@@ -427,7 +459,11 @@ async def test_the_health_check_asks_seldom(fake: Fake) -> None:
     """Whoever polls it without a key must not make Vault work."""
     store = SecretStore(settings(fake.address, vault_token="t"))
     fake.replies["GET"] = (200, {}, b'{"data": {"type": "kv", "options": {"version": "2"}}}')
-    may = {"secret/data/runs/-/-/-": ["create"], "secret/metadata/runs/-/-/-": ["delete"]}
+    may = {
+        f"secret/{kind}/{prefix}/-/-/-": ["create", "read", "delete"]
+        for kind in ("data", "metadata")
+        for prefix in ("runs", "runs-webhooks")
+    }
     fake.replies["POST"] = (200, {}, json.dumps({"data": may}).encode())
     for _ in range(20):
         assert await store.problem() is None

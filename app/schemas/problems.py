@@ -49,7 +49,7 @@ class Health(BaseModel):
     down: list[str] = Field(description="Dependencies that cannot be used.")
     reasons: dict[str, str] = Field(
         description="Why, by dependency: `unreachable`; `login_refused` (Vault); `not_migrated`, `incompatible`, "
-        "`role_settings` (database)."
+        "`role_settings` (database). `webhooks` is `not_granted` when Vault's policy lacks their lines; the rest works."
     )
 
 

@@ -133,6 +133,7 @@ class SecretStore:
         self._webhooks = Slots("vault-webhooks", _WEBHOOK_SLOTS)
         self._health = Slots("vault-health", _HEALTH_SLOTS)
         self._login_works: bool | None = None  # None: not known
+        self._may_sign = True  # until the contrary is known
         self._look_at_login = 0.0  # of time.monotonic()
 
     def new_path(self, organization_id: str, run_id: UUID) -> str:
@@ -200,6 +201,12 @@ class SecretStore:
         except TimeoutError:
             return "unreachable"
 
+    @property
+    def webhooks_problem(self) -> str | None:
+        """Why webhooks cannot be signed though secrets of runs can be written, as `problem` last saw it: `not_granted`, or
+        None."""
+        return "not_granted" if self._login_works and not self._may_sign else None
+
     def _find_problem(self) -> str | None:
         client = self._client()
         try:
@@ -225,8 +232,10 @@ class SecretStore:
 
     def _try_login(self, client: hvac.Client) -> bool:
         """Whether the login works, the mount is there, and the policy grants what we do. Raises _FAILURES for an outage."""
-        place = f"{self.prefix}/-/-/-"  # as deep as a secret
-        needed = {f"{self.mount}/data/{place}": "create", f"{self.mount}/metadata/{place}": "delete"}
+        of_runs, of_webhooks = (
+            {f"{self.mount}/data/{prefix}/-/-/-": data, f"{self.mount}/metadata/{prefix}/-/-/-": {"delete"}}
+            for prefix, data in ((self.prefix, {"create"}), (self.webhook_prefix, {"create", "read"}))
+        )  # as deep as a secret
         try:
             # What the vault command asks before it touches a KV mount. No policy can withhold it, unlike lookup-self, which
             # tokens without the default policy may not ask; it is refused when the token may do nothing in the mount.
@@ -240,10 +249,23 @@ class SecretStore:
         except _FAILURES:
             return False
         try:
-            granted = client.sys.get_capabilities(paths=list(needed))["data"]
+            granted = client.sys.get_capabilities(paths=[*of_runs, *of_webhooks])["data"]
         except Forbidden:
             return True  # withheld together with the default policy: this much cannot be known
-        return all({"root", right} & set(granted[path]) for path, right in needed.items())
+
+        def grants(needed: Mapping[str, set[str]]) -> bool:
+            return all("root" in granted[path] or rights <= {*granted[path]} for path, rights in needed.items())
+
+        may_sign = grants(of_webhooks)
+        if self._may_sign and not may_sign:
+            log.warning(
+                "Vault's policy does not let the service create, read and delete signing secrets under VAULT_PREFIX-webhooks: "
+                "no webhook is sent until it does (policies/service.hcl)"
+            )
+        elif may_sign and not self._may_sign:
+            log.info("Vault's policy lets the service sign webhooks again")
+        self._may_sign = may_sign
+        return grants(of_runs)
 
     async def close(self) -> None:
         """Wait for the calls under way and close the connections."""

@@ -22,10 +22,14 @@ _ALIVE = encode({"status": "ok", "down": [], "reasons": {}, "version": __version
 _RESPONSES: dict[int | str, dict[str, object]] = {503: {"model": Health, "description": "A dependency is down."}}
 
 
-def _reply(**problems: str | None) -> Response:
+def _reply(webhooks: str | None = None, **problems: str | None) -> Response:
+    """What is wrong with webhooks is said, and takes no replica out of service: runs do not need them."""
     reasons = {name: problem for name, problem in problems.items() if problem is not None}
-    body = encode({"status": "unavailable" if reasons else "ok", "down": list(reasons), "reasons": reasons})
-    return Response(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None, "application/json")
+    down = list(reasons)
+    if webhooks is not None:
+        reasons["webhooks"] = webhooks
+    body = encode({"status": "unavailable" if down else "ok", "down": down, "reasons": reasons})
+    return Response(body, 503 if down else 200, {"Retry-After": "2"} if down else None, "application/json")
 
 
 async def _database_problem(own: Services) -> str | None:
@@ -70,6 +74,11 @@ class Checks:
         self.database = _Shared(lambda: _database_problem(own))
         self.vault = _Shared(own.secrets.problem)
         self.storage = _Shared(lambda: _storage_problem(own))
+        self._own = own
+
+    def webhooks(self) -> str | None:
+        """What was seen when Vault was asked last."""
+        return self._own.secrets.webhooks_problem
 
 
 def _checks(request: Request) -> Checks:
@@ -97,7 +106,10 @@ async def database(request: Request) -> Response:
 
 @router.get("/health/ready", name="health_ready", response_model=Health, responses=_RESPONSES)
 async def ready(request: Request) -> Response:
-    """All three stores can be used; Vault accepts the service's own login. Nothing is written to find out."""
+    """All three stores can be used; Vault accepts the service's own login. Nothing is written to find out.
+
+    `reasons` names `webhooks` when Vault's policy keeps them from being sent; the replica is ready all the same.
+    """
     checks = _checks(request)
     database, vault, storage = await asyncio.gather(checks.database(), checks.vault(), checks.storage())
-    return _reply(database=database, vault=vault, storage=storage)
+    return _reply(checks.webhooks(), database=database, vault=vault, storage=storage)
