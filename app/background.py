@@ -102,6 +102,7 @@ def loops(services: Services) -> list[Loop]:
         telling += [
             Loop("assignments", partial(announce_assignments, services), period),
             Loop("last_used", partial(used.write, database), TRY_AGAIN, used.event, rest=1.0),
+            Loop("stored_replies", partial(services.replies.exchange, database), period),
         ]
     if not settles:
         return telling

@@ -227,6 +227,18 @@ class Settings(DatabaseSettings):
     idempotency_ttl_seconds: int = Field(
         86_400, ge=1, description="How long a reply is kept under its Idempotency-Key."
     )
+    idempotency_max_reply_bytes: int = Field(
+        64 * 1024,
+        ge=0,
+        le=MIB,
+        description="Largest reply that is kept under its Idempotency-Key; of a larger one the ids are, and a replay shows what"
+        " it showed as it is now.",
+    )
+    idempotency_max_stored_bytes: int = Field(
+        256 * MIB,
+        ge=0,
+        description="Bytes of kept replies that an organization may have; beyond it only the ids of what they showed are kept.",
+    )
     run_silence_seconds: int = Field(
         0, ge=0, description="A running run without a PATCH for longer ends in error; 0 = never."
     )

@@ -1,20 +1,25 @@
 """Idempotency-Key on every write: the first successful reply is stored with its effect and replayed byte for byte.
 
+A long reply is not stored, nor is any of an organization that has stored its share (stores/replies.py): then only the ids of
+what it showed are, and a replay shows that as it is now. No replay shows anything of a run that is gone.
+
 No record says "in progress". Twins may both do the work; the primary key decides in the transaction that has the effect, and
 the loser, whose work was rolled back, replays the winner's reply.
 """
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+from uuid import UUID
 
-from sqlalchemy import CTE, bindparam, func, insert, literal_column, select
+from sqlalchemy import CTE, BigInteger, LargeBinary, bindparam, case, func, insert, literal_column, select
 
 from app.auth import Actor, Principal
-from app.errors import IdempotencyInProgress, Invalid, Refusal
+from app.errors import IdempotencyInProgress, Invalid, NotFound, Refusal
 from app.models import IdempotencyKey
 from app.services import Services
+from app.stores import replies
 from app.stores.database import Connection, Database, Deadlock, LockTimeout, StatementTimeout, UniqueViolation
 from app.stores.statements import fragment, statement
 
@@ -23,26 +28,38 @@ T = TypeVar("T")
 # Locks are taken in one order nearly everywhere. Where they cannot be, the loser of a deadlock does its work again.
 TRIES = 3
 
-FIND = """
-SELECT fingerprint, status, body FROM idempotency_keys
-WHERE organization_id = $1 AND key = $2 AND expires_at > now()
-"""
+FIND = statement(
+    "idempotency.find",
+    """
+    SELECT fingerprint, status, body, ids FROM idempotency_keys
+    WHERE organization_id = :organization_id AND key = :key AND expires_at > now()
+    """,
+)
 
 # A key that is taken fails the statement, and with it all that the transaction has done.
-STORE = "INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, expires_at)"
-
-STORE_REPLY = f"{STORE} VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))"
+STORE = statement(
+    "idempotency.store",
+    """
+    INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, ids, expires_at)
+    VALUES (:organization_id, :key, :fingerprint, :status, :body, :ids, now() + make_interval(secs => :ttl_seconds))
+    """,
+)
 
 # An expired key that was not collected yet is free again.
-FREE = "DELETE FROM idempotency_keys WHERE organization_id = $1 AND key = $2 AND expires_at <= now()"
+FREE = statement(
+    "idempotency.free",
+    "DELETE FROM idempotency_keys WHERE organization_id = :organization_id AND key = :key AND expires_at <= now()",
+)
 
 
 def store_reply(shown: CTE, *, status: int) -> CTE:
-    """Part of a statement that makes its own reply: store the `body` of `shown` under `:key`, if there is one.
+    """Part of a statement that makes its own reply: store `body` and `ids` of `shown` under `:key`, if there is one.
 
-    Its parameters are organization_id, key, fingerprint and ttl_seconds.
+    Its parameters are organization_id, key, fingerprint, ttl_seconds, and most_bytes: of a longer body only the ids are kept.
     """
     key = bindparam("key", type_=IdempotencyKey.key.type)
+    body = literal_column("body", LargeBinary)
+    fits = func.octet_length(body) <= bindparam("most_bytes", type_=BigInteger)
     return (
         insert(IdempotencyKey)
         .from_select(
@@ -52,6 +69,7 @@ def store_reply(shown: CTE, *, status: int) -> CTE:
                 IdempotencyKey.fingerprint,
                 IdempotencyKey.status,
                 IdempotencyKey.body,
+                IdempotencyKey.ids,
                 IdempotencyKey.expires_at,
             ],
             select(
@@ -59,7 +77,8 @@ def store_reply(shown: CTE, *, status: int) -> CTE:
                 key,
                 bindparam("fingerprint", type_=IdempotencyKey.fingerprint.type),
                 literal_column(str(status)),
-                literal_column("body"),
+                case((fits, body), else_=literal_column("''::bytea")),
+                literal_column("ids"),
                 func.now() + fragment("make_interval(secs => :ttl_seconds)"),
             )
             .select_from(shown)
@@ -71,10 +90,11 @@ def store_reply(shown: CTE, *, status: int) -> CTE:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A successful reply, as it is sent and stored."""
+    """A successful reply, as it is sent and stored. `ids` are those of what it shows; one without a body shows nothing."""
 
     status: int
     body: bytes
+    ids: Sequence[UUID] = ()
     replayed: bool = False
     has_event: bool = False  # something is to be sent to webhooks
 
@@ -87,11 +107,24 @@ class WriteRequest:
     key: str | None
     fingerprints: tuple[bytes, ...]  # under the server key, then under the previous one
     ttl_seconds: int
+    most_bytes: int  # of a longer reply only the ids are kept
     request_id: str | None = None
 
     def actor(self, reason: str | None = None) -> Actor:
         """Who is behind the request, for the events that it causes."""
         return Actor(self.principal.key_id, self.principal.user_id, self.request_id, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """What the reply to a write shows, for its replays.
+
+    `show` makes the reply again by its ids, with all as it is now. `left` is what a reply that was kept may still show. Both
+    get the caller and the ids, and raise NotFound for what is gone.
+    """
+
+    show: Callable[[Connection, Principal, Sequence[UUID]], Awaitable[bytes]]
+    left: Callable[[Connection, Principal, Sequence[UUID], bytes], Awaitable[bytes]] | None = None
 
 
 def fingerprint(server_key: str, method: str, path: str, body: bytes) -> bytes:
@@ -111,16 +144,20 @@ FORGET = statement(
 
 
 async def forget_keys(database: Database) -> bool:
-    """Remove a batch of expired keys; whether there may be more."""
+    """Remove a batch of expired keys, and of what was counted of them; whether there may be more keys."""
     async with database.connection() as connection:
+        await connection.execute(replies.FORGET)
         return await connection.execute(FORGET) != "DELETE 0"
 
 
-async def find(connection: Connection, write: WriteRequest) -> Reply | None:
-    """The stored reply of this very request. Raises Invalid when the key belongs to another request."""
+async def find(connection: Connection, write: WriteRequest, resource: Resource | None) -> Reply | None:
+    """The stored reply of this very request.
+
+    Raises Invalid when the key belongs to another request, and NotFound, as a replay, when what it showed is gone.
+    """
     if write.key is None:
         return None
-    row = await connection.fetchrow(FIND, write.principal.organization_id, write.key)
+    row = await connection.fetchrow(FIND, organization_id=write.principal.organization_id, key=write.key)
     if row is None:
         return None
     if not any(hmac.compare_digest(row["fingerprint"], own) for own in write.fingerprints):
@@ -131,11 +168,21 @@ async def find(connection: Connection, write: WriteRequest) -> Reply | None:
                 "idempotency_key_reused",
             )
         )
-    return Reply(row["status"], row["body"], replayed=True)
+    body, ids = row["body"], row["ids"]
+    if resource is not None and ids:  # the version before stored no ids, and every body
+        try:
+            if not body:
+                body = await resource.show(connection, write.principal, ids)
+            elif resource.left is not None:
+                body = await resource.left(connection, write.principal, ids, body)
+        except NotFound as gone:
+            gone.headers["Idempotency-Status"] = "replayed"
+            raise
+    return Reply(row["status"], body, replayed=True)
 
 
 async def check_or_replay(
-    services: Services, write: WriteRequest, check: Callable[[Connection], Awaitable[T]]
+    services: Services, write: WriteRequest, resource: Resource, check: Callable[[Connection], Awaitable[T]]
 ) -> Reply | T:
     """What `check` returns, or the reply to replay: for requests that write outside before they come to `once`.
 
@@ -146,31 +193,46 @@ async def check_or_replay(
         try:
             seen = await check(connection)
         except Refusal:
-            if (stored := await find(connection, write)) is None:
+            if (stored := await find(connection, write, resource)) is None:
                 raise
             return stored
-        stored = await find(connection, write)
+        stored = await find(connection, write, resource)
         return seen if stored is None else stored
 
 
-async def once(services: Services, write: WriteRequest, work: Callable[[Connection], Awaitable[Reply]]) -> Reply:
+async def once(
+    services: Services,
+    write: WriteRequest,
+    work: Callable[[Connection], Awaitable[Reply]],
+    resource: Resource | None = None,
+) -> Reply:
     """Run `work` in one transaction and commit its reply with it; a resend gets the first reply and changes nothing.
 
-    Raises whatever `work` raises, and what `attempt_or_replay` does.
+    `resource` is what the reply shows; None: nothing. Raises whatever `work` raises, and what `attempt_or_replay` does.
     """
 
     async def attempt() -> Reply:
         async with services.database.transaction() as connection:
             reply = await work(connection)
             if write.key is not None:
-                own = (write.principal.organization_id, write.key, write.fingerprints[0])
-                await connection.execute(STORE_REPLY, *own, reply.status, reply.body, write.ttl_seconds)
+                await connection.execute(
+                    STORE,
+                    organization_id=write.principal.organization_id,
+                    key=write.key,
+                    fingerprint=write.fingerprints[0],
+                    status=reply.status,
+                    body=reply.body if len(reply.body) <= write.most_bytes else b"",
+                    ids=reply.ids,
+                    ttl_seconds=write.ttl_seconds,
+                )
         return reply
 
-    return await attempt_or_replay(services, write, attempt)
+    return await attempt_or_replay(services, write, attempt, resource)
 
 
-async def attempt_or_replay(services: Services, write: WriteRequest, attempt: Callable[[], Awaitable[Reply]]) -> Reply:
+async def attempt_or_replay(
+    services: Services, write: WriteRequest, attempt: Callable[[], Awaitable[Reply]], resource: Resource | None
+) -> Reply:
     """Run `attempt`, which stores its reply under the key together with its effect, then wake the loops of this process; if the
     key is taken, replay.
 
@@ -181,6 +243,8 @@ async def attempt_or_replay(services: Services, write: WriteRequest, attempt: Ca
         for more in reversed(range(TRIES)):
             try:
                 reply = await attempt()
+                if write.key is not None and len(reply.body) <= write.most_bytes:
+                    services.replies.count(write.principal.organization_id, len(reply.body))
                 services.wakeups.wake(write.principal.organization_id)
                 if reply.has_event:
                     services.wakeups.deliver()
@@ -193,23 +257,23 @@ async def attempt_or_replay(services: Services, write: WriteRequest, attempt: Ca
                 if taken.constraint_name != "pk_idempotency_keys":
                     raise
             async with services.database.connection() as connection:
-                if (stored := await find(connection, write)) is not None:
+                if (stored := await find(connection, write, resource)) is not None:
                     return stored
-                await connection.execute(FREE, write.principal.organization_id, write.key)
+                await connection.execute(FREE, organization_id=write.principal.organization_id, key=write.key)
         raise IdempotencyInProgress  # freed and taken again, each time
     except LockTimeout as timeout:
         is_slow = write.key is None and isinstance(timeout, StatementTimeout)  # nobody need be at work on it
-        return await _replay(services, write, timeout if is_slow else IdempotencyInProgress())
+        return await _replay(services, write, resource, timeout if is_slow else IdempotencyInProgress())
     except Refusal as refusal:
         # A resend of a request that succeeded is refused by its own effect (the run is scheduling): look before refusing.
         if write.key is None or refusal.status >= 500:
             raise
-        return await _replay(services, write, refusal)
+        return await _replay(services, write, resource, refusal)
 
 
-async def _replay(services: Services, write: WriteRequest, otherwise: Refusal) -> Reply:
+async def _replay(services: Services, write: WriteRequest, resource: Resource | None, otherwise: Refusal) -> Reply:
     async with services.database.connection() as connection:
-        stored = await find(connection, write)
+        stored = await find(connection, write, resource)
     if stored is None:
         raise otherwise from None
     return stored

@@ -412,7 +412,10 @@ class Deletion(Base):
 
 
 class IdempotencyKey(Base):
-    """The first successful reply under a caller's Idempotency-Key, stored with its effect."""
+    """The first successful reply under a caller's Idempotency-Key, stored with its effect.
+
+    `ids` are those of what it shows. With an empty `body` they are all that is kept of it, unless it never had one (204).
+    """
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (Index("ix_idempotency_keys_expires_at", "expires_at"),)
@@ -422,7 +425,19 @@ class IdempotencyKey(Base):
     fingerprint: Mapped[bytes]
     status: Mapped[int] = mapped_column(SmallInteger)
     body: Mapped[bytes]
+    ids: Mapped[list[UUID] | None]
     expires_at: Mapped[datetime]
+
+
+class StoredReply(Base):
+    """How many bytes of an organization's stored replies expire at about this time, added up (stores/replies.py)."""
+
+    __tablename__ = "stored_replies"
+    __table_args__ = (Index("ix_stored_replies_until", "until"),)
+
+    organization_id: Mapped[str] = mapped_column(primary_key=True)
+    until: Mapped[datetime] = mapped_column(primary_key=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
 
 
 class WebhookEndpoint(Base):

@@ -11,14 +11,15 @@ from app.in_flight import Budget
 from app.last_used import KeysUsed
 from app.stores.database import Database
 from app.stores.files import FileStore
+from app.stores.replies import StoredReplies
 from app.stores.vault import SecretStore
 from app.wakeups import Wakeups
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse, and the keys
-    that they use."""
+    """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse, the keys that they
+    use, and how much of their replies is kept."""
 
     settings: Settings
     database: Database
@@ -28,6 +29,7 @@ class Services:
     in_flight: Budget
     parsing: Budget
     keys_used: KeysUsed
+    replies: StoredReplies
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -41,6 +43,11 @@ class Services:
             Budget(settings.max_in_flight_bytes),
             Budget(1),
             KeysUsed(),
+            StoredReplies(
+                settings.idempotency_max_reply_bytes,
+                settings.idempotency_max_stored_bytes,
+                settings.idempotency_ttl_seconds,
+            ),
         )
 
     async def close(self) -> None:

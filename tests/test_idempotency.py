@@ -2,9 +2,10 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +16,7 @@ from app.idempotency import fingerprint
 from tests.support.client import Client, file_input
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
-from tests.support.waiting import until
+from tests.support.waiting import NEVER, until
 
 REUSED = {
     "loc": ["header", "Idempotency-Key"],
@@ -246,6 +247,207 @@ def test_a_failure_of_ours_is_not_stored(api: Client, stack: Stack) -> None:
     first = write.send(api, "once")
     assert_first(first)
     assert_replayed(write.send(api, "once"), first)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forgetful(stack: Stack) -> Iterator[Server]:
+    """A server that keeps no reply, however short: only the ids of what it shows."""
+    started = start_server(stack, IDEMPOTENCY_MAX_REPLY_BYTES=0, BACKGROUND_PERIOD_SECONDS=NEVER)
+    yield started
+    started.app.stop()
+
+
+@pytest.fixture
+def brief(forgetful: Server) -> Iterator[Client]:
+    with forgetful.client() as client:
+        yield client
+
+
+@pytest.fixture(params=["kept", "by its ids"])
+def either(request: pytest.FixtureRequest, server: Server, forgetful: Server) -> Iterator[Client]:
+    """A client whose replies are kept, and one of whose replies only the ids are."""
+    with (server if request.param == "kept" else forgetful).client() as client:
+        yield client
+
+
+def kept(stack: Stack, organization: str) -> list[int]:
+    """How long the replies are that are stored for an organization, oldest first; 0 for those that are not."""
+    query = "SELECT octet_length(body) AS size FROM idempotency_keys WHERE organization_id = $1 ORDER BY expires_at"
+    return [row["size"] for row in stack.sql(query, organization)]
+
+
+def assert_gone(reply: httpx.Response, code: str) -> None:
+    assert (reply.status_code, reply.json()["code"]) == (404, code)
+    assert reply.headers["Idempotency-Status"] == "replayed"
+
+
+@every_write
+def test_a_reply_of_which_the_ids_are_kept_shows_what_is_there_now(brief: Client, stack: Stack, route: str) -> None:
+    write, key = WRITES[route](brief), secrets.token_hex(8)
+    first = write.send(brief, key)
+    assert_first(first)
+    assert kept(stack, brief.organization) == [0]
+
+    def replay() -> httpx.Response:
+        before = rows(stack, brief.organization)
+        reply = write.send(brief, key)
+        assert (reply.status_code, reply.headers["Idempotency-Status"]) == (first.status_code, "replayed")
+        assert reply.headers.get("content-type") == first.headers.get("content-type")
+        assert rows(stack, brief.organization) == before
+        return reply
+
+    if not first.content:
+        assert replay().content == b""
+        return
+    assert replay().json() == first.json()
+    if write.later is not None:
+        assert write.later.send(brief).is_success
+        now = replay().json()
+        assert now != first.json()
+        assert now["id"] == first.json()["id"]
+
+
+def test_a_long_reply_is_not_kept(api: Client, stack: Stack) -> None:
+    """Reports of a long run, with a key each, as executors send them."""
+    run_id = api.run()["id"]
+    long = {"status": "running", "output_data": {"x": "y" * 1_000_000}}
+    for number in range(5):
+        first = api.patch(f"/v1/runs/{run_id}", json=long, headers={"Idempotency-Key": str(number)})
+        assert_first(first)
+    assert kept(stack, api.organization) == [0] * 5
+    again = api.patch(f"/v1/runs/{run_id}", json=long, headers={"Idempotency-Key": "4"})
+    assert (again.json(), again.headers["Idempotency-Status"]) == (first.json(), "replayed")
+
+
+def test_a_long_reply_to_a_retry_is_not_kept(api: Client, stack: Stack) -> None:
+    for size, stored in ((60_000, True), (70_000, False)):
+        run = api.finished(input_values={"x": "y" * size})
+        write = WriteRequest("POST", f"/v1/runs/{run['id']}/retry", {})
+        first = write.send(api, str(size))
+        assert_first(first)
+        assert kept(stack, api.organization)[-1] == (len(first.content) if stored else 0)
+        again = write.send(api, str(size))
+        assert (again.json(), again.headers["Idempotency-Status"]) == (first.json(), "replayed")
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "POST /v1/runs",
+        "POST /v1/runs/{run_id}/retry",
+        "PATCH /v1/runs/{run_id}",
+        "POST /v1/run-attachments",
+        "PUT /v1/run-attachments/{attachment_id}",
+    ],
+)
+def test_a_replay_shows_nothing_of_a_run_that_is_gone(either: Client, stack: Stack, route: str) -> None:
+    write = WRITES[route](either)
+    first = write.send(either, "the-key")
+    assert_first(first)
+    run_id = first.json().get("run_id", first.json()["id"])
+    assert either.delete(f"/v1/runs/{run_id}").status_code == 204
+    before = rows(stack, either.organization)
+    for _ in range(2):
+        assert_gone(write.send(either, "the-key"), "run_not_found")
+    assert rows(stack, either.organization) == before
+    assert_reused(write.send(either, "the-key", unknown_to_this_server=1))
+
+
+def test_a_replay_of_a_bulk_leaves_out_what_is_gone(either: Client) -> None:
+    write = WriteRequest("POST", "/v1/runs/bulk", {"workflow_id": either.workflow(), "count": 3})
+    first = write.send(either, "the-key")
+    assert_first(first)
+    runs = first.json()["created_runs"]
+    for gone, left in ((1, [runs[0], runs[2]]), (0, [runs[2]]), (2, [])):
+        assert either.delete(f"/v1/runs/{runs[gone]['id']}").status_code == 204
+        again = write.send(either, "the-key")
+        assert (again.status_code, again.headers["Idempotency-Status"]) == (201, "replayed")
+        assert again.json() == first.json() | {"created_runs": left}
+
+
+def test_a_replay_of_a_bulk_is_not_larger_than_any_other_reply(brief: Client) -> None:
+    """Its runs have grown since."""
+    write = WriteRequest("POST", "/v1/runs/bulk", {"workflow_id": brief.workflow(), "count": 5})
+    first = write.send(brief, "the-key")
+    for run in first.json()["created_runs"]:
+        brief.report(run["id"], status="running", output_data={"x": "y" * 8_000_000})
+    refused = write.send(brief, "the-key")
+    assert (refused.status_code, refused.json()["code"]) == (413, "payload_too_large")
+    assert refused.json()["detail"].startswith("The request has succeeded.")
+
+
+@pytest.mark.parametrize("name", ["workflow", "machine", "pool"])
+def test_a_kept_reply_outlives_anything_but_a_run(server: Server, forgetful: Server, name: str) -> None:
+    for one in (server, forgetful):
+        with one.client() as client:
+            write = WRITES[f"POST /v1/{name}s"](client)
+            first = write.send(client, "the-key")
+            assert client.delete(f"/v1/{name}s/{first.json()['id']}").status_code == 204
+            again = write.send(client, "the-key")
+            if one is server:
+                assert_replayed(again, first)
+            else:
+                assert_gone(again, f"{name}_not_found")
+
+
+def test_a_bound_key_is_shown_its_own_run_or_nothing(brief: Client, forgetful: Server, stack: Stack) -> None:
+    """Its report was long, and the run has gone to another machine since."""
+    machine_id = brief.machine()
+    run_id = brief.run(machine_id=machine_id)["id"]
+    run = until(lambda: (run := brief.get_run(run_id))["assigned_machine_id"] and run, what="the assignment")
+    key = stack.new_key(brief.organization, scopes=("runs:read", "runs:execute"), machine_id=machine_id)
+    body = {"status": "running", "attempt": 1, "assignment": run.get("assignment"), "claim": str(uuid4())}
+    with forgetful.client(brief.organization, key=key) as executor:
+        report = WriteRequest("PATCH", f"/v1/runs/{run_id}", body)
+        assert_first(report.send(executor, "the-key"))
+        assert report.send(executor, "the-key").headers["Idempotency-Status"] == "replayed"
+        brief.report(run_id, status="cancelled")
+        brief.json_of(brief.retry(run_id, machine_id=brief.machine(is_available=False)))
+        assert_gone(report.send(executor, "the-key"), "run_not_found")
+        assert_reused(report.send(brief, "the-key"))
+
+
+def test_an_organization_has_a_share_of_what_is_kept(stack: Stack) -> None:
+    """Beyond it nothing is refused, and nothing but ids is stored; also by a replica that had no part in it."""
+    replicas = [start_server(stack, IDEMPOTENCY_MAX_STORED_BYTES=1000) for _ in range(2)]
+    write = WriteRequest("POST", "/v1/pools", {"name": "pool"})
+    try:
+        with replicas[0].client() as other:
+            organization, token = other.organization, other.headers["Authorization"].split()[1]
+        clients = [one.client(organization, key=token) for one in replicas]
+
+        def is_kept(client: Client) -> bool:
+            key = secrets.token_hex(8)
+            first = write.send(client, key)
+            assert_first(first)
+            query = "SELECT body FROM idempotency_keys WHERE organization_id = $1 AND key = $2"
+            [row] = stack.sql(query, organization, key)
+            again = write.send(client, key)
+            assert (again.json(), again.headers["Idempotency-Status"]) == (first.json(), "replayed")
+            assert row["body"] in (first.content, b"")
+            return bool(row["body"])
+
+        assert is_kept(clients[0])
+        until(lambda: not is_kept(clients[0]), what="its share is used up")
+        assert is_kept(clients[1])  # which learns of it by the next look
+        until(lambda: not is_kept(clients[1]), what="the other replica has learned of it")
+        with replicas[0].client() as other:
+            assert_first(write.send(other, "the-key"))
+            assert kept(stack, other.organization) > [0]
+        # Their time has come.
+        stack.sql("UPDATE idempotency_keys SET expires_at = now() WHERE organization_id = $1", organization)
+        stack.sql("UPDATE stored_replies SET until = now() - interval '1 s' WHERE organization_id = $1", organization)
+        for client in clients:
+            until(partial(is_kept, client), what="there is room again")
+            client.close()
+        left = "SELECT 1 FROM stored_replies WHERE organization_id = $1 AND until <= now()"
+        until(lambda: not stack.sql(left, organization), what="what was counted is forgotten")
+    finally:
+        for one in replicas:
+            one.app.stop()
 
 
 # --- scope ------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "required": False,
-    "description": "1 to 255 visible ASCII characters. A resend with the same key gets the first reply and changes nothing.",
+    "description": "1 to 255 visible ASCII characters. A resend with the same key gets the first reply and changes nothing. "
+    "Instead of a long reply (IDEMPOTENCY_MAX_REPLY_BYTES) it gets what that showed, as it is now; of what is gone, a 404.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]{1,255}$"},
 }
 
@@ -144,8 +145,10 @@ def _complete(document: dict[str, Any]) -> None:
             for status, response in described["responses"].items():
                 headers = response.setdefault("headers", {})
                 headers["X-Request-ID"] = _header("Names this request in the log; the caller's own, if it is harmless.")
-                if status.startswith("2") and _IDEMPOTENCY_KEY in described.get("parameters", ()):
-                    headers["Idempotency-Status"] = _header("`replayed` if this is the first reply, sent once more.")
+                if (status.startswith("2") or status == "404") and _IDEMPOTENCY_KEY in described.get("parameters", ()):
+                    headers["Idempotency-Status"] = _header(
+                        "`replayed` if the first request with this key has taken effect."
+                    )
 
 
 # Without a schema of its own a free value would allow what the stores cannot hold.

@@ -294,6 +294,8 @@ def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:
             for server_key in keys
             if server_key is not None
         )
+    principal = request.state.principal
+    most_bytes = 0 if key is None else services(request).replies.most_bytes(principal.organization_id)
     return WriteRequest(
-        request.state.principal, key, fingerprints, settings.idempotency_ttl_seconds, request.state.request_id
+        principal, key, fingerprints, settings.idempotency_ttl_seconds, most_bytes, request.state.request_id
     )

@@ -4,14 +4,14 @@ Locks are taken in one order everywhere: pools, runs, machines; each kind by id 
 them is looked for again under the last lock.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
-from app.auth import Actor
+from app.auth import Actor, Principal
 from app.config import Settings
 from app.errors import InsufficientScope, Invalid, MachineNotFound, PoolNotFound
-from app.idempotency import Reply, WriteRequest, once
+from app.idempotency import Reply, Resource, WriteRequest, once
 from app.models import Machine, RunStatus
 from app.resources.crud import Change, Owner, locked_runs
 from app.runs import projection
@@ -118,6 +118,13 @@ async def get(connection: Connection, organization_id: str, machine_id: UUID) ->
     return machine
 
 
+async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
+    return projection.encode(await get(connection, principal.organization_id, ids[0]))
+
+
+RESOURCE = Resource(_show)
+
+
 async def list_machines(database: Database, organization_id: str, part: Slice, **filters: object) -> dict[str, object]:
     """One page; `filters` as in pages.where. Raises Invalid if it would be too large."""
     condition, values = where("machines", organization_id=organization_id, **filters)
@@ -179,9 +186,9 @@ async def create(services: Services, write: WriteRequest, options: MachineCreate
             hostname=options.hostname,
             os_info=options.os_info,
         )
-        return Reply(201, projection.encode(await get(connection, principal.organization_id, machine_id)))
+        return Reply(201, await _show(connection, principal, [machine_id]), [machine_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def change(services: Services, write: WriteRequest, machine_id: UUID, options: MachineUpdate) -> Reply:
@@ -208,10 +215,10 @@ async def change(services: Services, write: WriteRequest, machine_id: UUID, opti
                 del values["reserved_session_id"]
         if values:
             await CHANGE.apply(connection, organization_id, machine_id, values)
-        shown = projection.encode(await get(connection, organization_id, machine_id))
-        return Reply(200, shown, has_event=ends_session)
+        shown = await _show(connection, write.principal, [machine_id])
+        return Reply(200, shown, [machine_id], has_event=ends_session)
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def _end_session(
@@ -364,6 +371,6 @@ async def set_pools(services: Services, write: WriteRequest, machine_id: UUID, o
         await lock_machines(connection, organization_id, [machine_id])
         await connection.execute(LEAVE_OTHERS, machine_id=machine_id, pool_ids=options.pool_ids)
         await join(connection, options.pool_ids, [machine_id])
-        return Reply(200, projection.encode(await get(connection, organization_id, machine_id)))
+        return Reply(200, await _show(connection, write.principal, [machine_id]), [machine_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)

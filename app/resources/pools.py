@@ -1,10 +1,12 @@
 """Pools: named sets of machines. A run can ask for a machine that is in all of some pools."""
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
+from app.auth import Principal
 from app.errors import Invalid, PoolNotFound
-from app.idempotency import Reply, WriteRequest, once
+from app.idempotency import Reply, Resource, WriteRequest, once
 from app.models import Pool
 from app.resources import machines
 from app.resources.crud import Change
@@ -86,6 +88,13 @@ async def get_with_machines(
     return pool | {"machines": await machines.show(connection, organization_id, members)}
 
 
+async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
+    return projection.encode(await get(connection, principal.organization_id, ids[0]))
+
+
+RESOURCE = Resource(_show)
+
+
 async def list_pools(database: Database, organization_id: str, part: Slice) -> dict[str, object]:
     """One page. Raises Invalid if it would be too large."""
     condition, values = where("pools", organization_id=organization_id)
@@ -107,9 +116,9 @@ async def create(services: Services, write: WriteRequest, options: PoolCreate) -
             name=options.name,
             description=options.description,
         )
-        return Reply(201, projection.encode(await get(connection, organization_id, pool_id)))
+        return Reply(201, await _show(connection, write.principal, [pool_id]), [pool_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def change(services: Services, write: WriteRequest, pool_id: UUID, options: PoolUpdate) -> Reply:
@@ -118,9 +127,9 @@ async def change(services: Services, write: WriteRequest, pool_id: UUID, options
 
     async def work(connection: Connection) -> Reply:
         await CHANGE.apply(connection, organization_id, pool_id, CHANGE.named(options))
-        return Reply(200, projection.encode(await get(connection, organization_id, pool_id)))
+        return Reply(200, await _show(connection, write.principal, [pool_id]), [pool_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def delete(services: Services, write: WriteRequest, pool_id: UUID) -> Reply:
@@ -141,20 +150,23 @@ async def add_machines(services: Services, write: WriteRequest, pool_id: UUID, o
     """Add machines; those that are in it stay. Raises PoolNotFound, MachineNotFound; then none was added."""
     organization_id = write.principal.organization_id
 
+    async def show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
+        shown = await get_with_machines(
+            connection,
+            principal.organization_id,
+            ids[0],
+            max_bytes=services.settings.max_reply_bytes,
+            asked_by=("body", "machine_ids"),
+        )
+        return projection.encode(shown)
+
     async def work(connection: Connection) -> Reply:
         await lock_pools(connection, organization_id, [pool_id])
         await lock_machines(connection, organization_id, options.machine_ids)
         await join(connection, [pool_id], options.machine_ids)
-        shown = await get_with_machines(
-            connection,
-            organization_id,
-            pool_id,
-            max_bytes=services.settings.max_reply_bytes,
-            asked_by=("body", "machine_ids"),
-        )
-        return Reply(200, projection.encode(shown))
+        return Reply(200, await show(connection, write.principal, [pool_id]), [pool_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, Resource(show))
 
 
 async def remove_machines(

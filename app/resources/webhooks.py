@@ -5,12 +5,14 @@ A secret is made here, written to Vault under a fresh name that is on the deleti
 """
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import orjson
 
+from app.auth import Principal
 from app.errors import (
     DatabaseUnavailable,
     Invalid,
@@ -23,7 +25,7 @@ from app.errors import (
     WebhookEndpointDisabled,
     WebhookEndpointNotFound,
 )
-from app.idempotency import Reply, WriteRequest, check_or_replay, once
+from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.models import RunStatus
 from app.runs import projection
 from app.schemas.webhooks import WebhookEndpointCreate, WebhookEndpointUpdate, WebhookRecover
@@ -135,6 +137,13 @@ async def get(connection: Connection, organization_id: str, endpoint_id: UUID) -
     return dict(row.items())
 
 
+async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
+    return projection.encode(await get(connection, principal.organization_id, ids[0]))
+
+
+RESOURCE = Resource(_show)
+
+
 async def list_endpoints(database: Database, organization_id: str, part: Slice) -> dict[str, object]:
     """One page. Raises Invalid if it would be too large."""
     condition, values = where("webhook_endpoints", organization_id=organization_id)
@@ -170,6 +179,13 @@ async def list_of_run(
     named = {"organization_id": organization_id, "run_id": run_id}
     rows, total = await page(connection, LISTED_DELIVERIES, DELIVERY_ROWS, _OF_RUN, part, **named)
     return [dict(row.items()) for row in rows], total
+
+
+async def _show_delivery(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
+    return projection.encode(await get_delivery(connection, principal.organization_id, ids[0]))
+
+
+DELIVERY = Resource(_show_delivery)
 
 
 async def list_deliveries(
@@ -239,7 +255,7 @@ async def create(services: Services, write: WriteRequest, options: WebhookEndpoi
         if await connection.fetchval(COUNT, organization_id=principal.organization_id) >= MAX_ENDPOINTS:
             raise TooManyWebhookEndpoints(MAX_ENDPOINTS)
 
-    if (replayed := await check_or_replay(services, write, check)) is not None:
+    if (replayed := await check_or_replay(services, write, RESOURCE, check)) is not None:
         return replayed
     endpoint_id = uuid4()
     path = await _stage_secret(services, principal.organization_id, endpoint_id)
@@ -258,9 +274,9 @@ async def create(services: Services, write: WriteRequest, options: WebhookEndpoi
             disabled=bool(options.disabled),
         )
         await _adopt_secret(connection, endpoint_id, path)
-        return Reply(201, projection.encode(await get(connection, principal.organization_id, endpoint_id)))
+        return Reply(201, await _show(connection, principal, [endpoint_id]), [endpoint_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def change(services: Services, write: WriteRequest, endpoint_id: UUID, options: WebhookEndpointUpdate) -> Reply:
@@ -280,9 +296,9 @@ async def change(services: Services, write: WriteRequest, endpoint_id: UUID, opt
             description=options.description,
             disabled=options.disabled,
         )
-        return Reply(200, projection.encode(await get(connection, organization_id, endpoint_id)))
+        return Reply(200, await _show(connection, write.principal, [endpoint_id]), [endpoint_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def delete(services: Services, write: WriteRequest, endpoint_id: UUID) -> Reply:
@@ -382,7 +398,7 @@ async def rotate_secret(services: Services, write: WriteRequest, endpoint_id: UU
         if await connection.fetchval(COUNT_SECRETS, endpoint_id=endpoint_id) >= MAX_SECRETS:
             raise TooManyWebhookSecrets(MAX_SECRETS)
 
-    if (replayed := await check_or_replay(services, write, check)) is not None:
+    if (replayed := await check_or_replay(services, write, RESOURCE, check)) is not None:
         return replayed
     path = await _stage_secret(services, organization_id, endpoint_id)
 
@@ -392,9 +408,9 @@ async def rotate_secret(services: Services, write: WriteRequest, endpoint_id: UU
         old = [Name("vault", row["path"]) for row in rows]
         await deletions.due(connection, old, after_seconds=OVERLAP.total_seconds())
         await _adopt_secret(connection, endpoint_id, path)
-        return Reply(200, projection.encode(await get(connection, organization_id, endpoint_id)))
+        return Reply(200, await _show(connection, write.principal, [endpoint_id]), [endpoint_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def _stage_secret(services: Services, organization_id: str, endpoint_id: UUID) -> str:
@@ -480,11 +496,10 @@ async def send_test(services: Services, write: WriteRequest, endpoint_id: UUID) 
             occurred_at=occurred_at,
             body=projection.encode(_example(event_id, organization_id, occurred_at)),
         )
-        return Reply(
-            201, projection.encode(await get_delivery(connection, organization_id, delivery_id)), has_event=True
-        )
+        shown = await _show_delivery(connection, write.principal, [delivery_id])
+        return Reply(201, shown, [delivery_id], has_event=True)
 
-    return await once(services, write, work)
+    return await once(services, write, work, DELIVERY)
 
 
 def _example(event_id: UUID, organization_id: str, occurred_at: datetime) -> dict[str, Any]:
@@ -522,11 +537,10 @@ async def resend(services: Services, write: WriteRequest, delivery_id: UUID) -> 
         if not row["has_body"]:
             raise WebhookBodyDeleted
         await connection.execute(RESEND, delivery_id=delivery_id)
-        return Reply(
-            200, projection.encode(await get_delivery(connection, organization_id, delivery_id)), has_event=True
-        )
+        shown = await _show_delivery(connection, write.principal, [delivery_id])
+        return Reply(200, shown, [delivery_id], has_event=True)
 
-    return await once(services, write, work)
+    return await once(services, write, work, DELIVERY)
 
 
 async def recover(services: Services, write: WriteRequest, endpoint_id: UUID, options: WebhookRecover) -> Reply:
@@ -537,9 +551,9 @@ async def recover(services: Services, write: WriteRequest, endpoint_id: UUID, op
     async def work(connection: Connection) -> Reply:
         await _lock_enabled(connection, organization_id, endpoint_id)
         await connection.execute(RECOVER, endpoint_id=endpoint_id, organization_id=organization_id, since=options.since)
-        return Reply(202, projection.encode(await get(connection, organization_id, endpoint_id)), has_event=True)
+        return Reply(202, await _show(connection, write.principal, [endpoint_id]), [endpoint_id], has_event=True)
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def _lock_enabled(connection: Connection, organization_id: str, endpoint_id: UUID) -> None:

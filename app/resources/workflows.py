@@ -1,11 +1,12 @@
 """Workflows: what runs execute. A workflow goes with all its runs."""
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
 from app.auth import Principal
 from app.errors import WorkflowNotFound
-from app.idempotency import Reply, WriteRequest, once
+from app.idempotency import Reply, Resource, WriteRequest, once
 from app.models import Workflow
 from app.resources.crud import Change, locked_runs
 from app.runs import projection
@@ -86,6 +87,12 @@ async def get(connection: Connection, organization_id: str, workflow_id: UUID) -
     return show(row)
 
 
+async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
+    return projection.encode(await get(connection, principal.organization_id, ids[0]))
+
+
+RESOURCE = Resource(_show)
+
 # Workflows of runs that are assigned to a machine: what a key that is bound to it sees.
 OF_MACHINE = """EXISTS (
     SELECT FROM runs WHERE runs.assigned_machine_id = :machine_id AND runs.workflow_id = workflows.id)"""
@@ -137,9 +144,9 @@ async def create(services: Services, write: WriteRequest, options: WorkflowCreat
             includes_file_exports=options.includes_file_exports,
             is_webhooks_enabled=options.is_webhooks_enabled,
         )
-        return Reply(201, projection.encode(await get(connection, write.principal.organization_id, workflow_id)))
+        return Reply(201, await _show(connection, write.principal, [workflow_id]), [workflow_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def change(services: Services, write: WriteRequest, workflow_id: UUID, options: WorkflowUpdate) -> Reply:
@@ -148,9 +155,9 @@ async def change(services: Services, write: WriteRequest, workflow_id: UUID, opt
 
     async def work(connection: Connection) -> Reply:
         await CHANGE.apply(connection, organization_id, workflow_id, CHANGE.named(options))
-        return Reply(200, projection.encode(await get(connection, organization_id, workflow_id)))
+        return Reply(200, await _show(connection, write.principal, [workflow_id]), [workflow_id])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def delete(services: Services, write: WriteRequest, workflow_id: UUID) -> Reply:

@@ -3,6 +3,7 @@
 Whatever changes an attachment locks its run first, as a retry does: the two never see each other half-done.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -19,9 +20,9 @@ from app.errors import (
     InvalidTransition,
     RunNotFound,
 )
-from app.idempotency import Reply, WriteRequest, check_or_replay, once
+from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.models import TERMINAL, Run, RunAttachment, RunStatus
-from app.runs import fences, projection, staging
+from app.runs import fences, projection, replays, staging
 from app.schemas.attachments import AttachmentType, RunAttachmentCreate, RunAttachmentUpdate
 from app.services import Services
 from app.stores import deletions
@@ -67,6 +68,21 @@ async def _get(connection: Connection, attachment_id: UUID, principal: Principal
     if row is None:
         raise AttachmentNotFound
     return row
+
+
+async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
+    attachment_id, run_id = ids
+    await replays.refuse_gone(connection, principal, run_id)
+    return projection.encode(dict(await _get(connection, attachment_id, principal)))
+
+
+async def _left(connection: Connection, principal: Principal, ids: Sequence[UUID], body: bytes) -> bytes:
+    await replays.refuse_gone(connection, principal, ids[1])
+    return body
+
+
+# An attachment, and its run, whose end is its own.
+RESOURCE = Resource(_show, _left)
 
 
 async def list_attachments(
@@ -119,7 +135,7 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
     async def check(connection: Connection) -> int:
         return _accepting(await connection.fetchrow(READ_RUN, run_id=options.run_id, **principal.sees()), options)
 
-    attempt = await check_or_replay(services, write, check)
+    attempt = await check_or_replay(services, write, RESOURCE, check)
     if isinstance(attempt, Reply):
         return attempt
     [staged] = await staging.stage(services, principal.organization_id, [options.run_id], None, [options])
@@ -145,9 +161,9 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
             cleanup=file.cleanup,
             expires_at=options.expires_at,
         )
-        return Reply(201, projection.encode(dict(row)))
+        return Reply(201, projection.encode(dict(row)), [file.id, options.run_id])
 
-    return await once(services, write, switch)
+    return await once(services, write, switch, RESOURCE)
 
 
 def _accepting(run: Record | None, options: RunAttachmentCreate) -> int:
@@ -208,9 +224,9 @@ async def update(services: Services, write: WriteRequest, attachment_id: UUID, o
             if not row["storage_path"]:
                 raise InputAttachmentsExpired
             [row] = await connection.fetch(EXPIRE, attachment_id=attachment_id, expires_at=options.expires_at)
-        return Reply(200, projection.encode(dict(row)))
+        return Reply(200, projection.encode(dict(row)), [attachment_id, UUID(row["run_id"])])
 
-    return await once(services, write, work)
+    return await once(services, write, work, RESOURCE)
 
 
 async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -> Reply:

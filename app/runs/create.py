@@ -1,6 +1,6 @@
 """Create runs, one or many that are alike, in the steps of a retry: check, stage, switch, settle."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -9,9 +9,9 @@ from sqlalchemy import bindparam, literal_column, select
 
 from app.errors import PayloadTooLarge, WorkflowNotFound
 from app.events import record
-from app.idempotency import Reply, WriteRequest, check_or_replay, once
+from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.models import Workflow
-from app.runs import projection, staging
+from app.runs import projection, replays, staging
 from app.runs.sessions import Session, alias_needs_session, refuse_contradictions
 from app.scheduling.targets import check_targets, lane
 from app.schemas.runs import RunBulkCreate, RunCreate
@@ -58,19 +58,17 @@ async def create(services: Services, write: WriteRequest, options: RunCreate) ->
     """One new run; with start_session its session's id is its own. Raises every refusal of the route."""
     run_id = uuid4()
 
-    def show(runs: list[dict[str, Any]]) -> dict[str, Any]:
-        return runs[0]
+    def show(runs: list[dict[str, Any]]) -> bytes:
+        return projection.encode(runs[0])
 
-    return await _create(services, write, options, [run_id], run_id, show)
+    return await _create(services, write, options, [run_id], run_id, show, replays.RUN)
 
 
 async def create_bulk(services: Services, write: WriteRequest, options: RunBulkCreate) -> Reply:
     """`count` runs or none; with start_session they share one new session. Raises every refusal of the route."""
-
-    def show(runs: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"created_runs": runs, "failed_count": 0, "errors": []}
-
-    return await _create(services, write, options, [uuid4() for _ in range(options.count)], uuid4(), show)
+    run_ids = [uuid4() for _ in range(options.count)]
+    resource = replays.bulk_resource(services.settings.max_reply_bytes)
+    return await _create(services, write, options, run_ids, uuid4(), replays.bulk, resource)
 
 
 async def _create(
@@ -79,7 +77,8 @@ async def _create(
     options: RunCreate | RunBulkCreate,
     run_ids: Sequence[UUID],
     new_session_id: UUID,
-    show: Any,
+    show: Callable[[list[dict[str, Any]]], bytes],
+    resource: Resource,
 ) -> Reply:
     """The same steps as a retry: check, stage, switch, settle."""
     refuse_contradictions(options.session_id, options.start_session)
@@ -96,7 +95,7 @@ async def _create(
         async def check(connection: Connection) -> None:
             await _check(connection, principal.organization_id, options)
 
-        if (replayed := await check_or_replay(services, write, check)) is not None:
+        if (replayed := await check_or_replay(services, write, resource, check)) is not None:
             return replayed
     planned = await staging.stage(
         services, principal.organization_id, run_ids, options.sensitive_input_values, options.file_inputs
@@ -127,9 +126,9 @@ async def _create(
         )
         await staging.adopt(connection, dict(zip(run_ids, planned, strict=True)), principal)
         rows = await connection.fetch(CREATED, run_ids=run_ids)
-        return Reply(201, projection.encode(show(await projection.many(connection, rows))))
+        return Reply(201, show(await projection.many(connection, rows)), run_ids)
 
-    return await once(services, write, switch)
+    return await once(services, write, switch, resource)
 
 
 # Ids, times and what else a run shows whatever it was made of, with room to spare; and each id in a list of them.

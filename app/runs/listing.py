@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from typing import Any
 from uuid import UUID
 
 from app.errors import Invalid
@@ -17,7 +18,7 @@ from app.models import RunStatus
 from app.runs import projection
 from app.services import Services
 from app.stores import pages
-from app.stores.database import Database
+from app.stores.database import Connection, Database
 from app.stores.pages import Listing, Slice, find, in_order
 from app.stores.statements import Statement, composed, fragment, statement
 
@@ -122,6 +123,26 @@ async def list_runs(database: Database, wanted: RunFilter, fields: Collection[st
         rows = await connection.fetch(ROWS, ids=ids, fields=names) if ids else []
         runs = await projection.many(connection, rows)
     return part.shown([{name: value for name, value in run.items() if name in fields} for run in runs], total)
+
+
+OCTETS = statement(
+    "runs.octets",
+    f"""
+    SELECT coalesce(max(octets), 0)::bigint FROM (
+        SELECT sum((SELECT {RUNS.octets} FROM {RUNS.source} WHERE {RUNS.row}))
+                   OVER (ORDER BY n ROWS UNBOUNDED PRECEDING) AS octets
+        FROM unnest(:ids::uuid[]) WITH ORDINALITY AS listed (key, n)
+    ) AS weighed
+    """,
+)
+
+
+async def read(connection: Connection, ids: Sequence[UUID], max_bytes: int) -> list[dict[str, Any]] | None:
+    """These runs, whole; None if they are more than one and have more bytes."""
+    names = list(FIELDS)
+    if len(ids) > 1 and await connection.fetchval(OCTETS, ids=ids, fields=names) > max_bytes:
+        return None
+    return await projection.many(connection, await connection.fetch(ROWS, ids=ids, fields=names))
 
 
 def shown_fields(fields: Sequence[str] | None) -> Collection[str]:

@@ -14,7 +14,7 @@ from app.errors import InsufficientScope, Invalid, InvalidTransition, RunNotFoun
 from app.events import record
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
-from app.runs import fences, projection
+from app.runs import fences, projection, replays
 from app.runs.ending import RELEASE, ended
 from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
@@ -129,9 +129,9 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         elif status in TERMINAL and options.release_session_after:
             await connection.execute(RELEASE, run_ids=[run_id])
         shown = projection.encode(await projection.get(connection, run_id, write.principal))
-        return Reply(200, shown, has_event=has_event)
+        return Reply(200, shown, [run_id], has_event=has_event)
 
-    return await once(services, write, work)
+    return await once(services, write, work, replays.RUN)
 
 
 # What anybody may send who may create and retry a run: to stop it. Whoever begins it has no say in that.

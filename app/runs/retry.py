@@ -43,7 +43,7 @@ from app.errors import (
 from app.events import record
 from app.idempotency import Reply, WriteRequest, attempt_or_replay, check_or_replay, store_reply
 from app.models import TERMINAL, Deletion, Run, RunAttachment, RunAttempt, RunOutput
-from app.runs import projection, staging
+from app.runs import projection, replays, staging
 from app.runs.sessions import Session, next_session, refuse_contradictions
 from app.runs.staging import Staged
 from app.scheduling.targets import lane, missing_targets
@@ -316,7 +316,7 @@ _requeued = (
 
 # Made here, and not by a statement after it, because it must be stored by the same one.
 _shown = (
-    select(fragment(f"{projection.document(_AFTER)} AS body"))
+    select(fragment(f"{projection.document(_AFTER)} AS body, ARRAY[r.id] AS ids"))
     .select_from(fragment(f"r {projection.RUN_SOURCE}"))
     .add_cte(_requeued)
     .cte("shown")
@@ -373,7 +373,7 @@ async def retry(services: Services, write: WriteRequest, run_id: UUID, options: 
             run = await asked.read(connection)
             asked.next(run, await missing_targets(connection, asked.organization_id, options))
 
-        if (replayed := await check_or_replay(services, write, check)) is not None:
+        if (replayed := await check_or_replay(services, write, replays.RUN, check)) is not None:
             return replayed
         [staged] = await staging.stage(
             services, asked.organization_id, [run_id], options.sensitive_input_values, options.file_inputs
@@ -382,7 +382,7 @@ async def retry(services: Services, write: WriteRequest, run_id: UUID, options: 
     async def switch() -> Reply:
         return await _switch_plain(services, asked) or await _switch(services, asked, staged)
 
-    return await attempt_or_replay(services, write, switch)
+    return await attempt_or_replay(services, write, switch, replays.RUN)
 
 
 async def _switch_plain(services: Services, asked: _Retry) -> Reply | None:
@@ -458,5 +458,6 @@ async def _write(
         key=write.key,
         fingerprint=None if write.key is None else write.fingerprints[0],
         ttl_seconds=write.ttl_seconds,
+        most_bytes=write.most_bytes,
     )
     return None if body is None else Reply(200, body)

@@ -32,6 +32,7 @@ GRANTS = {
     "run_outputs": _ALL,
     "runs": _ALL,
     "shared_rounds": _ALL,
+    "stored_replies": _ALL,
     "webhook_deliveries": _ALL,
     "webhook_endpoints": _ALL,
     "webhook_events": _ALL,

@@ -85,6 +85,7 @@ async def list_run_attachments(
     response_model=RunAttachmentResponse,
     **operation(
         RunNotFound,
+        AttachmentNotFound,
         InvalidTransition,
         AttemptSuperseded,
         AssignmentSuperseded,
@@ -119,6 +120,7 @@ async def get_run_attachment(attachment_id: UUID, request: Request) -> Response:
     _PATH + "/{attachment_id}",
     response_model=RunAttachmentResponse,
     **operation(
+        RunNotFound,
         AttachmentNotFound,
         InputAttachmentsExpired,
         body=RunAttachmentUpdate,

@@ -28,7 +28,7 @@ router = APIRouter(route_class=Route, prefix="/v1/machines", tags=["machines"])
     "",
     status_code=201,
     response_model=MachineResponse,
-    **operation(body=MachineCreate, write=True, scope="resources:write"),
+    **operation(MachineNotFound, body=MachineCreate, write=True, scope="resources:write"),
 )
 async def create_machine(request: Request) -> Response:
     """Register a machine. It is connected and available at once."""

@@ -18,7 +18,10 @@ router = APIRouter(route_class=Route, prefix="/v1/pools", tags=["pools"])
 
 
 @router.post(
-    "", status_code=201, response_model=PoolResponse, **operation(body=PoolCreate, write=True, scope="resources:write")
+    "",
+    status_code=201,
+    response_model=PoolResponse,
+    **operation(PoolNotFound, body=PoolCreate, write=True, scope="resources:write"),
 )
 async def create_pool(request: Request) -> Response:
     """A new pool, without machines."""

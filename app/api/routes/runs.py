@@ -94,7 +94,7 @@ async def retry_run(run_id: UUID, request: Request) -> Response:
     "",
     status_code=201,
     response_model=RunResponse,
-    **operation(WorkflowNotFound, *_TARGETS, *_STORES, body=RunCreate, write=True, scope="runs:write"),
+    **operation(RunNotFound, WorkflowNotFound, *_TARGETS, *_STORES, body=RunCreate, write=True, scope="runs:write"),
 )
 async def create_run(request: Request) -> Response:
     """Queue a new run of a workflow."""

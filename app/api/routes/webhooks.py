@@ -44,7 +44,12 @@ DELIVERY = "/webhook-deliveries/{webhook_delivery_id}"
     status_code=201,
     response_model=WebhookEndpointResponse,
     **operation(
-        TooManyWebhookEndpoints, VaultUnavailable, body=WebhookEndpointCreate, write=True, scope="webhooks:write"
+        WebhookEndpointNotFound,
+        TooManyWebhookEndpoints,
+        VaultUnavailable,
+        body=WebhookEndpointCreate,
+        write=True,
+        scope="webhooks:write",
     ),
 )
 async def create_webhook_endpoint(request: Request) -> Response:
@@ -112,7 +117,9 @@ async def rotate_webhook_secret(webhook_endpoint_id: UUID, request: Request) -> 
     f"{ENDPOINT}/test",
     status_code=201,
     response_model=WebhookDeliveryResponse,
-    **operation(WebhookEndpointNotFound, WebhookEndpointDisabled, write=True, scope="webhooks:write"),
+    **operation(
+        WebhookEndpointNotFound, WebhookDeliveryNotFound, WebhookEndpointDisabled, write=True, scope="webhooks:write"
+    ),
 )
 async def test_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -> Response:
     """Send an example: a `run_complete` of a run whose ids are all zeros. The delivery shows what became of it."""

@@ -20,7 +20,7 @@ router = APIRouter(route_class=Route, prefix="/v1/workflows", tags=["workflows"]
     "",
     status_code=201,
     response_model=WorkflowResponse,
-    **operation(body=WorkflowCreate, write=True, scope="resources:write"),
+    **operation(WorkflowNotFound, body=WorkflowCreate, write=True, scope="resources:write"),
 )
 async def create_workflow(request: Request) -> Response:
     """A new workflow."""
