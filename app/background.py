@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from app.errors import Unavailable
+from app.errors import DatabaseUnavailable, InternalError, Unavailable
 from app.events import prune_events
 from app.idempotency import forget_keys
 from app.runs.attachments import expire_attachments
@@ -23,6 +23,7 @@ from app.services import Services
 from app.stores.channels import tell
 from app.stores.deletions import collect_all
 from app.stores.pool import party
+from app.telemetry import metrics
 from app.telemetry.logs import describe
 from app.webhooks.delivery import Deliverer, prune_webhooks
 
@@ -58,6 +59,8 @@ class Loop:
     async def run(self) -> None:
         """Until cancelled."""
         party.set(f"loop {self.name}")
+        for code in (DatabaseUnavailable.code, InternalError.code):
+            metrics.loop_failures.add(self.name, code, count=0)
         try:
             await self._rounds()
         finally:
@@ -70,10 +73,14 @@ class Loop:
             more = False
             try:
                 more = bool(await self.round())
+                metrics.loop_success.set(time.time(), self.name)
             except Unavailable as error:
-                log.warning({"event": "background_unavailable", "work": self.name, "code": error.code})
+                metrics.loop_failures.add(self.name, error.code)
+                line = {"event": "background_unavailable", "work": self.name, "code": error.code}
+                log.warning(line | ({} if error.kind is None else {"cause": error.kind}))
                 self.wake.clear()  # whatever is woken now meets the same failure: wait a period
             except Exception as error:  # noqa: BLE001 - one bad round must not end the loop for ever
+                metrics.loop_failures.add(self.name, InternalError.code)
                 log.error({"event": "background_failed", "work": self.name, **describe(error)})
             await asyncio.sleep(min(max(self.rest, self.rest_for_work * (time.monotonic() - began)), self.period))
             if more:

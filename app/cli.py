@@ -29,6 +29,7 @@ from app.models import ORGANIZATION_PATTERN
 from app.resources import organizations
 from app.stores import setup
 from app.stores.database import Connection, Unreachable, connect
+from app.telemetry import metrics
 from app.telemetry.logs import configure
 
 T = TypeVar("T")
@@ -120,6 +121,13 @@ def _serve(_: argparse.Namespace) -> int:
     settings = Settings()
     configure(settings.log_level)
     startup.check(settings)
+    if settings.metrics:
+        try:
+            metrics.share(settings.workers)
+        except OSError as problem:
+            raise ConfigurationError(
+                f"PROMETHEUS_MULTIPROC_DIR: the folder cannot be used ({problem.strerror}). Name one that may be written."
+            ) from None
     uvicorn.run(
         "app.cli:application",
         factory=True,
@@ -132,6 +140,8 @@ def _serve(_: argparse.Namespace) -> int:
         access_log=False,  # the edge writes one line a request, without queries
         log_config=None,
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
         backlog=BACKLOG,
         timeout_keep_alive=75,  # longer than balancers keep idle connections: else they send requests into closed ones
         timeout_graceful_shutdown=settings.shutdown_seconds,

@@ -5,7 +5,7 @@ It knows only what can be said of a value by itself; whether a store can be open
 
 import os
 import ssl
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import SplitResult, urlsplit
@@ -138,6 +138,15 @@ class Settings(DatabaseSettings):
     )
     cors_origins: Annotated[list[str], NoDecode] = Field(
         default=[], description="Comma-separated origins that browsers may call from; empty turns CORS off."
+    )
+    trusted_proxies: Annotated[list[str], NoDecode] = Field(
+        default=[],
+        description="Comma-separated addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are"
+        " believed; empty: nobody's.",
+    )
+    metrics: bool = Field(default=True, description="`off`: do not serve /metrics.")
+    metrics_token: SecretStr | None = Field(
+        None, min_length=16, description="Whoever reads /metrics must send it as `Authorization: Bearer ...`."
     )
     console: bool = Field(default=True, description="`off`: do not serve the operator's console at /console/.")
     shutdown_seconds: int = Field(20, ge=1, description="How long a stop waits for requests under way.")
@@ -275,7 +284,7 @@ class Settings(DatabaseSettings):
     )
     server_key_previous: SecretStr | None = Field(None, min_length=32, description="Accepted beside it while rotating.")
 
-    @field_validator("cors_origins", "webhook_allow", mode="before")
+    @field_validator("cors_origins", "webhook_allow", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -287,6 +296,16 @@ class Settings(DatabaseSettings):
             parts = _url(origin, "http", "https")
             if origin != "*" and (parts is None or origin != f"{parts.scheme}://{parts.netloc}" or "@" in origin):
                 raise ValueError("each must be like https://app.example.com, with nothing behind the host and port.")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        for network in value:
+            try:
+                ip_network(network)
+            except ValueError:
+                raise ValueError("each must be an address or a network, like 10.0.0.0/8.") from None
         return value
 
     @field_validator("public_url")

@@ -105,8 +105,8 @@ class Unauthorized(Refusal):
     status, code = 401, "unauthorized"
     detail = "Send a valid API key as `Authorization: Bearer <key>`."
 
-    def __init__(self) -> None:
-        super().__init__(headers={"WWW-Authenticate": "Bearer"})
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
 
 
 class InsufficientScope(Refusal):
@@ -319,6 +319,7 @@ class InternalError(Refusal):
 
 class Unavailable(Refusal):
     status = 503
+    kind: str | None = None  # of the failure, in a word, for logs: `timeout`, `refused`, `authentication`
 
     def __init__(self, detail: str | None = None) -> None:
         super().__init__(detail, headers={"Retry-After": "2"})
@@ -345,6 +346,7 @@ class Overloaded(Unavailable):
 
 
 class OutcomeUnknown(DatabaseUnavailable):
+    kind = "lost_in_commit"
     detail = (
         "The connection to the database was lost while the change was being committed, so it may have taken effect. "
         "Sending the same request again with the same Idempotency-Key is safe."

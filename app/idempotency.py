@@ -22,6 +22,7 @@ from app.services import Services
 from app.stores import replies
 from app.stores.database import Connection, Database, Deadlock, LockTimeout, StatementTimeout, UniqueViolation
 from app.stores.statements import fragment, statement
+from app.telemetry import metrics
 
 T = TypeVar("T")
 
@@ -161,6 +162,7 @@ async def find(connection: Connection, write: WriteRequest, resource: Resource |
     if row is None:
         return None
     if not any(hmac.compare_digest(row["fingerprint"], own) for own in write.fingerprints):
+        metrics.idempotency.add("mismatch")
         raise Invalid(
             (
                 ("header", "Idempotency-Key"),
@@ -178,6 +180,7 @@ async def find(connection: Connection, write: WriteRequest, resource: Resource |
         except NotFound as gone:
             gone.headers["Idempotency-Status"] = "replayed"
             raise
+    metrics.idempotency.add("replayed")
     return Reply(row["status"], body, replayed=True)
 
 
@@ -248,6 +251,8 @@ async def attempt_or_replay(
                 services.wakeups.wake(write.principal.organization_id)
                 if reply.has_event:
                     services.wakeups.deliver()
+                if write.key is not None:
+                    metrics.idempotency.add("first")
                 return reply
             except Deadlock:
                 if not more:
@@ -263,6 +268,8 @@ async def attempt_or_replay(
         raise IdempotencyInProgress  # freed and taken again, each time
     except LockTimeout as timeout:
         is_slow = write.key is None and isinstance(timeout, StatementTimeout)  # nobody need be at work on it
+        if write.key is not None:
+            metrics.idempotency.add("in_progress")
         return await _replay(services, write, resource, timeout if is_slow else IdempotencyInProgress())
     except Refusal as refusal:
         # A resend of a request that succeeded is refused by its own effect (the run is scheduling): look before refusing.

@@ -13,11 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from app import __version__, background
 from app.api import console, docs, openapi, refusals
 from app.api.edge import Edge
-from app.api.routes import ROUTERS, health
+from app.api.routes import ROUTERS, health, metrics
 from app.api.routes.health import Checks
 from app.api.server import Connections, room_for_connections
 from app.config import Settings
 from app.services import Services
+from app.telemetry import metrics as counted
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -28,6 +29,7 @@ def create_app(settings: Settings) -> FastAPI:
         services = Services.open(settings)
         app.state.services = services
         app.state.checks = Checks(services)
+        _begin_to_count(services)
         look = asyncio.create_task(app.state.checks.vault())  # the log says at once if Vault refuses our login
         task = asyncio.create_task(background.run(services))
         _when_told_to_stop(services.wakeups.stop)
@@ -38,6 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
         with suppress(asyncio.CancelledError):
             await task
         await services.close()
+        counted.take_over()  # where others can still read it
 
     app = FastAPI(
         title="Runs API",
@@ -52,10 +55,12 @@ def create_app(settings: Settings) -> FastAPI:
     )
     if settings.background == "only":
         app.include_router(health.router)
+        metrics.install(app, settings)
         app.add_middleware(Edge)
         return app
     for router in ROUTERS:
         app.include_router(router)
+    metrics.install(app, settings)
     openapi.install(app)
     docs.install(app, console=settings.console)
     if settings.console:
@@ -78,6 +83,18 @@ def create_app(settings: Settings) -> FastAPI:
             max_age=600,
         )
     return app
+
+
+def _begin_to_count(services: Services) -> None:
+    """What is not counted where it happens, but asked for before a scrape."""
+    counted.begin()
+    counted.in_flight_bytes.read_from(lambda: {(): services.in_flight.used})
+
+    def connections() -> dict[tuple[str, ...], float]:
+        idle, used = services.database.connections()
+        return {("idle",): idle, ("used",): used}
+
+    counted.connections.read_from(connections)
 
 
 def _max_connections(settings: Settings) -> int:

@@ -8,26 +8,32 @@ import asyncio
 import logging
 import re
 import time
+from typing import Any
 from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import in_flight
-from app.auth import authenticate, bearer
-from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized
+from app.auth import Principal, authenticate, bearer
+from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized, Unavailable
 from app.services import Services
 from app.stores.pool import party
+from app.telemetry import metrics
 from app.telemetry.logs import describe
 
 log = logging.getLogger("app.request")
 
 _UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
+_RETRY = re.compile(r"/v1/runs/[^/]+/retry")
+_LONGEST_ADDRESS = 64  # IPv6 with a zone
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 # How long a body that nobody wants is read and thrown away after the reply: closing at once would reset the connection before
 # the reply is read. The server itself would read it for ever, however slowly it comes.
 LINGER_SECONDS = 5.0
+# What a reply that came too late says of itself in logs and metrics: its caller had gone.
+GONE = 499
 # A reply that is longer is sent in pieces.
 PIECE_BYTES = 256 * 1024
 
@@ -42,6 +48,8 @@ class Edge:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self.active = 0
+        metrics.active_requests.read_from(lambda: {(): self.active})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,6 +60,7 @@ class Edge:
         in_flight.share.set(share)
         exchange = _Exchange(scope, receive, send, share)
         refusal: Refusal | None = None
+        self.active += 1
         try:
             if not is_public(scope["path"]):
                 key = bearer(exchange.only_header(b"authorization"))
@@ -67,15 +76,24 @@ class Edge:
         except Refusal as error:
             refusal = error
         except ClientDisconnect:
-            exchange.status = 499  # nobody is left to answer
+            exchange.status = GONE
+            exchange.state["code"] = "client_gone"
         except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback and no detail may leave
             log.error({"event": "unhandled", "request_id": exchange.id, **describe(error)})
             refusal = InternalError()
         finally:
             share.close()
+            self.active -= 1
         if refusal is not None and not exchange.started:
             await exchange.refuse(refusal)
         exchange.report()
+
+
+def note(state: dict[str, Any], refusal: Refusal) -> None:
+    """What a request is refused for, for its line and its count."""
+    state["code"] = refusal.code
+    if isinstance(refusal, Unavailable) and refusal.kind is not None:
+        state["cause"] = refusal.kind
 
 
 class _Exchange:
@@ -87,7 +105,7 @@ class _Exchange:
         self._receive = receive
         self._send = send
         self._began = time.perf_counter()
-        self.principal: object | None = None
+        self.principal: Principal | None = None
         self.started = False
         self.status = 0
         self._lingers = False
@@ -95,7 +113,10 @@ class _Exchange:
         self._body_left = b"transfer-encoding" in self._headers or self._headers.get(b"content-length", b"0") != b"0"
         given = self._headers.get(b"x-request-id", b"")
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid4().hex
-        scope.setdefault("state", {})["request_id"] = self.id
+        self.state: dict[str, Any] = scope.setdefault("state", {})
+        self.state["request_id"] = self.id
+        self._sent: list[tuple[bytes, bytes]] = []
+        self._bytes_in = self._bytes_out = 0
 
     def only_header(self, name: bytes) -> bytes:
         values = [value for key, value in self.scope["headers"] if key == name]
@@ -105,6 +126,7 @@ class _Exchange:
 
     async def receive(self) -> Message:
         message = await self._receive()
+        self._bytes_in += len(message.get("body", b""))
         if not message.get("more_body", False):
             self._body_left = False
         return message
@@ -123,11 +145,12 @@ class _Exchange:
             if self._body_left:
                 self._lingers = self.status != RequestTimeout.status
                 headers.append((b"connection", b"close"))
-            message["headers"] = headers
+            message["headers"] = self._sent = headers
             await self._send(message)
             return
         more = message.get("more_body", False)
         body = message.get("body", b"")
+        self._bytes_out += len(body)
         if len(body) > PIECE_BYTES and self.principal is not None:
             body = await self._send_all_but_the_end(body)
         if self._lingers and not more:
@@ -158,6 +181,7 @@ class _Exchange:
             return  # slow or endless: the connection is closed on it
 
     async def refuse(self, refusal: Refusal) -> None:
+        note(self.state, refusal)
         body = refusal.body(self.id)
         headers = [(b"content-type", refusal.media_type.encode()), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
@@ -165,20 +189,52 @@ class _Exchange:
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
     def report(self) -> None:
-        """One line a request: the route's template and its ids, never a query, a header or a body."""
-        if not log.isEnabledFor(logging.INFO):
+        """Count the request, and write its line: the route's template and its ids, never a query, a header or a body."""
+        scope, status = self.scope, self.status
+        seconds = time.perf_counter() - self._began
+        method: str = scope["method"]
+        route: str = getattr(scope.get("route"), "path", "")
+        metrics.request(method, route, status, seconds)
+        if method == "POST":
+            self._count(scope["path"], route)
+        level = logging.WARNING if status >= 500 else logging.INFO
+        if not log.isEnabledFor(level):
             return
-        parameters = self.scope.get("path_params", {}).items()
-        ids = {name: value for name, value in parameters if _UUID.fullmatch(str(value))}
-        log.info(
-            {
-                "event": "request",
-                "request_id": self.id,
-                "method": self.scope["method"] if self.scope["method"].isalpha() else "-",
-                "route": getattr(self.scope.get("route"), "path", None),
-                "status": self.status,
-                "ms": round((time.perf_counter() - self._began) * 1000, 1),
-                "organization_id": getattr(self.principal, "organization_id", None),
-                **ids,
-            }
-        )
+        line: dict[str, object] = {
+            "event": "request",
+            "request_id": self.id,
+            "method": method if method.isalpha() else "-",
+            "route": route or None,
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            "address": _address(scope),
+            "bytes_in": self._bytes_in,
+            "bytes_out": self._bytes_out,
+        }
+        if self.principal is not None:
+            line["organization_id"] = self.principal.organization_id
+            line["key_id"] = self.principal.key_id
+        line |= {name: self.state[name] for name in ("code", "cause") if name in self.state}
+        parameters = scope.get("path_params", {}).items()
+        line |= {name: value for name, value in parameters if _UUID.fullmatch(str(value))}
+        log.log(level, line)
+
+    def _count(self, path: str, route: str) -> None:
+        """A retry or a new run. A dry run is neither."""
+        replayed = self.status < 300 and (b"idempotency-status", b"replayed") in self._sent
+        if _RETRY.fullmatch(path):
+            if b"dry_run=true" in self.scope["query_string"]:
+                return
+            accepted = self.status == 200
+            outcome = "replayed" if replayed else "accepted" if accepted else "refused"
+            metrics.retries.add(outcome, "" if accepted else self.state.get("code", str(self.status)))
+        elif route != "/v1/runs" or self.status != 201:  # of a bulk only its route knows how many there are
+            return
+        if self.status < 300 and not replayed:
+            metrics.transitions.add("scheduling", "caller")
+
+
+def _address(scope: Scope) -> str | None:
+    """Of the caller; what a trusted proxy says of it (TRUSTED_PROXIES) has been put in place by the server."""
+    host = (scope.get("client") or ("",))[0]
+    return host if 0 < len(host) <= _LONGEST_ADDRESS else None

@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+from app.api.edge import note
 from app.api.requests import invalid
 from app.api.routes import ROUTERS
 from app.errors import InternalError, MethodNotAllowed, Refusal, RouteNotFound
@@ -15,6 +16,7 @@ from app.errors import InternalError, MethodNotAllowed, Refusal, RouteNotFound
 
 async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)  # noqa: S101 - narrows what Starlette declares too widely
+    note(request.scope["state"], error)
     return Response(error.body(request.state.request_id), error.status, error.headers, error.media_type)
 
 

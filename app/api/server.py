@@ -20,6 +20,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app.errors import HeadTooLarge, HeadTooSlow, Overloaded, Refusal
+from app.telemetry import metrics
 
 log = logging.getLogger("app.request")
 
@@ -412,7 +413,10 @@ class Protocol(HttpToolsProtocol):
             self.transport.abort()
             return
         request_id = uuid4().hex
-        log.info({"event": "refused_at_once", "request_id": request_id, "status": refusal.status})
+        metrics.request("_OTHER", "", refusal.status, 0.0)
+        level = logging.WARNING if refusal.status >= 500 else logging.INFO
+        line = {"event": "refused_at_once", "request_id": request_id, "status": refusal.status, "code": refusal.code}
+        log.log(level, line)
         body = refusal.body(request_id)
         headers: dict[str, Any] = {
             "content-type": refusal.media_type,

@@ -8,9 +8,10 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import asyncpg
@@ -18,8 +19,9 @@ import asyncpg
 from app.config import Settings
 from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
 from app.stores import setup
-from app.stores.pool import Pool
+from app.stores.pool import NoneFreeError, Pool
 from app.stores.statements import Statement
+from app.telemetry import metrics
 
 log = logging.getLogger("app.database")
 
@@ -32,51 +34,73 @@ class Connection:
     Text is for BEGIN, COMMIT and what an operator would type; its parameters are $1, $2, ...
     """
 
-    __slots__ = ("driver",)
+    __slots__ = ("_after", "driver")
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver  # asyncpg's, which carries no type information
+        self._after: list[Callable[[], None]] = []
 
-    async def execute(self, sql: Statement | str, /, *args: object, **values: object) -> str:
+    def execute(self, sql: Statement | str, /, *args: object, **values: object) -> Awaitable[str]:
         """Run it; returns its command tag, like `UPDATE 1`."""
-        text, arguments = _prepared(sql, args, values)
-        tag: str = await self.driver.execute(text, *arguments)
-        return tag
+        return _run(self.driver.execute, sql, args, values)
 
-    async def fetch(self, sql: Statement | str, /, *args: object, **values: object) -> list[Record]:
+    def fetch(self, sql: Statement | str, /, *args: object, **values: object) -> Awaitable[list[Record]]:
         """All rows."""
-        text, arguments = _prepared(sql, args, values)
-        rows: list[Record] = await self.driver.fetch(text, *arguments)
-        return rows
+        return _run(self.driver.fetch, sql, args, values)
 
-    async def fetchrow(self, sql: Statement | str, /, *args: object, **values: object) -> Record | None:
+    def fetchrow(self, sql: Statement | str, /, *args: object, **values: object) -> Awaitable[Record | None]:
         """The first row."""
-        text, arguments = _prepared(sql, args, values)
-        row: Record | None = await self.driver.fetchrow(text, *arguments)
-        return row
+        return _run(self.driver.fetchrow, sql, args, values)
 
-    async def fetchval(self, sql: Statement | str, /, *args: object, **values: object) -> Any:
+    def fetchval(self, sql: Statement | str, /, *args: object, **values: object) -> Awaitable[Any]:
         """The first column of the first row."""
-        text, arguments = _prepared(sql, args, values)
-        return await self.driver.fetchval(text, *arguments)
+        return _run(self.driver.fetchval, sql, args, values)
+
+    def after_commit(self, tell: Callable[[], None]) -> None:
+        """Call it when what was done here is committed: for what is only logged and counted. It must not fail."""
+        self._after.append(tell)
+
+    def committed(self) -> None:
+        """What was done is committed: tell."""
+        for tell in self._after:
+            tell()
+        self._after.clear()
 
 
-def _prepared(
-    sql: Statement | str, args: Sequence[object], values: Mapping[str, object]
-) -> tuple[str, Sequence[object]]:
-    return (sql, args) if isinstance(sql, str) else (sql.sql, sql.arguments(values))
+async def _run(
+    call: Callable[..., Awaitable[Any]], sql: Statement | str, args: Sequence[object], values: Mapping[str, object]
+) -> Any:
+    if isinstance(sql, str):
+        name, text, arguments = _WORDS.get(sql.partition(" ")[0], "other"), sql, args
+    else:
+        name, text, arguments = sql.name, sql.sql, sql.arguments(values)
+    began = perf_counter()
+    try:
+        return await call(text, *arguments)
+    finally:
+        metrics.statements.observe(perf_counter() - began, name)
+
+
+# Names of what has none.
+_WORDS = {word: word for word in ("BEGIN", "COMMIT", "ROLLBACK", "SELECT", "INSERT", "UPDATE", "DELETE")}
 
 
 class LockTimeout(DatabaseUnavailable):
     """Another transaction held a row for longer than `lock_timeout`."""
 
+    kind = "lock_timeout"
+
 
 class StatementTimeout(LockTimeout):
     """A statement took longer than `statement_timeout`: rows were held one after the other, or the database is slow."""
 
+    kind = "statement_timeout"
+
 
 class Deadlock(DatabaseUnavailable):
     """Two transactions wait for each other, or would: this one gives way, and can be done again."""
+
+    kind = "deadlock"
 
 
 # PostgreSQL or the way to it failed; the same request may succeed later. Anything else is a defect of ours and a 500.
@@ -132,8 +156,9 @@ _NEWER_TOLD: set[str] = set()
 class Unreachable(DatabaseUnavailable):
     """No connection could be made. `cause` says why in our words; `is_wrong`: it will not get better by itself."""
 
-    def __init__(self, cause: str, *, is_wrong: bool = False) -> None:
+    def __init__(self, kind: str, cause: str, *, is_wrong: bool = False) -> None:
         super().__init__()
+        self.kind = kind
         self.cause = cause
         self.is_wrong = is_wrong
 
@@ -157,30 +182,54 @@ def _unreachable(error: Exception) -> Unreachable:
     """The class of the cause. Never the driver's text, which can hold parts of the URL."""
     match error:
         case asyncpg.InvalidAuthorizationSpecificationError():
-            return Unreachable("the server refuses the role or its password", is_wrong=True)
+            return Unreachable("authentication", "the server refuses the role or its password", is_wrong=True)
         case asyncpg.InvalidCatalogNameError():
-            return Unreachable("the database does not exist; create it", is_wrong=True)
+            return Unreachable("no_database", "the database does not exist; create it", is_wrong=True)
         case asyncpg.InsufficientPrivilegeError():
-            return Unreachable("the role may not connect to this database (GRANT CONNECT)", is_wrong=True)
+            return Unreachable("privileges", "the role may not connect to this database (GRANT CONNECT)", is_wrong=True)
         case asyncpg.TooManyConnectionsError():
-            return Unreachable("the server has no connection left")
+            return Unreachable("connections", "the server has no connection left")
         case asyncpg.CannotConnectNowError():
-            return Unreachable("the server is starting or stopping")
+            return Unreachable("starting", "the server is starting or stopping")
         case TimeoutError():
-            return Unreachable("no answer in time; look at host, port and firewall")
+            return Unreachable("timeout", "no answer in time; look at host, port and firewall")
         case ConnectionRefusedError():
-            return Unreachable("nothing listens there; start PostgreSQL, or look at host and port")
+            return Unreachable("refused", "nothing listens there; start PostgreSQL, or look at host and port")
         case socket.gaierror():
-            return Unreachable("its host name cannot be resolved")
+            return Unreachable("host_name", "its host name cannot be resolved")
         case ssl.SSLError() | FileNotFoundError() | PermissionError():
-            return Unreachable("TLS, a socket or a file that it names cannot be used; look at its parameters")
+            return Unreachable("tls", "TLS, a socket or a file that it names cannot be used; look at its parameters")
         case ValueError() | OverflowError():
             return Unreachable(
+                "url",
                 "it cannot be read; percent-encode special characters in user and password, and look at its parameters",
                 is_wrong=True,
             )
         case _:
-            return Unreachable(f"the connection failed ({type(error).__name__})")
+            return Unreachable("lost", f"the connection failed ({type(error).__name__})")
+
+
+def _unavailable(error: BaseException) -> DatabaseUnavailable:
+    """A failure of a connection that was there, with its class for the log."""
+    failed = DatabaseUnavailable()
+    match error:
+        case NoneFreeError():
+            failed.kind = "pool_exhausted"
+        case TimeoutError():
+            failed.kind = "timeout"
+        case asyncpg.InvalidAuthorizationSpecificationError():
+            failed.kind = "authentication"
+        case asyncpg.InsufficientResourcesError():
+            failed.kind = "resources"
+        case asyncpg.OperatorInterventionError():
+            failed.kind = "stopping"
+        case asyncpg.ReadOnlySQLTransactionError():
+            failed.kind = "read_only"
+        case asyncpg.TransactionRollbackError():
+            failed.kind = "rolled_back"
+        case _:
+            failed.kind = "lost"
+    return failed
 
 
 class Database:
@@ -198,8 +247,8 @@ class Database:
         """Connect once. Raises DatabaseUnavailable, with Unfit and Unreachable, and leaves it to the caller to tell."""
         try:
             (await self._connect()).terminate()
-        except (*_TRANSIENT, *_LOST):
-            raise DatabaseUnavailable from None
+        except (*_TRANSIENT, *_LOST) as error:
+            raise _unavailable(error) from None
 
     async def _connect(self) -> Any:
         """A connection to a database that fits, with the settings that its role carries. Raises DatabaseUnavailable."""
@@ -230,6 +279,10 @@ class Database:
             log.error({"event": "database_unfit", "reason": unfit.reason, "fix": unfit.line})
         self._told = unfit.reason
 
+    def connections(self) -> tuple[int, int]:
+        """How many are idle, and how many in use."""
+        return self._pool.idle, self._pool.used
+
     def close(self) -> None:
         """Break every connection off, also what is under way."""
         self._pool.close()
@@ -251,8 +304,8 @@ class Database:
                     async with asyncio.timeout(LISTEN_CHECK_SECONDS):
                         await lost.wait()
                 await connection.execute("SELECT 1")  # whoever is silent may be gone
-        except (*_LOST, asyncpg.PostgresError):
-            raise DatabaseUnavailable from None
+        except (*_LOST, asyncpg.PostgresError) as error:
+            raise _unavailable(error) from None
         finally:
             if connection is not None:
                 connection.terminate()
@@ -263,7 +316,9 @@ class Database:
         connection = None
         try:
             connection = await self._pool.acquire()
-            yield Connection(connection)
+            own = Connection(connection)
+            yield own
+            own.committed()
         except asyncpg.LockNotAvailableError:
             raise LockTimeout from None
         except asyncpg.QueryCanceledError:
@@ -277,15 +332,15 @@ class Database:
             raise
         except asyncpg.DeadlockDetectedError:
             raise Deadlock from None
-        except _TRANSIENT:
-            raise DatabaseUnavailable from None
+        except _TRANSIENT as error:
+            raise _unavailable(error) from None
         except (*_LOST, OutcomeUnknown, asyncio.CancelledError) as lost:
             # Perhaps in the middle of a statement: asyncpg would wait for the server to confirm that it has stopped, and it
             # may never answer.
             if connection is not None:
                 connection.terminate()
             if isinstance(lost, _LOST):
-                raise DatabaseUnavailable from None
+                raise _unavailable(lost) from None
             raise
         except (Refusal, asyncpg.PostgresError):
             raise  # the server has answered: nothing is under way

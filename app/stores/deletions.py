@@ -24,6 +24,7 @@ from app.stores.database import Connection, Database
 from app.stores.files import FileStore
 from app.stores.statements import statement
 from app.stores.vault import SecretStore
+from app.telemetry import metrics
 
 log = logging.getLogger("app.deletions")
 
@@ -173,16 +174,12 @@ async def collect(
     async def destroy(name: Name) -> list[Name]:
         try:
             await secrets.destroy(name.name)
-        except Unavailable as error:
-            log.warning({"event": "delete_failed", "store": name.store, "code": error.code})
+        except Unavailable:
             return []
         return [name]
 
     async def delete(keys: list[str]) -> list[Name]:
-        gone = await files.delete(keys)
-        if len(gone) < len(keys):
-            log.warning({"event": "delete_failed", "store": "storage", "count": len(keys) - len(gone)})
-        return [Name("storage", key) for key in gone]
+        return [Name("storage", key) for key in await files.delete(keys)]
 
     work = [destroy(name) for name in names if name.store == "vault"]
     if keys := [name.name for name in names if name.store == "storage"]:
@@ -191,7 +188,24 @@ async def collect(
     if deleted:
         async with database.connection() as connection:
             await connection.execute(FINISH, **_columns(deleted), ahead=ahead)
+    for store, label in _LABELS.items():
+        wanted, gone = (sum(name.store == store for name in some) for some in (names, deleted))
+        if wanted:
+            _tell(label, gone, failed=wanted - gone)
     return len(rows)
+
+
+# What a store is called in logs and metrics.
+_LABELS: dict[Store, str] = {"vault": "vault", "storage": "files"}
+
+
+def _tell(store: str, deleted: int, *, failed: int) -> None:
+    """One line for a batch."""
+    metrics.deletions.add(store, count=deleted)
+    metrics.deletions_failed.add(store, count=failed)
+    log.info({"event": "deleted", "store": store, "count": deleted})
+    if failed:
+        log.warning({"event": "delete_failed", "store": store, "count": failed})
 
 
 async def collect_all(

@@ -22,7 +22,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
 from app.config import MIB, Settings
 from app.errors import StorageUnavailable
-from app.stores.threads import Slots, fresh_name
+from app.stores.threads import Slots, fresh_name, measured
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class FileStore:
         patience = self._patience(len(data))
         # Nothing is begun that nobody waits for any more.
         begin_by = min(deadline, time.monotonic() + self._wait + patience)
-        await self._run(self._requests, partial(self._put, key, data, begin_by, attributes), patience)
+        await self._run(self._requests, "write", partial(self._put, key, data, begin_by, attributes), patience)
 
     async def stream(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         """Bytes `start` to `end` (exclusive), in chunks of at most CHUNK; the first one is read before this returns.
@@ -123,7 +123,8 @@ class FileStore:
 
         async def read(offset: int) -> bytes:
             stop = min(offset + CHUNK, end)
-            return await self._run(self._requests, partial(self._read, key, offset, stop), self._patience(CHUNK))
+            call = partial(self._read, key, offset, stop)
+            return await self._run(self._requests, "read", call, self._patience(CHUNK))
 
         async def chunks(chunk: bytes, offset: int) -> AsyncIterator[bytes]:
             while chunk:
@@ -143,7 +144,7 @@ class FileStore:
         else:
             calls = [partial(self._delete_object, key) for key in keys]
         results = await asyncio.gather(
-            *(self._run(self._collector, call, self._timeout) for call in calls), return_exceptions=True
+            *(self._run(self._collector, "delete", call, self._timeout) for call in calls), return_exceptions=True
         )
         gone: set[str] = set()
         for result in results:
@@ -160,12 +161,12 @@ class FileStore:
             return None
         # Signing may fetch short-lived credentials over the network.
         sign = partial(obstore.sign, store, "GET", key, timedelta(seconds=expires_in))
-        return await self._run(self._requests, sign, self._timeout)
+        return await self._run(self._requests, "sign", sign, self._timeout)
 
     async def ready(self) -> bool:
         """Whether the folder can be written, or the object store answers. Bounded by twice the timeout."""
         try:
-            return await self._run(self._health, self._answers, self._timeout)
+            return await self._run(self._health, "health", self._answers, self._timeout)
         except StorageUnavailable:
             return False
 
@@ -177,7 +178,7 @@ class FileStore:
     def _patience(self, size: int) -> float:
         return self._timeout + size / _BYTES_PER_SECOND
 
-    async def _run(self, slots: Slots, call: Callable[[], T], patience: float) -> T:
+    async def _run(self, slots: Slots, operation: str, call: Callable[[], T], patience: float) -> T:
         def guarded() -> T:
             try:
                 return call()
@@ -186,11 +187,12 @@ class FileStore:
                 log.warning("File store call failed: %s", type(error).__name__)
                 raise StorageUnavailable from None
 
-        try:
-            return await slots.run(guarded, wait=self._wait, patience=patience)
-        except TimeoutError:
-            log.warning("The file store did not answer in time")
-            raise StorageUnavailable from None
+        with measured("files", operation):
+            try:
+                return await slots.run(guarded, wait=self._wait, patience=patience)
+            except TimeoutError:
+                log.warning("The file store did not answer in time")
+                raise StorageUnavailable from None
 
     def _put(self, key: str, data: bytes, begin_by: float, attributes: Mapping[str, str] | None) -> None:
         if time.monotonic() >= begin_by:

@@ -6,11 +6,17 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
+from app.telemetry import metrics
+
 # For whom the current task asks for connections: an organization, a background loop, or "" for requests that have not told yet.
 party: ContextVar[str] = ContextVar("party", default="")
 
 # A connection that was idle for longer may have been forgotten by a firewall on the way.
 IDLE_SECONDS = 300.0
+
+
+class NoneFreeError(TimeoutError):
+    """No connection came free in time."""
 
 
 class Pool:
@@ -39,8 +45,13 @@ class Pool:
         if self._free:
             self._free -= 1
             self._held[name] = self._held.get(name, 0) + 1
+            metrics.pool_wait.observe(0.0)
         else:
-            await self._turn(name)
+            began = time.monotonic()
+            try:
+                await self._turn(name)
+            finally:
+                metrics.pool_wait.observe(time.monotonic() - began)
         try:
             while self._idle:
                 connection, since = self._idle.pop()
@@ -64,6 +75,14 @@ class Pool:
             self._idle.append((connection, time.monotonic()))
         self._pass_on(name)
 
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def used(self) -> int:
+        return len(self._open) - len(self._idle)
+
     async def _turn(self, name: str) -> None:
         """Wait until the party is given a connection."""
         turn = asyncio.get_running_loop().create_future()
@@ -71,11 +90,13 @@ class Pool:
         try:
             async with asyncio.timeout(self._timeout):
                 await turn
-        except BaseException:
+        except BaseException as gone:
             if turn.cancelled():
                 self._forget(name, turn)
             else:  # given in the very moment when this task gave up
                 self._pass_on(name)
+            if isinstance(gone, TimeoutError):
+                raise NoneFreeError from None
             raise
 
     def _forget(self, name: str, turn: asyncio.Future[None]) -> None:

@@ -143,6 +143,7 @@ class Unfit(DatabaseUnavailable):
 
     def __init__(self, reason: str, line: str) -> None:
         super().__init__()
+        self.kind = reason
         self.reason = reason
         self.line = line
 

@@ -2,11 +2,16 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
-from typing import TypeVar
+from time import perf_counter
+from typing import Literal, TypeVar
 from uuid import UUID, uuid4
+
+from app.errors import Unavailable
+from app.telemetry import metrics
 
 T = TypeVar("T")
 
@@ -18,6 +23,22 @@ def fresh_name(organization_id: str, owner_id: UUID) -> str:
     if not _ORGANIZATION.fullmatch(organization_id):
         raise ValueError("an organization id is 1 to 64 of A-Z a-z 0-9 _ -")
     return f"{organization_id}/{owner_id}/{uuid4()}"
+
+
+@contextmanager
+def measured(store: Literal["vault", "files"], operation: str) -> Iterator[None]:
+    """Around one call, with its wait for a slot."""
+    began, outcome = perf_counter(), "ok"
+    try:
+        yield
+    except Unavailable:
+        outcome = "unavailable"
+        raise
+    except BaseException:
+        outcome = "failed"
+        raise
+    finally:
+        metrics.store_calls.observe(perf_counter() - began, store, operation, outcome)
 
 
 class Slots:

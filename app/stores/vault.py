@@ -26,7 +26,7 @@ from pydantic import JsonValue
 
 from app.config import Settings
 from app.errors import PayloadTooLarge, VaultUnavailable
-from app.stores.threads import Slots, fresh_name
+from app.stores.threads import Slots, fresh_name, measured
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class SecretStore:
             )
             return isinstance(reply, dict)  # hvac hands anything but 200 back as a response, a redirect too
 
-        await self._run(self._requests, write, deadline)
+        await self._run(self._requests, "write", write, deadline)
 
     async def read(self, path: str) -> dict[str, str] | None:
         """The values of a signing secret, None if there is none. Raises VaultUnavailable, also where the policy forbids it."""
@@ -176,7 +176,7 @@ class SecretStore:
                 found = reply["data"]["data"]
             return isinstance(reply, dict)
 
-        await self._run(self._webhooks, read, float("inf"))
+        await self._run(self._webhooks, "read", read, float("inf"))
         return found
 
     async def destroy(self, path: str) -> None:
@@ -187,7 +187,7 @@ class SecretStore:
             # A missing secret is a 204 too. A 404 means that the mount is missing, which proves nothing.
             return isinstance(reply, requests.Response) and reply.status_code == requests.codes.no_content
 
-        await self._run(self._collector, destroy, float("inf"))
+        await self._run(self._collector, "delete", destroy, float("inf"))
 
     async def problem(self) -> str | None:
         """Why secrets cannot be written: `unreachable` (no answer, sealed, not set up), `login_refused`, or None.
@@ -197,9 +197,19 @@ class SecretStore:
         Bounded by three times the timeout.
         """
         try:
-            return await self._health.run(self._find_problem, wait=self._timeout, patience=2 * self._timeout)
-        except TimeoutError:
+            with measured("vault", "health"):
+                return await self._ask_health()
+        except VaultUnavailable:
             return "unreachable"
+
+    async def _ask_health(self) -> str | None:
+        try:
+            found = await self._health.run(self._find_problem, wait=self._timeout, patience=2 * self._timeout)
+        except TimeoutError:
+            raise VaultUnavailable from None
+        if found == "unreachable":
+            raise VaultUnavailable
+        return found
 
     @property
     def webhooks_problem(self) -> str | None:
@@ -274,15 +284,16 @@ class SecretStore:
         for session in self._sessions:
             session.close()
 
-    async def _run(self, slots: Slots, call: Callable[[hvac.Client], bool], deadline: float) -> None:
+    async def _run(self, slots: Slots, operation: str, call: Callable[[hvac.Client], bool], deadline: float) -> None:
         patience = 2 * self._timeout
         # Nothing is begun that nobody waits for any more.
         begin_by = min(deadline, time.monotonic() + self._timeout + patience)
-        try:
-            await slots.run(lambda: self._send(call, begin_by), wait=self._timeout, patience=patience)
-        except TimeoutError:
-            log.warning("Vault did not answer in time")
-            raise VaultUnavailable from None
+        with measured("vault", operation):
+            try:
+                await slots.run(lambda: self._send(call, begin_by), wait=self._timeout, patience=patience)
+            except TimeoutError:
+                log.warning("Vault did not answer in time")
+                raise VaultUnavailable from None
 
     def _send(self, call: Callable[[hvac.Client], bool], begin_by: float) -> None:
         """Run one request in this thread; after a 403 log in again and run it once more, after anything else never.

@@ -1,8 +1,9 @@
-"""Log lines as JSON, one a line, on standard output."""
+"""Log lines as JSON, one a line, on standard output. Times are ISO 8601, in UTC."""
 
 import logging
 import sys
 import traceback
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": round(record.created, 3),
+            "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname.lower(),
             "logger": record.name,
         }
@@ -23,7 +24,7 @@ class JsonFormatter(logging.Formatter):
             line["message"] = record.getMessage()
         if record.exc_info and record.exc_info[1] is not None:
             line |= describe(record.exc_info[1])
-        return orjson.dumps(line, default=str).decode()
+        return orjson.dumps(line, default=str, option=orjson.OPT_UTC_Z).decode()
 
 
 def describe(error: BaseException) -> dict[str, str]:

@@ -29,6 +29,7 @@ from app.services import Services
 from app.stores.database import Database
 from app.stores.statements import statement
 from app.stores.threads import Slots
+from app.telemetry import metrics
 from app.telemetry.logs import describe
 from app.webhooks import signing
 from app.webhooks.addresses import Allowed
@@ -318,8 +319,6 @@ class Deliverer:
         self._is_closing = False
         self._look_around_at = 0.0
         self._looked_up_to = UUID(int=0)
-        # What became of deliveries, for whoever counts: metrics read it.
-        self.outcomes: Counter[Outcome] = Counter()
 
     @property
     def is_sending(self) -> bool:
@@ -471,7 +470,7 @@ class Deliverer:
                 leases=[one.lease for one in dropped],
                 errors=[one.dropped_because for one in dropped],
             )
-        self.outcomes["dropped"] += len(dropped)
+        metrics.webhook_deliveries.add("dropped", count=len(dropped))
 
     # --- sending ---
 
@@ -484,7 +483,7 @@ class Deliverer:
         """Send one and settle what became of it. If that fails, the lease runs out and it is sent again."""
         try:
             outcome = await self._send(one)
-            self.outcomes[outcome] += 1
+            metrics.webhook_deliveries.add(outcome)
             line = {
                 "event": "webhook",
                 "outcome": outcome,

@@ -150,6 +150,7 @@ class _InterruptedConnection:
         self._interrupted = database
         self.execute = connection.execute
         self.fetchval = connection.fetchval
+        self.after_commit = connection.after_commit
 
     async def fetch(self, statement: object, **values: object) -> Any:
         if statement is placement.LOCK_RUNS:

@@ -1,0 +1,146 @@
+"""What only the database knows of the whole service: who waits, what is due, which machines there are. For metrics.
+
+One statement, at most every ten seconds in a process. Whatever there is, it goes along indexes and counts no further than it
+says; and nobody waits for it longer than a second.
+"""
+
+import asyncio
+import time
+
+from app.errors import DatabaseUnavailable
+from app.runs import projection
+from app.scheduling import rules
+from app.stores.database import Database
+from app.stores.pool import party
+from app.stores.statements import statement
+from app.telemetry import metrics
+
+KEPT_SECONDS = 10.0
+PATIENCE_SECONDS = 1.0
+# After a failure it is tried again sooner.
+FAILED_SECONDS = 2.0
+
+RUNS_COUNTED = 100_000
+LANES_EXPLAINED = 500
+MACHINES_COUNTED = 20_000
+DELETIONS_COUNTED = 100_000
+DELIVERIES_SEEN = 10_000
+
+# Runs that wait are counted by lane, from the index of the queue alone; why they do is asked of the head of each of the longest
+# lanes. A name on the deletion list has been due since it was first taken: its failures tell how long ago that was.
+GAUGES = statement(
+    "gauges.read",
+    f"""
+    WITH waiting AS MATERIALIZED (
+        SELECT organization_id, lane, count(*) AS runs, min(queued_at) AS oldest FROM (
+            SELECT q.organization_id, q.lane, q.queued_at FROM runs q WHERE {rules.waits("q")}
+            ORDER BY q.organization_id, q.lane LIMIT {RUNS_COUNTED}
+        ) AS queue GROUP BY organization_id, lane
+    ), explained AS MATERIALIZED (
+        SELECT lanes.runs, {projection.scheduling_reason()} AS reason
+        FROM (SELECT * FROM waiting ORDER BY runs DESC LIMIT {LANES_EXPLAINED}) AS lanes
+        CROSS JOIN LATERAL (
+            SELECT * FROM runs q
+            WHERE q.organization_id = lanes.organization_id AND q.lane = lanes.lane AND {rules.waits("q")}
+            ORDER BY q.queue_rank, q.queued_at, q.id LIMIT 1
+        ) AS r
+        {projection.RUN_SOURCE}
+    ), due AS MATERIALIZED (
+        SELECT store, due_at
+            - make_interval(secs => 5 * (2 ^ least(failures, 7) - 1) + 320 * greatest(failures - 7, 0)) AS since
+        FROM (
+            SELECT store, due_at, failures FROM deletions WHERE due_at <= now() + interval '325 seconds'
+            ORDER BY due_at LIMIT {DELETIONS_COUNTED}
+        ) AS listed WHERE failures > 0 OR due_at <= now()
+    ), machines_seen AS MATERIALIZED (
+        SELECT CASE
+            WHEN m.status <> 'connected' THEN 'disconnected'
+            WHEN {rules.occupied("m")} THEN 'busy'
+            WHEN NOT m.is_available THEN 'unavailable'
+            WHEN m.reserved_session_id IS NOT NULL THEN 'reserved'
+            ELSE 'idle' END AS state
+        FROM (SELECT * FROM machines ORDER BY id LIMIT {MACHINES_COUNTED}) AS m
+    )
+    SELECT 'runs_waiting' AS name, reason AS label, sum(runs)::float AS value FROM explained
+    WHERE reason IS NOT NULL GROUP BY reason
+    UNION ALL
+    SELECT 'runs_waiting', 'other', greatest(0, (SELECT coalesce(sum(runs), 0) FROM waiting)
+        - (SELECT coalesce(sum(runs), 0) FROM explained))::float
+    UNION ALL
+    SELECT 'runs_oldest_waiting_age_seconds', NULL, coalesce(extract(epoch FROM now() - min(oldest)), 0)::float FROM waiting
+    UNION ALL
+    SELECT 'runs_running', NULL, count(*)::float FROM (
+        SELECT FROM runs WHERE status = 'running' AND reported_at IS NOT NULL ORDER BY reported_at LIMIT {RUNS_COUNTED}
+    ) AS running
+    UNION ALL
+    SELECT 'runs_oldest_silent_age_seconds', NULL, coalesce(extract(epoch FROM now() - (
+        SELECT reported_at FROM runs WHERE status = 'running' AND reported_at IS NOT NULL
+        ORDER BY reported_at LIMIT 1)), 0)::float
+    UNION ALL
+    SELECT 'runs_machines', state, count(*)::float FROM machines_seen GROUP BY state
+    UNION ALL
+    SELECT 'runs_deletions_pending', store, count(*)::float FROM due GROUP BY store
+    UNION ALL
+    SELECT 'runs_deletions_oldest_age_seconds', store, greatest(0, extract(epoch FROM now() - min(since)))::float
+    FROM due GROUP BY store
+    UNION ALL
+    SELECT 'runs_webhook_oldest_pending_age_seconds', NULL, coalesce(extract(epoch FROM now() - least(
+        (SELECT occurred_at FROM webhook_events WHERE NOT is_fanned_out ORDER BY occurred_at LIMIT 1),
+        (SELECT min(created_at) FROM (
+            SELECT created_at FROM webhook_deliveries WHERE status = 'pending'
+            ORDER BY endpoint_id, due_at LIMIT {DELIVERIES_SEEN}) AS pending))), 0)::float
+    """,
+)
+
+# What is shown where there is nothing: a series that comes and goes looks like one that nobody scrapes.
+_NOTHING: dict[str, tuple[str, ...]] = {
+    "runs_waiting": (
+        "waiting_for_machine",
+        "machine_offline",
+        "machine_busy",
+        "no_machine_in_pools",
+        "waiting_for_session",
+    ),
+    "runs_machines": ("idle", "busy", "reserved", "unavailable", "disconnected"),
+    "runs_deletions_pending": ("vault", "files"),
+    "runs_deletions_oldest_age_seconds": ("vault", "files"),
+}
+_LABELS = {"storage": "files"}
+
+
+class Gauges:
+    """The values as they were read last. All who ask at once share one question."""
+
+    def __init__(self) -> None:
+        self._found: metrics.Found = {}
+        self._until = 0.0
+        self._reading: asyncio.Task[None] | None = None
+
+    async def read(self, database: Database) -> metrics.Found:
+        """Empty while the database does not answer; then it is counted as an error."""
+        if self._reading is None and time.monotonic() >= self._until:
+            self._reading = asyncio.create_task(self._read(database))
+        if self._reading is not None:
+            await asyncio.shield(self._reading)
+        return self._found
+
+    async def _read(self, database: Database) -> None:
+        party.set("metrics")
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                async with database.connection() as connection:
+                    rows = await connection.fetch(GAUGES)
+        except (DatabaseUnavailable, TimeoutError):
+            metrics.scrape_errors.add()
+            self._found, self._until = {}, time.monotonic() + FAILED_SECONDS
+        else:
+            found: dict[str, dict[metrics.Labels, float]] = {
+                name: dict.fromkeys(((label,) for label in labels), 0.0) for name, labels in _NOTHING.items()
+            }
+            for row in rows:
+                label = row["label"]
+                values = () if label is None else (str(_LABELS.get(label, label)),)
+                found.setdefault(row["name"], {})[values] = row["value"]
+            self._found, self._until = found, time.monotonic() + KEPT_SECONDS
+        finally:
+            self._reading = None
