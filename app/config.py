@@ -15,6 +15,9 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 MIB = 1024 * 1024
 
+# Runs are counted one by one, so far at most.
+MAX_RUNS_QUOTA = 10_000
+
 
 class ConfigurationError(Exception):
     """A wrong way to start, in one line for whoever starts it: the setting and the fix, never a value."""
@@ -185,6 +188,50 @@ class Settings(DatabaseSettings):
         30, gt=0, description="A reply of which the reader takes nothing for so long is cut off."
     )
 
+    # Quotas; 0 is none. Those that are not on runs are counted in each process.
+    quota_key_requests_per_minute: int = Field(
+        0, ge=0, description="Requests a minute of one key, in each process; more is 429. 0 = no quota, here and below."
+    )
+    quota_organization_requests_per_minute: int = Field(
+        0, ge=0, description="Requests a minute of all keys of one organization, in each process; more is 429."
+    )
+    quota_key_bytes_in_flight: int = Field(
+        0,
+        ge=0,
+        description="Bytes of bodies and replies that requests of one key hold at once, in each process, if there is more than"
+        " one; more is 429.",
+    )
+    quota_organization_bytes_in_flight: int = Field(
+        0, ge=0, description="The same of all keys of one organization. See MAX_IN_FLIGHT_BYTES."
+    )
+    quota_key_long_polls: int = Field(
+        0, ge=0, description="Requests of one key that wait (`wait=`) at once, in each process; more is 429."
+    )
+    quota_organization_long_polls: int = Field(
+        0, ge=0, description="The same of all keys of one organization: at least one for each of its machines."
+    )
+    quota_key_waiting_runs: int = Field(
+        0,
+        ge=0,
+        le=MAX_RUNS_QUOTA,
+        description="Runs that one key has created or retried and that wait for a machine; more is 429.",
+    )
+    quota_organization_waiting_runs: int = Field(
+        0, ge=0, le=MAX_RUNS_QUOTA, description="Runs of one organization that wait for a machine; more is 429."
+    )
+    quota_key_runs_per_minute: int = Field(
+        0, ge=0, le=MAX_RUNS_QUOTA, description="Runs that one key creates a minute; more is 429."
+    )
+    quota_organization_runs_per_minute: int = Field(
+        0, ge=0, le=MAX_RUNS_QUOTA, description="Runs that all keys of one organization create a minute; more is 429."
+    )
+    quota_address_failures_per_minute: int = Field(
+        0,
+        ge=0,
+        description="Requests a minute without a valid key from one address (of IPv6: network of 64 bits), in each process;"
+        " then 429 for it, but for keys that were good before.",
+    )
+
     # PostgreSQL
     database_direct_url: SecretStr | None = Field(
         None,
@@ -232,6 +279,13 @@ class Settings(DatabaseSettings):
     stage_grace_seconds: int = Field(900, ge=1, description="When names that were staged but never used are deleted.")
     secret_retention_seconds: int = Field(
         86_400, ge=0, description="How long a finished run's secrets stay retryable; 0 destroys them when it ends."
+    )
+    retry_cooldown_seconds: int = Field(
+        0,
+        ge=0,
+        le=86_400,
+        description="A run can be retried only so long after its end; before, 409 `retry_too_soon`. Several failed logins in a"
+        " row look like an attack to the application behind.",
     )
     idempotency_ttl_seconds: int = Field(
         86_400, ge=1, description="How long a reply is kept under its Idempotency-Key."

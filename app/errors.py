@@ -20,6 +20,7 @@ Refusal
 │   ├── RunNotTerminal             run_not_terminal
 │   ├── SensitiveInputsExpired     sensitive_inputs_expired
 │   ├── InputAttachmentsExpired    input_attachments_expired
+│   ├── RetryTooSoon               retry_too_soon, with Retry-After
 │   ├── InvalidTransition          invalid_transition
 │   ├── AttemptSuperseded          attempt_superseded
 │   ├── AssignmentSuperseded       assignment_superseded
@@ -32,6 +33,7 @@ Refusal
 ├── PayloadTooLarge            413 payload_too_large
 ├── UnsupportedMediaType       415 unsupported_media_type
 ├── RangeNotSatisfiable        416 range_not_satisfiable
+├── QuotaExceeded              429 quota_exceeded, with Retry-After, RateLimit and RateLimit-Policy
 ├── HeadTooLarge               431 request_header_fields_too_large
 ├── Invalid                    422, in FastAPI's list form
 ├── InternalError              500 internal_error
@@ -60,6 +62,7 @@ TITLES = {
     415: "Unsupported Media Type",
     416: "Range Not Satisfiable",
     422: "Unprocessable Content",
+    429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     503: "Service Unavailable",
@@ -84,12 +87,17 @@ class Refusal(Exception):
 
     media_type: ClassVar[str] = "application/problem+json"
 
+    @classmethod
+    def problem_type(cls) -> str:
+        """The URI that names this kind of problem."""
+        return f"urn:problem:{cls.code}"
+
     def body(self, request_id: str) -> bytes:
         """The problem details; `instance` names the occurrence, by the X-Request-ID of the reply."""
         retry_after = self.headers.get("Retry-After")
         return orjson.dumps(
             {
-                "type": f"urn:problem:{self.code}",
+                "type": self.problem_type(),
                 "title": TITLES[self.status],
                 "status": self.status,
                 "detail": self.detail,
@@ -178,6 +186,16 @@ class HeadTooSlow(RequestTimeout):
     detail = "The request's head came too slowly; send it again over a faster connection."
 
 
+class QuotaExceeded(Refusal):
+    status, code = 429, "quota_exceeded"
+    detail = "More than a quota allows; nothing was changed. Send the request again after the seconds of Retry-After."
+
+    @classmethod
+    def problem_type(cls) -> str:
+        """Of IANA's registry of problem types, with its member `violated-policies`."""
+        return "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+
 class HeadTooLarge(Refusal):
     status, code = 431, "request_header_fields_too_large"
     detail = "The request line and headers are too long; send shorter ones."
@@ -212,6 +230,17 @@ class SensitiveInputsExpired(Conflict):
 class InputAttachmentsExpired(Conflict):
     code = "input_attachments_expired"
     detail = "An input attachment of the run has expired; send file_inputs with the files, or [] to go on without."
+
+
+class RetryTooSoon(Conflict):
+    code = "retry_too_soon"
+
+    def __init__(self, seconds: int, from_: str) -> None:
+        super().__init__(
+            f"The run has ended too short a time ago to be retried; a retry works from {from_} on, in {seconds} s.",
+            headers={"Retry-After": str(seconds)},
+            retry_at=from_,
+        )
 
 
 class InvalidTransition(Conflict):

@@ -18,6 +18,7 @@ from sqlalchemy import CTE, BigInteger, LargeBinary, bindparam, case, func, inse
 from app.auth import Actor, Principal
 from app.errors import IdempotencyInProgress, Invalid, NotFound, Refusal
 from app.models import IdempotencyKey
+from app.quotas import Standing
 from app.services import Services
 from app.stores import replies
 from app.stores.database import Connection, Database, Deadlock, LockTimeout, StatementTimeout, UniqueViolation
@@ -98,6 +99,7 @@ class Reply:
     ids: Sequence[UUID] = ()
     replayed: bool = False
     has_event: bool = False  # something is to be sent to webhooks
+    standings: Sequence[Standing] = ()  # quotas of which little is left; not stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,11 @@ short while. This module knows names of parties and numbers, not what they stand
 """
 
 import asyncio
+from collections.abc import Sequence
 from contextvars import ContextVar
 
 from app.errors import Overloaded
+from app.quotas import AtOnce, exceeded
 
 # So little is not counted: connections limit it.
 FREE_BYTES = 16 * 1024
@@ -96,19 +98,34 @@ class Budget:
 class Share:
     """What one request holds."""
 
-    __slots__ = ("_budget", "held", "party")
+    __slots__ = ("_budget", "held", "meters", "party")
 
     def __init__(self, budget: Budget, party: str) -> None:
         self._budget = budget
         self.party = party  # for whom; may be changed while nothing is held
         self.held = 0
+        self.meters: Sequence[tuple[AtOnce, object]] = ()  # quotas for which it counts; changed while nothing is held
 
     async def hold(self, count: int) -> None:
-        """Hold so much in all, or more if it does already. Raises Overloaded. Who wants more than there is gets all."""
+        """Hold so much in all, or more if it does already. Raises Overloaded and QuotaExceeded. Who wants more than there is
+        gets all."""
         more = min(count, self._budget.limit) - self.held
-        if more > 0:
+        if more <= 0:
+            return
+        for meter, party in self.meters:
+            if (standing := meter.refusal(party, more, self.held)) is not None:
+                raise exceeded(standing)
+        self._meter(more)  # while it waits, too
+        try:
             await self._budget.take(self.party, more, self.held)
-            self.held += more
+        except BaseException:
+            self._meter(-more)
+            raise
+        self.held += more
+
+    def _meter(self, count: int) -> None:
+        for meter, party in self.meters:
+            meter.add(party, count)
 
     def fits(self, count: int) -> bool:
         """Whether there is room now for so much in all."""
@@ -119,12 +136,14 @@ class Share:
         more = count - self.held
         if more > 0:
             self._budget.add(self.party, more)
+            self._meter(more)
             self.held += more
 
     def close(self) -> None:
         """Give all of it back."""
         if self.held:
             self._budget.add(self.party, -self.held)
+            self._meter(-self.held)
             self.held = 0
 
 

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from app import __version__, background
 from app.api import console, docs, openapi, refusals
 from app.api.edge import Edge
+from app.api.limits import Limits
 from app.api.routes import ROUTERS, health, metrics
 from app.api.routes.health import Checks
 from app.api.server import Connections, room_for_connections
@@ -31,6 +32,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.checks = Checks(services)
         _begin_to_count(services)
         look = asyncio.create_task(app.state.checks.vault())  # the log says at once if Vault refuses our login
+        app.state.limits = Limits(settings)
         task = asyncio.create_task(background.run(services))
         _when_told_to_stop(services.wakeups.stop)
         # uvicorn hands it to app.api.server
@@ -77,6 +79,8 @@ def create_app(settings: Settings) -> FastAPI:
                 "X-Request-ID",
                 "Idempotency-Status",
                 "Retry-After",
+                "RateLimit",
+                "RateLimit-Policy",
                 "Content-Disposition",
                 "Content-Range",
             ],

@@ -285,6 +285,7 @@ class Run(Base):
     queue_rank: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     queued_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    queued_by_key_id: Mapped[UUID | None]  # of the key that created it or retried it last
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     reported_at: Mapped[datetime | None]

@@ -9,6 +9,7 @@ from typing import Self
 from app.config import Settings
 from app.in_flight import Budget
 from app.last_used import KeysUsed
+from app.quotas import RunQuotas
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.replies import StoredReplies
@@ -19,7 +20,7 @@ from app.wakeups import Wakeups
 @dataclass(frozen=True, slots=True)
 class Services:
     """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse, the keys that they
-    use, and how much of their replies is kept."""
+    use, how much of their replies is kept, and the quotas on runs."""
 
     settings: Settings
     database: Database
@@ -30,6 +31,7 @@ class Services:
     parsing: Budget
     keys_used: KeysUsed
     replies: StoredReplies
+    run_quotas: RunQuotas | None
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -48,6 +50,7 @@ class Services:
                 settings.idempotency_max_stored_bytes,
                 settings.idempotency_ttl_seconds,
             ),
+            RunQuotas.of(settings),
         )
 
     async def close(self) -> None:

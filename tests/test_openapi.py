@@ -70,6 +70,7 @@ def test_every_operation_names_the_refusals_that_it_can_give(document: Document)
         assert all(way["bearer"] for way in operation["security"]), where
         assert codes(operation, 403) == {"insufficient_scope"}, where
         assert codes(operation, 401) == {"unauthorized"}, where
+        assert codes(operation, 429) == {"quota_exceeded"}, where
         assert codes(operation, 500) == {"internal_error"}, where
         assert "database_unavailable" in codes(operation, 503), where
         assert "422" in statuses, where
@@ -118,6 +119,7 @@ def test_the_retry_names_all_of_its_refusals(document: Document) -> None:
         "run_not_terminal",
         "sensitive_inputs_expired",
         "input_attachments_expired",
+        "retry_too_soon",
         "idempotency_in_progress",
     }
     assert codes(retry, 503) == {"vault_unavailable", "storage_unavailable", "database_unavailable"}

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from app import auth, idempotency
 from app.config import Settings
-from app.runs import create, ending, outputs, projection, retry
+from app.runs import create, ending, outputs, projection, quotas, retry
 from app.scheduling.targets import lane
 from app.stores import deletions
 from app.stores.database import Database
@@ -136,6 +136,7 @@ STATEMENTS: dict[str, str | Statement] = {
     "settle": delivery.SETTLE,
     "recover": delivery.RECOVER,
     "prune webhooks": delivery.PRUNE,
+    "count for quotas": quotas.COUNT,
 }
 
 

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -208,3 +209,24 @@ def test_409_in_progress_is_resent(style: str, api: Client, server: Server, stac
         handed = sdk.run(on_resend=release)
     assert set(sdk.reasons) == {"409"}
     _retried_once(api, stack, before, handed)
+
+
+@pytest.fixture(scope="module")
+def narrow(stack: Stack) -> Iterator[Server]:
+    """A server on which one run of an organization may wait."""
+    started = start_server(stack, QUOTA_ORGANIZATION_WAITING_RUNS=1)
+    yield started
+    started.app.stop()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_429_is_resent_after_the_time_that_it_names(style: str, narrow: Server, stack: Stack) -> None:
+    with narrow.client() as api:
+        before = _finished(api)
+        waits = api.run()["id"]
+        sdk = Resending(api, before["id"], narrow.url, style, BODY, PATIENCE)
+        began = time.monotonic()
+        handed = sdk.run(on_resend=lambda: api.report(waits, status="cancelled"))
+        assert sdk.reasons == ["429"]
+        assert time.monotonic() - began >= 2
+        _retried_once(api, stack, before, handed)

@@ -15,8 +15,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import in_flight
+from app.api.limits import Limits
 from app.auth import Principal, authenticate, bearer
 from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized, Unavailable
+from app.quotas import Standing, fields
 from app.services import Services
 from app.stores.pool import party
 from app.telemetry import metrics
@@ -63,15 +65,15 @@ class Edge:
         self.active += 1
         try:
             if not is_public(scope["path"]):
-                key = bearer(exchange.only_header(b"authorization"))
-                party.set("")  # not that of an earlier request on this connection
-                async with services.database.connection() as connection:
-                    principal = await authenticate(connection, key)
+                limits: Limits = scope["app"].state.limits
+                principal = await _authenticate(exchange, services, limits)
                 party.set(principal.organization_id)
                 share.party = principal.organization_id
                 exchange.principal = scope["state"]["principal"] = principal
                 now = scope["state"]["known_at"] = time.monotonic()
                 services.keys_used.note(principal.key_id, now)
+                exchange.standings = limits.request(principal)
+                limits.meter(share, principal)
             await self.app(scope, exchange.receive, exchange.send)
         except Refusal as error:
             refusal = error
@@ -96,6 +98,25 @@ def note(state: dict[str, Any], refusal: Refusal) -> None:
         state["cause"] = refusal.kind
 
 
+async def _authenticate(exchange: "_Exchange", services: Services, limits: Limits) -> Principal:
+    """Who calls. Raises Unauthorized, and QuotaExceeded for an address that has sent too many keys that are not good."""
+    strangers, key = limits.strangers, None
+    try:
+        key = bearer(exchange.only_header(b"authorization"))
+        if strangers is not None:
+            strangers.check(exchange.scope, key)
+        party.set("")  # not that of an earlier request on this connection
+        async with services.database.connection() as connection:
+            principal = await authenticate(connection, key)
+    except Unauthorized:
+        if strangers is None:
+            raise
+        raise strangers.failed(exchange.scope, key) from None
+    if strangers is not None:
+        strangers.knows(key)
+    return principal
+
+
 class _Exchange:
     """One request and its reply."""
 
@@ -106,6 +127,7 @@ class _Exchange:
         self._send = send
         self._began = time.perf_counter()
         self.principal: Principal | None = None
+        self.standings: list[Standing] = []  # quotas of which little is left
         self.started = False
         self.status = 0
         self._lingers = False
@@ -140,6 +162,8 @@ class _Exchange:
             if not any(name == b"cache-control" for name, _ in headers):
                 headers.append((b"cache-control", b"no-store"))
             headers.append((b"x-content-type-options", b"nosniff"))
+            if self.standings:
+                headers += [(name.lower().encode(), value.encode()) for name, value in fields(self.standings).items()]
             if self._body_left:
                 await self._drain(0)  # what has come costs no wait, and if it is all of it the connection lives on
             if self._body_left:

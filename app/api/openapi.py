@@ -27,8 +27,10 @@ from app.errors import (
     InternalError,
     Invalid,
     PayloadTooLarge,
+    QuotaExceeded,
     Refusal,
     RequestTimeout,
+    RetryTooSoon,
     Unauthorized,
     UnsupportedMediaType,
 )
@@ -67,7 +69,7 @@ def operation(
     scopes = [scope] if isinstance(scope, str) else list(scope)
     if public == bool(scopes):
         raise TypeError("a route is public or names a scope")
-    always = _REFUSED_ALWAYS if public else (Unauthorized, InsufficientScope, *_REFUSED_ALWAYS)
+    always = _REFUSED_ALWAYS if public else (Unauthorized, InsufficientScope, QuotaExceeded, *_REFUSED_ALWAYS)
     possible = (*always, *(_REFUSED_WRITES if write else ()), *refusals)
     extra: dict[str, Any] = {} if public else {"security": [{"bearer": [name]} for name in scopes], BOUND: bound}
     if write:
@@ -98,10 +100,13 @@ def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str,
             },
         )
         response["content"][Refusal.media_type]["examples"].setdefault(refusal.code, {"value": _problem(refusal)})
-        if refusal.status == 503 or refusal is IdempotencyInProgress:
+        if refusal.status == 503 or refusal in (IdempotencyInProgress, QuotaExceeded, RetryTooSoon):
             response.setdefault("headers", {})["Retry-After"] = _header("Seconds.")
         if refusal is IdempotencyInProgress:
             response["headers"]["Idempotency-Status"] = _header("`in_progress`, with that code alone: send it again.")
+        if refusal is QuotaExceeded:
+            response["headers"]["RateLimit-Policy"] = _header('The quota, as in `"key-requests";q=600;w=60`.')
+            response["headers"]["RateLimit"] = _header('What is left of it, as in `"key-requests";r=0;t=12`.')
         if refusal in (Unauthorized, InsufficientScope):
             response.setdefault("headers", {})["WWW-Authenticate"] = _header("`Bearer`, as in RFC 6750.")
     for response in responses.values():
@@ -113,13 +118,15 @@ def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str,
 
 def _problem(refusal: type[Refusal]) -> dict[str, Any]:
     """What is sent, as an example. The sentences that depend on the run are not known here."""
+    members = {"violated-policies": ["key-requests"]} if refusal is QuotaExceeded else {}
     return {
-        "type": f"urn:problem:{refusal.code}",
+        "type": refusal.problem_type(),
         "title": TITLES[refusal.status],
         "status": refusal.status,
         "detail": refusal.detail or "What happened, and what to do.",
         "instance": "urn:request:9f4c7a1d5b3e4f60a2b8c6d0e1f23456",
         "code": refusal.code,
+        **members,
     }
 
 

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from app.api.requests import services
 from app.idempotency import Reply
+from app.quotas import fields
 from app.runs.projection import encode
 from app.schemas.values import Timestamp
 from app.stores.pages import Slice
@@ -36,4 +37,6 @@ def json_reply(document: object) -> Response:
 def send(reply: Reply) -> Response:
     """What a write answered, now or the first time."""
     headers = {"Idempotency-Status": "replayed"} if reply.replayed else None
+    if reply.standings:
+        headers = fields(reply.standings)
     return Response(reply.body, reply.status, headers, None if reply.status == 204 else "application/json")

@@ -11,7 +11,7 @@ from app.errors import PayloadTooLarge, WorkflowNotFound
 from app.events import record
 from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.models import Workflow
-from app.runs import projection, replays, staging
+from app.runs import projection, quotas, replays, staging
 from app.runs.sessions import Session, alias_needs_session, refuse_contradictions
 from app.scheduling.targets import check_targets, lane
 from app.schemas.runs import RunBulkCreate, RunCreate
@@ -33,10 +33,12 @@ INSERT = statement(
     WITH created AS (
         INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
                           input_values, session_id, session_alias, release_session_after, lane, queue_rank,
-                          main_prompt, model_metadata, sensitive_input_aliases, secret_path, created_at, queued_at)
+                          main_prompt, model_metadata, sensitive_input_aliases, secret_path, created_at, queued_at,
+                          queued_by_key_id)
         SELECT id, :organization_id, :workflow_id, :user_id, 'scheduling', :is_priority, :pinned_machine_id, :pool_ids,
                :input_values::json, :session_id, :session_alias, :release_session_after, :lane, :queue_rank,
-               :main_prompt, :model_metadata::json, aliases::json, secret_path, clock_timestamp(), clock_timestamp()
+               :main_prompt, :model_metadata::json, aliases::json, secret_path, clock_timestamp(), clock_timestamp(),
+               :key_id::uuid
         FROM unnest(:run_ids::uuid[], :aliases::text[], :secret_paths::text[]) AS planned (id, aliases, secret_path)
         RETURNING id, organization_id, attempt
     )
@@ -88,12 +90,13 @@ async def _create(
     input_values = json_bytes(options.input_values)
     if len(run_ids) * len(input_values or b"") > services.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
-    principal = write.principal
+    principal, count = write.principal, len(run_ids)
     _check_reply(services, principal.organization_id, options, run_ids)
     if options.sensitive_input_values or options.file_inputs:
 
         async def check(connection: Connection) -> None:
             await _check(connection, principal.organization_id, options)
+            await quotas.check(connection, services.run_quotas, principal, waiting=count, created=count)
 
         if (replayed := await check_or_replay(services, write, resource, check)) is not None:
             return replayed
@@ -103,6 +106,7 @@ async def _create(
 
     async def switch(connection: Connection) -> Reply:
         await _check(connection, principal.organization_id, options)
+        standings = await quotas.admit(connection, services.run_quotas, principal, waiting=count, created=count)
         following_lane, queue_rank = lane(session.id, options.machine_id, options.pool_ids, bool(options.is_priority))
         await connection.execute(
             INSERT,
@@ -126,7 +130,7 @@ async def _create(
         )
         await staging.adopt(connection, dict(zip(run_ids, planned, strict=True)), principal)
         rows = await connection.fetch(CREATED, run_ids=run_ids)
-        return Reply(201, show(await projection.many(connection, rows)), run_ids)
+        return Reply(201, show(await projection.many(connection, rows)), run_ids, standings=standings)
 
     return await once(services, write, switch, resource)
 

@@ -77,7 +77,10 @@ async def dry_run(services: Services, principal: Principal, run_id: UUID, option
             raise RunNotFound
         missing = await missing_targets(connection, principal.organization_id, options, lock=False)
         new_session_id = uuid4()
-        decided = decide(run, options, new_session_id=new_session_id, missing=missing)
+        cooldown_seconds = services.settings.retry_cooldown_seconds
+        decided = decide(
+            run, options, new_session_id=new_session_id, cooldown_seconds=cooldown_seconds, missing=missing
+        )
         refusals = decided if isinstance(decided, list) else []
         if refusals and isinstance(refusals[0], Invalid):
             raise refusals[0]

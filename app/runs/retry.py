@@ -10,8 +10,10 @@ settle   after the commit the background task deletes what was replaced and look
 A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, timedelta
+from math import ceil
 from uuid import UUID, uuid4
 
 import orjson
@@ -36,6 +38,7 @@ from app.errors import (
     InputAttachmentsExpired,
     Invalid,
     Refusal,
+    RetryTooSoon,
     RunNotFound,
     RunNotTerminal,
     SensitiveInputsExpired,
@@ -43,7 +46,7 @@ from app.errors import (
 from app.events import record
 from app.idempotency import Reply, WriteRequest, attempt_or_replay, check_or_replay, store_reply
 from app.models import TERMINAL, Deletion, Run, RunAttachment, RunAttempt, RunOutput
-from app.runs import projection, replays, staging
+from app.runs import projection, quotas, replays, staging
 from app.runs.sessions import Session, next_session, refuse_contradictions
 from app.runs.staging import Staged
 from app.scheduling.targets import lane, missing_targets
@@ -70,7 +73,12 @@ class Next:
 
 
 def decide(
-    run: Record | None, options: RunRetry, *, new_session_id: UUID, missing: Sequence[Refusal] = ()
+    run: Record | None,
+    options: RunRetry,
+    *,
+    new_session_id: UUID,
+    cooldown_seconds: int = 0,
+    missing: Sequence[Refusal] = (),
 ) -> Next | list[Refusal]:
     """The next attempt, or everything that speaks against it, what counts most first.
 
@@ -91,7 +99,21 @@ def decide(
     if options.file_inputs is None and run["input_is_expired"]:
         refusals.append(InputAttachmentsExpired())
     refusals += missing
+    if cooldown_seconds and (wait := _cools_down(run, cooldown_seconds)) is not None:
+        refusals.append(wait)
     return refusals or plan(run, options, new_session_id)
+
+
+def _cools_down(run: Record, cooldown_seconds: int) -> RetryTooSoon | None:
+    """Why a run that has ended may not be retried yet."""
+    if run["status"] not in TERMINAL:
+        return None
+    works_at = run["ended_at"] + timedelta(seconds=cooldown_seconds)
+    left = (works_at - run["now"]).total_seconds()
+    # An executor says when it has ended. What lies further ahead than its clock may go wrong is no time to wait for.
+    if not 0 < left <= 2 * cooldown_seconds:
+        return None
+    return RetryTooSoon(ceil(left), f"{works_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z")
 
 
 def plan(run: Record, options: RunRetry, new_session_id: UUID) -> Next:
@@ -166,6 +188,8 @@ READ = statement(
         func.coalesce(_INPUTS.c.expires_first <= func.clock_timestamp(), literal_column("false")).label(
             "input_is_expired"
         ),
+        Run.ended_at,
+        func.clock_timestamp().label("now"),
     )
     .select_from(Run)
     .join(_INPUTS, literal_column("true"))
@@ -196,7 +220,7 @@ _seen = (
         Run.started_at,
         Run.ended_at,
     )
-    .where(*_THE_RUN, bindparam("version", type_=Text) == _VERSION)
+    .where(*_THE_RUN, bindparam("version", type_=Text) == _VERSION, fragment(quotas.ROOM))
     .with_for_update(key_share=True)
     .cte("seen")
     .prefix_with("MATERIALIZED")
@@ -290,6 +314,7 @@ _requeued = (
             Run.status: constant("scheduling"),
             Run.attempt: Run.attempt + literal_column("1"),
             Run.queued_at: func.clock_timestamp(),
+            Run.queued_by_key_id: bindparam("key_id"),
             Run.lane: bindparam("lane"),
             Run.queue_rank: bindparam("queue_rank"),
             Run.error: null(),
@@ -344,6 +369,7 @@ class _Retry:
     run_id: UUID
     options: RunRetry
     new_session_id: UUID
+    cooldown_seconds: int
 
     @property
     def organization_id(self) -> str:
@@ -354,7 +380,13 @@ class _Retry:
 
     def next(self, run: Record | None, missing: Sequence[Refusal] = ()) -> tuple[Record, Next]:
         """The run as it was read and its next attempt. Raises the first of the refusals."""
-        decided = decide(run, self.options, new_session_id=self.new_session_id, missing=missing)
+        decided = decide(
+            run,
+            self.options,
+            new_session_id=self.new_session_id,
+            cooldown_seconds=self.cooldown_seconds,
+            missing=missing,
+        )
         if isinstance(decided, list) or run is None:
             raise decided[0] if isinstance(decided, list) else RunNotFound()
         return run, decided
@@ -363,7 +395,7 @@ class _Retry:
 async def retry(services: Services, write: WriteRequest, run_id: UUID, options: RunRetry) -> Reply:
     """Reset a finished run and requeue it. Raises every refusal of the route; then nothing has changed."""
     refuse_contradictions(options.session_id, options.start_session)
-    asked = _Retry(write, run_id, options, new_session_id=uuid4())
+    asked = _Retry(write, run_id, options, uuid4(), services.settings.retry_cooldown_seconds)
     staged = Staged(aliases=None if options.sensitive_input_values is None else {})
     if options.sensitive_input_values or options.file_inputs:
         staging.check_sizes(services, options.sensitive_input_values, options.file_inputs)
@@ -372,6 +404,7 @@ async def retry(services: Services, write: WriteRequest, run_id: UUID, options: 
             """Refuse before anything is staged. Nothing that is decided here is relied on later."""
             run = await asked.read(connection)
             asked.next(run, await missing_targets(connection, asked.organization_id, options))
+            await quotas.check(connection, services.run_quotas, write.principal, waiting=1)
 
         if (replayed := await check_or_replay(services, write, replays.RUN, check)) is not None:
             return replayed
@@ -399,8 +432,12 @@ async def _switch_plain(services: Services, asked: _Retry) -> Reply | None:
         run, following = asked.next(await asked.read(connection))
         if run["secret_path"] is not None or run["input_count"]:
             return None
+        room = quotas.room(services.run_quotas)
         with committing():
-            return await _write(connection, asked, run, following, Staged(), input_ids=[])
+            reply = await _write(connection, asked, run, following, Staged(), room, input_ids=[])
+        if reply is None:
+            await quotas.check(connection, services.run_quotas, asked.write.principal, waiting=1)
+        return reply
 
 
 async def _switch(services: Services, asked: _Retry, staged: Staged) -> Reply:
@@ -410,6 +447,7 @@ async def _switch(services: Services, asked: _Retry, staged: Staged) -> Reply:
         seen = await asked.read(connection)
         missing = await missing_targets(connection, asked.organization_id, asked.options)
         run, following = asked.next(seen, missing)
+        standings = await quotas.admit(connection, services.run_quotas, asked.write.principal, waiting=1)
         old_secret: str | None = run["secret_path"]
         if old_secret is not None:
             if staged.aliases is not None:
@@ -417,11 +455,11 @@ async def _switch(services: Services, asked: _Retry, staged: Staged) -> Reply:
             elif not await deletions.reclaim(connection, old_secret):
                 raise _expired(run)
         new_inputs = None if asked.options.file_inputs is None else [str(file.id) for file in staged.files]
-        reply = await _write(connection, asked, run, following, staged, input_ids=new_inputs)
+        reply = await _write(connection, asked, run, following, staged, quotas.NO_QUOTA, input_ids=new_inputs)
         if reply is None:  # the row is locked
             raise RunNotFound
         await staging.adopt(connection, {asked.run_id: staged}, asked.write.principal)
-    return reply
+    return replace(reply, standings=standings)
 
 
 async def _write(
@@ -430,16 +468,21 @@ async def _write(
     run: Record,
     following: Next,
     staged: Staged,
+    room: Mapping[str, int | None],
     *,
     input_ids: list[str] | None,
 ) -> Reply | None:
-    """SWITCH; None if the run is no longer what was read. `input_ids` are those of the reply; None: those that it has."""
+    """SWITCH; None if the run is no longer what was read, or there is no `room` for it.
+
+    `input_ids` are those of the reply; None: those that it has.
+    """
     write, options = asked.write, asked.options
     body = await connection.fetchval(
         SWITCH,
         run_id=asked.run_id,
         organization_id=asked.organization_id,
         version=run["version"],
+        **room,
         **write.actor(options.reason).parameters(),
         overridden=overridden(options),
         replaces_inputs=options.file_inputs is not None,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AwareDatetime, BaseModel, Field
 
 from app.models import RunStatus
 from app.schemas.values import example
@@ -11,7 +11,9 @@ from app.schemas.values import example
 class Problem(BaseModel):
     """RFC 9457 problem details."""
 
-    type: str = Field(description="`urn:problem:` and the code.")
+    type: str = Field(
+        description="`urn:problem:` and the code; of `quota_exceeded` the type that IANA has registered for it."
+    )
     title: str = Field(description="The name of the status.")
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="What happened and what to do.")
@@ -23,6 +25,12 @@ class Problem(BaseModel):
     attempt: int | None = Field(None, description="Of `attempt_superseded`: the attempt that the run is at.")
     assignment: int | None = Field(None, description="Of `assignment_superseded`: the assignment that the run is at.")
     names: list[str] | None = Field(None, description="Of `sensitive_inputs_expired`: the secrets that are gone.")
+    retry_at: AwareDatetime | None = Field(
+        None, description="Of `retry_too_soon`: the moment from which a retry works."
+    )
+    violated_policies: list[str] | None = Field(
+        None, alias="violated-policies", description="Of `quota_exceeded`: the quotas, as RateLimit-Policy names them."
+    )
     retry_after: int | None = Field(None, description="Seconds, as in the header Retry-After, where there is one.")
 
 

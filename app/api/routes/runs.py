@@ -19,6 +19,7 @@ from app.errors import (
     InvalidTransition,
     MachineNotFound,
     PoolNotFound,
+    RetryTooSoon,
     RunNotFound,
     RunNotTerminal,
     SensitiveInputsExpired,
@@ -68,6 +69,7 @@ _RETRY = operation(
     RunNotTerminal,
     SensitiveInputsExpired,
     InputAttachmentsExpired,
+    RetryTooSoon,
     *_STORES,
     body=RunRetry,
     write=True,
@@ -177,7 +179,8 @@ async def list_all(
     )
     own, shown = services(request), shown_fields(fields)
     if wait:
-        await wait_for_run(own, wanted, wait)
+        with request.app.state.limits.long_poll(principal):
+            await wait_for_run(own, wanted, wait)
         await still_known(request)
     return json_reply(await list_runs(own.database, wanted, shown, part))
 

@@ -1,0 +1,141 @@
+"""The quotas that are decided before a body is read: requests, bytes in flight, long polls, and failed authentications.
+
+They are counted in this process: with several, each allows as much. Who is refused here has cost nobody else more than the
+statement that tells whose key it is.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import IPv6Address, ip_address
+
+from starlette.types import Scope
+
+from app.auth import Principal, digest
+from app.config import Settings
+from app.errors import QuotaExceeded, Unauthorized
+from app.in_flight import Share
+from app.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, Standing, exceeded, policy
+
+
+class Limits:
+    """The counts of one process. A quota that is not set costs a look at it."""
+
+    def __init__(self, settings: Settings) -> None:
+        def by_minute(name: str, quota: int, what: str) -> PerMinute | None:
+            found = policy(name, quota, what, window=MINUTE)
+            return None if found is None else PerMinute(found)
+
+        def at_once(found: Policy | None) -> AtOnce | None:
+            return None if found is None else AtOnce(found)
+
+        self._key_requests = by_minute("key-requests", settings.quota_key_requests_per_minute, "requests")
+        self._organization_requests = by_minute(
+            "organization-requests", settings.quota_organization_requests_per_minute, "requests"
+        )
+        unit = "content-bytes"
+        self._key_bytes = at_once(policy("key-bytes", settings.quota_key_bytes_in_flight, "bytes", unit=unit))
+        self._organization_bytes = at_once(
+            policy("organization-bytes", settings.quota_organization_bytes_in_flight, "bytes", unit=unit)
+        )
+        unit = "concurrent-requests"
+        self._key_polls = at_once(policy("key-long-polls", settings.quota_key_long_polls, "long polls", unit=unit))
+        self._organization_polls = at_once(
+            policy("organization-long-polls", settings.quota_organization_long_polls, "long polls", unit=unit)
+        )
+        failures = by_minute(
+            "address-failures", settings.quota_address_failures_per_minute, "requests without a valid key"
+        )
+        self.strangers = None if failures is None else Strangers(failures)
+
+    def request(self, principal: Principal) -> list[Standing]:
+        """One more request. Where the caller stands of which little is left. Raises QuotaExceeded."""
+        standings: list[Standing] = []
+        if self._key_requests is None and self._organization_requests is None:
+            return standings
+        now = time.monotonic()
+        for count, party in (
+            (self._key_requests, principal.key_id),
+            (self._organization_requests, principal.organization_id),
+        ):
+            if count is not None and (standing := count.count(party, now)) is not None:
+                if standing.left < 0:
+                    raise exceeded(Standing(standing.policy, 0, standing.seconds))
+                standings.append(standing)
+        return standings
+
+    def meter(self, share: Share, principal: Principal) -> None:
+        """From now on what the request holds counts for its key and its organization."""
+        share.meters = [
+            (meter, party)
+            for meter, party in (
+                (self._key_bytes, principal.key_id),
+                (self._organization_bytes, principal.organization_id),
+            )
+            if meter is not None
+        ]
+
+    @contextmanager
+    def long_poll(self, principal: Principal) -> Iterator[None]:
+        """Around a request that waits. Raises QuotaExceeded."""
+        with ExitStack() as held:
+            for polls, party in (
+                (self._key_polls, principal.key_id),
+                (self._organization_polls, principal.organization_id),
+            ):
+                if polls is not None:
+                    if (standing := polls.refusal(party, 1, 0)) is not None:
+                        raise exceeded(standing)
+                    held.enter_context(polls.one_more(party))
+            yield
+
+
+class Strangers:
+    """Failed authentications of each address.
+
+    An address with too many is not looked at any more until its minute is over, but for keys that have been good before:
+    whoever shares an address with an attacker goes on.
+    """
+
+    def __init__(self, failures: PerMinute) -> None:
+        self._failures = failures
+        self._good: dict[bytes, None] = {}  # digests, the last used at the end
+
+    def check(self, scope: Scope, key: bytes) -> None:
+        """Before the key is looked up. Raises QuotaExceeded."""
+        standing = self._failures.spent(address(scope), time.monotonic())
+        if standing is not None and digest(key) not in self._good:
+            raise exceeded(standing)
+
+    def knows(self, key: bytes) -> None:
+        """The key is good."""
+        hashed = digest(key)
+        self._good.pop(hashed, None)
+        self._good[hashed] = None
+        if len(self._good) > MOST_PARTIES:
+            del self._good[next(iter(self._good))]
+
+    def failed(self, scope: Scope, key: bytes | None) -> Unauthorized | QuotaExceeded:
+        """One more failure, and how it is answered."""
+        if key is not None:
+            self._good.pop(digest(key), None)
+        now, who = time.monotonic(), address(scope)
+        if (standing := self._failures.spent(who, now)) is not None:
+            return exceeded(standing)
+        self._failures.count(who, now)
+        return Unauthorized()
+
+
+def address(scope: Scope) -> str:
+    """Where a request comes from: an IPv4 address, or the network of 64 bits that one subscriber has of IPv6.
+
+    The server has put there what a trusted proxy says (TRUSTED_PROXIES).
+    """
+    given = (scope.get("client") or ("", 0))[0]
+    try:
+        found = ip_address(given)
+    except ValueError:  # a proxy can say anything
+        return given[:64]
+    if isinstance(found, IPv6Address):
+        return str(found.ipv4_mapped or IPv6Address(int(found) >> 64 << 64))
+    return given

@@ -1,0 +1,173 @@
+"""Quotas: how much one party may use, how much of it is left, and how a reply says so.
+
+A party is a key, an organization or an address; this module knows their names and numbers and not what they stand for. What is
+counted here is counted in this process alone. Quotas on runs are counted in the database (runs/quotas.py).
+
+The fields are those of draft-ietf-httpapi-ratelimit-headers-11: lists of structured fields (RFC 9651).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+
+from app.config import Settings
+from app.errors import QuotaExceeded
+from app.telemetry import metrics
+
+MINUTE = 60
+
+# Parties that a count remembers at once. Who has more addresses than that can make it forget; nobody can make it grow.
+MOST_PARTIES = 20_000
+
+# When a quota will have room again is known only of those that are by the minute.
+RETRY_SECONDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A quota, and who may not use more than that. `window` is in seconds; None: so many at once."""
+
+    name: str
+    quota: int
+    what: str  # of which there may be so many, for a sentence
+    unit: str = "requests"  # as the draft's registry of quota units names it
+    window: int | None = None
+
+    def near(self, left: int) -> bool:
+        """Whether so little is left that a reply tells it."""
+        return left * 10 < self.quota
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How much of a quota is left, and in how many seconds all or more of it is there again, if that is known."""
+
+    policy: Policy
+    left: int
+    seconds: int | None = None
+
+
+def fields(standings: Sequence[Standing]) -> dict[str, str]:
+    """The two header fields for these quotas."""
+    policies, states = [], []
+    for standing in standings:
+        policy = standing.policy
+        unit = "" if policy.unit == "requests" else f';qu="{policy.unit}"'
+        window = "" if policy.window is None else f";w={policy.window}"
+        until = "" if standing.seconds is None else f";t={standing.seconds}"
+        policies.append(f'"{policy.name}";q={policy.quota}{unit}{window}')
+        states.append(f'"{policy.name}";r={standing.left}{until}')
+    return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(states)}
+
+
+def exceeded(*standings: Standing, is_too_large: bool = False) -> QuotaExceeded:
+    """The refusal of a request that would go beyond these quotas; `is_too_large`: whenever it is sent."""
+    for one in standings:
+        metrics.quota_refusals.add(one.policy.name)
+    wait = max(RETRY_SECONDS if one.seconds is None else one.seconds for one in standings)
+    quota = " and ".join(
+        f"{one.policy.name} ({one.policy.quota} {one.policy.what}{' a minute' if one.policy.window else ' at once'})"
+        for one in standings
+    )
+    advice = "Ask for fewer at a time." if is_too_large else f"Send the request again in {wait} s."
+    return QuotaExceeded(
+        f"That is more than {quota} allow; nothing was changed. {advice}",
+        headers=fields(standings) | {"Retry-After": str(wait)},
+        **{"violated-policies": [one.policy.name for one in standings]},
+    )
+
+
+class PerMinute:
+    """How often each party did something within a minute that began when it first did."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        # When the minute ends, and how much is left of it. In the order in which the minutes began.
+        self._minutes: dict[object, list[float]] = {}
+
+    def count(self, party: object, now: float) -> Standing | None:
+        """Once more. None while much is left; less than 0 left is too much."""
+        minute = self._minutes.get(party)
+        if minute is None or minute[0] <= now:
+            minute = self._begin(party, now)
+        minute[1] -= 1
+        left = minute[1]
+        return Standing(self.policy, int(left), ceil(minute[0] - now)) if left * 10 < self.policy.quota else None
+
+    def spent(self, party: object, now: float) -> Standing | None:
+        """Where a party stands of which nothing is left; it is not counted."""
+        minute = self._minutes.get(party)
+        if minute is None or minute[0] <= now or minute[1] > 0:
+            return None
+        return Standing(self.policy, 0, ceil(minute[0] - now))
+
+    def _begin(self, party: object, now: float) -> list[float]:
+        self._minutes.pop(party, None)
+        while self._minutes:
+            oldest = next(iter(self._minutes))
+            if self._minutes[oldest][0] > now and len(self._minutes) < MOST_PARTIES:
+                break
+            del self._minutes[oldest]
+        minute = self._minutes[party] = [now + MINUTE, self.policy.quota]
+        return minute
+
+
+class AtOnce:
+    """How much each party holds at the same time. Who holds nothing else may always begin, whatever it wants."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._held: dict[object, int] = {}
+
+    def refusal(self, party: object, more: int, own: int) -> Standing | None:
+        """Where the party stands if a request that holds `own` may not have so much more."""
+        others = self._held.get(party, 0) - own
+        if others <= 0 or others + own + more <= self.policy.quota:
+            return None
+        return Standing(self.policy, max(self.policy.quota - others - own, 0))
+
+    def add(self, party: object, count: int) -> None:
+        """A negative count gives back."""
+        held = self._held.get(party, 0) + count
+        if held:
+            self._held[party] = held
+        else:
+            self._held.pop(party, None)
+
+    @contextmanager
+    def one_more(self, party: object) -> Iterator[None]:
+        """One within the block. It is for the caller to have asked for a refusal."""
+        self.add(party, 1)
+        try:
+            yield
+        finally:
+            self.add(party, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class RunQuotas:
+    """The quotas on runs, for a key and for its organization; None: no quota."""
+
+    key_waiting: Policy | None
+    organization_waiting: Policy | None
+    key_created: Policy | None
+    organization_created: Policy | None
+
+    @classmethod
+    def of(cls, settings: Settings) -> "RunQuotas | None":
+        """None if there are none."""
+        own = cls(
+            policy("key-waiting-runs", settings.quota_key_waiting_runs, "waiting runs", unit="runs"),
+            policy("organization-waiting-runs", settings.quota_organization_waiting_runs, "waiting runs", unit="runs"),
+            policy("key-runs", settings.quota_key_runs_per_minute, "new runs", unit="runs", window=MINUTE),
+            policy(
+                "organization-runs", settings.quota_organization_runs_per_minute, "new runs", unit="runs", window=MINUTE
+            ),
+        )
+        return own if own != cls(None, None, None, None) else None
+
+
+def policy(name: str, quota: int, what: str, *, unit: str = "requests", window: int | None = None) -> Policy | None:
+    """A quota of 0 is none."""
+    return Policy(name, quota, what, unit, window) if quota else None

@@ -1,0 +1,147 @@
+"""Quotas on runs: how many may wait, and how many may be made in a minute, for a key and for its organization.
+
+They are counted in the database, by index and never further than the quota goes, in the transaction that adds to them. No row
+and no lock is shared by the requests of an organization, until little is left of a quota: then they take turns from the count
+to the commit, so that the last of it is given once.
+"""
+
+from collections.abc import Mapping
+from math import ceil
+
+from app.auth import Principal
+from app.quotas import Policy, RunQuotas, Standing, exceeded
+from app.scheduling import rules
+from app.stores.database import Connection, Record
+from app.stores.statements import statement
+
+# Of one key so many runs of its organization are looked at: those of other keys stand in between.
+LOOKED_AT = 10_000
+
+# So few are left that requests take turns. More than requests that decide at the same moment without that.
+TURNS = 64
+
+_WAITING = f"""
+    SELECT w.queued_by_key_id FROM runs w WHERE w.organization_id = :organization_id AND {rules.waits("w")}
+    ORDER BY w.lane, w.queue_rank, w.queued_at, w.id LIMIT :waiting_seen::int
+"""
+
+COUNT = statement(
+    "runs.quotas.count",
+    f"""
+    WITH waiting AS MATERIALIZED ({_WAITING}), created AS MATERIALIZED (
+        SELECT c.created_at, c.queued_by_key_id FROM runs c
+        WHERE c.organization_id = :organization_id AND c.created_at > now() - interval '60 s'
+        ORDER BY c.created_at DESC, c.id DESC LIMIT :created_seen::int
+    )
+    SELECT (SELECT count(*) FROM waiting) AS organization_waiting,
+           (SELECT count(*) FROM waiting WHERE queued_by_key_id = :key_id) AS key_waiting,
+           (SELECT count(*) FROM created) AS organization_created,
+           (SELECT count(*) FROM created WHERE queued_by_key_id = :key_id) AS key_created,
+           (SELECT 60 - extract(epoch FROM now() - created_at)::float8 FROM created
+            ORDER BY created_at DESC OFFSET :organization_free_after::int LIMIT 1) AS organization_seconds,
+           (SELECT 60 - extract(epoch FROM now() - created_at)::float8 FROM created WHERE queued_by_key_id = :key_id
+            ORDER BY created_at DESC OFFSET :key_free_after::int LIMIT 1) AS key_seconds
+    """,
+)
+
+# A number of ours, for what is locked.
+TAKE_TURN = statement("runs.quotas.take_turn", "SELECT pg_advisory_xact_lock(1903259745, hashtext(:organization_id))")
+
+# Part of the statement that requeues a run: whether so few wait that nobody need take turns. Null: no quota.
+ROOM = f"""
+    CASE WHEN :waiting_seen::int IS NULL THEN true ELSE (
+        SELECT count(*) < :organization_room::int
+               AND count(*) FILTER (WHERE queued_by_key_id = :key_id::uuid) < :key_room::int
+        FROM ({_WAITING}) AS waiting
+    ) END
+"""
+NO_QUOTA: Mapping[str, int | None] = {"waiting_seen": None, "organization_room": None, "key_room": None}
+
+
+def room(quotas: RunQuotas | None) -> Mapping[str, int | None]:
+    """The parameters of ROOM."""
+    if quotas is None or (quotas.key_waiting is None and quotas.organization_waiting is None):
+        return NO_QUOTA
+    most, key_most = _before_turns(quotas.organization_waiting), _before_turns(quotas.key_waiting)
+    return {
+        "waiting_seen": min(max(most, 0), LOOKED_AT) if quotas.key_waiting is None else LOOKED_AT,
+        "organization_room": most,
+        "key_room": key_most,
+    }
+
+
+def _before_turns(policy: Policy | None) -> int:
+    return LOOKED_AT * 10 if policy is None else policy.quota - max(TURNS, policy.quota // 10)
+
+
+async def check(
+    connection: Connection, quotas: RunQuotas | None, principal: Principal, *, waiting: int, created: int = 0
+) -> None:
+    """Whether so many more may wait and be made, on a plain read. Raises QuotaExceeded."""
+    if quotas is not None:
+        _standings(quotas, await _count(connection, quotas, principal, created), waiting, created)
+
+
+async def admit(
+    connection: Connection, quotas: RunQuotas | None, principal: Principal, *, waiting: int, created: int = 0
+) -> tuple[Standing, ...]:
+    """The same, and so that it stays true until the transaction ends. Where the caller stands of which little is left.
+
+    Raises QuotaExceeded.
+    """
+    if quotas is None:
+        return ()
+    standings, takes_turns = _standings(quotas, await _count(connection, quotas, principal, created), waiting, created)
+    if takes_turns:
+        await connection.execute(TAKE_TURN, organization_id=principal.organization_id)
+        standings, _ = _standings(quotas, await _count(connection, quotas, principal, created), waiting, created)
+    return standings
+
+
+async def _count(connection: Connection, quotas: RunQuotas, principal: Principal, created: int) -> Record:
+    row = await connection.fetchrow(
+        COUNT,
+        organization_id=principal.organization_id,
+        key_id=principal.key_id,
+        waiting_seen=_seen(quotas.key_waiting, quotas.organization_waiting),
+        created_seen=_seen(quotas.key_created, quotas.organization_created) if created else 0,
+        organization_free_after=_free_after(quotas.organization_created, created),
+        key_free_after=_free_after(quotas.key_created, created),
+    )
+    assert row is not None  # noqa: S101 - a row of counts
+    return row
+
+
+def _seen(key: Policy | None, organization: Policy | None) -> int:
+    """How many rows tell whether there is room."""
+    if key is not None:
+        return LOOKED_AT
+    return 0 if organization is None else organization.quota
+
+
+def _free_after(policy: Policy | None, created: int) -> int:
+    """How many of the newest runs may stay in the minute for so many more to fit."""
+    return 0 if policy is None else max(policy.quota - created, 0)
+
+
+def _standings(quotas: RunQuotas, counted: Record, waiting: int, created: int) -> tuple[tuple[Standing, ...], bool]:
+    """Those of which little is left after so many more, and whether requests take turns. Raises QuotaExceeded."""
+    violated, near, takes_turns, is_too_large = [], [], False, False
+    for policy, used, more, seconds in (
+        (quotas.key_created, counted["key_created"], created, counted["key_seconds"]),
+        (quotas.organization_created, counted["organization_created"], created, counted["organization_seconds"]),
+        (quotas.key_waiting, counted["key_waiting"], waiting, None),
+        (quotas.organization_waiting, counted["organization_waiting"], waiting, None),
+    ):
+        if policy is None or not more:
+            continue
+        until = None if policy.window is None else min(max(ceil(seconds or policy.window), 1), policy.window)
+        if used + more > policy.quota:
+            violated.append(Standing(policy, max(policy.quota - used, 0), until))
+            is_too_large = is_too_large or more > policy.quota
+        elif policy.near(policy.quota - used - more):
+            near.append(Standing(policy, policy.quota - used - more, until))
+        takes_turns = takes_turns or used + more > _before_turns(policy)
+    if violated:
+        raise exceeded(*violated, is_too_large=is_too_large)
+    return tuple(near), takes_turns

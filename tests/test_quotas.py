@@ -1,0 +1,433 @@
+"""Quotas: who uses too much is told so, with the fields of the draft, and nobody else notices."""
+
+import re
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.client import Client
+from tests.support.raw_http import raw_exchange
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack
+from tests.support.storm import Call, finished_runs, storm, tally
+from tests.support.waiting import until
+
+TYPE = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+
+@contextmanager
+def serving(stack: Stack, **settings: object) -> Iterator[Server]:
+    started = start_server(stack, **settings)
+    try:
+        yield started
+    finally:
+        started.app.stop()
+
+
+def state(reply: httpx.Response) -> dict[str, dict[str, int]]:
+    """The two fields together, by policy."""
+    found: dict[str, dict[str, int]] = {}
+    for name in ("RateLimit-Policy", "RateLimit"):
+        for member in reply.headers.get(name, "").split(", ") if name in reply.headers else ():
+            policy, *parameters = member.split(";")
+            assert re.fullmatch(r'"[a-z-]+"', policy), member
+            values = dict(one.split("=") for one in parameters)
+            values.pop("qu", None)
+            found.setdefault(policy.strip('"'), {}).update({key: int(value) for key, value in values.items()})
+    return found
+
+
+def refused(reply: httpx.Response, *policies: str) -> int:
+    """It is a 429 for these quotas; after how many seconds it may be sent again."""
+    assert reply.status_code == 429, reply.text
+    problem, states = reply.json(), state(reply)
+    assert (problem["type"], problem["code"], problem["title"]) == (TYPE, "quota_exceeded", "Too Many Requests")
+    assert problem["violated-policies"] == list(policies)
+    assert states.keys() >= set(policies)
+    seconds = int(reply.headers["Retry-After"])
+    assert problem["retry_after"] == seconds >= 1
+    assert all(seconds >= states[policy].get("t", 1) for policy in policies)
+    assert "Idempotency-Status" not in reply.headers
+    return seconds
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(stack: Stack) -> Iterator[Server]:
+    """20 requests a minute of a key, 50 of an organization."""
+    with serving(
+        stack,
+        QUOTA_KEY_REQUESTS_PER_MINUTE=20,
+        QUOTA_ORGANIZATION_REQUESTS_PER_MINUTE=50,
+    ) as started:
+        yield started
+
+
+def test_a_key_is_told_when_little_is_left_and_then_that_nothing_is(narrow: Server) -> None:
+    with narrow.client() as api, narrow.client() as other:
+        for left in range(19, -1, -1):
+            reply = api.get("/v1/whoami")
+            assert reply.status_code == 200
+            if left >= 2:
+                assert not state(reply), left
+            else:
+                [standing] = state(reply).items()
+                assert standing == ("key-requests", {"q": 20, "w": 60, "r": left, "t": standing[1]["t"]})
+                assert 50 <= standing[1]["t"] <= 60
+        reply = api.get("/v1/whoami")
+        assert 50 <= refused(reply, "key-requests") <= 60
+        assert state(reply)["key-requests"]["r"] == 0
+        assert other.get("/v1/whoami").status_code == 200
+
+
+def test_many_keys_of_one_organization_share_its_quota(narrow: Server, stack: Stack) -> None:
+    organization = "org-many-keys"
+    statuses = []
+    for _ in range(4):
+        with narrow.client(organization) as api:
+            replies = [api.get("/v1/whoami") for _ in range(15)]
+            statuses += [reply.status_code for reply in replies]
+    assert statuses == [200] * 50 + [429] * 10
+    refused(replies[-1], "organization-requests")
+
+
+def test_a_refusal_comes_before_the_body_and_uses_up_no_key(narrow: Server, server: Server) -> None:
+    with narrow.client() as api:
+        run_id = api.finished()["id"]
+        until(lambda: api.get("/v1/whoami").status_code == 429)
+        # Its body is declared and never sent: who would read it first would not answer.
+        head = (
+            f"POST /v1/runs/{run_id}/retry HTTP/1.1\r\nHost: x\r\nAuthorization: {api.headers['Authorization']}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 1000000\r\nIdempotency-Key: once\r\n\r\n"
+        )
+        assert raw_exchange(narrow.url, head.encode()).startswith(b"HTTP/1.1 429 ")
+        key = api.headers["Authorization"].removeprefix("Bearer ")
+        with server.client(api.organization, key=key) as elsewhere:
+            assert elsewhere.get_run(run_id)["attempt"] == 1
+            reply = elsewhere.post(f"/v1/runs/{run_id}/retry", headers={"Idempotency-Key": "once"})
+            assert (reply.status_code, reply.json()["attempt"]) == (200, 2)
+            assert "Idempotency-Status" not in reply.headers
+
+
+# --- bytes in flight, long polls --------------------------------------------------------------------------------------
+
+
+def test_bodies_of_a_key_are_held_up_to_its_quota_and_one_is_always_taken(stack: Stack) -> None:
+    slow = b"x" * 100_000
+
+    @contextmanager
+    def sending(api: Client) -> Iterator[None]:
+        """A request whose body does not end within the block."""
+        release = threading.Event()
+
+        def body() -> Iterator[bytes]:
+            yield slow[:50_000]
+            release.wait(10)
+            yield slow[50_000:]
+
+        with ThreadPoolExecutor(1) as pool:
+            headers = {"Content-Length": str(len(slow)), "Content-Type": "application/json"}
+            sent = pool.submit(api.post, "/v1/workflows", content=body(), headers=headers)
+            try:
+                yield
+            finally:
+                release.set()
+                assert sent.result().status_code == 422
+
+    with (
+        serving(stack, QUOTA_KEY_BYTES_IN_FLIGHT=50_000, QUOTA_ORGANIZATION_BYTES_IN_FLIGHT=250_000) as tight,
+        tight.client() as api,
+        tight.client(api.organization) as second,
+        tight.client() as other,
+    ):
+        large = {"main_prompt": "x" * 40_000}
+        with sending(api):  # more than the quota, and alone
+            reply = until(lambda: (found := api.post("/v1/workflows", json=large)).status_code == 429 and found)
+            refused(reply, "key-bytes")
+            assert 'qu="content-bytes"' in reply.headers["RateLimit-Policy"]
+            assert api.post("/v1/workflows", json={"main_prompt": "short"}).status_code == 201
+            assert second.post("/v1/workflows", json=large).status_code == 201
+            with sending(second), tight.client(api.organization) as third:
+                until(lambda: third.post("/v1/workflows", json=large | {"name": "n"}).status_code == 201)
+                wanted = {"main_prompt": "x" * 70_000}
+                refused(third.post("/v1/workflows", json=wanted), "organization-bytes")
+            assert other.post("/v1/workflows", json=large).status_code == 201
+        assert api.post("/v1/workflows", json=large).status_code == 201
+
+
+def test_long_polls_of_a_key_and_of_an_organization_are_counted_while_they_wait(stack: Stack) -> None:
+    with (
+        serving(stack, QUOTA_KEY_LONG_POLLS=2, QUOTA_ORGANIZATION_LONG_POLLS=3) as server,
+        server.client() as api,
+        server.client(api.organization) as second,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        polls = []
+
+        def wait(client: Client) -> None:
+            machine_id = client.machine()
+            own = f"/v1/runs?machine_id={machine_id}&status=scheduling&wait=20"
+
+            def poll() -> httpx.Response:
+                while (found := client.get(own)).status_code == 429:  # a look for a refusal has come between
+                    pass
+                return found
+
+            polls.append((machine_id, pool.submit(poll)))
+
+        wait(api)
+        wait(api)
+        query = "/v1/runs?status=scheduling&wait=0.05"
+        reply = until(lambda: (found := api.get(query)).status_code == 429 and found)
+        refused(reply, "key-long-polls")
+        assert 'qu="concurrent-requests"' in reply.headers["RateLimit-Policy"]
+        assert api.get("/v1/runs?status=scheduling").status_code == 200, "who does not wait is not counted"
+        wait(second)
+        until(
+            lambda: refused(second.get(query), "organization-long-polls") if second.get(query).status_code == 429 else 0
+        )
+        for machine_id, poll in polls:
+            api.run(machine_id=machine_id)
+            assert poll.result().json()["items"]
+        assert api.get(query).status_code == 200
+
+
+# --- quotas on runs ---------------------------------------------------------------------------------------------------
+
+
+def test_waiting_runs_never_exceed_the_quota_whoever_comes_at_once(stack: Stack) -> None:
+    with (
+        serving(stack, QUOTA_ORGANIZATION_WAITING_RUNS=10) as one,
+        serving(stack, QUOTA_ORGANIZATION_WAITING_RUNS=10) as two,
+        one.client() as api,
+    ):
+        ended: list[str] = []
+        while len(ended) < 30:
+            ended += finished_runs(api, 10)
+        assert [run["status"] for run in api.get("/v1/runs").json()["items"]] == ["success"] * 30
+        answers = storm(api, [Call("POST", f"/v1/runs/{run_id}/retry") for run_id in ended], urls=[one.url, two.url])
+        assert tally(answers) == {"200": 10, "429 quota_exceeded": 20}
+        near = [answer for answer in answers if answer.status == 200 and "RateLimit" in answer.headers]
+        assert len(near) == 1, "the last one leaves less than a tenth"
+        assert near[0].headers["RateLimit"] == '"organization-waiting-runs";r=0'
+        [run_id, *_] = [run_id for run_id, answer in zip(ended, answers, strict=True) if answer.status == 429]
+        refused(api.retry(run_id), "organization-waiting-runs")
+        refused(api.post("/v1/runs", json={"workflow_id": api.workflow()}), "organization-waiting-runs")
+        assert api.get_run(run_id)["attempt"] == 1
+        # A machine takes one: there is room again.
+        api.machine()
+        until(lambda: any(run["assigned_machine_id"] for run in api.get("/v1/runs").json()["items"]))
+        assert api.retry(run_id).status_code == 200
+
+
+def test_a_refusal_by_a_quota_on_runs_uses_up_no_key_and_refuses_no_replay(stack: Stack) -> None:
+    with serving(stack, QUOTA_ORGANIZATION_WAITING_RUNS=2) as server, server.client() as api:
+        first, second, third = (api.finished(sensitive_input_values={"p": "s"})["id"] for _ in range(3))
+        secret = {"sensitive_input_values": {"p": "another"}}
+
+        def retry(run_id: str, key: str, **body: object) -> httpx.Response:
+            return api.post(f"/v1/runs/{run_id}/retry", json=body, headers={"Idempotency-Key": key})
+
+        made = retry(first, "one", **secret)
+        plain = retry(second, "two")
+        assert (made.status_code, plain.status_code) == (200, 200)
+        refused(retry(third, "three", **secret), "organization-waiting-runs")
+        refused(retry(third, "three"), "organization-waiting-runs")
+        for again, before in ((retry(first, "one", **secret), made), (retry(second, "two"), plain)):
+            assert again.headers["Idempotency-Status"] == "replayed"
+            assert again.content == before.content
+        api.report(first, status="cancelled")
+        reply = retry(third, "three")
+        assert (reply.status_code, reply.json()["attempt"]) == (200, 2)
+        paths, _ = stack.named()
+        assert stack.secret_paths(f"runs/{api.organization}/") <= paths
+
+
+def test_runs_created_a_minute_are_counted_for_a_key_and_for_its_organization(stack: Stack) -> None:
+    with (
+        serving(stack, QUOTA_KEY_RUNS_PER_MINUTE=5, QUOTA_ORGANIZATION_RUNS_PER_MINUTE=8) as server,
+        server.client() as api,
+        server.client(api.organization) as second,
+        server.client() as other,
+    ):
+        workflow_id = api.workflow()
+        body = {"workflow_id": workflow_id}
+        answers = storm(api, [Call("POST", "/v1/runs", body) for _ in range(12)])
+        assert tally(answers) == {"201": 5, "429 quota_exceeded": 7}
+        reply = api.post("/v1/runs", json=body)
+        assert 1 <= refused(reply, "key-runs") <= 60
+        assert state(reply)["key-runs"] == {"q": 5, "w": 60, "r": 0, "t": int(reply.headers["Retry-After"])}
+        bulk = second.post("/v1/runs/bulk", json=body | {"count": 4})
+        refused(bulk, "organization-runs")
+        assert state(bulk)["organization-runs"]["r"] == 3
+        assert second.post("/v1/runs/bulk", json=body | {"count": 3}).status_code == 201
+        never = second.post("/v1/runs/bulk", json=body | {"count": 9})
+        refused(never, "key-runs", "organization-runs")
+        assert "fewer" in never.json()["detail"]
+        assert other.run()["attempt"] == 1
+        # As if it were a minute later.
+        stack.sql(
+            "UPDATE runs SET created_at = created_at - interval '61 s' WHERE organization_id = $1", api.organization
+        )
+        assert api.post("/v1/runs", json=body).status_code == 201
+
+
+def test_waiting_runs_of_a_key_are_those_that_it_created_or_retried_last(stack: Stack) -> None:
+    with (
+        serving(stack, QUOTA_KEY_WAITING_RUNS=2) as server,
+        server.client() as api,
+        server.client(api.organization) as second,
+    ):
+        mine = [api.run()["id"] for _ in range(2)]
+        refused(api.post("/v1/runs", json={"workflow_id": api.workflow()}), "key-waiting-runs")
+        assert second.run()["attempt"] == 1
+        api.report(mine[0], status="cancelled")
+        assert second.retry(mine[0]).status_code == 200
+        refused(second.retry(api.report(mine[1], status="cancelled")["id"]), "key-waiting-runs")
+        assert api.retry(mine[1]).status_code == 200
+        assert api.run()["attempt"] == 1
+
+
+def test_a_large_quota_lets_retries_by_without_taking_turns_and_ends_exactly(stack: Stack) -> None:
+    with serving(stack, QUOTA_ORGANIZATION_WAITING_RUNS=100) as server, server.client() as api:
+        ended = finished_runs(api, 100)
+        more = finished_runs(api, 30)
+        answers = storm(api, [Call("POST", f"/v1/runs/{run_id}/retry") for run_id in ended + more])
+        assert tally(answers) == {"200": 100, "429 quota_exceeded": 30}
+
+
+# --- addresses --------------------------------------------------------------------------------------------------------
+
+UNKNOWN = {"Authorization": "Bearer runs_" + "x" * 43}
+
+
+def test_an_address_without_a_good_key_is_refused_and_good_keys_go_on(stack: Stack) -> None:
+    with (
+        serving(stack, QUOTA_ADDRESS_FAILURES_PER_MINUTE=5) as server,
+        server.client() as api,
+        httpx.Client(base_url=server.url, trust_env=False) as stranger,
+    ):
+        assert api.get("/v1/whoami").status_code == 200
+        replies = [stranger.get("/v1/whoami", headers=UNKNOWN if n % 2 else {}) for n in range(8)]
+        assert [reply.status_code for reply in replies] == [401] * 5 + [429] * 3
+        assert 50 <= refused(replies[-1], "address-failures") <= 60
+        # The header of a proxy that nobody has named changes nothing, not even on this machine.
+        spoofed = UNKNOWN | {"X-Forwarded-For": "192.0.2.1"}
+        refused(stranger.get("/v1/whoami", headers=spoofed), "address-failures")
+        assert api.get("/v1/whoami").status_code == 200, "its key was good before"
+        assert stranger.get("/health/live").status_code == 200
+        with server.client() as newcomer:
+            refused(newcomer.get("/v1/whoami"), "address-failures")
+
+
+def test_a_proxy_that_is_named_says_whose_address_it_is(stack: Stack) -> None:
+    settings = {"QUOTA_ADDRESS_FAILURES_PER_MINUTE": 3, "TRUSTED_PROXIES": "127.0.0.0/8"}
+    with serving(stack, **settings) as server, httpx.Client(base_url=server.url, trust_env=False) as proxy:
+
+        def statuses(*forwarded: str) -> list[int]:
+            headers = [{"X-Forwarded-For": one} | UNKNOWN for one in forwarded]
+            return [proxy.get("/v1/whoami", headers=one).status_code for one in headers]
+
+        assert statuses(*["192.0.2.1"] * 4) == [401] * 3 + [429]
+        assert statuses("192.0.2.2") == [401]
+        # What a caller has put there himself stands before the address that the proxy saw.
+        assert statuses("198.51.100.9, 192.0.2.1") == [429]
+        assert statuses(*(f"2001:db8:0:1::{n}" for n in range(1, 5)), "2001:db8:0:2::1") == [401] * 3 + [429, 401]
+        assert statuses(*["::ffff:192.0.2.2"] * 3) == [401, 401, 429]
+        assert statuses(*["unknown"] * 4) == [401] * 3 + [429]
+
+
+# --- a quiet tenant beside bursts -------------------------------------------------------------------------------------
+
+
+def _p99(call: Callable[[], object], count: int = 150) -> float:
+    took = []
+    for _ in range(count):
+        began = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - began)
+        time.sleep(0.005)
+    return statistics.quantiles(took, n=100)[98]
+
+
+@pytest.mark.parametrize("burst", ["one key", "one organization", "one address"])
+def test_a_burst_beyond_the_quotas_leaves_a_quiet_tenant_alone(burst: str, stack: Stack) -> None:
+    with serving(
+        stack,
+        QUOTA_KEY_REQUESTS_PER_MINUTE=300,
+        QUOTA_ORGANIZATION_REQUESTS_PER_MINUTE=300,
+        QUOTA_ADDRESS_FAILURES_PER_MINUTE=50,
+        QUOTA_ORGANIZATION_WAITING_RUNS=50,
+    ) as server:
+        organization = f"org-burst-{burst.replace(' ', '-')}"
+        authorizations = {
+            "one key": [f"Bearer {stack.new_key(organization)}"],
+            "one organization": [f"Bearer {stack.new_key(organization)}" for _ in range(20)],
+            "one address": [UNKNOWN["Authorization"]],
+        }[burst]
+        stop, statuses = threading.Event(), []
+
+        def crowd(number: int) -> None:
+            with httpx.Client(base_url=server.url, trust_env=False) as client:
+                headers = {"Authorization": authorizations[number % len(authorizations)]}
+                while not stop.is_set():
+                    statuses.append(client.get("/v1/runs", headers=headers).status_code)
+
+        with server.client() as quiet:
+            quiet.get("/v1/whoami")
+            alone = _p99(lambda: quiet.get("/v1/whoami"), 130)
+            with ThreadPoolExecutor(4) as pool:
+                crowds = [pool.submit(crowd, number) for number in range(4)]
+                until(lambda: 429 in statuses)
+                beside = _p99(lambda: quiet.get("/v1/whoami"), 130)
+                stop.set()
+                for one in crowds:
+                    one.result()
+        assert statuses.count(429) > 100
+        assert beside < max(0.1, 3 * alone), (alone, beside)
+
+
+# --- the cooldown of a run --------------------------------------------------------------------------------------------
+
+
+def test_a_run_cools_down_before_it_is_retried_and_the_refusal_names_the_moment(stack: Stack) -> None:
+    with serving(stack, RETRY_COOLDOWN_SECONDS=2) as server, server.client() as api:
+        run = api.finished("error", sensitive_input_values={"password": "wrong"})
+        body: dict[str, Any] = {"sensitive_input_values": {"password": "right"}}
+        dry = api.json_of(api.post(f"/v1/runs/{run['id']}/retry?dry_run=true", json=body))
+        [refusal] = dry["refusals"]
+        assert (refusal["status"], refusal["code"], dry["would_retry"]) == (409, "retry_too_soon", False)
+        secrets = stack.secret_paths(f"runs/{api.organization}/")
+        for reply in (api.retry(run["id"], **body), api.retry(run["id"])):
+            problem = reply.json()
+            assert (reply.status_code, problem["code"]) == (409, "retry_too_soon")
+            assert "Idempotency-Status" not in reply.headers
+            assert int(reply.headers["Retry-After"]) in (1, 2)
+            works_at = datetime.fromisoformat(problem["retry_at"])
+            assert problem["retry_at"] in problem["detail"]
+            assert (works_at - datetime.fromisoformat(run["ended_at"])).total_seconds() == 2
+        assert stack.secret_paths(f"runs/{api.organization}/") == secrets
+        assert api.get_run(run["id"])["attempt"] == 1
+        until(lambda: datetime.now(UTC) >= works_at)
+        assert api.json_of(api.retry(run["id"], **body))["attempt"] == 2
+        # What counts more is said first.
+        problem = api.retry(run["id"]).json()
+        assert problem["code"] == "run_not_terminal"
+
+
+def test_an_end_in_the_far_future_keeps_nobody_waiting(stack: Stack) -> None:
+    with serving(stack, RETRY_COOLDOWN_SECONDS=60) as server, server.client() as api:
+        run_id = api.run()["id"]
+        api.report(run_id, status="running")
+        api.report(run_id, status="error", ended_at="2999-01-01T00:00:00Z")
+        assert api.retry(run_id).status_code == 200
