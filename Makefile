@@ -44,11 +44,12 @@ example: .venv/dev.stamp ## a small executor, and a run that fails, is retried a
 screenshots: .venv/dev.stamp ## every screen of the console as docs/console/*.png (needs Chromium)
 	$(BIN)/python -m tests.console.screenshots
 
-lint: .venv/dev.stamp ## ruff, mypy and who may import whom
+lint: .venv/dev.stamp ## ruff, mypy, who may import whom, and Kubernetes' manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
 fmt: .venv/dev.stamp ## format, and fix what can be fixed
 	$(BIN)/ruff format .

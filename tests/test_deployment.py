@@ -19,6 +19,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from app import __version__
 from app.config import Settings
 from dev import check_machine
 from dev.stack import Bao, Part, Postgres, free_port, http
@@ -237,6 +238,90 @@ def test_the_setup_of_the_development_vault(compose_bao: ComposeBao, tmp_path: P
     token = {"X-Vault-Token": reply["auth"]["client_token"]}
     assert http("POST", f"{url}/secret/data/runs/org/run/1", {"data": {"a": "b"}}, token)[0] == 200
     assert http("GET", f"{url}/secret/data/runs/org/run/1", None, token)[0] == 403
+
+
+# --- Kubernetes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def manifests() -> list[dict[str, Any]]:
+    yaml = YAML(typ="safe")
+    return [part for file in sorted((ROOT / "deploy/kubernetes").glob("*.yaml")) for part in yaml.load_all(file)]
+
+
+@pytest.fixture(scope="module")
+def pods(manifests: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The templates, by component."""
+    templates = [one["spec"]["template"] for one in manifests if one["kind"] in {"Deployment", "Job"}]
+    return {one["metadata"]["labels"]["app.kubernetes.io/component"]: one["spec"] for one in templates}
+
+
+def test_the_manifests_are_what_kubernetes_takes(tmp_path: Path) -> None:
+    files = sorted(map(str, (ROOT / "deploy/kubernetes").glob("*.yaml")))
+    checked = run(str(BIN / "kubernetes-validate"), "--strict", *files)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(Path(files[0]).read_text().replace("readinessProbe", "readynessProbe"))
+    assert run(str(BIN / "kubernetes-validate"), "--strict", str(wrong)).returncode != 0
+
+
+def test_everything_in_the_cluster_is_labelled_and_selected_by_labels(manifests: list[dict[str, Any]]) -> None:
+    names = ("name", "instance", "version", "component", "part-of", "managed-by")
+    for one in manifests:
+        labels = one["metadata"]["labels"]
+        assert set(labels) == {f"app.kubernetes.io/{name}" for name in names}
+        assert labels["app.kubernetes.io/version"] == __version__
+        spec = one.get("spec", {})
+        selector = spec.get("selector", {})
+        selector = selector.get("matchLabels", selector)
+        assert selector.items() <= labels.items(), one["metadata"]["name"]
+        if "template" in spec:
+            assert spec["template"]["metadata"]["labels"] == labels
+    budgets = {one["metadata"]["name"] for one in manifests if one["kind"] == "PodDisruptionBudget"}
+    assert budgets == {one["metadata"]["name"] for one in manifests if one["kind"] == "Deployment"}
+
+
+def test_pods_are_restricted_and_have_limits(pods: dict[str, dict[str, Any]]) -> None:
+    assert pods.keys() == {"api", "settling", "migrate"}
+    for pod in pods.values():
+        assert pod["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 10001,
+            "runAsGroup": 10001,
+            "fsGroup": 10001,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        assert pod["automountServiceAccountToken"] is False
+        [container] = pod["containers"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["image"] == f"runs-api:{__version__}"
+        assert container["resources"]["limits"].keys() == {"memory"}
+        if container["args"] == ["serve"]:
+            assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
+            # The default of SHUTDOWN_SECONDS, after the time in which nobody is sent here any more.
+            rest = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+            assert pod["terminationGracePeriodSeconds"] > rest + Settings.model_fields["shutdown_seconds"].default
+
+
+def test_settings_in_the_cluster_exist_and_secrets_are_files_of_whom_they_concern(
+    manifests: list[dict[str, Any]], pods: dict[str, dict[str, Any]]
+) -> None:
+    [config] = [one["data"] for one in manifests if one["kind"] == "ConfigMap"]
+    of_pods = {name: [one["name"] for one in pod["containers"][0].get("env", ())] for name, pod in pods.items()}
+    names = {
+        name.removesuffix("_FILE") for name in (*config, *of_pods["api"], *of_pods["settling"], *of_pods["migrate"])
+    }
+    assert {name.lower() for name in names} <= Settings.model_fields.keys()
+    secret = {"DATABASE_URL", "DATABASE_OWNER_URL", "SERVER_KEY", "VAULT_ROLE_ID", "VAULT_SECRET_ID"}
+    assert not secret & {*config, *(name for pod in of_pods.values() for name in pod)}
+    assert [pods[name]["containers"][0]["env"][0]["value"] for name in ("api", "settling")] == ["none", "only"]
+    assert [name for name, pod in pods.items() if "runs-api-owner" in json.dumps(pod)] == ["migrate"]
+    required = {name for name, field in Settings.model_fields.items() if field.is_required()}
+    assert {name.upper() for name in required} <= {name.removesuffix("_FILE") for name in config}
 
 
 # --- policies ---------------------------------------------------------------------------------------------------------
