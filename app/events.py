@@ -4,14 +4,22 @@ A row says who, when and from which status to which; names of changed fields, ne
 outlive their runs. The service may only add and read them; old ones go by age, through a function of the database's owner.
 """
 
+import logging
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 from uuid import UUID
 
 from app.errors import Invalid
 from app.schemas.values import MAX_INTEGER
 from app.stores.database import Connection, Database
 from app.stores.statements import statement
+from app.telemetry import metrics
+
+log = logging.getLogger("app.runs")
+
+# Who changed a run's status: its executor, another caller, or the service by itself and why.
+By = Literal["executor", "caller", "service", "silence", "session_ended", "machine_deleted"]
 
 
 def record(
@@ -34,6 +42,22 @@ def record(
                :key_id::uuid, :user_id::uuid, :request_id::text, :reason::text, {changed}
         FROM {source}
     """
+
+
+def announce(
+    connection: Connection, to: str, by: By, run_ids: Sequence[UUID], organization_id: str | None = None, **more: object
+) -> None:
+    """Once it is committed: count the runs that got this status, and write a line for each."""
+
+    def tell() -> None:
+        metrics.transitions.add(to, by, count=len(run_ids))
+        of = {} if organization_id is None else {"organization_id": organization_id}
+        event = {"assigned": "run_assigned", "running": "run_started"}.get(to, "run_ended")
+        for run_id in run_ids:
+            log.info({"event": event, "run_id": run_id, **of, "status": to, "by": by, **more})
+
+    if run_ids:
+        connection.after_commit(tell)
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

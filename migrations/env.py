@@ -7,7 +7,11 @@ and rights of the service's role, and the mark that says which replicas may go o
 import asyncio
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import asyncpg
 from alembic import context
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -35,22 +39,46 @@ LIMITS = [
     "SET enable_seqscan = on",
 ]
 
+TELL_SECONDS = 5.0
+
+# What a migration is doing now: how far an index is, or what it waits for. Of an UPDATE the server tells no share.
+AT_WORK = """
+SELECT CASE
+           WHEN i.pid IS NOT NULL THEN 'an index, ' || i.phase
+           WHEN a.wait_event_type = 'Lock' THEN 'waiting for a lock that the running service holds'
+           WHEN a.state = 'active' THEN lower(split_part(ltrim(a.query, E' \\n'), ' ', 1)) || ' statement, for '
+               || extract(epoch FROM clock_timestamp() - a.query_start)::int || ' s'
+           ELSE 'between two statements' END AS now,
+       ', ' || round(100.0 * greatest(i.blocks_done::numeric / nullif(i.blocks_total, 0),
+                                      i.tuples_done::numeric / nullif(i.tuples_total, 0))) || ' %' AS part
+FROM pg_stat_activity a LEFT JOIN pg_stat_progress_create_index i ON i.pid = a.pid WHERE a.pid = $1
+"""
+
 MARK = """
 SELECT obj_description(oid, 'pg_class') FROM pg_class
 WHERE relname = 'alembic_version' AND relnamespace = current_schema()::regnamespace
 """
 
 
-def _migrate(connection: Connection, role: str) -> None:
+def _migrate(connection: Connection, role: str, progress: "_Progress") -> None:
     # Asked for again and again: whoever waits in a statement holds a snapshot, which an index that is built CONCURRENTLY waits
     # for in turn.
+    waits = False
     while not connection.scalar(text(f"SELECT pg_try_advisory_lock({MIGRATION_LOCK})")):
+        if not waits:
+            _say("Another `migrate` is at work: waiting for it ...")
+        waits = True
         connection.commit()
         time.sleep(0.2)
     for limit in LIMITS:
         connection.execute(text(limit))
     connection.commit()  # outside a transaction: Alembic then has its own, and may leave it
-    context.configure(connection=connection, target_metadata=Base.metadata, compare_server_default=True)
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        compare_server_default=True,
+        on_version_apply=progress.applied,
+    )
     if _is_done_by_a_later_version(connection):
         return
     names = _limit_role(connection, role)
@@ -73,9 +101,7 @@ def _is_done_by_a_later_version(connection: Connection) -> bool:
         setup.check_mark(revision, connection.scalar(text(MARK)))
     except setup.Unfit as unfit:
         raise ConfigurationError(f"DATABASE_URL: {unfit.line}") from None
-    print(  # noqa: T201 - for whoever runs it
-        f"The database is at migration {revision}, which this version does not know: nothing to do.", file=sys.stderr
-    )
+    _say(f"The database is at migration {revision}, which this version does not know: nothing to do.")
     return True
 
 
@@ -107,6 +133,37 @@ def _mark(connection: Connection) -> None:
     if setup.mark(newest) != connection.scalar(text(MARK)):
         comment = "NULL" if newest is None else f"'{setup.mark(newest)}'"
         connection.execute(text(f"COMMENT ON TABLE alembic_version IS {comment}"))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - for whoever runs it
+
+
+class _Progress:
+    """What is said while migrations run: a line for each that is done, and every few seconds how far the current one is."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def applied(self, ctx: Any, step: Any, heads: Any, run_args: Any) -> None:
+        """Alembic tells that a migration was applied."""
+        took, self._began = time.monotonic() - self._began, time.monotonic()
+        direction = "" if step.is_upgrade else "undone, "
+        name = Path(step.up_revision.path).stem if step.up_revision is not None else "-"
+        _say(f"Migration {name}: {direction}{took:.1f} s")
+
+    async def tell(self, url: str, pid: int) -> None:
+        """Until cancelled. It looks from a connection of its own, and says nothing when it cannot."""
+        while True:
+            await asyncio.sleep(TELL_SECONDS)
+            with suppress(Unreachable, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                connection = await connect(url, *PATIENCE)
+                try:
+                    found = await connection.fetchrow(AT_WORK, pid)
+                finally:
+                    await connection.close()
+                if found is not None:
+                    _say(f"... {time.monotonic() - self._began:.0f} s: {found['now']}{found['part'] or ''}")
 
 
 async def _carry_settings(settings: DatabaseSettings) -> str:
@@ -145,7 +202,14 @@ async def _run() -> None:
     engine = create_async_engine("postgresql+asyncpg://", async_creator=direct, poolclass=NullPool)
     try:
         async with engine.connect() as connection:
-            await connection.run_sync(_migrate, role)  # the advisory lock ends with the connection
+            progress = _Progress()
+            pid: int = (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+            await connection.rollback()
+            telling = asyncio.create_task(progress.tell(url, pid))
+            try:
+                await connection.run_sync(_migrate, role, progress)  # the advisory lock ends with the connection
+            finally:
+                telling.cancel()
     except Unreachable as problem:
         raise ConfigurationError(f"{name}: {problem.cause}.") from None
     finally:

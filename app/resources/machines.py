@@ -4,6 +4,7 @@ Locks are taken in one order everywhere: pools, runs, machines; each kind by id 
 them is looked for again under the last lock.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
@@ -22,6 +23,8 @@ from app.services import Services
 from app.stores.database import Connection, Database, Deadlock, Record
 from app.stores.pages import Listing, Slice, in_order, page, where
 from app.stores.statements import statement
+
+log = logging.getLogger("app.runs")
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
@@ -233,7 +236,11 @@ async def _end_session(
     rows = await connection.fetch(FREE_SESSION_RUNS, **own)
     if len(rows) < await connection.fetchval(COUNT_SESSION_RUNS, **own):
         raise Deadlock
-    await end_runs(connection, [row["id"] for row in rows], RunStatus.CANCELLED, SESSION_ENDED, settings, actor)
+    await end_runs(
+        connection, [row["id"] for row in rows], RunStatus.CANCELLED, SESSION_ENDED, settings, actor, "session_ended"
+    )
+    line = {"event": "session_released", "machine_id": machine_id, "organization_id": organization_id}
+    connection.after_commit(lambda: log.info(line))
     return True
 
 
@@ -287,7 +294,7 @@ async def _detach_runs(connection: Connection, machine_id: UUID, settings: Setti
         async for run_ids in locked_runs(connection, column, machine_id):
             # In this order: the event of an ending shows the run as it will be.
             await connection.execute(DETACH, run_ids=run_ids, machine_id=machine_id)
-            await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings, actor)
+            await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings, actor, "machine_deleted")
 
 
 # --- pools of a machine -----------------------------------------------------------------------------------------------

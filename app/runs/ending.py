@@ -3,6 +3,7 @@ through `remove_runs`: they free the machine, release the session, write the eve
 and blobs on the deletion list in the same transaction.
 """
 
+import logging
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -11,7 +12,7 @@ from sqlalchemy import bindparam, literal_column, select
 from app.auth import NOBODY, Actor
 from app.config import Settings
 from app.errors import RunNotFound
-from app.events import record
+from app.events import By, announce, record
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Run, RunStatus
 from app.runs import projection
@@ -19,8 +20,11 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database
 from app.stores.deletions import Name
-from app.stores.statements import by_id, found, statement
+from app.stores.statements import Statement, by_id, found, statement
+from app.telemetry import metrics
 from app.webhooks import outbox
+
+log = logging.getLogger("app.runs")
 
 # --- end --------------------------------------------------------------------------------------------------------------
 
@@ -61,11 +65,25 @@ def _release(which: str) -> str:
     UPDATE machines SET reserved_session_id = NULL
     WHERE reserved_session_id = ANY (ARRAY(SELECT session_id FROM released))
       AND organization_id = (SELECT organization_id FROM released WHERE session_id = reserved_session_id LIMIT 1)
+    RETURNING id, organization_id
     """
 
 
 RELEASE = statement("runs.ending.release", _release("true"))
 RELEASE_ACTIVE = statement("runs.ending.release_active", _release("status IN ('scheduling', 'running')"))
+
+
+async def release(connection: Connection, run_ids: Sequence[UUID], how: Statement = RELEASE) -> None:
+    """Free the machines of these runs' sessions, where they say so."""
+    rows = await connection.fetch(how, run_ids=run_ids)
+
+    def tell() -> None:
+        for row in rows:
+            line = {"event": "session_released", "machine_id": row["id"], "organization_id": row["organization_id"]}
+            log.info(line)
+
+    if rows:
+        connection.after_commit(tell)
 
 
 # The keys of a run whose length nothing bounds but the body of a request, in the order in which an event leaves them out.
@@ -139,7 +157,7 @@ async def ended(connection: Connection, run_ids: Sequence[UUID], settings: Setti
     Returns whether there is now an event to send.
     """
     await connection.execute(RETAIN, run_ids=run_ids, seconds=float(settings.secret_retention_seconds))
-    await connection.execute(RELEASE, run_ids=run_ids)
+    await release(connection, run_ids)
     recorded = False
     for start in range(0, len(run_ids), _EVENT_RUNS):
         some = run_ids[start : start + _EVENT_RUNS]
@@ -155,6 +173,7 @@ async def end_runs(
     error: str | None,
     settings: Settings,
     actor: Actor,
+    by: By,
 ) -> None:
     """End those of these locked runs that are active."""
     rows = await connection.fetch(
@@ -165,6 +184,7 @@ async def end_runs(
         **actor.parameters(),
     )
     await ended(connection, [row["id"] for row in rows], settings)
+    announce(connection, status.value, by, [row["id"] for row in rows])
 
 
 SILENT = statement(
@@ -189,7 +209,7 @@ async def end_silent_runs(database: Database, settings: Settings) -> set[str]:
                 f"The executor sent no report for {silence} seconds, so the run was ended. Retry it when one is back."
             )
             ids = [row["id"] for row in rows]
-            await end_runs(connection, ids, RunStatus.ERROR, sentence, settings, NOBODY)
+            await end_runs(connection, ids, RunStatus.ERROR, sentence, settings, NOBODY, "silence")
     return {row["organization_id"] for row in rows}
 
 
@@ -257,8 +277,10 @@ async def remove_runs(connection: Connection, run_ids: Sequence[UUID], actor: Ac
     names = [Name(*row.values()) for row in await connection.fetch(LIST_NAMES, run_ids=run_ids)]
     await deletions.due(connection, names)
     await connection.execute(outbox.FORGET_BODIES, run_ids=run_ids)
-    await connection.execute(RELEASE_ACTIVE, run_ids=run_ids)
+    await release(connection, run_ids, RELEASE_ACTIVE)
     await connection.execute(DELETE, run_ids=run_ids, **actor.parameters())
+    count = len(run_ids)
+    connection.after_commit(lambda: metrics.transitions.add("deleted", "caller", count=count))
 
 
 async def delete(services: Services, write: WriteRequest, run_id: UUID, reason: str | None) -> Reply:

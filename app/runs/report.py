@@ -11,11 +11,11 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from app.auth import SEEN, Principal
 from app.errors import InsufficientScope, Invalid, InvalidTransition, RunNotFound
-from app.events import record
+from app.events import By, announce, record
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
 from app.runs import fences, projection, replays
-from app.runs.ending import RELEASE, ended
+from app.runs.ending import ended, release
 from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
 from app.services import Services
@@ -127,7 +127,10 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         if status in TERMINAL and current not in TERMINAL:
             has_event = await ended(connection, [run_id], services.settings)
         elif status in TERMINAL and options.release_session_after:
-            await connection.execute(RELEASE, run_ids=[run_id])
+            await release(connection, [run_id])
+        if status is not current:
+            by: By = "caller" if status is RunStatus.CANCELLED else "executor"
+            announce(connection, status.value, by, [run_id], organization_id=write.principal.organization_id)
         shown = projection.encode(await projection.get(connection, run_id, write.principal))
         return Reply(200, shown, [run_id], has_event=has_event)
 

@@ -21,14 +21,15 @@ import heapq
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from uuid import UUID
 
 from app.auth import NOBODY
-from app.events import record
+from app.events import announce, record
 from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import statement
+from app.telemetry import metrics
 
 SLICE = 1000  # machines, and lanes, that one statement looks at
 MOST = 200  # assignments of a pass, and runs of one lane that one statement reads
@@ -339,7 +340,17 @@ async def _assign(connection: Connection, organization_id: str, queue: _Queue, i
         machine_ids=[one.machine.id for one in placed],
         **NOBODY.parameters(),
     )
+    for one in placed:
+        announce(connection, "assigned", "service", [one.run_id], organization_id, machine_id=one.machine.id)
+    connection.after_commit(lambda: _measure(placed))
     return Pass(placed, Left.MORE if ran_out is not None or len(placed) == MOST else left)
+
+
+def _measure(placed: Sequence[Placed]) -> None:
+    """How long they have waited, by this machine's clock."""
+    now = datetime.now(UTC)
+    for one in placed:
+        metrics.placement_wait.observe(max(0.0, (now - one.queued_at).total_seconds()))
 
 
 async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[set[UUID], set[UUID]]:

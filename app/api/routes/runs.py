@@ -46,6 +46,7 @@ from app.schemas.runs import (
     RunUpdate,
 )
 from app.schemas.values import Page, Reason, Timestamp
+from app.telemetry import metrics
 
 router = APIRouter(route_class=Route, prefix="/v1/runs", tags=["runs"])
 
@@ -113,7 +114,10 @@ async def create_run(request: Request) -> Response:
 async def bulk_create_runs(request: Request) -> Response:
     """Queue many runs that are alike: all of them or none."""
     options, write = await read(request, RunBulkCreate)
-    return send(await create.create_bulk(services(request), write, options))
+    reply = await create.create_bulk(services(request), write, options)
+    if not reply.replayed:
+        metrics.transitions.add("scheduling", "caller", count=options.count)
+    return send(reply)
 
 
 @router.get("/{run_id}", response_model=RunResponse, **operation(RunNotFound, scope="runs:read", bound="runs:read"))
