@@ -70,8 +70,9 @@ export function icon(name) {
   return svg;
 }
 
-export function status(name) {
-  return h(`span.status.is-${name in SHAPES ? name : "cancelled"}`, null, name in SHAPES ? icon(name) : null, h("span", null, name));
+/** A state in words and colour; `like` is a run's status that looks as it should. */
+export function status(name, like = name) {
+  return h(`span.status.is-${like in SHAPES ? like : "cancelled"}`, null, like in SHAPES ? icon(like) : null, h("span", null, name));
 }
 
 export const REASONS = {
@@ -141,6 +142,7 @@ const AGES = {
   age: (at) => brief(now() - at),
   ago: (at) => (now() - at < 1000 ? "now" : `${brief(now() - at)} ago`),
   since: (at) => span(now() - at),
+  when: (at) => (at > now() ? `in ${span(at - now())}` : "now"),
   left: (at) => (at > now() ? `${span(at - now())} left` : "expired"),
 };
 
@@ -150,6 +152,13 @@ export function time(at, form = "ago") {
   const node = h("time", { datetime: at, title: clock(at), "data-form": form });
   node.textContent = AGES[form](Date.parse(at));
   return node;
+}
+
+/** An ISO time as a datetime-local input has it. */
+export function local(iso) {
+  if (!iso) return "";
+  const at = new Date(iso);
+  return new Date(at - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
 }
 
 /** Called once a second. */

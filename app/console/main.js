@@ -7,6 +7,7 @@ import { queueView } from "./queue.js";
 import { runView } from "./run.js";
 import { runsView } from "./runs.js";
 import { signInView } from "./signin.js";
+import { webhooksView } from "./webhooks.js";
 
 let inside = false; // whether somebody is signed in and the shell is on the page
 let view = null; // {name, title(), change(route), round(signal), keys, destroy()}
@@ -14,17 +15,18 @@ let lastList = "#/runs";
 
 // --- addresses --------------------------------------------------------------------------------------------------------
 
-/** #/runs?status=error, #/runs/<id>/<tab>, #/queue. What is not understood is the list of runs. */
+/** #/runs?status=error, #/runs/<id>/<tab>, #/queue, #/webhooks, #/webhooks/<id>. What is not understood is the list of runs. */
 function route() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?", 2);
   const [name, id, tab] = path.split("/");
   const params = new URLSearchParams(query);
   if (name === "queue") return { name: "queue", params };
+  if (name === "webhooks") return { name, id: id && UUID.test(id) ? id.toLowerCase() : undefined, params };
   if (name === "runs" && id && UUID.test(id)) return { name: "run", id: id.toLowerCase(), tab: tab || "now", params };
   return { name: "runs", params };
 }
 
-const VIEWS = { runs: runsView, run: runView, queue: queueView };
+const VIEWS = { runs: runsView, run: runView, queue: queueView, webhooks: webhooksView };
 
 function show() {
   if (!inside) return;
@@ -36,8 +38,8 @@ function show() {
   const to = route();
   if (to.name === "runs") lastList = location.hash || "#/runs";
   markNavigation(to.name);
-  if (to.name === "queue" && me.machine_id) {
-    location.replace("#/runs"); // it is not for a key that belongs to a machine
+  if (["queue", "webhooks"].includes(to.name) && me.machine_id) {
+    location.replace("#/runs"); // these are not for a key that belongs to a machine
     return;
   }
   if (view?.name === to.name && view.id === to.id) {
@@ -66,6 +68,7 @@ function titleIs(title) {
 const navigation = {
   runs: h("a", { href: "#/runs" }, "Runs"),
   queue: h("a", { href: "#/queue" }, "Queue"),
+  webhooks: h("a", { href: "#/webhooks" }, "Webhooks"),
 };
 const jump = h("input", {
   type: "search",
@@ -84,7 +87,7 @@ const bar = h(
   null,
   h("button.skip", { type: "button", onclick: () => main.focus() }, "Skip to the content"),
   h("span.brand", null, h("img", { src: "icon.svg", alt: "", width: 20, height: 20 }), h("span", null, "Runs")),
-  h("nav", { "aria-label": "Screens" }, navigation.runs, navigation.queue),
+  h("nav", { "aria-label": "Screens" }, Object.values(navigation)),
   h("form.jump", { role: "search", onsubmit: (event) => (event.preventDefault(), jumpTo(jump.value)) }, icon("search"), jump, h("kbd", { "aria-hidden": "true" }, "/")),
   h("div.pulse", null, fresh, pauseButton),
   who,
@@ -171,10 +174,16 @@ async function whatIs(id) {
       [`runs/${id}`, `#/runs/${id}`],
       [`workflows/${id}`, `#/runs?workflow=${id}`],
       [`machines/${id}`, `#/runs?machine=${id}`],
+      ...(me.machine_id
+        ? []
+        : [
+            [`webhook-endpoints/${id}`, `#/webhooks/${id}`],
+            [`webhook-deliveries/${id}`, null], // what a receiver has as webhook-id
+          ]),
     ]) {
       try {
-        await call("GET", path);
-        return address;
+        const { data } = await call("GET", path);
+        return address ?? (data.run_id ? `#/runs/${data.run_id}/webhooks` : `#/webhooks/${data.endpoint_id}`);
       } catch (error) {
         if (error.status !== 404) throw error;
       }
@@ -289,7 +298,7 @@ addEventListener("paste", (event) => {
 
 function enter() {
   inside = true;
-  navigation.queue.hidden = Boolean(me.machine_id);
+  navigation.queue.hidden = navigation.webhooks.hidden = Boolean(me.machine_id);
   fill(who, icon("key"), h("span", null, theirs(me.name || me.organization_id || "key")));
   who.setAttribute("aria-label", `Your key: ${me.name || me.organization_id || "unnamed"}`);
   document.body.prepend(bar, banner);

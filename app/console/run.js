@@ -5,8 +5,9 @@ import { bar, bytes, clock, copy, copyButton, count, fill, h, icon, keeping, not
 import { historyView, json, prose } from "./history.js";
 import * as names from "./names.js";
 import { openRetry } from "./retry.js";
+import { deliveryList, loadEndpoints } from "./webhooks.js";
 
-const TABS = { now: "Now", inputs: "Inputs", attempts: "Attempts", events: "Events", json: "JSON" };
+const TABS = { now: "Now", inputs: "Inputs", attempts: "Attempts", events: "Events", webhooks: "Webhooks", json: "JSON" };
 const TERMINAL = new Set(["success", "error", "cancelled"]);
 // A retry with overrides can still work: the dialog says which.
 const MENDABLE = new Set(["sensitive_inputs_expired", "input_attachments_expired", "machine_not_found", "pool_not_found", "session_not_found"]);
@@ -22,6 +23,8 @@ export function runView(root, first, app) {
   let attachments = null; // by id
   let attempts = null;
   let events = null;
+  let endpoints = new Map(); // of webhooks, by id
+  let sent = null; // deliveries of its endings
   let plan = null; // the dry run of a plain retry; undefined if the service has none
   let planAt = 0;
   let planFor = "";
@@ -45,6 +48,13 @@ export function runView(root, first, app) {
   const cancelButton = h("button", { type: "button", onclick: cancel }, "Cancel run …");
   const obstacleText = h("p.obstacle", { id: "obstacle" });
   let keepPanel = keeping(panel);
+  const deliveries = h("div");
+  const drawDeliveries = deliveryList(
+    deliveries,
+    (one) => [h("a", { href: `#/webhooks/${one.endpoint_id}` }, theirs(endpoints.get(one.endpoint_id)?.url ?? "an endpoint")), h("span.faint", null, ` attempt ${one.attempt}`)],
+    (one) => endpoints.get(one.endpoint_id)?.disabled === false,
+  );
+  for (const link of tabs.children) if (link.dataset.tab === "webhooks") link.hidden = Boolean(me.machine_id);
 
   function markTab() {
     for (const link of tabs.children) {
@@ -76,6 +86,7 @@ export function runView(root, first, app) {
       loadAttachments(signal),
       tab === "attempts" ? loadAttempts(signal) : null,
       tab === "events" ? loadEvents(signal) : null,
+      tab === "webhooks" && !me.machine_id ? loadSent(signal) : null,
       loadPlan(signal),
     ]);
     draw();
@@ -108,6 +119,11 @@ export function runView(root, first, app) {
     const { data } = await call("GET", `runs/${id}/attempts`, { query: { limit: 1000 }, signal });
     attempts = data.items;
     await names.loadMissing("machines", attempts.map((attempt) => attempt.machine_id), signal);
+  }
+
+  async function loadSent(signal) {
+    const [known, { data }] = await Promise.all([loadEndpoints(signal), call("GET", `runs/${id}/webhook-deliveries`, { signal })]);
+    [endpoints, sent] = [known, data];
   }
 
   /** The latest, newest first; the API has them oldest first. */
@@ -161,9 +177,11 @@ export function runView(root, first, app) {
       inputs: [small, called, plan?.secrets, [...(attachments?.keys() ?? [])], run.pool_ids?.map((pool) => names.nameOf("pools", pool))],
       attempts: [small, called, attempts, attempts?.map((one) => one.machine_id && names.nameOf("machines", one.machine_id))],
       events: [events === undefined ? "none" : events],
+      webhooks: [sent === null],
       json: [text],
     }[tab];
-    keepPanel([tab, shown], { now: drawNow, inputs: drawInputs, attempts: drawAttempts, events: drawEvents, json: drawJson }[tab]);
+    if (sent) drawDeliveries(sent.items, { of: [run.status, [...endpoints.values()].map((one) => [one.url, one.disabled])], empty: nothingSent() });
+    keepPanel([tab, shown], { now: drawNow, inputs: drawInputs, attempts: drawAttempts, events: drawEvents, webhooks: drawSent, json: drawJson }[tab]);
   }
 
   function drawTitle() {
@@ -473,6 +491,18 @@ export function runView(root, first, app) {
         ),
       ),
     );
+  }
+
+  // --- webhooks -------------------------------------------------------------------------------------------------------
+
+  function drawSent() {
+    return sent === null ? skeleton(3) : [deliveries, sent.total > sent.items.length ? h("p.faint", null, `The latest ${sent.items.length} of ${sent.total.toLocaleString()}.`) : null];
+  }
+
+  function nothingSent() {
+    const wanted = names.get("workflows", run.workflow_id)?.is_webhooks_enabled;
+    const why = wanted === false ? "Its workflow does not send any: is_webhooks_enabled is off." : !endpoints.size ? ["There is no endpoint. ", h("a", { href: "#/webhooks" }, "Webhooks")] : TERMINAL.has(run.status) ? "It ended before there was an endpoint, or that is longer ago than messages are kept." : "A message is sent when it ends.";
+    return notice("info", "Nothing was sent", h("p", null, why));
   }
 
   // --- JSON -----------------------------------------------------------------------------------------------------------

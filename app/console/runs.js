@@ -1,7 +1,7 @@
 // The list of runs. Rows stay where they are: what is new is announced, and comes when it is asked for.
 
 import { aborted, call, may, poll } from "./api.js";
-import { UUID, copyButton, count, fill, h, icon, notice, now, reason, say, short, skeleton, status, theirs, time, took } from "./dom.js";
+import { UUID, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, skeleton, status, theirs, time, took } from "./dom.js";
 import * as names from "./names.js";
 
 const PAGE = 100;
@@ -387,13 +387,6 @@ function query({ status: wanted, workflow, machine, session, since, from, to, be
     created_at_to: anchor ?? to,
     skip,
   };
-}
-
-/** An ISO time as a datetime-local input has it. */
-function local(iso) {
-  if (!iso) return "";
-  const at = new Date(iso);
-  return new Date(at - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
 }
 
 /** Why it waits, or the first line of what went wrong, or how long it took. */

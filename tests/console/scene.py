@@ -1,6 +1,7 @@
 """A small company at night, made through the API: what the console is looked at with, by its tests and for its screenshots."""
 
 import base64
+import json
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ class Scene:
     machines: dict[str, str] = field(default_factory=dict)
     pools: dict[str, str] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
+    endpoints: dict[str, str] = field(default_factory=dict)
 
 
 def night(stack: Stack, api: Client, *, past: int = 26) -> Scene:
@@ -110,6 +112,7 @@ def night(stack: Stack, api: Client, *, past: int = 26) -> Scene:
         scene.pools[name] = pool
     _history(stack, api, scene, past)
     _present(stack, api, scene)
+    _webhooks(stack, api, scene)
     return scene
 
 
@@ -185,6 +188,65 @@ def _present(stack: Stack, api: Client, scene: Scene) -> None:
         age = datetime.now(UTC) - timedelta(seconds=700 - 160 * number)
         stack.sql("UPDATE runs SET created_at = $2, queued_at = $2 WHERE id = $1", run, age)
         scene.runs[f"waiting-{number}"] = run
+
+
+def _webhooks(stack: Stack, api: Client, scene: Scene) -> None:
+    """Two endpoints, and what they were sent of the failed run. Nothing is due within the test, so nothing is connected to."""
+    for name, url in (
+        ("ledger", "https://ledger.acme.example/hooks/runs"),
+        ("chat", "https://chat.acme.example/in/4711"),
+    ):
+        scene.endpoints[name] = api.webhook_endpoint()
+        stack.sql(
+            "UPDATE webhook_endpoints SET url = $2, description = $3, created_at = now() - interval '3 days',"
+            " failing_since = CASE WHEN $3 = 'chat' THEN now() - interval '38 minutes' END WHERE id = $1",
+            scene.endpoints[name],
+            url,
+            name,
+        )
+    for attempt, minutes in ((1, 88), (2, 24)):
+        [event] = stack.sql(
+            "INSERT INTO webhook_events (id, organization_id, run_id, attempt, event_type, occurred_at, body, is_fanned_out)"
+            " VALUES (gen_random_uuid(), $1, $2, $3, 'run_complete', now() - make_interval(mins => $4), '{}', true)"
+            " RETURNING id",
+            api.organization,
+            scene.runs["failed"],
+            attempt,
+            minutes,
+        )
+        for name in scene.endpoints:
+            _delivery(
+                stack, api, scene.endpoints[name], event["id"], minutes, [503, 503, None] if name == "chat" else [204]
+            )
+
+
+def _delivery(stack: Stack, api: Client, endpoint: str, event: object, minutes: int, answers: list[int | None]) -> None:
+    """One that was answered so, the last answer last; a failed one of more than an hour ago is not tried any more."""
+    delivered = answers[-1] == 204
+    tries = [
+        {
+            "tried_at": (datetime.now(UTC) - timedelta(minutes=minutes - 6 * number)).isoformat(),
+            "duration_ms": 41 if answer else 15_003,
+            "response_status": answer,
+            "response_body": '{"error": "queue is full"}' if answer == 503 else "",
+            "error": None if answer else "timeout",
+        }
+        for number, answer in enumerate(answers)
+    ][::-1]
+    stack.sql(
+        "INSERT INTO webhook_deliveries (id, event_id, endpoint_id, organization_id, status, tries, due_at, created_at,"
+        " tried_at, duration_ms, response_status, response_body, error, last_tries)"
+        " VALUES (gen_random_uuid(), $1, $2::text::uuid, $3, $4, $5, now() + interval '17 minutes',"
+        " now() - make_interval(mins => $6), $7::text::timestamptz, $8, $9, $10, $11, $12)",
+        event,
+        endpoint,
+        api.organization,
+        "delivered" if delivered else "failed" if minutes > 60 else "pending",
+        len(tries),
+        minutes,
+        *tries[0].values(),
+        json.dumps(tries),
+    )
 
 
 def _at(stack: Stack, run: str, *, minutes: float, seconds: float) -> None:

@@ -43,13 +43,20 @@ async def _walk(page: Page, url: str, key: str, scene: Scene, scheme: str) -> No
     await expect(page.locator("table.runs")).to_contain_text("Post invoices")
     await keep("runs")
     run = f"{url}/console/#/runs/{scene.runs['failed']}"
-    for tab in ("now", "inputs", "attempts", "events"):
+    for tab in ("now", "inputs", "attempts", "events", "webhooks"):
         await page.goto(f"{run}/{tab}")
         await expect(page.locator(".panel .skeleton")).to_have_count(0)
         await keep(f"run-{tab}")
     await page.goto(f"{url}/console/#/queue")
     await expect(page.locator(".lanes > li")).not_to_have_count(0)
     await keep("queue")
+    await page.goto(f"{url}/console/#/webhooks")
+    await expect(page.locator(".machines > li")).to_have_count(2)
+    await keep("webhooks")
+    await page.get_by_role("link", name="chat.acme").click()
+    await page.get_by_text("Answers").first.click()
+    await expect(page.locator(".events > li")).to_have_count(3)
+    await keep("webhook-endpoint")
     await page.goto(f"{run}/now")
     await page.get_by_role("button", name="Retry …").click()
     for legend in ("Secrets", "Machine"):

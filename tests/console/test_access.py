@@ -39,7 +39,7 @@ def walk(console: Console, scene: Scene) -> Any:
     console.go("#/runs?status=cancelled&from=2020-01-01T00:00:00.000Z&to=2020-01-02T00:00:00.000Z")
     console.sees("No run matches these filters")
     yield "no runs"
-    for tab in ("now", "inputs", "attempts", "events", "json"):
+    for tab in ("now", "inputs", "attempts", "events", "webhooks", "json"):
         console.open_run(failed, tab)
         console.misses(console.page.locator(".skeleton"))
         yield f"run, {tab}"
@@ -49,6 +49,17 @@ def walk(console: Console, scene: Scene) -> Any:
     console.go("#/queue")
     console.sees(console.page.get_by_text("desk-6"))
     yield "queue"
+    console.go("#/webhooks")
+    console.do(console.page.get_by_role("link", name="chat.acme").click())
+    console.do(console.page.get_by_text("Answers").first.click())
+    console.sees("queue is full")
+    yield "webhook endpoint"
+    console.do(console.page.get_by_role("button", name="Recover …").click())
+    yield "recover"
+    console.do(console.page.keyboard.press("Escape"))
+    console.go("#/webhooks")
+    console.sees(console.page.get_by_role("heading", name="Endpoints"))
+    yield "webhooks"
     console.open_retry(failed)
     for legend in ("Values", "Secrets", "Files", "Machine", "Session"):
         console.choose(legend, "Change")
