@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from app.config import Settings
 from benchmarks import load, plans
@@ -20,6 +20,7 @@ from benchmarks.pgbench import SixStatements
 from benchmarks.placing import ADD_MACHINES, END_ASSIGNED, add_crowd, add_lanes, idle, many, soon
 from benchmarks.statements import statements
 from benchmarks.world import ORGANIZATION, RETRY_BODY, Server, Unplaced, World, run_id, sample
+from benchmarks.world import history as history_of
 
 MIB = 1024 * 1024
 
@@ -176,6 +177,51 @@ def history(world: World, pressure: Pressure) -> Group:
             Case("1 MB", partial(server.retries, fixed, history_bytes=MIB)),
         ],
         [Target("p50, 1 MB / 1 KB", p50("1 MB", "1 KB"), at_most=1.5)],
+    )
+
+
+RUNNING = """
+INSERT INTO runs (id, organization_id, workflow_id, status, lane, started_at, reported_at)
+SELECT gen_random_uuid(), $1, $2, 'running', 'any', now(), now() FROM generate_series(1, $3::int) RETURNING id::text
+"""
+
+
+def webhooks(world: World, pressure: Pressure) -> Group:
+    """A workflow that wants messages and one that does not, beside each other. The messages are sent meanwhile."""
+    data = world.database("webhooks")
+    server = world.server_of(data)
+    few = Pressure(min(pressure.connections, 4), seconds=60, warmup=0, limit=150)
+    unwanted = uuid4()
+    data.sql(
+        "INSERT INTO workflows (id, organization_id, main_prompt) VALUES ($1, $2, 'Do it.')", unwanted, ORGANIZATION
+    )
+    data.sql("UPDATE workflows SET is_webhooks_enabled = true WHERE id = $1", data.workflow)
+    receiver = f"http://127.0.0.1:{world.bare.port}/v1/runs/{uuid4()}/retry"  # it answers 200 to any object
+    status, _ = server.call("POST", "/v1/webhook-endpoints", {"url": receiver})
+    if status != 201:
+        raise RuntimeError(f"The endpoint's creation answered {status}")
+
+    def end(workflow: UUID, history_bytes: int) -> Sample:
+        ids = [row["id"] for row in data.sql(RUNNING, ORGANIZATION, workflow, few.limit)]
+        messages = json.loads(history_of(history_bytes))
+        body = json.dumps({"status": "success", "run_message_history": messages}).encode()
+        seen = server.repeat(few, server.head("PATCH", "/v1/runs/{id}", body=body), body=body, ids=ids)
+        seen.figures["drain s"] = data.drain()
+        return seen
+
+    sizes = {"1 KB": 1024, "100 KB": 100 * 1024, "1 MB": MIB}
+    return Group(
+        "webhooks",
+        f"a report that ends a run, by its history (random text), with a webhook and without, {few.connections} connections",
+        [
+            Case(f"{size} {what}", partial(end, workflow, length))
+            for size, length in sizes.items()
+            for what, workflow in (("without", unwanted), ("with", data.workflow))
+        ],
+        [
+            Target(f"p50, {size}, with / without", p50(f"{size} with", f"{size} without"), at_most=most)
+            for size, most in (("1 KB", None), ("100 KB", None), ("1 MB", 1.2))
+        ],
     )
 
 
@@ -433,6 +479,7 @@ GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
     "placement": placement,
     "tenants": tenants,
     "history": history,
+    "webhooks": webhooks,
     "secret": secret,
     "files": files,
     "refused": refused,

@@ -12,7 +12,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
@@ -167,10 +167,13 @@ class Data:
         self._stock[kind] = self._stock[kind][count:]
 
     def drain(self, seconds: float = 60) -> float:
-        """Wait until all that is due or superseded is gone, so that the next measure does not pay for it; how long it took."""
+        """Wait until all that is due or superseded is gone and every webhook is sent, so that the next measure does not pay
+        for it; how long it took."""
         began = time.monotonic()
         left = (
-            "SELECT FROM deletions WHERE due_at <= now() UNION ALL SELECT FROM run_outputs WHERE is_superseded LIMIT 1"
+            "SELECT FROM deletions WHERE due_at <= now() UNION ALL SELECT FROM run_outputs WHERE is_superseded"
+            " UNION ALL SELECT FROM webhook_events WHERE NOT is_fanned_out"
+            " UNION ALL SELECT FROM webhook_deliveries WHERE status = 'pending' LIMIT 1"
         )
         while self.sql(left):
             if time.monotonic() - began > seconds:
@@ -243,9 +246,11 @@ class Server:
         cost["drain s"] = self.data.drain()
         return sample(outcome, cost)
 
-    def repeat(self, pressure: Pressure, head: str, *, expect: int = 200, body: bytes = b"") -> Sample:
-        """The same request again and again."""
-        outcome, cost = self._measured(load.Plan(self.port, pressure, head, expect, body))
+    def repeat(
+        self, pressure: Pressure, head: str, *, expect: int = 200, body: bytes = b"", ids: Sequence[str] = ()
+    ) -> Sample:
+        """The same request again and again; with ids, `{id}` in its head is the next of them."""
+        outcome, cost = self._measured(load.Plan(self.port, pressure, head, expect, body, list(ids)))
         return sample(outcome, cost)
 
     def cpu(self) -> tuple[float, float]:
@@ -386,6 +391,7 @@ class World:
             "VAULT_TOKEN": self.vault_token,
             "STORAGE_URL": files.as_uri(),
             "SERVER_KEY": secrets.token_hex(32),
+            "WEBHOOK_ALLOW": "127.0.0.0/8",
         }
 
     @cached_property
