@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run test soak fuzz test-sdk example screenshots lint fmt bench lock
+.PHONY: help run test soak fuzz test-sdk example observe screenshots lint fmt bench lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the READM
 
 example: .venv/dev.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
 	@$(BIN)/python -m examples.lifecycle
+
+observe: .venv/run.stamp ## Prometheus beside `make run`, on 127.0.0.1:$PROMETHEUS_PORT (9090), with the shipped alerts
+	@exec $(BIN)/python -m dev.prometheus
 
 screenshots: .venv/dev.stamp ## every screen of the console as docs/console/*.png (needs Chromium)
 	$(BIN)/python -m tests.console.screenshots

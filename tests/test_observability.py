@@ -1,0 +1,106 @@
+"""Alerts and dashboard, proved with the real Prometheus: each alert fires and clears, and each panel shows something."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from ruamel.yaml import YAML
+
+from dev.prometheus import MISSING, Prometheus, binary
+from dev.stack import http
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, own_database
+from tests.support.waiting import until
+
+ROOT = Path(__file__).resolve().parent.parent
+RULES = ROOT / "deploy" / "prometheus"
+DASHBOARD = ROOT / "deploy" / "grafana" / "runs.json"
+
+
+def installed() -> str:
+    """The server's program. Without it the test is skipped, or fails if PROMETHEUS says that there must be one."""
+    found = binary()
+    if found is None:
+        if "PROMETHEUS" in os.environ:
+            pytest.fail(MISSING)
+        pytest.skip(MISSING)
+    return found
+
+
+def alerts() -> list[dict[str, Any]]:
+    document = YAML(typ="safe").load(RULES / "alerts.yml")
+    return [rule for group in document["groups"] for rule in group["rules"]]
+
+
+def panels() -> Iterator[tuple[str, str]]:
+    """Title and expression."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", ()):
+            yield panel["title"], target["expr"]
+
+
+def promtool(*arguments: str) -> None:
+    program = Path(installed()).with_name("promtool")
+    done = subprocess.run([program, *arguments], cwd=RULES, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_fires_and_clears() -> None:
+    promtool("check", "config", "prometheus.yml")
+    promtool("test", "rules", "alerts_test.yml")
+    tested = {test["name"] for test in YAML(typ="safe").load(RULES / "alerts_test.yml")["tests"]}
+    assert tested == {alert["alert"] for alert in alerts()}
+
+
+def test_each_row_of_the_troubleshooting_table_has_its_alert_and_each_alert_its_row() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = readme.partition("## Troubleshooting")[2].partition("\n\nBackups")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "You see" not in line]
+    anchors = [re.findall(r'<a id="([a-z-]+)"></a>', row) for row in rows]
+    assert all(len(found) == 1 for found in anchors), "each row has an anchor"
+    led_to = {alert["annotations"]["runbook"] for alert in alerts()}
+    assert led_to == {f"README.md#{found[0]}" for found in anchors}
+
+
+def test_alerts_and_panels_name_only_metrics_that_there_are(server: Server) -> None:
+    shown = set(re.findall(r"(?m)^# TYPE (\S+)", http("GET", f"{server.url}/metrics")[1])) | {"up"}
+    shown.add("runs_quota_refusals_total")  # there with the first refusal
+    for text in (*(alert["expr"] for alert in alerts()), *(expression for _, expression in panels())):
+        for name in re.findall(r"\b(?:runs|http|db)_[a-z_]+", re.sub(r"\{.*?\}|by \(.*?\)", "", text)):
+            assert re.sub("_(bucket|sum|count)$", "", name) in shown or name in shown, name
+
+
+def test_each_panel_shows_something_after_the_life_of_a_run(stack: Stack, tmp_path: Path) -> None:
+    installed()
+    with own_database(stack, "panels") as own:
+        server = start_server(own)
+        try:
+            with server.client() as api, Prometheus(tmp_path, server.url, seconds=1) as prometheus:
+                machine = api.machine()
+                run = api.run(sensitive_input_values={"password": "wrong"})["id"]
+                until(lambda: api.get_run(run)["assigned_machine_id"] == machine)
+                api.report(run, status="running")
+                api.report(run, status="error", error=["Login failed."])
+                assert api.retry(run, sensitive_input_values={"password": "right"}).status_code == 200
+                assert api.retry(run).status_code == 409
+
+                def shows(expression: str) -> bool:
+                    status, reply = http("GET", f"{prometheus.url}/api/v1/query?query={quote(expression)}")
+                    assert status == 200, reply
+                    return bool(reply["data"]["result"])
+
+                for title, expression in panels():
+                    until(partial(shows, expression), what=f"{title}: {expression}")
+                status, reply = http("GET", f"{prometheus.url}/api/v1/rules")
+                assert (status, reply["status"]) == (200, "success")
+                health = {rule["name"]: rule["health"] for group in reply["data"]["groups"] for rule in group["rules"]}
+                assert set(health.values()) <= {"ok", "unknown"}, health
+        finally:
+            server.app.stop()
