@@ -378,7 +378,7 @@ class Settings(DatabaseSettings):
             raise ValueError("must be like https://vault.example.com:8200, without a user or a query.")
         return value.rstrip("/")
 
-    @field_validator("vault_cacert")
+    @field_validator("vault_cacert", "webhook_cacert")
     @classmethod
     def _is_a_bundle(cls, value: Path | None) -> Path | None:
         try:

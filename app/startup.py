@@ -17,6 +17,7 @@ from app.errors import DatabaseUnavailable
 from app.stores import setup
 from app.stores.database import Database, Unreachable
 from app.stores.files import FileStore
+from app.webhooks.addresses import Allowed
 
 log = logging.getLogger("app.startup")
 
@@ -28,6 +29,7 @@ def check(settings: Settings) -> None:
     _check_address(settings.host, settings.port)
     if settings.vault_token_file is not None:
         _check_token_file(settings.vault_token_file)
+    _check_webhooks(settings)
     _check_files(settings)
     asyncio.run(_check_database(settings))
 
@@ -74,6 +76,16 @@ def _check_token_file(path: Path) -> None:
         raise ConfigurationError(
             f"VAULT_TOKEN_FILE: the file cannot be read ({reason}). Vault Agent must have written it before we start."
         ) from None
+
+
+def _check_webhooks(settings: Settings) -> None:
+    for number, entry in enumerate(settings.webhook_allow, 1):
+        try:
+            Allowed.parse([entry])
+        except ValueError:
+            raise ConfigurationError(
+                f"WEBHOOK_ALLOW: entry {number} is neither a network (10.0.0.0/8), an address nor a host name."
+            ) from None
 
 
 def _check_files(settings: Settings) -> None:

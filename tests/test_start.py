@@ -130,6 +130,11 @@ def with_canary(url: str) -> str:
         ({"CORS_ORIGINS": "example.com"}, "CORS_ORIGINS", "https://"),
         ({"CORS_ORIGINS": "https://example.com/path"}, "CORS_ORIGINS", "https://"),
         ({"PUBLIC_URL": "runs.example.com"}, "PUBLIC_URL", "https://"),
+        # Webhooks
+        ({"WEBHOOK_ALLOW": f"10.0.0.0/8,{CANARY}/"}, "WEBHOOK_ALLOW", "entry 2 is neither a network"),
+        ({"WEBHOOK_ALLOW": "10.0.0.1/8"}, "WEBHOOK_ALLOW", "entry 1 is neither a network"),
+        ({"WEBHOOK_CACERT": "/nowhere/ca.pem"}, "WEBHOOK_CACERT", "PEM"),
+        ({"WEBHOOK_CACERT": __file__}, "WEBHOOK_CACERT", "PEM"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
