@@ -35,7 +35,7 @@ fuzz: .venv/dev.stamp ## send what the OpenAPI document allows, and what it does
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the README's table
-	SDK_VERSIONS=all $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_sdk.py
+	SDK_VERSIONS=all $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_sdk.py tests/webhooks/test_receivers.py
 	$(BIN)/python -m tests.sdk.table
 
 example: .venv/dev.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
