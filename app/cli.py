@@ -1,4 +1,4 @@
-"""The command line: `python -m app serve|migrate|keys|organizations|version`."""
+"""The command line: `python -m app serve|migrate|keys|organizations|stores|version`."""
 
 import argparse
 import asyncio
@@ -7,10 +7,13 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -24,11 +27,15 @@ from sqlalchemy.exc import DBAPIError
 from app import __version__, auth, keys, startup
 from app.api.server import BACKLOG
 from app.config import ConfigurationError, DatabaseSettings, Settings, lines_of
+from app.errors import Unavailable
 from app.main import create_app
 from app.models import ORGANIZATION_PATTERN
 from app.resources import organizations
+from app.resources.comparison import compare
 from app.stores import setup
-from app.stores.database import Connection, Unreachable, connect
+from app.stores.database import Connection, Database, Unreachable, connect
+from app.stores.files import FileStore
+from app.stores.vault import NotGrantedError, SecretStore
 from app.telemetry import metrics
 from app.telemetry.logs import configure
 
@@ -86,6 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
         " STAGE_TIMEOUT_SECONDS; default: 90",
     )
     delete.set_defaults(run=_delete_organization)
+
+    stores = commands.add_parser("stores", help="Vault and the file store").add_subparsers(
+        required=True, metavar="action"
+    )
+    comparison = stores.add_parser(
+        "compare",
+        help="list what the database names and the stores lack, and what they hold and nobody names; changes nothing."
+        " Exit status 1: there are differences; 2: it could not be told",
+    )
+    comparison.add_argument("--json", action="store_true", help="one JSON object a line")
+    comparison.set_defaults(run=_compare_stores)
 
     chosen = parser.parse_args(arguments)
     try:
@@ -272,6 +290,46 @@ def _delete_organization(options: argparse.Namespace) -> int:
         return 1
     print("Done. The service now deletes its secrets and files, as they are on the deletion list.")
     return 0
+
+
+def _compare_stores(options: argparse.Namespace) -> int:
+    settings = Settings()
+    configure("error")
+    folder = urlsplit(settings.storage_url)
+    if folder.scheme == "file" and not Path(unquote(folder.path)).is_dir():
+        raise ConfigurationError("STORAGE_URL: the folder does not exist. Mount it first.")
+    startup.check_database(settings)
+
+    async def list_differences() -> int:
+        counts: Counter[str] = Counter()
+        database, secrets, files = Database(settings), SecretStore(settings), FileStore(settings)
+        try:
+            async for found in compare(database, secrets, files):
+                counts[found.kind] += 1
+                owner = "" if found.owner is None else f"  needed by {found.owner}"
+                print(
+                    json.dumps(asdict(found)) if options.json else f"{found.kind}  {found.store}  {found.name}{owner}"
+                )
+        finally:
+            await secrets.close()
+            await files.close()
+            database.close()
+        print(f"{counts['missing']} missing, {counts['orphaned']} orphaned.", file=sys.stderr)
+        return 1 if counts else 0
+
+    try:
+        return asyncio.run(list_differences())
+    except NotGrantedError:
+        raise ConfigurationError(
+            "VAULT_TOKEN: it may not list. The service's own login cannot; give a token with policies/compare.hcl."
+        ) from None
+    except Unavailable as problem:
+        print(
+            f"The comparison is not complete ({problem.code}): a store did not answer. Run it again.", file=sys.stderr
+        )
+        return 2
+    except ValueError as problem:  # of the file store, which names the setting
+        raise ConfigurationError(str(problem)) from None
 
 
 class _Told:

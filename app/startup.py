@@ -31,7 +31,7 @@ def check(settings: Settings) -> None:
         _check_token_file(settings.vault_token_file)
     _check_webhooks(settings)
     _check_files(settings)
-    asyncio.run(_check_database(settings))
+    check_database(settings)
 
 
 def keep_out_of_dumps() -> None:
@@ -93,6 +93,11 @@ def _check_files(settings: Settings) -> None:
         FileStore(settings)
     except ValueError as problem:
         raise ConfigurationError(str(problem)) from None
+
+
+def check_database(settings: Settings) -> None:
+    """Raises ConfigurationError for a database that cannot be used as it is."""
+    asyncio.run(_check_database(settings))
 
 
 async def _check_database(settings: Settings) -> None:

@@ -163,6 +163,41 @@ class FileStore:
         sign = partial(obstore.sign, store, "GET", key, timedelta(seconds=expires_in))
         return await self._run(self._requests, "sign", sign, self._timeout)
 
+    async def list_names(self, page: int) -> AsyncIterator[list[str]]:
+        """The keys of all files, in pages of at most that many. Raises StorageUnavailable."""
+        pages = self._walk(page) if self._root is not None else self._listed(page)
+        while names := await self._run(self._requests, "list", partial(next, pages, []), self._patience(0)):
+            yield names
+
+    def _walk(self, page: int) -> Iterator[list[str]]:
+        self._require_root(self._root)
+        found: list[str] = []
+        for folder, _, names in os.walk(self._root or ""):
+            for name in names:
+                found.append(str((Path(folder) / name).relative_to(self._root or "")))
+                if len(found) == page:
+                    yield found
+                    found = []
+        yield found
+
+    def _listed(self, page: int) -> Iterator[list[str]]:
+        for objects in obstore.list(self._store, chunk_size=page):
+            yield [found["path"] for found in objects]
+
+    async def size(self, key: str) -> int | None:
+        """Bytes of a file; None if there is none. Raises StorageUnavailable."""
+
+        def look() -> int | None:
+            try:
+                if self._root is not None:
+                    self._require_root(self._root)
+                    return (self._root / key).stat().st_size
+                return obstore.head(self._store, key)["size"]
+            except FileNotFoundError:
+                return None
+
+        return await self._run(self._requests, "size", look, self._timeout)
+
     async def ready(self) -> bool:
         """Whether the folder can be written, or the object store answers. Bounded by twice the timeout."""
         try:

@@ -4,8 +4,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
@@ -107,6 +107,14 @@ def _too_large() -> PayloadTooLarge:
     )
 
 
+class NotGrantedError(Exception):
+    """The token may not do this."""
+
+
+# Names in one answer.
+LIST_PAGE = 1000
+
+
 class SecretStore:
     """One secret per staged set of values, each under a path of its own that is written once.
 
@@ -188,6 +196,77 @@ class SecretStore:
             return isinstance(reply, requests.Response) and reply.status_code == requests.codes.no_content
 
         await self._run(self._collector, "delete", destroy, float("inf"))
+
+    # --- for the command line, with a token that may list and read metadata (policies/compare.hcl); values are not read ---
+
+    async def list_names(self, prefix: str) -> AsyncIterator[list[str]]:
+        """The paths of all secrets below a prefix, in pages. Raises VaultUnavailable and NotGrantedError.
+
+        OpenBao lists a folder in pages; Vault lists the whole of it at once.
+        """
+        folders = [f"{prefix}/"]
+        while folders:
+            folder = folders.pop()
+            after = ""
+            while True:
+                names = await self._list(folder, after)
+                folders += [folder + name for name in names if name.endswith("/")]
+                if found := [folder + name for name in names if not name.endswith("/")]:
+                    yield found
+                if len(names) != LIST_PAGE:
+                    break
+                after = names[-1]
+
+    async def _list(self, folder: str, after: str) -> list[str]:
+        url = f"/v1/{self.mount}/metadata/{quote(folder)}"
+        reply = await self._ask(
+            "list", lambda client: client.adapter.list(url, params={"limit": LIST_PAGE, "after": after})
+        )
+        return [] if reply is None else [str(name) for name in reply["data"]["keys"]]
+
+    async def exists(self, path: str) -> bool:
+        """Whether there is anything at this path, be it metadata alone. Raises VaultUnavailable and NotGrantedError."""
+        return await self._metadata(path) is not None
+
+    async def holds(self, path: str) -> bool:
+        """Whether the secret at this path can be read by whoever may. Raises VaultUnavailable and NotGrantedError."""
+        metadata = await self._metadata(path)
+        if metadata is None:
+            return False
+        version = metadata["versions"].get(str(metadata["current_version"]))
+        return version is not None and not version["destroyed"] and not version["deletion_time"]
+
+    async def _metadata(self, path: str) -> dict[str, Any] | None:
+        reply = await self._ask(
+            "metadata",
+            lambda client: client.secrets.kv.v2.read_secret_metadata(path=path, mount_point=self.mount),
+        )
+        return None if reply is None else reply["data"]
+
+    async def _ask(self, operation: str, call: Callable[[hvac.Client], Any]) -> dict[str, Any] | None:
+        """The reply; None for what is not there."""
+        reply: dict[str, Any] | None = None
+        is_granted = True
+
+        def ask(client: hvac.Client) -> bool:
+            nonlocal reply, is_granted
+            try:
+                reply = call(client)
+            except InvalidPath:
+                reply = None
+                return True
+            except Forbidden:
+                is_granted = False
+                raise
+            return isinstance(reply, dict)
+
+        try:
+            await self._run(self._requests, operation, ask, float("inf"))
+        except VaultUnavailable:
+            if not is_granted:
+                raise NotGrantedError from None
+            raise
+        return reply
 
     async def problem(self) -> str | None:
         """Why secrets cannot be written: `unreachable` (no answer, sealed, not set up), `login_refused`, or None.
