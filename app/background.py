@@ -131,6 +131,20 @@ def loops(services: Services) -> list[Loop]:
         Loop("events", partial(prune_events, database, settings.event_retention_days), period),
         Loop("webhooks", deliverer.round, period, wakeups.deliveries, rest=0.02, close=deliverer.close),
         Loop("old_webhooks", partial(prune_webhooks, database, settings.webhook_retention_days), period),
+        *_handing_over(services),
+    ]
+
+
+def _handing_over(services: Services) -> list[Loop]:
+    if not services.settings.hands_over:
+        return []
+    from app.handoff.temporal import SWEEP_SECONDS, Dispatcher
+
+    dispatcher = Dispatcher(services)
+    period, wake = services.settings.background_period_seconds, services.wakeups.dispatches
+    return [
+        Loop("dispatches", dispatcher.round, period, wake, rest_for_work=0),
+        Loop("handing_over_again", dispatcher.sweep, SWEEP_SECONDS),
     ]
 
 

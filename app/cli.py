@@ -1,4 +1,4 @@
-"""The command line: `python -m app serve|migrate|keys|organizations|stores|version`."""
+"""The command line: `python -m app serve|worker|migrate|keys|organizations|stores|version`."""
 
 import argparse
 import asyncio
@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     serve = commands.add_parser("serve", help="serve HTTP, with the settings of the environment")
     serve.set_defaults(run=_serve)
+    worker = commands.add_parser(
+        "worker", help="run Temporal's workflows (docs/temporal.md); only with TEMPORAL_ADDRESS"
+    )
+    worker.set_defaults(run=_worker)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
@@ -164,6 +168,19 @@ def _serve(_: argparse.Namespace) -> int:
         timeout_keep_alive=75,  # longer than balancers keep idle connections: else they send requests into closed ones
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
+    return 0
+
+
+def _worker(_: argparse.Namespace) -> int:
+    startup.keep_out_of_dumps()
+    settings = Settings()
+    configure(settings.log_level)
+    if not settings.hands_over:
+        raise ConfigurationError("TEMPORAL_ADDRESS: is not set; the worker is only for Temporal (docs/temporal.md).")
+    startup.check_temporal(settings)
+    from app.handoff.worker import serve
+
+    asyncio.run(serve(settings))
     return 0
 
 

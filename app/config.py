@@ -324,6 +324,41 @@ class Settings(DatabaseSettings):
     webhook_retention_days: int = Field(
         7, ge=2, le=90, description="How long webhook events and their deliveries are kept."
     )
+    # Temporal, and what becomes of attempts that are handed over to it
+    temporal_address: str | None = Field(
+        None,
+        description="Temporal's frontend, host:port. Set on all replicas, attempts are handed over to it (docs/temporal.md);"
+        " empty: executors wait by long poll.",
+    )
+    temporal_namespace: str = Field(
+        "default", min_length=1, description="Temporal namespace, one for each installation."
+    )
+    temporal_api_key: SecretStr | None = Field(None, description="API key for Temporal; turns TLS on.")
+    temporal_tls: bool | None = Field(
+        None, description="Connect to Temporal with TLS; default: with an API key or a TLS file."
+    )
+    temporal_tls_server_ca_cert_path: Path | None = Field(
+        None, description="CA bundle for Temporal's certificate; default: the system's."
+    )
+    temporal_tls_server_name: str | None = Field(
+        None, description="Name in Temporal's certificate, if it is another than the address."
+    )
+    temporal_tls_client_cert_path: Path | None = Field(None, description="Our certificate for Temporal (mTLS).")
+    temporal_tls_client_key_path: Path | None = Field(None, description="The key of that certificate.")
+    temporal_task_queue: str = Field(
+        "machine-{machine_id}",
+        pattern=r"^([A-Za-z0-9_.-]|\{machine_id\}|\{organization_id\}){1,200}$",
+        description="Where executors wait: a queue for each machine, or a name for a fleet; may hold {organization_id}.",
+    )
+    run_heartbeat_seconds: float = Field(
+        10,
+        ge=0.5,
+        le=3600,
+        description="With Temporal: an executor that is silent for longer is dead; its run ends in error.",
+    )
+    run_timeout_seconds: int = Field(
+        86_400, ge=1, description="With Temporal: an attempt that takes longer ends in error."
+    )
     background: Literal["all", "none", "only"] = Field(
         "all",
         description="`none`: this replica only answers, `only`: it serves nothing but health; what follows a commit"
@@ -337,6 +372,19 @@ class Settings(DatabaseSettings):
         description="Key for HMACs of requests and download URLs, the same on all replicas: `openssl rand -hex 32`.",
     )
     server_key_previous: SecretStr | None = Field(None, min_length=32, description="Accepted beside it while rotating.")
+
+    @property
+    def hands_over(self) -> bool:
+        """Attempts go to Temporal."""
+        return self.temporal_address is not None
+
+    @property
+    def temporal_uses_tls(self) -> bool:
+        """As set, or because something that is set needs it."""
+        if self.temporal_tls is not None:
+            return self.temporal_tls
+        needing = (self.temporal_api_key, self.temporal_tls_server_ca_cert_path, self.temporal_tls_client_cert_path)
+        return any(one is not None for one in needing)
 
     @field_validator("cors_origins", "webhook_allow", "trusted_proxies", mode="before")
     @classmethod
@@ -378,6 +426,28 @@ class Settings(DatabaseSettings):
             raise ValueError("must be like https://vault.example.com:8200, without a user or a query.")
         return value.rstrip("/")
 
+    @field_validator("temporal_address")
+    @classmethod
+    def _is_host_and_port(cls, value: str | None) -> str | None:
+        parts = None if value is None else _url(f"grpc://{value}", "grpc")
+        if value is not None and (parts is None or parts.port is None or parts.netloc != value or "@" in value):
+            raise ValueError("must be like temporal.example.com:7233, without https://.")
+        return value
+
+    @field_validator(
+        "temporal_tls_server_ca_cert_path", "temporal_tls_client_cert_path", "temporal_tls_client_key_path"
+    )
+    @classmethod
+    def _is_readable(cls, value: Path | None) -> Path | None:
+        try:
+            if value is not None:
+                value.read_bytes()
+        except OSError as problem:
+            raise ValueError(
+                f"the file cannot be read ({problem.strerror}); name a readable file in PEM form."
+            ) from None
+        return value
+
     @field_validator("vault_cacert", "webhook_cacert")
     @classmethod
     def _is_a_bundle(cls, value: Path | None) -> Path | None:
@@ -394,6 +464,16 @@ class Settings(DatabaseSettings):
         if sum(way is not None for way in ways) != 1:
             raise ValueError(
                 "VAULT_TOKEN, VAULT_TOKEN_FILE or VAULT_ROLE_ID: set exactly one of them (the last with VAULT_SECRET_ID)."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_whole_client_certificate(self) -> Self:
+        if (self.temporal_tls_client_cert_path is None) != (self.temporal_tls_client_key_path is None):
+            raise ValueError("TEMPORAL_TLS_CLIENT_CERT_PATH, TEMPORAL_TLS_CLIENT_KEY_PATH: set both or none of them.")
+        if self.temporal_api_key is not None and not self.temporal_uses_tls:
+            raise ValueError(
+                "TEMPORAL_TLS: it is off, and TEMPORAL_API_KEY would be sent in clear text. Unset one of the two."
             )
         return self
 

@@ -549,6 +549,26 @@ class WebhookRecovery(Base):
     moved_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
+class Dispatch(Base):
+    """What Temporal is to be told (handoff/dispatches.py). No foreign key: a cancel outlives its run."""
+
+    __tablename__ = "dispatches"
+    __table_args__ = (
+        CheckConstraint("kind IN ('start', 'cancel')", name="kind"),
+        Index("ix_dispatches_due_at", "due_at"),
+    )
+
+    run_id: Mapped[UUID] = mapped_column(primary_key=True)
+    assignment: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    machine_id: Mapped[UUID]
+    organization_id: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    due_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    failures: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+
+
 class SharedRound(Base):
     """How far a round is that all replicas go through together: whoever is free takes the next slice.
 

@@ -10,6 +10,7 @@ import logging
 import resource
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from app.config import ConfigurationError, Settings
@@ -31,6 +32,7 @@ def check(settings: Settings) -> None:
         _check_token_file(settings.vault_token_file)
     _check_webhooks(settings)
     _check_files(settings)
+    check_temporal(settings)
     check_database(settings)
 
 
@@ -98,6 +100,14 @@ def _check_files(settings: Settings) -> None:
 def check_database(settings: Settings) -> None:
     """Raises ConfigurationError for a database that cannot be used as it is."""
     asyncio.run(_check_database(settings))
+
+
+def check_temporal(settings: Settings) -> None:
+    """Raises ConfigurationError if attempts are to be handed over and the package for it is missing."""
+    if settings.hands_over and find_spec("temporalio") is None:
+        raise ConfigurationError(
+            "TEMPORAL_ADDRESS: the package temporalio is not installed; install requirements-extras.lock, or unset it."
+        )
 
 
 async def _check_database(settings: Settings) -> None:

@@ -56,6 +56,7 @@ class Wakeups:
         self.large_placement = Turns()  # of those whose passes take long
         self.collector = asyncio.Event()
         self.deliveries = asyncio.Event()  # set after a commit that left something to send
+        self.dispatches = asyncio.Event()  # set after a commit that may have left something to tell Temporal
         self.to_tell = asyncio.Event()
         self._untold: dict[str, set[str]] = defaultdict(set)
         self._callers: dict[UUID, set[asyncio.Event]] = defaultdict(set)
@@ -68,6 +69,7 @@ class Wakeups:
         if self._settles:
             self.placement.wake(organization_id)
             self.collector.set()
+            self.dispatches.set()
         else:
             self._tell(WOKEN, organization_id)
 
@@ -123,6 +125,7 @@ class Wakeups:
 
     def placed(self, machines: Iterable[UUID]) -> None:
         """Wake them here and, a moment later, in other processes."""
+        self.dispatches.set()
         for machine in machines:
             self.assigned([machine])
             self._tell(ASSIGNED, str(machine))

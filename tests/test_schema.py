@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from app import auth, idempotency
 from app.config import Settings
+from app.handoff import dispatches
 from app.runs import create, ending, outputs, projection, quotas, retry
 from app.scheduling.targets import lane
 from app.stores import deletions
@@ -137,6 +138,11 @@ STATEMENTS: dict[str, str | Statement] = {
     "recover": delivery.RECOVER,
     "prune webhooks": delivery.PRUNE,
     "count for quotas": quotas.COUNT,
+    "lease dispatches": dispatches.LEASE,
+    "settle dispatches": dispatches.SETTLE,
+    "postpone dispatches": dispatches.POSTPONE,
+    "sweep": dispatches.SWEEP,
+    "call off": dispatches.CANCEL,
 }
 
 

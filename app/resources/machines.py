@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 from app.auth import Actor, Principal
 from app.config import Settings
 from app.errors import InsufficientScope, Invalid, MachineNotFound, PoolNotFound
+from app.handoff import dispatches
 from app.idempotency import Reply, Resource, WriteRequest, once
 from app.models import Machine, RunStatus
 from app.resources.crud import Change, Owner, locked_runs
@@ -292,6 +293,8 @@ async def _detach_runs(connection: Connection, machine_id: UUID, settings: Setti
     columns: tuple[Owner, ...] = ("assigned_machine_id", "pinned_machine_id")
     for column in columns:
         async for run_ids in locked_runs(connection, column, machine_id):
+            if settings.hands_over:
+                await dispatches.cancel(connection, run_ids)
             # In this order: the event of an ending shows the run as it will be.
             await connection.execute(DETACH, run_ids=run_ids, machine_id=machine_id)
             await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings, actor, "machine_deleted")

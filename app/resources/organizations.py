@@ -171,7 +171,7 @@ async def _remove_all(connection: Connection, organization_id: str, progress: Pr
     async def runs(behind: Sequence[object]) -> list[tuple[object, ...]]:
         created_at, run_id = behind
         rows = await connection.fetch(LOCK_RUNS, organization_id=organization_id, created_at=created_at, id=run_id)
-        await remove_runs(connection, [row["id"] for row in rows], NOBODY)
+        await remove_runs(connection, [row["id"] for row in rows], NOBODY, hands_over=False)
         return [(row["created_at"], row["id"]) for row in rows]
 
     await _in_batches(connection, "webhook endpoints", endpoints, (), progress)

@@ -13,6 +13,7 @@ from app.auth import NOBODY, Actor
 from app.config import Settings
 from app.errors import RunNotFound
 from app.events import By, announce, record
+from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Run, RunStatus
 from app.runs import projection
@@ -174,8 +175,12 @@ async def end_runs(
     settings: Settings,
     actor: Actor,
     by: By,
+    *,
+    called_off: bool = True,
 ) -> None:
-    """End those of these locked runs that are active."""
+    """End those of these locked runs that are active. `called_off`: their executors are to be told."""
+    if settings.hands_over and called_off:
+        await dispatches.cancel(connection, run_ids)
     rows = await connection.fetch(
         END,
         run_ids=run_ids,
@@ -272,8 +277,13 @@ DELETE = statement(
 )
 
 
-async def remove_runs(connection: Connection, run_ids: Sequence[UUID], actor: Actor) -> None:
-    """Remove locked runs, listing everything they name. The only way a run's row goes."""
+async def remove_runs(connection: Connection, run_ids: Sequence[UUID], actor: Actor, *, hands_over: bool) -> None:
+    """Remove locked runs, listing everything they name. The only way a run's row goes.
+
+    `hands_over`: executors at Temporal are to be called off. Those that are not hear of it when they report.
+    """
+    if hands_over:
+        await dispatches.cancel(connection, run_ids)
     names = [Name(*row.values()) for row in await connection.fetch(LIST_NAMES, run_ids=run_ids)]
     await deletions.due(connection, names)
     await connection.execute(outbox.FORGET_BODIES, run_ids=run_ids)
@@ -290,7 +300,7 @@ async def delete(services: Services, write: WriteRequest, run_id: UUID, reason: 
     async def work(connection: Connection) -> Reply:
         if not await connection.fetchval(LOCK_FOR_DELETE, run_id=run_id, organization_id=organization_id):
             raise RunNotFound
-        await remove_runs(connection, [run_id], write.actor(reason))
+        await remove_runs(connection, [run_id], write.actor(reason), hands_over=services.settings.hands_over)
         return Reply(204, b"")
 
     return await once(services, write, work)

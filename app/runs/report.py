@@ -12,6 +12,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 from app.auth import SEEN, Principal
 from app.errors import InsufficientScope, Invalid, InvalidTransition, RunNotFound
 from app.events import By, announce, record
+from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
 from app.runs import fences, projection, replays
@@ -117,6 +118,8 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
                         "output_attachment_ids",
                     )
                 )
+        if services.settings.hands_over and _calls_off(current, status):
+            await dispatches.cancel(connection, [run_id])
         changes = _update(run_id, current, status, options)
         await connection.execute(UPDATE, **changes, **write.actor(options.reason).parameters())
         if options.model_fields_set.intersection(SAVED):
@@ -161,6 +164,12 @@ def _refuse_scope(principal: Principal, options: RunUpdate) -> None:
         sentence = "This field is required of a key that is bound to a machine."
         raise Invalid(*((("body", name), sentence, "missing") for name in missing))
     fences.check(options)
+
+
+def _calls_off(current: RunStatus, status: RunStatus) -> bool:
+    """Whether an executor is to be told: what it has ended itself it knows."""
+    is_end = status in TERMINAL and current not in TERMINAL
+    return is_end and (status is RunStatus.CANCELLED or current is RunStatus.SCHEDULING)
 
 
 def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate) -> None:

@@ -26,6 +26,7 @@ from uuid import UUID
 
 from app.auth import NOBODY
 from app.events import announce, record
+from app.handoff import dispatches
 from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import statement
@@ -140,11 +141,11 @@ POOLS_NOW = statement(
     "placement.pools_now", "SELECT machine_id, pool_id FROM pool_machines WHERE machine_id = ANY(:machine_ids::uuid[])"
 )
 
+
 # Each run is looked up by its key and changed by its place: a join could read all runs with a plan made while there were few.
 # The runs are locked, so they stay where they are.
-ASSIGN = statement(
-    "placement.assign",
-    f"""
+def _assign_and(also: str = "") -> str:
+    return f"""
     WITH chosen AS MATERIALIZED (
         SELECT run.tid, wanted.machine_id
         FROM unnest(:run_ids::uuid[], :machine_ids::uuid[]) AS wanted (run_id, machine_id),
@@ -152,10 +153,15 @@ ASSIGN = statement(
     ), assigned AS (
         UPDATE runs SET assigned_machine_id = chosen.machine_id, assignment = assignment + 1
         FROM chosen WHERE runs.ctid = chosen.tid
-        RETURNING runs.id, runs.organization_id, runs.attempt, runs.status
-    )
+        RETURNING runs.id, runs.organization_id, runs.attempt, runs.status, runs.assignment, runs.assigned_machine_id
+    ){also}
     {record("assigned", "'assigned'", from_status="status", to_status="status")}
-    """,
+    """
+
+
+ASSIGN = statement("placement.assign", _assign_and())
+ASSIGN_AND_HAND_OVER = statement(
+    "placement.assign_and_hand_over", _assign_and(f", handed_over AS ({dispatches.STARTED})")
 )
 
 RESERVE = statement(
@@ -214,8 +220,11 @@ class _TooLarge(Exception):
     """The slices were not enough."""
 
 
-async def place(database: Database, organization_id: str, *, slices: int = 1) -> Pass:
-    """One pass over an organization that reads so many slices of machines and of lanes at most. Raises DatabaseUnavailable."""
+async def place(database: Database, organization_id: str, *, slices: int = 1, hands_over: bool = False) -> Pass:
+    """One pass over an organization that reads so many slices of machines and of lanes at most. Raises DatabaseUnavailable.
+
+    `hands_over`: Temporal is to be told of what is placed.
+    """
     try:
         async with database.transaction() as connection:
             if not await connection.fetchval(LOCK_ORGANIZATION, organization_id=organization_id):
@@ -224,7 +233,7 @@ async def place(database: Database, organization_id: str, *, slices: int = 1) ->
             if not idle:
                 return Pass((), Left.NOTHING)
             queue = await _heads(connection, organization_id, idle, slices)
-            return await _assign(connection, organization_id, queue, idle)
+            return await _assign(connection, organization_id, queue, idle, hands_over=hands_over)
     except _TooLarge:
         return Pass((), Left.LARGE)
 
@@ -293,7 +302,9 @@ def _keep_the_best(queue: _Queue, more: Sequence[Record]) -> None:
     del queue.runs[KEPT:]
 
 
-async def _assign(connection: Connection, organization_id: str, queue: _Queue, idle: dict[UUID, Machine]) -> Pass:
+async def _assign(
+    connection: Connection, organization_id: str, queue: _Queue, idle: dict[UUID, Machine], *, hands_over: bool
+) -> Pass:
     reads = LANES_READ_ON if queue.may_read_on else 0
     left = Left.NOTHING
     while True:
@@ -335,7 +346,7 @@ async def _assign(connection: Connection, organization_id: str, queue: _Queue, i
             session_ids=[one.session_id for one in opening],
         )
     await connection.execute(
-        ASSIGN,
+        ASSIGN_AND_HAND_OVER if hands_over else ASSIGN,
         run_ids=[one.run_id for one in placed],
         machine_ids=[one.machine.id for one in placed],
         **NOBODY.parameters(),

@@ -62,7 +62,8 @@ async def _place_in_turn(services: Services, turns: Turns, *, slices: int) -> No
 async def _pass(services: Services, organization_id: str, *, slices: int = 1) -> Left:
     """One pass, and who is told of it. Raises DatabaseUnavailable."""
     try:
-        done = await place(services.database, organization_id, slices=slices)
+        hands_over = services.settings.hands_over
+        done = await place(services.database, organization_id, slices=slices, hands_over=hands_over)
     except LockTimeout:
         log.warning({"event": "placement_waits", "organization_id": organization_id})
         return Left.HELD

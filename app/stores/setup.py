@@ -22,6 +22,7 @@ GRANTS = {
     "alembic_version": "SELECT",
     "api_keys": "SELECT, UPDATE (last_used_at)",  # `keys` makes and revokes them, as the owner
     "deletions": _ALL,
+    "dispatches": _ALL,
     "idempotency_keys": _ALL,
     "machines": _ALL,
     "pool_machines": "SELECT, INSERT, DELETE",

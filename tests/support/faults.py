@@ -224,6 +224,36 @@ def serve(folder: Path, environment: Mapping[str, str], plan: Plan) -> None:
     )
 
 
+def dispatch(folder: Path, environment: Mapping[str, str], plan: Plan, _: float) -> None:
+    """What a replica does to hand runs over, until nothing is due."""
+    _enter(environment, folder / "app.log")
+    from temporalio.client import Client
+
+    from app.handoff.temporal import Dispatcher
+
+    faults = Faults(folder, plan)
+    faults.install()
+    original = Client.start_workflow
+
+    async def start(*args: Any, **kwargs: Any) -> Any:
+        faults.point("start before", args)
+        handle = await original(*args, **kwargs)
+        faults.point("start after", args)
+        return handle
+
+    setattr(Client, "start_workflow", start)  # noqa: B010 - it is not ours to type
+    IN_REQUEST.set(True)
+
+    async def rounds() -> None:
+        services = Services.open(Settings())
+        dispatcher = Dispatcher(services)
+        while await dispatcher.round():
+            pass
+        await services.close()
+
+    asyncio.run(rounds())
+
+
 def collect(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: float) -> None:
     """One round of the collector, with the database's clock read that many seconds later."""
     _enter(environment, folder / "app.log")
@@ -271,7 +301,9 @@ async def collect_until_empty(
 
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.support.faults", "uvloop", "uvicorn.protocols.http.httptools_impl"])
+_forks.set_forkserver_preload(
+    ["tests.support.faults", "uvloop", "uvicorn.protocols.http.httptools_impl", "app.handoff.temporal"]
+)
 
 
 class FaultyServer(Server):
@@ -332,6 +364,13 @@ def collect_as_process(stack: Stack, plan: Plan, *, ahead: float) -> list[str]:
 def deliver_as_process(stack: Stack, plan: Plan, *, ahead: float = 0) -> list[str]:
     """One process that delivers webhooks, with a fault; returns the points it passed, without one."""
     code, points = _as_process(stack, deliver, stack.environment(WEBHOOK_ALLOW="127.0.0.0/8"), plan, ahead)
+    assert code == (0 if plan.point is None else -signal.SIGKILL)
+    return points
+
+
+def dispatch_as_process(stack: Stack, plan: Plan, **settings: object) -> list[str]:
+    """One process that tells Temporal what is due, with a fault; returns the points it passed, without one."""
+    code, points = _as_process(stack, dispatch, stack.environment(**settings), plan, 0)
     assert code == (0 if plan.point is None else -signal.SIGKILL)
     return points
 
