@@ -36,7 +36,7 @@ from app.stores import setup
 from app.stores.database import Connection, Database, Unreachable, connect
 from app.stores.files import FileStore
 from app.stores.vault import NotGrantedError, SecretStore
-from app.telemetry import metrics
+from app.telemetry import metrics, tracing
 from app.telemetry.logs import configure
 
 T = TypeVar("T")
@@ -131,6 +131,7 @@ def application() -> object:
     startup.keep_out_of_dumps()
     settings = Settings()
     configure(settings.log_level)
+    tracing.start(settings.database_url.get_secret_value())
     app = create_app(settings)
     app.openapi()  # it takes a third of a second, in which a first reader of the document would hold up everybody
     gc.collect()
@@ -142,6 +143,7 @@ def _serve(_: argparse.Namespace) -> int:
     startup.keep_out_of_dumps()
     settings = Settings()
     configure(settings.log_level)
+    tracing.check()
     startup.check(settings)
     if settings.metrics:
         try:

@@ -112,6 +112,7 @@ class WriteRequest:
     ttl_seconds: int
     most_bytes: int  # of a longer reply only the ids are kept
     request_id: str | None = None
+    traceparent: str | None = None  # of the request, for whoever executes the attempt that it begins
 
     def actor(self, reason: str | None = None) -> Actor:
         """Who is behind the request, for the events that it causes."""

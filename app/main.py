@@ -20,6 +20,7 @@ from app.api.server import Connections, room_for_connections
 from app.config import Settings
 from app.services import Services
 from app.telemetry import metrics as counted
+from app.telemetry import tracing
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -43,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
             await task
         await services.close()
         counted.take_over()  # where others can still read it
+        await asyncio.to_thread(tracing.stop)
 
     app = FastAPI(
         title="Runs API",

@@ -286,6 +286,7 @@ class Run(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     queued_at: Mapped[datetime] = mapped_column(server_default=func.now())
     queued_by_key_id: Mapped[UUID | None]  # of the key that created it or retried it last
+    traceparent: Mapped[str | None]  # of that request: whoever executes the attempt goes on with its trace
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     reported_at: Mapped[datetime | None]

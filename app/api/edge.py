@@ -21,7 +21,7 @@ from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized, Una
 from app.quotas import Standing, fields
 from app.services import Services
 from app.stores.pool import party
-from app.telemetry import metrics
+from app.telemetry import metrics, tracing
 from app.telemetry.logs import describe
 
 log = logging.getLogger("app.request")
@@ -137,6 +137,19 @@ class _Exchange:
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid4().hex
         self.state: dict[str, Any] = scope.setdefault("state", {})
         self.state["request_id"] = self.id
+        traceparent = tracing.given(self._headers.get(b"traceparent"))
+        self._span: tracing.Request | None = None
+        if tracing.tracer is not None:
+            self._span = tracing.Request(
+                tracing.tracer,
+                scope["method"],
+                scope["path"],
+                scope["scheme"],
+                scope["http_version"],
+                traceparent,
+            )
+            traceparent = self._span.traceparent
+        self.state["traceparent"] = traceparent
         self._sent: list[tuple[bytes, bytes]] = []
         self._bytes_in = self._bytes_out = 0
 
@@ -219,6 +232,8 @@ class _Exchange:
         method: str = scope["method"]
         route: str = getattr(scope.get("route"), "path", "")
         metrics.request(method, route, status, seconds)
+        if self._span is not None:
+            self._span.end(route, status, self.state.get("code"))
         if method == "POST":
             self._count(scope["path"], route)
         level = logging.WARNING if status >= 500 else logging.INFO
@@ -238,6 +253,8 @@ class _Exchange:
         if self.principal is not None:
             line["organization_id"] = self.principal.organization_id
             line["key_id"] = self.principal.key_id
+        if self.state["traceparent"] is not None:
+            _, line["trace_id"], line["span_id"], _ = self.state["traceparent"].split("-")
         line |= {name: self.state[name] for name in ("code", "cause") if name in self.state}
         parameters = scope.get("path_params", {}).items()
         line |= {name: value for name, value in parameters if _UUID.fullmatch(str(value))}

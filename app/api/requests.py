@@ -296,6 +296,7 @@ def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:
         )
     principal = request.state.principal
     most_bytes = 0 if key is None else services(request).replies.most_bytes(principal.organization_id)
+    state = request.state
     return WriteRequest(
-        principal, key, fingerprints, settings.idempotency_ttl_seconds, most_bytes, request.state.request_id
+        principal, key, fingerprints, settings.idempotency_ttl_seconds, most_bytes, state.request_id, state.traceparent
     )

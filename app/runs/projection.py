@@ -109,6 +109,7 @@ RUN_COLUMNS = {
     "main_prompt": "r.main_prompt",
     "model_metadata": "r.model_metadata",
     "usage_metadata": _produced("usage_metadata"),
+    "traceparent": "r.traceparent",
 }
 # For many runs at once: what is to be said of a lane is found out afterwards, by `many`.
 _LANE = "lane "

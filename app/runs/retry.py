@@ -315,6 +315,7 @@ _requeued = (
             Run.attempt: Run.attempt + literal_column("1"),
             Run.queued_at: func.clock_timestamp(),
             Run.queued_by_key_id: bindparam("key_id"),
+            Run.traceparent: bindparam("traceparent", type_=Run.traceparent.type),
             Run.lane: bindparam("lane"),
             Run.queue_rank: bindparam("queue_rank"),
             Run.error: null(),
@@ -502,5 +503,6 @@ async def _write(
         fingerprint=None if write.key is None else write.fingerprints[0],
         ttl_seconds=write.ttl_seconds,
         most_bytes=write.most_bytes,
+        traceparent=write.traceparent,
     )
     return None if body is None else Reply(200, body)

@@ -175,6 +175,10 @@ class RunResponse(Reply):
     scheduling_reason: SCHEDULING_REASONS | None = Field(description="Why a scheduling run has not started.")
     attempt: int = Field(description="1 at creation, one more with each retry.")
     assignment: int = Field(description="0 at creation, one more each time it is given to a machine; never reset.")
+    traceparent: str | None = Field(
+        description="W3C Trace Context of the request that queued this attempt, for its executor to go on with; null if there"
+        " was none and the service makes no traces."
+    )
     is_priority: bool = Field(description="Starts before runs without priority.")
     error: list[str] | None = Field(description="What went wrong.")
     output_data: dict[str, Any] | None = Field(description="The result.")

@@ -21,7 +21,7 @@ from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
 from app.stores import setup
 from app.stores.pool import NoneFreeError, Pool
 from app.stores.statements import Statement
-from app.telemetry import metrics
+from app.telemetry import metrics, tracing
 
 log = logging.getLogger("app.database")
 
@@ -74,11 +74,19 @@ async def _run(
         name, text, arguments = _WORDS.get(sql.partition(" ")[0], "other"), sql, args
     else:
         name, text, arguments = sql.name, sql.sql, sql.arguments(values)
+    span = None if tracing.tracer is None else tracing.statement(name)
     began = perf_counter()
     try:
-        return await call(text, *arguments)
+        found = await call(text, *arguments)
+    except BaseException as error:
+        if span is not None:
+            tracing.fail(span, error)
+        raise
     finally:
         metrics.statements.observe(perf_counter() - began, name)
+    if span is not None:
+        span.end()
+    return found
 
 
 # Names of what has none.

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 from uuid import UUID, uuid4
 
 from app.errors import Unavailable
-from app.telemetry import metrics
+from app.telemetry import metrics, tracing
 
 T = TypeVar("T")
 
@@ -30,7 +30,11 @@ def measured(store: Literal["vault", "files"], operation: str) -> Iterator[None]
     """Around one call, with its wait for a slot."""
     began, outcome = perf_counter(), "ok"
     try:
-        yield
+        if tracing.tracer is None:
+            yield
+        else:
+            with tracing.store_call(store, operation):
+                yield
     except Unavailable:
         outcome = "unavailable"
         raise

@@ -15,6 +15,7 @@ RUN_KEYS = {
         "is_priority",
         "attempt",
         "assignment",
+        "traceparent",
         "scheduling_reason",
         "main_prompt",
         "model_metadata",
