@@ -21,7 +21,7 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generat
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
 
-run: .venv/run.stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.0.1:$PORT (8000), state in $DATA_DIR (.data)
+run: .venv/$(if $(TEMPORAL),dev,run).stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.0.1:$PORT (8000), state in $DATA_DIR (.data); TEMPORAL=1: Temporal too
 	@MAKE_PID=$$PPID exec $(BIN)/python -m dev.run
 
 test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao

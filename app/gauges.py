@@ -25,6 +25,7 @@ LANES_EXPLAINED = 500
 MACHINES_COUNTED = 20_000
 DELETIONS_COUNTED = 100_000
 DELIVERIES_SEEN = 10_000
+DISPATCHES_SEEN = 10_000
 
 # Runs that wait are counted by lane, from the index of the queue alone; why they do is asked of the head of each of the longest
 # lanes. A name on the deletion list has been due since it was first taken: its failures tell how long ago that was.
@@ -52,6 +53,8 @@ GAUGES = statement(
             SELECT store, due_at, failures FROM deletions WHERE due_at <= now() + interval '325 seconds'
             ORDER BY due_at LIMIT {DELETIONS_COUNTED}
         ) AS listed WHERE failures > 0 OR due_at <= now()
+    ), untold AS MATERIALIZED (
+        SELECT created_at FROM dispatches ORDER BY due_at LIMIT {DISPATCHES_SEEN}
     ), machines_seen AS MATERIALIZED (
         SELECT CASE
             WHEN m.status <> 'connected' THEN 'disconnected'
@@ -83,6 +86,11 @@ GAUGES = statement(
     UNION ALL
     SELECT 'runs_deletions_oldest_age_seconds', store, greatest(0, extract(epoch FROM now() - min(since)))::float
     FROM due GROUP BY store
+    UNION ALL
+    SELECT 'runs_dispatches_pending', NULL, count(*)::float FROM untold
+    UNION ALL
+    SELECT 'runs_dispatches_oldest_age_seconds', NULL, coalesce(extract(epoch FROM now() - min(created_at)), 0)::float
+    FROM untold
     UNION ALL
     SELECT 'runs_webhook_oldest_pending_age_seconds', NULL, coalesce(extract(epoch FROM now() - least(
         (SELECT occurred_at FROM webhook_events WHERE NOT is_fanned_out ORDER BY occurred_at LIMIT 1),

@@ -4,6 +4,8 @@ It is the executor of `examples/` with other work: it reads a run's secrets in O
 that reads those of the demo organization and nothing else.
 """
 
+import asyncio
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -29,5 +31,14 @@ def work(values: dict[str, Any], secrets: dict[str, Any], files: list[Path]) -> 
     return Done(output, f"Receipt {output['receipt']}: {output['amount']} posted.\n".encode(), history)
 
 
+def main() -> None:
+    if "TEMPORAL_ADDRESS" not in os.environ:
+        serve(work)
+        return
+    from examples import temporal_executor  # installed only for `make run TEMPORAL=1`
+
+    asyncio.run(temporal_executor.serve(lambda _, *given: work(*given)))
+
+
 if __name__ == "__main__":
-    serve(work)
+    main()

@@ -1,4 +1,7 @@
-"""`make run`: PostgreSQL, OpenBao and the app together, with demo data, until Ctrl-C. State lives under DATA_DIR."""
+"""`make run`: PostgreSQL, OpenBao and the app together, with demo data, until Ctrl-C. State lives under DATA_DIR.
+
+With TEMPORAL=1 the demo's machine gets its runs from Temporal.
+"""
 
 import fcntl
 import os
@@ -22,6 +25,7 @@ from dev.stack import (
     Part,
     Postgres,
     StackError,
+    Temporal,
     http,
     port_problem,
     private,
@@ -46,6 +50,20 @@ class Executor(Part):
 
     def start(self) -> Self:
         self.launch([sys.executable, "-m", "dev.executor"], self.environment, cwd=ROOT)
+        return self
+
+
+class WorkflowWorker(Part):
+    """What runs Temporal's workflows."""
+
+    name = "worker"
+
+    def __init__(self, data_dir: Path, environment: Mapping[str, str]) -> None:
+        super().__init__(data_dir / self.name)
+        self.environment = environment
+
+    def start(self) -> Self:
+        self.launch([*APP, "worker"], self.environment, cwd=ROOT)
         return self
 
 
@@ -108,6 +126,7 @@ def _interrupt(*_: object) -> None:
 def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
     url = f"http://127.0.0.1:{port}"
     Executor(data_dir, {}).stop_leftover()
+    WorkflowWorker(data_dir, {}).stop_leftover()
     App(data_dir, url, {}).stop_leftover()  # or it would hold the port
     if problem := port_problem(port):
         raise StackError(f"Port {port} cannot be used: {problem}. Choose another: make run PORT={usable_port(port)}")
@@ -115,7 +134,9 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
     _say("Starting PostgreSQL and OpenBao ...")
     postgres = parts.enter_context(Postgres(data_dir))
     bao = parts.enter_context(Bao(data_dir))
-    environment = _settings(data_dir, port, postgres, bao)
+    temporal = parts.enter_context(Temporal(data_dir)) if os.environ.get("TEMPORAL") else None
+    handing_over = {} if temporal is None else {"TEMPORAL_ADDRESS": temporal.address}
+    environment = _settings(data_dir, port, postgres, bao) | handing_over
     as_owner = {**environment, "DATABASE_OWNER_URL": postgres.url}
     _app_command(as_owner, "migrate")
     _say("Starting the app ...")
@@ -138,9 +159,13 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
                 "VAULT_ADDR": bao.address,
                 "VAULT_TOKEN": bao.executor_token(demo.ORGANIZATION),
                 "MACHINE_ID": facts.machine_id,
+                **handing_over,
             },
         )
     )
+    started: list[Part] = [app, executor, postgres, bao]
+    if temporal is not None:
+        started += [temporal, parts.enter_context(WorkflowWorker(data_dir, environment))]
     dev_env = {
         "API_URL": url,
         "API_KEY": facts.api_key,
@@ -163,7 +188,7 @@ Ready: {url}   (docs: {url}/docs   console: {url}/console/)
   Database  {psql}
   Vault     VAULT_ADDR={bao.address} VAULT_TOKEN={bao.root_token} {look}
   Files     {data_dir / "files"}
-  Logs      {app.log}  {executor.log}  {postgres.log}  {bao.log}
+  Logs      {"  ".join(str(part.log) for part in started)}
   Facts     set -a; . {shlex.quote(str(data_dir / "dev.env"))}; set +a
 
 The demo run has ended. Retry it with the password that its application accepts, and look again when it has been worked on.
@@ -174,9 +199,16 @@ Paste this as often as you like:
 The first reply says `scheduling`: outputs, history and error are gone, the password is an alias. The demo's machine then
 works for {demo.WORK_SECONDS} s (`running`; a retry meanwhile is refused with 409) and reports: the second reply says `success`,
 with a receipt. With any other password it says `error`.
-
+{"" if temporal is None else _at_temporal(temporal)}
 Ctrl-C stops everything.""")
-    return app, executor, postgres, bao
+    return started
+
+
+def _at_temporal(temporal: Temporal) -> str:
+    return f"""
+Each retry is a workflow, which Temporal's own page shows: {temporal.page}/namespaces/default/workflows
+TEMPORAL_ADDRESS is {temporal.address}.
+"""
 
 
 def _watch(parts: Sequence[Part]) -> None:
@@ -214,7 +246,7 @@ class _Make:
 
 def _settings(data_dir: Path, port: int, postgres: Postgres, bao: Bao) -> dict[str, str]:
     """The app's environment: ours, with the stack's settings instead of any that point elsewhere."""
-    elsewhere = ("VAULT_", "BAO_", "DATABASE_URL", "DATABASE_OWNER_URL", "STORAGE_URL", "SERVER_KEY", "PG")
+    elsewhere = ("TEMPORAL_", "VAULT_", "BAO_", "DATABASE_URL", "DATABASE_OWNER_URL", "STORAGE_URL", "SERVER_KEY", "PG")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(elsewhere)}
     files = data_dir / "files"
     files.mkdir(mode=0o700, exist_ok=True)

@@ -31,14 +31,14 @@ SECONDS = 90  # for everything to start, on a machine that does much else
 class MakeRun:
     """One `make run`, in a process group of its own as a terminal makes one."""
 
-    def __init__(self, data_dir: Path, port: int | None = None) -> None:
+    def __init__(self, data_dir: Path, port: int | None = None, **more: str) -> None:
         self.data_dir = data_dir
         self.output = data_dir.with_suffix(".out")
         self.port = port or free_port()
-        environment = {"PATH": os.environ["PATH"], "DATA_DIR": str(data_dir), "PORT": str(self.port)}
+        environment = {"PATH": os.environ["PATH"], "DATA_DIR": str(data_dir), "PORT": str(self.port)} | more
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                ["make", "-o", ".venv/run.stamp", "run"],
+                ["make", "-o", ".venv/run.stamp", "-o", ".venv/dev.stamp", "run"],
                 cwd=ROOT,
                 env=environment,
                 stdout=output,
@@ -140,6 +140,24 @@ def test_the_demo_from_its_first_start_to_a_power_cut(tmp_path: Path) -> None:
         the_executor_reads_only_the_secrets_of_its_organization(demo)
         the_example_leaves_the_demo_alone(demo)
         it_goes_on_after_a_power_cut_in_the_middle_of_the_work(demo)
+    finally:
+        demo.end()
+
+
+def test_with_temporal_a_retry_is_a_workflow(tmp_path: Path) -> None:
+    demo = MakeRun(tmp_path / "data", TEMPORAL="1").wait_for(READY)
+    try:
+        run = retried(demo, PASSWORD)
+        assert (run["status"], run["attempt"]) == ("success", 2)
+        [address] = re.findall(r"TEMPORAL_ADDRESS is (\S+)\.", demo.printed)
+        workflow = ["--workflow-id", f"run-{run['id']}-2-{run['assignment']}", "--address", address]
+        program = Path(sys.executable).with_name("temporal")
+        done = subprocess.run(
+            [program, "workflow", "result", *workflow], capture_output=True, text=True, timeout=30, check=True
+        )
+        assert "reported" in done.stdout
+        [page] = re.findall(r"http://127\.0\.0\.1:\d+/namespaces/\S+", demo.printed)
+        assert httpx.get(page, trust_env=False).status_code == 200
     finally:
         demo.end()
 

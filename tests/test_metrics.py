@@ -48,6 +48,9 @@ PROMISED: dict[str, set[str]] = {
     "runs_background_last_success_timestamp_seconds": {"loop"},
     "runs_background_failures_total": {"loop", "code"},
     "runs_scrape_errors_total": set(),
+    "runs_dispatches_total": {"kind", "outcome"},
+    "runs_dispatches_pending": set(),
+    "runs_dispatches_oldest_age_seconds": set(),
     "runs_webhook_deliveries_total": {"outcome"},
     "runs_webhook_oldest_pending_age_seconds": set(),
 }

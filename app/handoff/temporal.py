@@ -7,7 +7,6 @@ replica without TEMPORAL_ADDRESS never imports this.
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Literal
@@ -24,6 +23,7 @@ from app.handoff import flow
 from app.handoff.dispatches import LEASE, POSTPONE, SETTLE, SWEEP
 from app.services import Services
 from app.stores.database import Record
+from app.telemetry import metrics
 
 log = logging.getLogger("app.handoff")
 
@@ -78,8 +78,6 @@ class Dispatcher:
         self._database = services.database
         self._client: Client | None = None
         self._swept_up_to = UUID(int=0)
-        # What became of dispatches, for whoever counts: metrics read it.
-        self.outcomes: Counter[Outcome] = Counter()
 
     async def round(self) -> bool:
         """Tell Temporal what is due, so many at once; whether there may be more."""
@@ -88,7 +86,8 @@ class Dispatcher:
         if not rows:
             return False
         outcomes = await asyncio.gather(*(self._tell(row) for row in rows))
-        self.outcomes.update(outcomes)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            metrics.dispatches.add(row["kind"], outcome)
         failed = [row for row, outcome in zip(rows, outcomes, strict=True) if outcome == "failed"]
         done = [row for row, outcome in zip(rows, outcomes, strict=True) if outcome != "failed"]
         async with self._database.connection() as connection:

@@ -256,6 +256,7 @@ loop_success = _Gauge(
 )
 loop_failures = _Counter("runs_background_failures_total", "Rounds of a background loop that failed.", "loop", "code")
 scrape_errors = _Counter("runs_scrape_errors_total", "Scrapes without what only the database knows.")
+dispatches = _Counter("runs_dispatches_total", "What Temporal was told, and what came of it.", "kind", "outcome")
 webhook_deliveries = _Counter("runs_webhook_deliveries_total", "Attempts to deliver a webhook.", "outcome")
 
 # Gauges from the database: of the whole service, not of a process.
@@ -267,6 +268,8 @@ FROM_DATABASE: dict[str, tuple[str, Labels]] = {
     "runs_machines": ("Machines, counted up to 20,000.", ("state",)),
     "runs_deletions_pending": ("Names that are due to be deleted, counted up to 100,000.", ("store",)),
     "runs_deletions_oldest_age_seconds": ("Since when the oldest of them has been due.", ("store",)),
+    "runs_dispatches_pending": ("What Temporal is still to be told, counted up to 10,000.", ()),
+    "runs_dispatches_oldest_age_seconds": ("Since when the oldest of it has waited.", ()),
     "runs_webhook_oldest_pending_age_seconds": ("Since when the oldest webhook has waited to be delivered.", ()),
 }
 
@@ -301,6 +304,8 @@ def begin() -> None:
         idempotency.add(outcome, count=0)
     for outcome in ("delivered", "retried", "failed"):
         webhook_deliveries.add(outcome, count=0)
+    for kind, outcome in (("start", "started"), ("start", "failed"), ("cancel", "cancelled"), ("cancel", "failed")):
+        dispatches.add(kind, outcome, count=0)
     for to, by in (("scheduling", "caller"), ("assigned", "service"), ("running", "executor"), ("success", "executor")):
         transitions.add(to, by, count=0)
     for to, by in (("error", "executor"), ("error", "silence"), ("error", "machine_deleted"), ("cancelled", "caller")):

@@ -19,16 +19,16 @@ from examples.temporal_executor import serve
 
 
 class GivesUp(httpx.HTTPError):
-    """As if the service could not be reached: the attempt is not reported."""
+    """As if the service could not be reached: the attempt is not reported. Its text holds all that the executor has."""
 
-    def __init__(self) -> None:
-        super().__init__("the text of an exception")
+    def __init__(self, *given: object) -> None:
+        super().__init__(repr(given))
 
 
 def work(stopped: threading.Event, values: dict[str, Any], secrets: dict[str, Any], files: list[Path]) -> Done:
     note("begun", values["number"])
     if "GIVES_UP" in os.environ:
-        raise GivesUp
+        raise GivesUp(values, secrets)
     if stopped.wait(values.get("seconds", 0.05)):
         note("called_off", values["number"])
         raise Superseded
