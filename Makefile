@@ -73,7 +73,7 @@ lock: ## renew the locked lists from pyproject.toml (needs uv)
 .venv/created.stamp:
 	@$(or $(PYTHON),python3) dev/check_machine.py
 	@rm -rf .venv
-	@echo "Creating .venv ..."
+	@echo "Creating .venv (some 10 s) ..."
 	@$(or $(PYTHON),python3) -m venv .venv
 	@touch $@
 

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -65,7 +66,8 @@ def _follow(lines: "queue.SimpleQueue[str | None]", count: int) -> list[str]:
     """Everything that pip says, and a word about it now and then."""
     said: list[str] = []
     found: set[str] = set()
-    now, began, spoke = "", time.monotonic(), time.monotonic()
+    now, began, spoke = "asking the registry", time.monotonic(), time.monotonic()
+    unpacking: tuple[int, float] | None = None
     while True:
         try:
             line = lines.get(timeout=SECONDS)
@@ -80,13 +82,21 @@ def _follow(lines: "queue.SimpleQueue[str | None]", count: int) -> list[str]:
         elif match := FETCHED.match(line):
             now = f"{len(found)} of {count}: {match[1].split('-')[0]} {match[2]}"
         elif line.startswith("Installing collected packages"):
-            now = "everything is here, unpacking"
-        if now and time.monotonic() - spoke >= SECONDS:
+            unpacking = line.count(",") + 1, time.time()
+        if unpacking is not None:
+            now = f"everything is here, unpacked {_unpacked(unpacking[1])} of {unpacking[0]}"
+        if time.monotonic() - spoke >= SECONDS:
             spoke = time.monotonic()
             _say(f"  {spoke - began:3.0f} s  {now}")
     if sys.stdout.isatty():
         _say("")
     return said
+
+
+def _unpacked(since: float) -> int:
+    """How many packages are there since then: each gets its folder of metadata last."""
+    folders = Path(sysconfig.get_path("purelib")).glob("*.dist-info/RECORD")
+    return sum(1 for record in folders if record.stat().st_mtime >= since)
 
 
 def _say(text: str) -> None:

@@ -138,6 +138,7 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
     handing_over = {} if temporal is None else {"TEMPORAL_ADDRESS": temporal.address}
     environment = _settings(data_dir, port, postgres, bao) | handing_over
     as_owner = {**environment, "DATABASE_OWNER_URL": postgres.url}
+    _say("Migrating the database ...")
     _app_command(as_owner, "migrate")
     _say("Starting the app ...")
     app = parts.enter_context(App(data_dir, url, environment))

@@ -123,6 +123,10 @@ class Executor:
         """
         about = {"attempt": run["attempt"], "assignment": run["assignment"], "claim": self.claim}
         headers = {"Idempotency-Key": str(uuid4())}
+        if run.get("traceparent"):
+            headers["traceparent"] = run[
+                "traceparent"
+            ]  # our reports then stand in the trace of the request that queued it
         for left in reversed(range(TRIES)):
             try:
                 reply = self.api.request(method, path, json=about | fields, headers=headers)
