@@ -19,6 +19,7 @@ from app.runs.ending import end_silent_runs, note_expired_secrets
 from app.runs.listing import announce_assignments
 from app.runs.outputs import prune_outputs
 from app.scheduling.rounds import look_around, place_large, place_woken
+from app.scheduling.silence import look_for_silence
 from app.services import Services
 from app.stores.channels import tell
 from app.stores.deletions import collect_all
@@ -105,9 +106,10 @@ def loops(services: Services) -> list[Loop]:
         Loop("listen", partial(database.listen, channels, wakeups.heard), TRY_AGAIN),
     ]
     if answers:
-        used = services.keys_used
+        used, signs = services.keys_used, services.signs_of_life
         telling += [
             Loop("assignments", partial(announce_assignments, services), period),
+            Loop("signs_of_life", _waking(services, partial(signs.write, database)), TRY_AGAIN, signs.event, rest=0.5),
             Loop("last_used", partial(used.write, database), TRY_AGAIN, used.event, rest=1.0),
             Loop("stored_replies", partial(services.replies.exchange, database), period),
         ]
@@ -125,6 +127,7 @@ def loops(services: Services) -> list[Loop]:
         Loop("look_around", partial(look_around, services), period),
         Loop("deletions", collect, period, wakeups.collector, rest=0.1),
         Loop("silent_runs", _waking(services, partial(end_silent_runs, database, settings)), period),
+        Loop("silent_machines", _waking(services, partial(look_for_silence, database, settings)), period),
         Loop("expired_attachments", _waking(services, partial(expire_attachments, database)), period),
         Loop("idempotency_keys", partial(forget_keys, database), period),
         Loop("outputs", partial(prune_outputs, database), period),

@@ -305,6 +305,18 @@ class Settings(DatabaseSettings):
     run_silence_seconds: int = Field(
         0, ge=0, description="A running run without a PATCH for longer ends in error; 0 = never."
     )
+    machine_silence_seconds: int = Field(
+        90,
+        ge=0,
+        description="A machine that gave signs of life, and none for so long, is disconnected until the next one; not while"
+        " a run is running on it; 0 = never.",
+    )
+    start_timeout_seconds: int = Field(
+        120,
+        ge=0,
+        description="A run that its machine does not begin in time is placed again, if that machine's executor uses claims;"
+        " 0 = never.",
+    )
     event_retention_days: int = Field(
         90, ge=0, le=36_500, description="How long events of runs are kept; 0 = for ever."
     )

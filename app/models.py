@@ -135,6 +135,7 @@ class Machine(Base):
             unique=True,
             postgresql_where=text("reserved_session_id IS NOT NULL"),
         ),
+        Index("ix_machines_look_at", "look_at", postgresql_where=text("look_at IS NOT NULL")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
@@ -151,6 +152,11 @@ class Machine(Base):
     alerts_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
     reserved_session_id: Mapped[UUID | None]
     last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
+    # When it is next looked at whether it has fallen silent; null while it is offline, and as long as it gave no sign of life.
+    look_at: Mapped[datetime | None]
+    silenced_at: Mapped[datetime | None]  # since when it is offline only because it was silent
+    starts_with_claim: Mapped[bool] = mapped_column(server_default=text("false"))  # the last run that began on it did
+    begun_session_id: Mapped[UUID | None]  # the session of that run
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -256,6 +262,12 @@ class Run(Base):
         ),
         # The longest silent running runs.
         Index("ix_runs_reported", "reported_at", postgresql_where=text("status = 'running'")),
+        # Those that were given to a machine and are not begun.
+        Index(
+            "ix_runs_awaited",
+            "awaited_since",
+            postgresql_where=text("status = 'scheduling' AND assigned_machine_id IS NOT NULL"),
+        ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
@@ -271,6 +283,7 @@ class Run(Base):
     claim_attempt: Mapped[int | None]
     pinned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
     assigned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
+    awaited_since: Mapped[datetime | None]  # since when its machine is expected to begin it; null: no longer
     pool_ids: Mapped[list[UUID] | None]
     input_values: Mapped[dict[str, Any] | None]
     sensitive_input_aliases: Mapped[dict[str, Any] | None]

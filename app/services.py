@@ -10,6 +10,7 @@ from app.config import Settings
 from app.in_flight import Budget
 from app.last_used import KeysUsed
 from app.quotas import RunQuotas
+from app.signs_of_life import SignsOfLife
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.replies import StoredReplies
@@ -20,7 +21,7 @@ from app.wakeups import Wakeups
 @dataclass(frozen=True, slots=True)
 class Services:
     """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse, the keys that they
-    use, how much of their replies is kept, and the quotas on runs."""
+    use, how much of their replies is kept, the quotas on runs, and machines' signs of life."""
 
     settings: Settings
     database: Database
@@ -32,6 +33,7 @@ class Services:
     keys_used: KeysUsed
     replies: StoredReplies
     run_quotas: RunQuotas | None
+    signs_of_life: SignsOfLife
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -51,6 +53,7 @@ class Services:
                 settings.idempotency_ttl_seconds,
             ),
             RunQuotas.of(settings),
+            SignsOfLife(settings.machine_silence_seconds),
         )
 
     async def close(self) -> None:

@@ -74,6 +74,8 @@ class Edge:
                 services.keys_used.note(principal.key_id, now)
                 exchange.standings = limits.request(principal)
                 limits.meter(share, principal)
+                if principal.machine_id is not None:
+                    services.signs_of_life.note(principal.organization_id, principal.machine_id)
             await self.app(scope, exchange.receive, exchange.send)
         except Refusal as error:
             refusal = error

@@ -3,7 +3,8 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from typing import Any, TypeVar
@@ -179,6 +180,27 @@ async def _read_body(request: Request, limit: int) -> bytes:
     except TimeoutError:
         raise RequestTimeout from None
     return buffer.getvalue()  # without a copy, unlike bytes(bytearray)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> None:
+    """Do something that takes long, as long as somebody is there to be told of it. Raises ClientDisconnect."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    left = asyncio.create_task(leave())
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        task.result()
+    finally:
+        for one in (task, left):
+            one.cancel()
+            with suppress(asyncio.CancelledError):
+                await one
 
 
 async def still_known(request: Request) -> None:

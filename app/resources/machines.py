@@ -151,6 +151,8 @@ CHANGE = Change(
     Machine,
     *("name", "version", "hostname", "os_info", "status", "is_available", "alerts_enabled", "last_seen"),
     "reserved_session_id",
+    # Whoever says what it is, says it for as long as nobody says otherwise.
+    always="silenced_at = CASE WHEN 'status' = ANY(:named::text[]) THEN NULL ELSE silenced_at END",
 )
 
 # The active runs of the session that a machine is reserved for.
@@ -222,7 +224,10 @@ async def change(services: Services, write: WriteRequest, machine_id: UUID, opti
         shown = await _show(connection, write.principal, [machine_id])
         return Reply(200, shown, [machine_id], has_event=ends_session)
 
-    return await once(services, write, work, RESOURCE)
+    reply = await once(services, write, work, RESOURCE)
+    if options.status == "connected":
+        services.signs_of_life.note(organization_id, machine_id)
+    return reply
 
 
 async def _end_session(

@@ -140,8 +140,10 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
         return attempt
     [staged] = await staging.stage(services, principal.organization_id, [options.run_id], None, [options])
     [file] = staged.files
+    machine_id: UUID | None = None
 
     async def switch(connection: Connection) -> Reply:
+        nonlocal machine_id
         run = await connection.fetchrow(LOCK_RUN, run_id=options.run_id, **principal.sees())
         if run is not None and run["attempt"] != attempt:
             raise AttemptSuperseded(run["attempt"])
@@ -161,9 +163,13 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
             cleanup=file.cleanup,
             expires_at=options.expires_at,
         )
+        machine_id = None if run is None else run["assigned_machine_id"]
         return Reply(201, projection.encode(dict(row)), [file.id, options.run_id])
 
-    return await once(services, write, switch, RESOURCE)
+    reply = await once(services, write, switch, RESOURCE)
+    if machine_id is not None:
+        services.signs_of_life.note(principal.organization_id, machine_id)
+    return reply
 
 
 def _accepting(run: Record | None, options: RunAttachmentCreate) -> int:

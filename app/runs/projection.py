@@ -48,6 +48,8 @@ _BEFORE = f"""runs o WHERE o.organization_id = r.organization_id AND o.lane = r.
     AND (o.queue_rank, o.queued_at, o.id) < (r.queue_rank, r.queued_at, r.id)"""
 _WAITS_FOR_SESSION = f"(r.session_id IS NOT NULL AND ({rules.session_at_work('r')} OR {rules.exists(_BEFORE)}))"
 
+_SILENT = "machines s WHERE s.id = r.assigned_machine_id AND s.silenced_at IS NOT NULL"
+
 _MEMBER = f"pool_machines one WHERE one.pool_id = r.pool_ids[1] AND {rules.in_all_pools('r', 'one.machine_id')}"
 
 # What keeps the first of a lane, and hence all of them: it depends on nothing but what the lane wants.
@@ -55,6 +57,7 @@ _LANE_REASON = f"""
 CASE
     WHEN m.id IS NOT NULL OR r.pinned_machine_id IS NOT NULL THEN (
         SELECT CASE
+            WHEN t.silenced_at IS NOT NULL THEN 'machine_not_responding'
             WHEN NOT ({rules.up("t")}) THEN 'machine_offline'
             WHEN (t.reserved_session_id IS NOT NULL AND t.reserved_session_id IS DISTINCT FROM r.session_id)
                 OR {rules.occupied("t")} THEN 'machine_busy'
@@ -73,7 +76,8 @@ def scheduling_reason(of_the_lane: str = _LANE_REASON) -> str:
     return f"""
 CASE
     WHEN r.status <> 'scheduling' THEN NULL
-    WHEN r.assigned_machine_id IS NOT NULL THEN 'assigned'
+    WHEN r.assigned_machine_id IS NOT NULL THEN
+        CASE WHEN {rules.exists(_SILENT)} THEN 'machine_not_responding' ELSE 'assigned' END
     WHEN {_WAITS_FOR_SESSION} THEN 'waiting_for_session'
     ELSE {of_the_lane}
 END

@@ -69,8 +69,21 @@ _reported = (
             Run.reported_at: case((_status == constant("running"), _now), else_=Run.reported_at),
         }
     )
-    .returning(Run.id, Run.organization_id, Run.attempt)
+    .returning(Run.id, Run.organization_id, Run.attempt, Run.assigned_machine_id, Run.session_id)
     .cte("reported")
+)
+
+# What silence.py wants to know of the machine. Mostly it is as it was, and nothing is written.
+_begun = (
+    fragment(
+        """
+        UPDATE machines SET starts_with_claim = :claim::uuid IS NOT NULL, begun_session_id = reported.session_id
+        FROM reported WHERE :starts::boolean AND machines.id = (SELECT assigned_machine_id FROM reported)
+          AND (starts_with_claim, begun_session_id) IS DISTINCT FROM (:claim::uuid IS NOT NULL, reported.session_id)
+        """
+    )
+    .columns()
+    .cte("begun")
 )
 
 # An event for a new status; none for more of the same.
@@ -83,7 +96,9 @@ UPDATE = statement(
     "runs.report.update",
     select(literal_column("1"))
     .select_from(_reported)
-    .add_cte(_reported, fragment(f"{_recorded} WHERE :starts::boolean OR :ends::boolean").columns().cte("recorded")),
+    .add_cte(
+        _reported, _begun, fragment(f"{_recorded} WHERE :starts::boolean OR :ends::boolean").columns().cte("recorded")
+    ),
 )
 
 # Only a retry reopens a terminal run.
@@ -99,8 +114,10 @@ PRODUCED = ("error", "output_data", "run_message_history", "output_attachment_id
 async def report(services: Services, write: WriteRequest, run_id: UUID, options: RunUpdate) -> Reply:
     """An executor's PATCH, decided under the row lock. Raises every refusal of the route."""
     _refuse_scope(write.principal, options)
+    machine_id: UUID | None = None
 
     async def work(connection: Connection) -> Reply:
+        nonlocal machine_id
         run = await connection.fetchrow(LOCK, run_id=run_id, **write.principal.sees())
         if run is None:
             raise RunNotFound
@@ -135,9 +152,13 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
             by: By = "caller" if status is RunStatus.CANCELLED else "executor"
             announce(connection, status.value, by, [run_id], organization_id=write.principal.organization_id)
         shown = projection.encode(await projection.get(connection, run_id, write.principal))
+        machine_id = run["assigned_machine_id"]
         return Reply(200, shown, [run_id], has_event=has_event)
 
-    return await once(services, write, work, replays.RUN)
+    reply = await once(services, write, work, replays.RUN)
+    if machine_id is not None and not _only_stops(options):  # anybody may do that
+        services.signs_of_life.note(write.principal.organization_id, machine_id)
+    return reply
 
 
 # What anybody may send who may create and retry a run: to stop it. Whoever begins it has no say in that.

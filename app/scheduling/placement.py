@@ -151,7 +151,7 @@ def _assign_and(also: str = "") -> str:
         FROM unnest(:run_ids::uuid[], :machine_ids::uuid[]) AS wanted (run_id, machine_id),
              LATERAL (SELECT ctid AS tid FROM runs WHERE id = wanted.run_id) AS run
     ), assigned AS (
-        UPDATE runs SET assigned_machine_id = chosen.machine_id, assignment = assignment + 1
+        UPDATE runs SET assigned_machine_id = chosen.machine_id, assignment = assignment + 1, awaited_since = now()
         FROM chosen WHERE runs.ctid = chosen.tid
         RETURNING runs.id, runs.organization_id, runs.attempt, runs.status, runs.assignment, runs.assigned_machine_id
     ){also}

@@ -155,6 +155,7 @@ SCHEDULING_REASONS = Literal[
     "waiting_for_machine",
     "machine_offline",
     "machine_busy",
+    "machine_not_responding",
     "no_machine_in_pools",
     "waiting_for_session",
 ]

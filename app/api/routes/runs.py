@@ -1,5 +1,6 @@
 """Runs: create, list, read, report, delete, and retry."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated
 from uuid import UUID
 
@@ -8,7 +9,7 @@ from pydantic import Field
 
 from app import events
 from app.api.openapi import operation
-from app.api.requests import is_true, read, read_only, read_write, services, still_known
+from app.api.requests import is_true, read, read_only, read_write, services, still_known, while_connected
 from app.api.responses import ONLY, Limit, Part, Skip, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
@@ -182,10 +183,14 @@ async def list_all(
         bound_to=principal.machine_id,
     )
     own, shown = services(request), shown_fields(fields)
-    if wait:
-        with request.app.state.limits.long_poll(principal):
-            await wait_for_run(own, wanted, wait)
-        await still_known(request)
+    looking_for_work: AbstractContextManager[None] = nullcontext()
+    if machine_id is not None and status is RunStatus.SCHEDULING and principal.may("runs:execute"):
+        looking_for_work = own.signs_of_life.waits(principal.organization_id, machine_id)
+    with looking_for_work:
+        if wait:
+            with request.app.state.limits.long_poll(principal):
+                await while_connected(request, wait_for_run(own, wanted, wait))
+            await still_known(request)
     return json_reply(await list_runs(own.database, wanted, shown, part))
 
 
