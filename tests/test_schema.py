@@ -13,10 +13,11 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from app import auth, idempotency
+from app import auth, idempotency, signs_of_life
 from app.config import Settings
 from app.handoff import dispatches
-from app.runs import create, ending, outputs, projection, quotas, retry
+from app.runs import create, ending, outputs, projection, quotas, report, retry
+from app.scheduling import silence
 from app.scheduling.targets import lane
 from app.stores import deletions
 from app.stores.database import Database
@@ -143,6 +144,14 @@ STATEMENTS: dict[str, str | Statement] = {
     "postpone dispatches": dispatches.POSTPONE,
     "sweep": dispatches.SWEEP,
     "call off": dispatches.CANCEL,
+    "signs of life": signs_of_life.WRITE,
+    "silent machines": silence.SILENT,
+    "overdue runs": silence.OVERDUE,
+    "their machines": silence.THEIR_MACHINES,
+    "unassign": silence.UNASSIGN,
+    "stay": silence.STAY,
+    "disconnect": silence.DISCONNECT,
+    "report": report.UPDATE,
 }
 
 
