@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from app.auth import Actor
 from app.config import Settings
 from app.events import record
+from app.handoff import dispatches
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import by_id, found, statement
 
@@ -34,8 +35,9 @@ SILENT = statement(
         WHERE look_at <= now() ORDER BY look_at LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
     ), judged AS MATERIALIZED (
         SELECT tid, CASE WHEN is_up THEN greatest(last_seen, (
-            SELECT now() FROM runs WHERE assigned_machine_id = due.id AND status = 'running' LIMIT 1
-        )) + make_interval(secs => :seconds) END AS next, is_up
+            SELECT CASE WHEN status = 'running' THEN now() END FROM runs
+            WHERE assigned_machine_id = due.id AND status IN ('scheduling', 'running') LIMIT 1
+        )) + make_interval(secs => :seconds) END AS next
         FROM due
     ), changed AS (
         UPDATE machines SET
@@ -108,7 +110,8 @@ async def look_for_silence(database: Database, settings: Settings) -> set[str]:
     if settings.machine_silence_seconds:
         changed |= await _disconnect_silent_machines(database, settings.machine_silence_seconds)
     if settings.start_timeout_seconds:
-        changed |= await _take_back_runs(database, settings.start_timeout_seconds)
+        seconds = settings.start_timeout_seconds
+        changed |= await _take_back_runs(database, seconds, hands_over=settings.hands_over)
     return changed
 
 
@@ -127,7 +130,7 @@ async def _disconnect_silent_machines(database: Database, seconds: int) -> set[s
     return {row["organization_id"] for row in rows}
 
 
-async def _take_back_runs(database: Database, seconds: int) -> set[str]:
+async def _take_back_runs(database: Database, seconds: int, *, hands_over: bool) -> set[str]:
     async with database.transaction() as connection:
         runs = await connection.fetch(OVERDUE, seconds=float(seconds), most=MOST)
         if not runs:
@@ -137,6 +140,8 @@ async def _take_back_runs(database: Database, seconds: int) -> set[str]:
         runs = [run for run in runs if run["assigned_machine_id"] in machines]  # the others, the next time
         fenced = [run for run in runs if machines[run["assigned_machine_id"]]["starts_with_claim"]]
         taken = [run for run in fenced if not _stays(run, machines[run["assigned_machine_id"]])]
+        if hands_over:
+            await dispatches.cancel(connection, [run["id"] for run in taken])
         await _write(connection, runs, fenced, taken, Actor(reason=NOT_BEGUN.format(seconds)))
     is_taken = {run["id"] for run in taken}
     for run in runs:
