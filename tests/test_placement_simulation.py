@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
@@ -33,7 +33,8 @@ SETTLE_SECONDS = 5.0  # how long the judge waits on a busy machine; the longest 
 
 RUNS = """
 SELECT id, organization_id, status, pinned_machine_id AS pinned, assigned_machine_id AS assigned, pool_ids, session_id,
-       is_priority, queued_at, status IN ('scheduling', 'running') AS active
+       is_priority, queued_at, status IN ('scheduling', 'running') AS active, assignment,
+       claim IS NOT NULL AND claim_attempt = attempt AS is_claimed
 FROM runs WHERE organization_id = ANY($1::text[])
   AND (status IN ('scheduling', 'running') OR id = ANY(ARRAY(
       SELECT id FROM runs WHERE organization_id = ANY($1::text[]) AND status IN ('success', 'error', 'cancelled')
@@ -45,6 +46,23 @@ SELECT id, organization_id, status = 'connected' AND is_available AS up, reserve
        ARRAY(SELECT pool_id FROM pool_machines WHERE machine_id = machines.id) AS pools
 FROM machines WHERE organization_id = ANY($1::text[])
 """
+
+
+# What silence should have ended: machines that nobody has heard of, runs that nobody has begun, and reservations that a session
+# which has not begun has left behind.
+NOT_NOTICED = """
+SELECT 'a silent machine' AS what, id FROM machines
+WHERE organization_id = ANY($1::text[]) AND look_at <= now() - interval '1 second'
+UNION ALL
+SELECT 'a run that is not begun', id FROM runs
+WHERE organization_id = ANY($1::text[]) AND status = 'scheduling' AND assigned_machine_id IS NOT NULL
+  AND awaited_since < now() - interval '1 hour'
+UNION ALL
+SELECT 'a machine that is disconnected and awaited', id FROM machines
+WHERE organization_id = ANY($1::text[]) AND silenced_at IS NOT NULL AND status <> 'disconnected'
+"""
+TAKEN_BACK = "SELECT count(*) FROM run_events WHERE organization_id = ANY($1::text[]) AND event = 'unassigned'"
+CLAIM = str(uuid4())
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,8 @@ class Run:
     is_priority: bool
     queued_at: Any
     active: bool
+    assignment: int
+    is_claimed: bool
 
     @property
     def waits(self) -> bool:
@@ -225,7 +245,7 @@ class Simulation:
         acted = time.monotonic()
         while True:
             self.state = await self.read()
-            overlooked = self.state.overlooked()
+            overlooked = self.state.overlooked() or await self.look.fetch(NOT_NOTICED, list(self.keys))
             waited = time.monotonic() - acted
             if not overlooked:
                 break
@@ -282,6 +302,9 @@ class Simulation:
             (0.1, lambda: self.replace_pool(organization)),
             (2 if deaths and running else 0, lambda: self.fall_silent(self.random.choice(running))),
             (2 if deaths and machines else 0, lambda: self.lose_a_wake_up(self.random.choice(machines))),
+            (3 if deaths and taken else 0, lambda: self.never_begin(self.random.choice(taken))),
+            (2 if deaths and machines else 0, lambda: self.go_quiet(self.random.choice(machines))),
+            (5 if deaths and machines else 0, lambda: self.look_for_work(self.random.choice(machines))),
         ]
         await self.random.choices([act for _, act in options], [weight for weight, _ in options])[0]()
 
@@ -327,13 +350,18 @@ class Simulation:
 
     async def take(self, run: Run) -> None:
         self.touched.add(run.id)
-        await self.call(run.organization_id, "PATCH", f"/v1/runs/{run.id}", {"status": "running"}, 200, 404, 409)
+        body: dict[str, object] = {"status": "running"}
+        if self.maybe(0.6):
+            body |= {"assignment": run.assignment, "claim": CLAIM}
+        await self.call(run.organization_id, "PATCH", f"/v1/runs/{run.id}", body, 200, 404, 409)
 
     async def end(self, run: Run) -> None:
         body: dict[str, object] = {"status": self.random.choice(("success", "success", "error", "cancelled"))}
         if self.maybe(0.1):
             body["release_session_after"] = True
         self.touched.add(run.id, run.session_id, run.assigned if run.session_id else None)
+        if run.is_claimed:
+            body |= {"assignment": run.assignment, "claim": CLAIM}
         await self.call(run.organization_id, "PATCH", f"/v1/runs/{run.id}", body, 200, 404, 409)
 
     async def cancel(self, run: Run) -> None:
@@ -400,10 +428,37 @@ class Simulation:
             "UPDATE runs SET reported_at = now() - interval '2 hours' WHERE id = $1 AND status = 'running'", run.id
         )
 
+    async def never_begin(self, run: Run) -> None:
+        """It was given to its machine two hours ago. What happens depends on how the machine's last run was begun."""
+        self.touched.add(run.id, run.session_id, run.assigned)
+        await self.write(
+            "UPDATE runs SET awaited_since = now() - interval '2 hours'"
+            " WHERE id = $1 AND status = 'scheduling' AND assigned_machine_id IS NOT NULL",
+            run.id,
+        )
+
+    async def go_quiet(self, machine: Machine) -> None:
+        """Its executor died two hours ago, if it ever had one."""
+        self.touched.add(machine.id)
+        await self.write(
+            "UPDATE machines SET look_at = now(), last_seen = now() - interval '2 hours'"
+            " WHERE id = $1 AND look_at IS NOT NULL",
+            machine.id,
+        )
+
+    async def look_for_work(self, machine: Machine) -> None:
+        """A sign of life. A machine that was disconnected only because it gave none is connected by it."""
+        self.touched.add(machine.id)
+        path = f"/v1/runs?machine_id={machine.id}&status=scheduling"
+        await self.call(machine.organization_id, "GET", path, None, 200)
+
     async def lose_a_wake_up(self, machine: Machine) -> None:
         """A replica committed a change and died before it woke its background task."""
         self.touched.add(machine.id)
-        await self.write("UPDATE machines SET status = 'connected', is_available = true WHERE id = $1", machine.id)
+        await self.write(
+            "UPDATE machines SET status = 'connected', silenced_at = NULL, is_available = true WHERE id = $1",
+            machine.id,
+        )
 
     async def write(self, statement: str, *arguments: object) -> None:
         connection = await asyncpg.connect(self.url)
@@ -425,7 +480,9 @@ class Simulation:
 def test_simulation(stack: Stack, *, deaths: bool, period: float) -> None:
     seed = int(os.environ.get("SIMULATION_SEED") or secrets.randbits(32))
     print(f"SIMULATION_SEED={seed}")  # noqa: T201 - pytest shows it when the test fails
-    settings: dict[str, object] = {"BACKGROUND_PERIOD_SECONDS": period, "RUN_SILENCE_SECONDS": 3600 if deaths else 0}
+    settings: dict[str, object] = {"BACKGROUND_PERIOD_SECONDS": period}
+    for name in ("RUN_SILENCE_SECONDS", "MACHINE_SILENCE_SECONDS", "START_TIMEOUT_SECONDS"):
+        settings[name] = 3600 if deaths else 0
     if (
         not deaths
     ):  # the plans of a database with many more machines: the order of a join's rows is no longer its input's
@@ -449,12 +506,14 @@ async def simulate(stack: Stack, settings: dict[str, object], keys: dict[str, st
                 await simulation.step(deaths=deaths)
                 steps += 1
             watcher.cancel()
+            events = await look.fetch(TAKEN_BACK, list(keys))
     finally:
         await look.close()
         await asyncio.sleep(0)  # the transports of what was closed are only now let go
     print(  # noqa: T201 - as above
         f"{steps} steps, {simulation.done.total()} requests {dict(simulation.done)}, {simulation.assigned} assignments,"
-        f" {simulation.looks} looks for forbidden states,"
+        f" {simulation.looks} looks for forbidden states, {events[0][0]} runs taken from machines,"
         f" longest wait of a startable run {simulation.longest_wait * 1000:.0f} ms"
     )
     assert simulation.assigned > steps // 4, "the simulation hardly assigned anything: it proves nothing"
+    assert deaths == (events[0][0] > 0), "runs that are not begun are placed again, and only those"

@@ -48,7 +48,7 @@ _BEFORE = f"""runs o WHERE o.organization_id = r.organization_id AND o.lane = r.
     AND (o.queue_rank, o.queued_at, o.id) < (r.queue_rank, r.queued_at, r.id)"""
 _WAITS_FOR_SESSION = f"(r.session_id IS NOT NULL AND ({rules.session_at_work('r')} OR {rules.exists(_BEFORE)}))"
 
-_SILENT = "machines s WHERE s.id = r.assigned_machine_id AND s.silenced_at IS NOT NULL"
+_SILENT = "machines s WHERE s.id = r.assigned_machine_id AND s.status = 'disconnected' AND s.silenced_at IS NOT NULL"
 
 _MEMBER = f"pool_machines one WHERE one.pool_id = r.pool_ids[1] AND {rules.in_all_pools('r', 'one.machine_id')}"
 
@@ -57,7 +57,7 @@ _LANE_REASON = f"""
 CASE
     WHEN m.id IS NOT NULL OR r.pinned_machine_id IS NOT NULL THEN (
         SELECT CASE
-            WHEN t.silenced_at IS NOT NULL THEN 'machine_not_responding'
+            WHEN t.status = 'disconnected' AND t.silenced_at IS NOT NULL THEN 'machine_not_responding'
             WHEN NOT ({rules.up("t")}) THEN 'machine_offline'
             WHEN (t.reserved_session_id IS NOT NULL AND t.reserved_session_id IS DISTINCT FROM r.session_id)
                 OR {rules.occupied("t")} THEN 'machine_busy'
