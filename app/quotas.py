@@ -8,7 +8,7 @@ The fields are those of draft-ietf-httpapi-ratelimit-headers-11: lists of struct
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 
 from app.config import Settings
@@ -103,14 +103,43 @@ class PerMinute:
         return Standing(self.policy, 0, ceil(minute[0] - now))
 
     def _begin(self, party: object, now: float) -> list[float]:
-        self._minutes.pop(party, None)
-        while self._minutes:
-            oldest = next(iter(self._minutes))
-            if self._minutes[oldest][0] > now and len(self._minutes) < MOST_PARTIES:
-                break
-            del self._minutes[oldest]
-        minute = self._minutes[party] = [now + MINUTE, self.policy.quota]
+        minute = [now + MINUTE, self.policy.quota]
+        _begin(self._minutes, party, minute, now)
         return minute
+
+
+def _begin(spans: dict[object, list[float]], party: object, span: list[float], now: float) -> None:
+    """A span of a party, which begins with its end. Those that are over go, and the oldest ones when there are too many."""
+    spans.pop(party, None)
+    while spans:
+        oldest = next(iter(spans))
+        if spans[oldest][0] > now and len(spans) < MOST_PARTIES:
+            break
+        del spans[oldest]
+    spans[party] = span
+
+
+class Allowances:
+    """How often a party may go on for a second without being counted: a count has shown how far from its quota it is."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[object, list[float]] = {}  # when each ends, and how often
+
+    def take(self, party: object, now: float) -> bool | None:
+        """True: once less is left. False: nothing is left. None: it is the first of a second."""
+        second = self._seconds.get(party)
+        if second is None or second[0] <= now:
+            _begin(self._seconds, party, [now + 1, 0], now)
+            return None
+        if second[1] < 1:
+            return False
+        second[1] -= 1
+        return True
+
+    def give(self, party: object, count: int) -> None:
+        """So often until the second of the party ends."""
+        if (second := self._seconds.get(party)) is not None:
+            second[1] = count
 
 
 class AtOnce:
@@ -153,6 +182,7 @@ class RunQuotas:
     organization_waiting: Policy | None
     key_created: Policy | None
     organization_created: Policy | None
+    allowances: Allowances = field(default_factory=Allowances, compare=False)
 
     @classmethod
     def of(cls, settings: Settings) -> "RunQuotas | None":

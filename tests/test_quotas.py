@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -298,12 +299,20 @@ def test_waiting_runs_of_a_key_are_those_that_it_created_or_retried_last(stack: 
         assert api.run()["attempt"] == 1
 
 
-def test_a_large_quota_lets_retries_by_without_taking_turns_and_ends_exactly(stack: Stack) -> None:
-    with serving(stack, QUOTA_ORGANIZATION_WAITING_RUNS=100) as server, server.client() as api:
-        ended = finished_runs(api, 100)
-        more = finished_runs(api, 30)
-        answers = storm(api, [Call("POST", f"/v1/runs/{run_id}/retry") for run_id in ended + more])
-        assert tally(answers) == {"200": 100, "429 quota_exceeded": 30}
+RUNS = """
+INSERT INTO runs (id, organization_id, workflow_id, status, lane, ended_at)
+SELECT gen_random_uuid(), $1::text, $2, $3::text, 'any', CASE WHEN $3::text = 'success' THEN now() END
+FROM generate_series(1, $4::int) RETURNING id::text
+"""
+
+
+def test_a_large_quota_is_not_counted_for_each_retry_and_ends_exactly(stack: Stack) -> None:
+    with serving(stack, QUOTA_ORGANIZATION_WAITING_RUNS=1000) as server, server.client() as api:
+        workflow_id = UUID(api.workflow())
+        stack.sql(RUNS, api.organization, workflow_id, "scheduling", 600)
+        ended = [row["id"] for row in stack.sql(RUNS, api.organization, workflow_id, "success", 450)]
+        answers = storm(api, [Call("POST", f"/v1/runs/{run_id}/retry") for run_id in ended])
+        assert tally(answers) == {"200": 400, "429 quota_exceeded": 50}
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ and no lock is shared by the requests of an organization, until little is left o
 to the commit, so that the last of it is given once.
 """
 
+import time
 from collections.abc import Mapping
 from math import ceil
 
@@ -19,6 +20,9 @@ LOOKED_AT = 10_000
 
 # So few are left that requests take turns. More than requests that decide at the same moment without that.
 TURNS = 64
+
+# What is left before that is shared out among so many keys and processes, for a second each.
+SHARES = 64
 
 _WAITING = f"""
     SELECT w.queued_by_key_id FROM runs w WHERE w.organization_id = :organization_id AND {rules.waits("w")}
@@ -58,9 +62,24 @@ ROOM = f"""
 NO_QUOTA: Mapping[str, int | None] = {"waiting_seen": None, "organization_room": None, "key_room": None}
 
 
-def room(quotas: RunQuotas | None) -> Mapping[str, int | None]:
-    """The parameters of ROOM."""
+async def room(connection: Connection, quotas: RunQuotas | None, principal: Principal) -> Mapping[str, int | None]:
+    """The parameters of ROOM.
+
+    Whoever retries many runs a second, far from the quota, is counted once in a while.
+    """
     if quotas is None or (quotas.key_waiting is None and quotas.organization_waiting is None):
+        return NO_QUOTA
+    allowed = quotas.allowances.take(principal.key_id, time.monotonic())
+    if allowed is False:
+        counted = await _count(connection, quotas, principal, 0)
+        left = min(
+            _before_turns(quotas.organization_waiting) - counted["organization_waiting"],
+            _before_turns(quotas.key_waiting) - counted["key_waiting"],
+        )
+        allowed = left >= SHARES
+        if allowed:
+            quotas.allowances.give(principal.key_id, left // SHARES - 1)
+    if allowed:
         return NO_QUOTA
     most, key_most = _before_turns(quotas.organization_waiting), _before_turns(quotas.key_waiting)
     return {

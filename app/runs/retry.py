@@ -433,7 +433,7 @@ async def _switch_plain(services: Services, asked: _Retry) -> Reply | None:
         run, following = asked.next(await asked.read(connection))
         if run["secret_path"] is not None or run["input_count"]:
             return None
-        room = quotas.room(services.run_quotas)
+        room = await quotas.room(connection, services.run_quotas, asked.write.principal)
         with committing():
             reply = await _write(connection, asked, run, following, Staged(), room, input_ids=[])
         if reply is None:
