@@ -212,9 +212,7 @@ def test_of_many_resends_all_get_the_one_reply(
 
 
 # It has looked at the run and not yet for the key; it has looked for both; it has staged.
-@pytest.mark.parametrize(
-    "point", ["SELECT fingerprint, status, body before#1", "SELECT fingerprint, status, body after#1", "BEGIN before#2"]
-)
+@pytest.mark.parametrize("point", ["idempotency.find before#1", "idempotency.find after#1", "BEGIN before#2"])
 @pytest.mark.parametrize("what", ["retry", "upload"])
 def test_a_resend_overtaken_by_the_first_request(attacked: Stack, client: Client, what: str, point: str) -> None:
     """Whatever it had seen before, it is answered what the first one was."""
