@@ -176,7 +176,8 @@ async def _carry_settings(settings: DatabaseSettings) -> str:
         async with connection.transaction():  # this may go through a pooler
             await connection.execute(f"SELECT pg_advisory_xact_lock({ROLE_LOCK})")
             for name, value in setup.role_settings(settings.database_timeout_seconds).items():
-                await connection.execute(await connection.fetchval(setup.CARRY, name, value))
+                carry = setup.CARRY.arguments({"name": name, "value": value})
+                await connection.execute(await connection.fetchval(setup.CARRY.sql, *carry))
             role: str = await connection.fetchval("SELECT current_user")
             return role
     finally:

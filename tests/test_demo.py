@@ -321,31 +321,21 @@ def test_there_is_always_another_port() -> None:
     assert 1024 <= usable_port(65535) < 65535
 
 
+def installed(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
+    """What dev/install.py says and does, with a list that asks for this and no index to get it from."""
+    wanted = folder / "wanted.lock"
+    wanted.write_text(f"--no-index\n{what} --hash=sha256:{'0' * 64}\n")
+    command = [sys.executable, "dev/install.py", str(wanted)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
 def test_installing_says_what_fails(tmp_path: Path) -> None:
-    wanted = tmp_path / "wanted.lock"
-    wanted.write_text(f"--no-index\nnothing-of-this-name==1.0 --hash=sha256:{'0' * 64}\n")
-    done = subprocess.run(
-        [sys.executable, "dev/install.py", str(wanted)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = installed(tmp_path, "nothing-of-this-name==1.0")
     assert done.returncode == 1
     assert done.stdout.startswith("Installing 1 locked packages ...\n")
     assert "nothing-of-this-name==1.0" in done.stderr
 
 
 def test_installing_what_is_there_succeeds(tmp_path: Path) -> None:
-    wanted = tmp_path / "wanted.lock"
-    wanted.write_text(f"--no-index\nhttpx=={httpx.__version__} --hash=sha256:{'0' * 64}\n")
-    done = subprocess.run(
-        [sys.executable, "dev/install.py", str(wanted)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = installed(tmp_path, f"httpx=={httpx.__version__}")
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -334,7 +336,7 @@ def test_a_stop_waits_for_requests_under_way(stack: Stack) -> None:
         with socket.create_connection((host, int(port)), timeout=15) as connection:
             connection.sendall(head.encode() + body[:1000])
             time.sleep(0.3)  # not a wait for something: the request must be under way, and nothing shows that outside
-            server.app._process.terminate()  # type: ignore[union-attr]
+            os.kill(server.app.pid, signal.SIGTERM)
             connection.sendall(body[1000:])
             reply = b""
             while chunk := connection.recv(65536):

@@ -109,17 +109,20 @@ def test_whoever_gives_up_leaves_the_turn_to_the_next(stack: Stack) -> None:
 
 def test_a_connection_that_cannot_be_made_costs_no_turn(stack: Stack) -> None:
     async def scenario() -> None:
-        async with pool_of(stack, 1, seconds=1) as pool:
-            working = pool._connect
+        failures = 3
 
-            async def fails() -> object:
+        async def fails_at_first() -> object:
+            nonlocal failures
+            if failures:
+                failures -= 1
                 raise OSError
+            return await asyncpg.connect(stack.url)
 
-            for _ in range(3):
-                pool._connect = fails
-                with pytest.raises(OSError):  # noqa: PT011 - it has no message
-                    await pool.acquire()
-            pool._connect = working
-            pool.release(await pool.acquire())
+        pool = Pool(fails_at_first, 1, 1)
+        for _ in range(3):
+            with pytest.raises(OSError):  # noqa: PT011 - it has no message
+                await pool.acquire()
+        pool.release(await pool.acquire())
+        pool.close()
 
     asyncio.run(scenario())

@@ -5,7 +5,6 @@
 
 import asyncio
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +15,12 @@ import asyncpg
 import pytest
 
 from tests.sdk import environment, table
-from tests.sdk.environment import ALL, IN_MAKE_TEST, NEEDS_UNKNOWN_KEY, NEWEST
+from tests.sdk.environment import NEEDS_UNKNOWN_KEY, NEWEST, RENEWING, VERSIONS
 from tests.sdk.proxy import PATIENCE, Proxy
 from tests.support.client import Client, file_input
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
 
-RENEWING = os.environ.get("SDK_VERSIONS") == "all"  # the README's table is written from this run
-VERSIONS = ALL if RENEWING else IN_MAKE_TEST
 STYLES = ("sync", "async")
 
 

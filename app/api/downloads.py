@@ -13,14 +13,12 @@ from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
 from app import in_flight
-from app.auth import Principal
 from app.config import Settings
 from app.errors import AttachmentNotFound, RangeNotSatisfiable
-from app.runs.attachments import OF_CALLER
+from app.runs.attachments import readable
 from app.services import Services
-from app.stores.database import Connection, Database, Record
+from app.stores.database import Database, Record
 from app.stores.files import CHUNK, FileMissingError, file_headers
-from app.stores.statements import statement
 
 # One range alone. Anything else is ignored, as RFC 9110 section 14.2 allows.
 _RANGE = re.compile(r"bytes=([0-9]{0,100})-([0-9]{0,100})", re.IGNORECASE)
@@ -47,23 +45,7 @@ def requested_range(headers: Headers, size: int, etag: str) -> tuple[int, int] |
     raise RangeNotSatisfiable(headers={"Content-Range": f"bytes */{size}"})
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-# An expired file cannot be read, also before its bytes are collected. No row: unknown, foreign, expired or collected.
-_READABLE = """
-SELECT id, organization_id, filename, content_type, size_bytes, storage_path FROM run_attachments a
-WHERE id = :attachment_id AND storage_path IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
-"""
-READABLE = statement("downloads.by_ticket", _READABLE)
-READABLE_BY_CALLER = statement("downloads.by_key", f"{_READABLE} AND {OF_CALLER}")
-
-
-async def readable(connection: Connection, attachment_id: UUID, principal: Principal) -> Record:
-    """What is needed to read an attachment that the caller may see. Raises AttachmentNotFound."""
-    file = await connection.fetchrow(READABLE_BY_CALLER, attachment_id=attachment_id, **principal.sees())
-    if file is None:
-        raise AttachmentNotFound
-    return file
+# --- sending ----------------------------------------------------------------------------------------------------------
 
 
 async def respond(services: Services, file: Record, headers: Headers) -> Response:
@@ -134,7 +116,4 @@ async def redeem(database: Database, settings: Settings, ticket: Ticket) -> Reco
     if not ticket.holds(settings):
         raise AttachmentNotFound
     async with database.connection() as connection:
-        file = await connection.fetchrow(READABLE, attachment_id=UUID(ticket.attachment_id))
-    if file is None:
-        raise AttachmentNotFound
-    return file
+        return await readable(connection, UUID(ticket.attachment_id), None)

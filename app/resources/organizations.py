@@ -201,6 +201,7 @@ async def _in_batches(
             async with connection.driver.transaction():
                 await connection.fetchrow(SETTINGS)
                 keys = await remove(behind)
+            connection.committed()
         except IN_THE_WAY:
             failures += 1
             if failures == TRIES:

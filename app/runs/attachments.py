@@ -47,6 +47,14 @@ GET = statement(
     """,
 )
 
+# Its bytes. An expired file cannot be read, also before they are collected.
+_READABLE = """
+SELECT id, organization_id, filename, content_type, size_bytes, storage_path FROM run_attachments a
+WHERE id = :attachment_id AND storage_path IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
+"""
+READABLE = statement("attachments.readable", _READABLE)
+READABLE_BY_CALLER = statement("attachments.readable_by_caller", f"{_READABLE} AND {OF_CALLER}")
+
 OF_MACHINE = "EXISTS (SELECT FROM runs WHERE runs.id = a.run_id AND runs.assigned_machine_id = :machine_id)"
 
 ATTACHMENTS = Listing(
@@ -65,6 +73,17 @@ async def get(database: Database, principal: Principal, attachment_id: UUID) -> 
 
 async def _get(connection: Connection, attachment_id: UUID, principal: Principal) -> Record:
     row = await connection.fetchrow(GET, attachment_id=attachment_id, **principal.sees())
+    if row is None:
+        raise AttachmentNotFound
+    return row
+
+
+async def readable(connection: Connection, attachment_id: UUID, principal: Principal | None) -> Record:
+    """What is needed to read an attachment's bytes; None is a caller with a signed URL. Raises AttachmentNotFound."""
+    if principal is None:
+        row = await connection.fetchrow(READABLE, attachment_id=attachment_id)
+    else:
+        row = await connection.fetchrow(READABLE_BY_CALLER, attachment_id=attachment_id, **principal.sees())
     if row is None:
         raise AttachmentNotFound
     return row

@@ -90,8 +90,9 @@ def decide(
     refusals: list[Refusal] = []
     if run["status"] not in TERMINAL:
         refusals.append(RunNotTerminal(run["status"]))
+    following: Next | None = None
     try:
-        next_session(run, options, new_session_id)
+        following = plan(run, options, new_session_id)
     except Invalid as contradiction:
         refusals.append(contradiction)
     if options.sensitive_input_values is None and run["secret_path"] is not None and not run["secret_is_kept"]:
@@ -101,7 +102,7 @@ def decide(
     refusals += missing
     if cooldown_seconds and (wait := _cools_down(run, cooldown_seconds)) is not None:
         refusals.append(wait)
-    return refusals or plan(run, options, new_session_id)
+    return refusals if refusals or following is None else following
 
 
 def _cools_down(run: Record, cooldown_seconds: int) -> RetryTooSoon | None:

@@ -29,10 +29,7 @@ Record = Mapping[str, Any]
 
 
 class Connection:
-    """A connection of ours: it runs statements (statements.py), with their parameters by name.
-
-    Text is for BEGIN, COMMIT and what an operator would type; its parameters are $1, $2, ...
-    """
+    """A connection of ours: it runs statements (statements.py), with their parameters by name. Text is for BEGIN and COMMIT."""
 
     __slots__ = ("_after", "driver")
 
@@ -40,21 +37,21 @@ class Connection:
         self.driver = driver  # asyncpg's, which carries no type information
         self._after: list[Callable[[], None]] = []
 
-    def execute(self, sql: Statement | str, /, *args: object, **values: object) -> Awaitable[str]:
+    def execute(self, sql: Statement | str, /, **values: object) -> Awaitable[str]:
         """Run it; returns its command tag, like `UPDATE 1`."""
-        return _run(self.driver.execute, sql, args, values)
+        return _run(self.driver.execute, sql, values)
 
-    def fetch(self, sql: Statement | str, /, *args: object, **values: object) -> Awaitable[list[Record]]:
+    def fetch(self, sql: Statement | str, /, **values: object) -> Awaitable[list[Record]]:
         """All rows."""
-        return _run(self.driver.fetch, sql, args, values)
+        return _run(self.driver.fetch, sql, values)
 
-    def fetchrow(self, sql: Statement | str, /, *args: object, **values: object) -> Awaitable[Record | None]:
+    def fetchrow(self, sql: Statement | str, /, **values: object) -> Awaitable[Record | None]:
         """The first row."""
-        return _run(self.driver.fetchrow, sql, args, values)
+        return _run(self.driver.fetchrow, sql, values)
 
-    def fetchval(self, sql: Statement | str, /, *args: object, **values: object) -> Awaitable[Any]:
+    def fetchval(self, sql: Statement | str, /, **values: object) -> Awaitable[Any]:
         """The first column of the first row."""
-        return _run(self.driver.fetchval, sql, args, values)
+        return _run(self.driver.fetchval, sql, values)
 
     def after_commit(self, tell: Callable[[], None]) -> None:
         """Call it when what was done here is committed: for what is only logged and counted. It must not fail."""
@@ -67,11 +64,9 @@ class Connection:
         self._after.clear()
 
 
-async def _run(
-    call: Callable[..., Awaitable[Any]], sql: Statement | str, args: Sequence[object], values: Mapping[str, object]
-) -> Any:
+async def _run(call: Callable[..., Awaitable[Any]], sql: Statement | str, values: Mapping[str, object]) -> Any:
     if isinstance(sql, str):
-        name, text, arguments = _WORDS.get(sql.partition(" ")[0], "other"), sql, args
+        name, text, arguments = _WORDS.get(sql.partition(" ")[0], "other"), sql, []
     else:
         name, text, arguments = sql.name, sql.sql, sql.arguments(values)
     span = None if tracing.tracer is None else tracing.statement(name)

@@ -116,9 +116,10 @@ def role_settings(patience: float) -> dict[str, str]:
 
 
 # Formatted by the server, which knows how its names are quoted.
-CARRY = """
-SELECT format('ALTER ROLE %I IN DATABASE %I SET %I = %L', current_user, current_database(), $1::text, $2::text)
-"""
+CARRY = statement(
+    "setup.carry",
+    "SELECT format('ALTER ROLE %I IN DATABASE %I SET %I = %L', current_user, current_database(), :name::text, :value::text)",
+)
 
 # --- whether it fits --------------------------------------------------------------------------------------------------
 
@@ -135,6 +136,10 @@ FITS = statement(
     FROM pg_settings WHERE name = ANY(:names)
     """,
 )
+
+
+# Whoever may read this table has been migrated.
+READY = statement("setup.ready", "SELECT 1 FROM runs LIMIT 1")
 
 
 class Unfit(DatabaseUnavailable):

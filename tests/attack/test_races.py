@@ -662,8 +662,7 @@ def test_a_run_that_was_cancelled_and_retried_since_it_was_read(attacked: Stack,
         database = Database(settings_of(attacked))
         try:
             # By hand, so that no server is woken: this test makes the only pass.
-            async with database.connection() as connection:
-                await connection.execute("UPDATE machines SET is_available = true WHERE id = $1", machine_id)
+            await asyncio.to_thread(attacked.sql, "UPDATE machines SET is_available = true WHERE id = $1", machine_id)
             interrupted: Any = Interrupted(database, lambda: asyncio.to_thread(overtake))
             done = await place(interrupted, client.organization)
             return [str(one.run_id) for one in done.placed]

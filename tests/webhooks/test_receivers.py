@@ -17,11 +17,10 @@ import svix.webhooks
 from dev.run import ROOT
 from dev.stack import free_port
 from tests.sdk import environment
-from tests.sdk.environment import NEEDS_UNKNOWN_KEY
+from tests.sdk.environment import NEEDS_UNKNOWN_KEY, VERSIONS
 from tests.support.client import file_input
 from tests.support.receiver import Message
 from tests.support.waiting import until
-from tests.test_sdk import VERSIONS
 from tests.webhooks.conftest import Hooked
 
 Received = tuple[Message, str]

@@ -156,7 +156,7 @@ async def download_run_attachment(attachment_id: UUID, request: Request) -> Resp
     """The file's bytes, as a download."""
     own = services(request)
     async with own.database.connection() as connection:
-        file = await downloads.readable(connection, attachment_id, request.state.principal)
+        file = await attachments.readable(connection, attachment_id, request.state.principal)
     return await downloads.respond(own, file, request.headers)
 
 
@@ -173,7 +173,7 @@ async def get_run_attachment_download_url(
     """A URL that anyone can download the file from, without an API key, until it expires."""
     own = services(request)
     async with own.database.connection() as connection:
-        file = await downloads.readable(connection, attachment_id, request.state.principal)
+        file = await attachments.readable(connection, attachment_id, request.state.principal)
     url = await own.files.signed_url(file["storage_path"], expires_in)
     if url is None:
         base = own.settings.public_url or str(request.base_url)

@@ -11,7 +11,7 @@ from app.errors import DatabaseUnavailable
 from app.runs.projection import encode
 from app.schemas.problems import Alive, Health
 from app.services import Services
-from app.stores.setup import Unfit
+from app.stores.setup import READY, Unfit
 
 router = APIRouter(tags=["health"])
 
@@ -35,8 +35,7 @@ def _reply(webhooks: str | None = None, **problems: str | None) -> Response:
 async def _database_problem(own: Services) -> str | None:
     try:
         async with own.database.connection() as connection:
-            # Also proves that the migrations have run.
-            await connection.fetchval("SELECT 1 FROM runs LIMIT 1")
+            await connection.fetchval(READY)
     except Unfit as unfit:
         return unfit.reason
     except DatabaseUnavailable:

@@ -1,0 +1,49 @@
+"""Rules of the house that no linter holds. Who may import whom in the app is held by import contracts (pyproject.toml)."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dev.run import ROOT
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+OURS = ("app", "dev", "tests", "benchmarks", "examples", "migrations")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """What a file imports of ours, as dotted names."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name for name in found if name.partition(".")[0] in OURS)
+
+
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: str(file.relative_to(ROOT / "tests")))
+def test_no_test_is_imported_and_no_private_name(file: Path) -> None:
+    """What tests share is in tests/support."""
+    wrong = [
+        name
+        for name in imports(file)
+        if any(part.startswith(("_", "test_")) and part != "__version__" for part in name.split("."))
+    ]
+    assert not wrong
+
+
+def test_sql_has_names_and_no_numbers() -> None:
+    """Two swapped `$n` of one type would pass unseen."""
+    files = [file for file in (ROOT / "app").rglob("*.py") if file.name != "statements.py"]
+    numbered = [str(file) for file in files if re.search(r"\$[0-9]", file.read_text(encoding="utf-8"))]
+    assert not numbered
+
+
+def test_http_writes_no_sql() -> None:
+    """Each statement lives with its subject, below HTTP."""
+    for file in (ROOT / "app/api").rglob("*.py"):
+        assert "app.stores.statements" not in file.read_text(encoding="utf-8"), file
