@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -10,8 +11,8 @@ import httpx
 import pytest
 
 from tests.support.client import Client, file_input
-from tests.support.server import Server
-from tests.support.stack import Stack
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, own_database
 
 PAIRS = 120 * (1 + int(os.environ.get("SOAK", "0")))
 
@@ -258,6 +259,45 @@ def test_a_long_queue_costs_no_more(quiet_server: Server) -> None:
         assert len(lanes) == 200
         assert {lane["waiting"] for lane in lanes} == {50}
         quiet_server.stack.sql("DELETE FROM runs WHERE organization_id = $1", api.organization)
+
+
+@pytest.fixture
+def surprised(stack: Stack) -> Iterator[Server]:
+    """A server whose database is about to hold much more than its statistics say."""
+    with own_database(stack, "queue") as own:
+        own.sql("ALTER TABLE runs SET (autovacuum_enabled = false)")
+        started = start_server(own, BACKGROUND="none", DATABASE_POOL_SIZE=2)
+        yield started
+        started.app.stop()
+
+
+@pytest.mark.parametrize("lane", ["pools", "session"])
+@pytest.mark.parametrize("finished", [0, 2000])
+def test_a_crowd_that_the_statistics_do_not_know_costs_no_more(surprised: Server, lane: str, finished: int) -> None:
+    """It took longer than the statement timeout: 503."""
+    with surprised.client() as api:
+        workflow, stack = api.workflow(), surprised.stack
+        run = (
+            "INSERT INTO runs (id, organization_id, workflow_id, status, started_at, ended_at, lane, session_id)"
+            " SELECT gen_random_uuid(), $1, $2::text::uuid,"
+        )
+        alone = f"{run} 'success', now(), now(), 'any', NULL FROM generate_series(1, $3::int)"
+        stack.sql(alone, api.organization, workflow, finished)
+        stack.sql(f"{run} 'scheduling', NULL, NULL, 'any', NULL", api.organization, workflow)
+        stack.sql("ANALYZE runs")
+        assert api.get("/v1/queue").status_code == 200  # and a plan is kept
+        crowd = (
+            f"{run} 'scheduling', NULL, NULL, $3 || ':' || n % 600,"
+            " CASE WHEN $3 = 'session' THEN md5((n % 600)::text)::uuid END FROM generate_series(1, 30000) AS n"
+        )
+        stack.sql(crowd, api.organization, workflow, lane)
+        took = []
+        for _ in range(8):
+            began = time.monotonic()
+            lanes = api.json_of(api.get("/v1/queue"))["items"]
+            took.append(time.monotonic() - began)
+            assert len(lanes) == 200
+        assert sorted(took)[4] < 0.5, took
 
 
 def test_a_refusal_says_what_a_program_can_use(stack: Stack, api: Client) -> None:

@@ -50,9 +50,7 @@ PLACEMENT = statement(
                   AND CASE
                       WHEN m.id IS NOT NULL THEN t.id = m.id
                       WHEN r.pinned_machine_id IS NOT NULL THEN t.id = r.pinned_machine_id
-                      ELSE NOT EXISTS (
-                          SELECT FROM unnest(r.pool_ids) AS wanted (id) WHERE NOT EXISTS (
-                              SELECT FROM pool_machines p WHERE p.pool_id = wanted.id AND p.machine_id = t.id))
+                      ELSE {rules.in_all_pools("r", "t.id")}
                   END
                 LIMIT 1000
            ) AS eligible) AS eligible_machines

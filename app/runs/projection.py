@@ -43,9 +43,11 @@ def _produced(column: str) -> str:
     return f"(SELECT o.{column} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt)"
 
 
-# What keeps a waiting run in a session: one that is at work, or one that is before it in their lane.
+# What keeps a waiting run in a session: one that is at work, or one that is before it in their lane. In the order of the
+# queue: another index than its own would read all that waits.
 _BEFORE = f"""runs o WHERE o.organization_id = r.organization_id AND o.lane = r.lane AND {rules.waits("o")}
-    AND (o.queue_rank, o.queued_at, o.id) < (r.queue_rank, r.queued_at, r.id)"""
+    AND (o.queue_rank, o.queued_at, o.id) < (r.queue_rank, r.queued_at, r.id)
+    ORDER BY o.queue_rank, o.queued_at, o.id"""
 _WAITS_FOR_SESSION = f"(r.session_id IS NOT NULL AND ({rules.session_at_work('r')} OR {rules.exists(_BEFORE)}))"
 
 _SILENT = "machines s WHERE s.id = r.assigned_machine_id AND s.status = 'disconnected' AND s.silenced_at IS NOT NULL"

@@ -7,7 +7,7 @@ from typing import Any
 
 from app.runs import projection
 from app.scheduling import rules
-from app.stores.database import Connection
+from app.stores.database import Database
 from app.stores.statements import statement
 
 LANES_SEEN = 2000
@@ -46,18 +46,27 @@ LANES = statement(
            (SELECT count(*) FROM (
                 SELECT FROM runs q
                 WHERE q.organization_id = :organization_id AND q.lane = heads.lane AND {rules.waits("q")}
-                LIMIT {RUNS_COUNTED}) AS waiting) AS waiting,
+                ORDER BY q.queue_rank, q.queued_at, q.id LIMIT {RUNS_COUNTED}) AS waiting) AS waiting,
            heads.oldest_queued_at, r.id::text AS head_run_id, {projection.scheduling_reason()} AS reason
-    FROM heads CROSS JOIN LATERAL (SELECT * FROM runs WHERE id = heads.id) AS r {projection.RUN_SOURCE}
+    FROM heads CROSS JOIN LATERAL (SELECT * FROM runs WHERE id = heads.id LIMIT 1) AS r {projection.RUN_SOURCE}
     ORDER BY heads.oldest_queued_at, heads.lane
     """,
 )
 
 
-async def list_lanes(connection: Connection, organization_id: str) -> dict[str, Any]:
+# Before LANES, in its transaction. Each look into the queue asks for an order that its index alone has. Statistics that were
+# made before a crowd came let others seem as good, which read the whole crowd for each lane and then sort a few: seconds. What
+# is found is sorted all the same.
+BY_THE_QUEUES_INDEX = statement("runs.queue.by_index", "SELECT set_config('enable_sort', 'off', true)")
+
+
+async def list_lanes(database: Database, organization_id: str) -> dict[str, Any]:
     """The lanes of an organization, the one with the oldest run first."""
     items = []
-    for row in await connection.fetch(LANES, organization_id=organization_id):
+    async with database.transaction() as connection:
+        await connection.fetch(BY_THE_QUEUES_INDEX)
+        rows = await connection.fetch(LANES, organization_id=organization_id)
+    for row in rows:
         lane = dict(row.items())
         lane["wants"] = {name: lane.pop(name) for name in ("session_id", "machine_id", "pool_ids")}
         items.append(lane)

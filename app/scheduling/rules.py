@@ -45,7 +45,5 @@ def idle(machine: str) -> str:
 
 def in_all_pools(run: str, machine_id: str) -> str:
     """The machine is in each of the run's pools."""
-    return (
-        f"NOT EXISTS (SELECT FROM unnest({run}.pool_ids) AS wanted (id) WHERE NOT EXISTS ("
-        f"SELECT FROM pool_machines member WHERE member.pool_id = wanted.id AND member.machine_id = {machine_id}))"
-    )
+    member = exists(f"pool_machines member WHERE member.pool_id = wanted.id AND member.machine_id = {machine_id}")
+    return f"NOT EXISTS (SELECT FROM unnest({run}.pool_ids) AS wanted (id) WHERE NOT {member})"

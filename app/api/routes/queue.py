@@ -19,5 +19,4 @@ async def get_queue(request: Request) -> Response:
     All runs of a lane want the same, so its first run says why none of them starts. Of an organization with more than 2,000
     lanes the first 2,000 by name are looked at.
     """
-    async with services(request).database.connection() as connection:
-        return json_reply(await queue.list_lanes(connection, request.state.principal.organization_id))
+    return json_reply(await queue.list_lanes(services(request).database, request.state.principal.organization_id))
