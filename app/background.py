@@ -18,6 +18,7 @@ from app.runs.attachments import expire_attachments
 from app.runs.ending import end_silent_runs, note_expired_secrets
 from app.runs.listing import announce_assignments
 from app.runs.outputs import prune_outputs
+from app.runs.retention import prune_attempts, remove_old_runs
 from app.scheduling.rounds import look_around, place_large, place_woken
 from app.scheduling.silence import look_for_silence
 from app.services import Services
@@ -131,6 +132,8 @@ def loops(services: Services) -> list[Loop]:
         Loop("expired_attachments", _waking(services, partial(expire_attachments, database)), period),
         Loop("idempotency_keys", partial(forget_keys, database), period),
         Loop("outputs", partial(prune_outputs, database), period),
+        Loop("old_runs", partial(remove_old_runs, database, settings), period),
+        Loop("old_attempts", partial(prune_attempts, database, settings.attempt_retention_days), period),
         Loop("events", partial(prune_events, database, settings.event_retention_days), period),
         Loop("webhooks", deliverer.round, period, wakeups.deliveries, rest=0.02, close=deliverer.close),
         Loop("old_webhooks", partial(prune_webhooks, database, settings.webhook_retention_days), period),

@@ -317,6 +317,15 @@ class Settings(DatabaseSettings):
         description="A run that its machine does not begin in time is placed again, if that machine's executor uses claims;"
         " 0 = never.",
     )
+    run_retention_days: int = Field(
+        0, ge=0, le=36_500, description="How long ended runs are kept, with all that they have; 0 = for ever."
+    )
+    attempt_retention_days: int = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="How long attempts that a retry replaced are kept, at most as long as their run; 0 = as long.",
+    )
     event_retention_days: int = Field(
         90, ge=0, le=36_500, description="How long events of runs are kept; 0 = for ever."
     )

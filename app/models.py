@@ -262,6 +262,8 @@ class Run(Base):
         ),
         # The longest silent running runs.
         Index("ix_runs_reported", "reported_at", postgresql_where=text("status = 'running'")),
+        # Those that have ended, by age.
+        Index("ix_runs_ended", "ended_at", postgresql_where=text("status IN ('success', 'error', 'cancelled')")),
         # Those that were given to a machine and are not begun.
         Index(
             "ix_runs_awaited",
@@ -327,7 +329,10 @@ class RunAttempt(Base):
     """A finished attempt, archived by the retry that replaced it. Names of overridden fields, never values."""
 
     __tablename__ = "run_attempts"
-    __table_args__ = (CheckConstraint("status IN ('success', 'cancelled', 'error')", name="status"),)
+    __table_args__ = (
+        CheckConstraint("status IN ('success', 'cancelled', 'error')", name="status"),
+        Index("ix_run_attempts_retried_at", "retried_at", postgresql_using="brin"),
+    )
 
     # Names nothing outside the database, so it may go with its run.
     run_id: Mapped[UUID] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from app import auth, idempotency, signs_of_life
 from app.config import Settings
 from app.handoff import dispatches
-from app.runs import create, ending, outputs, projection, quotas, report, retry
+from app.runs import create, ending, outputs, projection, quotas, report, retention, retry
 from app.scheduling import silence
 from app.scheduling.targets import lane
 from app.stores import deletions
@@ -152,6 +152,7 @@ STATEMENTS: dict[str, str | Statement] = {
     "stay": silence.STAY,
     "disconnect": silence.DISCONNECT,
     "report": report.UPDATE,
+    "ended long ago": retention.ENDED_LONG_AGO,
 }
 
 

@@ -43,7 +43,7 @@ GRANTS = {
 }
 
 # What it may do beyond that, only through functions that run as the owner.
-FUNCTIONS = ("prune_run_events(integer, integer)",)
+FUNCTIONS = ("prune_run_events(integer, integer)", "prune_run_attempts(integer, integer)")
 
 
 def limits(role: str, schema: str, database: str) -> list[str]:

@@ -1,0 +1,93 @@
+"""How long things stay: what goes by age names nothing twice and leaves nothing behind."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from app.runs.retention import WHY
+from tests.support.client import Client, file_input, secret_path
+from tests.support.scene import assert_nothing_lost
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, own_database
+from tests.support.waiting import until
+
+
+@pytest.fixture(scope="module")
+def keeping(stack: Stack) -> Iterator[Server]:
+    """A server that keeps ended runs and attempts for 30 days."""
+    with own_database(stack, "retention") as own:
+        started = start_server(own, RUN_RETENTION_DAYS=30, ATTEMPT_RETENTION_DAYS=30)
+        yield started
+        started.app.stop()
+
+
+@pytest.fixture
+def kept(keeping: Server) -> Iterator[Client]:
+    with keeping.client() as client:
+        yield client
+
+
+def ended_days_ago(stack: Stack, run_id: str, days: int) -> None:
+    stack.sql("UPDATE runs SET ended_at = now() - make_interval(days => $2) WHERE id = $1", run_id, days)
+
+
+def gone(api: Client, run_id: str) -> bool:
+    return api.get(f"/v1/runs/{run_id}").status_code == 404
+
+
+def test_an_old_run_goes_with_all_that_it_names(kept: Client, keeping: Server) -> None:
+    stack = keeping.stack
+    old = kept.finished(sensitive_input_values={"password": "old"}, file_inputs=[file_input()])
+    young = kept.finished()
+    active = kept.run()
+    stack.sql("UPDATE runs SET queued_at = now() - interval '1 year' WHERE id = $1", active["id"])
+    ended_days_ago(stack, young["id"], 29)
+    ended_days_ago(stack, old["id"], 31)
+    until(lambda: gone(kept, old["id"]))
+    assert not gone(kept, young["id"])
+    assert not gone(kept, active["id"])
+    assert stack.sql("SELECT 1 FROM run_attachments WHERE run_id = $1", old["id"]) == []
+    until(
+        lambda: stack.secret(secret_path(old)) is None, what="the secret is destroyed, though it was kept for a retry"
+    )
+    until(lambda: not stack.blobs(f"{kept.organization}/{old['id']}"), what="its files are deleted")
+    assert_nothing_lost(stack, kept.organization)
+    events = until(lambda: kept.json_of(kept.get(f"/v1/runs/{old['id']}/events"))["items"])
+    assert (events[-1]["event"], events[-1]["reason"], events[-1]["key_id"]) == ("deleted", WHY.format(30), None)
+
+
+def test_many_old_runs_go_in_bursts(kept: Client, keeping: Server) -> None:
+    body = {"workflow_id": kept.workflow(), "count": 250}
+    created = kept.json_of(kept.post("/v1/runs/bulk", json=body), 201)["created_runs"]
+    keeping.stack.sql(
+        "UPDATE runs SET status = 'error', ended_at = now() - interval '31 days' WHERE organization_id = $1",
+        kept.organization,
+    )
+    until(lambda: kept.json_of(kept.get("/v1/runs", params={"limit": 1}))["total"] == 0)
+    assert all(gone(kept, run["id"]) for run in created[::50])
+
+
+def test_old_attempts_go_and_their_run_stays(kept: Client, keeping: Server) -> None:
+    run_id = kept.finished()["id"]
+    for _ in range(3):
+        kept.json_of(kept.retry(run_id))
+        kept.report(run_id, status="cancelled")
+    keeping.stack.sql(
+        "UPDATE run_attempts SET retried_at = now() - interval '31 days' WHERE run_id = $1 AND attempt < 3", run_id
+    )
+
+    def shown() -> list[int]:
+        return [one["attempt"] for one in kept.json_of(kept.get(f"/v1/runs/{run_id}/attempts"))["items"]]
+
+    until(lambda: shown() == [3])
+    assert kept.get_run(run_id)["attempt"] == 4
+
+
+def test_by_default_everything_stays(api: Client, stack: Stack, foreign: Client) -> None:
+    run_id = api.finished()["id"]
+    api.json_of(api.retry(run_id))
+    api.report(run_id, status="cancelled")
+    ended_days_ago(stack, run_id, 36_000)
+    stack.sql("UPDATE run_attempts SET retried_at = now() - interval '90 years' WHERE run_id = $1", run_id)
+    foreign.finished()
+    assert api.json_of(api.get(f"/v1/runs/{run_id}/attempts"))["total"] == 1
