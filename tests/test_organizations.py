@@ -61,7 +61,7 @@ def furnish(stack: Stack, api: Client) -> list[str]:
     retried = api.finished(**every)["id"]
     headers = {"Idempotency-Key": uuid4().hex}
     assert api.post(f"/v1/runs/{retried}/retry", json={}, headers=headers).status_code == 200
-    until(lambda: "webhook_deliveries" in left(stack, api.organization))
+    until(lambda: {"webhook_deliveries", "stored_replies"} <= left(stack, api.organization).keys())
     return [waiting, running, finished, retried]
 
 

@@ -86,6 +86,7 @@ ROWS = (
     Rows("machines", _CREATED, _BEGINNING, 100),
     Rows("webhook_events", (("occurred_at", "timestamptz"), ("id", "uuid")), _BEGINNING, 500),
     Rows("idempotency_keys", (("key", "text"),), ("",), 500),
+    Rows("stored_replies", (("until", "timestamptz"),), _BEGINNING[:1], 500),
     Rows("run_events", (("xact", "bigint"), ("id", "bigint")), (0, 0), 5000),
 )
 _REMOVE = {rows: rows.statement() for rows in ROWS}

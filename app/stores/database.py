@@ -138,6 +138,7 @@ IN_THE_WAY = (
     asyncpg.QueryCanceledError,
     asyncpg.DeadlockDetectedError,
     asyncpg.ForeignKeyViolationError,
+    asyncpg.RestrictViolationError,  # the same, of RESTRICT, since PostgreSQL 18
 )
 
 
