@@ -52,9 +52,10 @@ def announce(
     def tell() -> None:
         metrics.transitions.add(to, by, count=len(run_ids))
         of = {} if organization_id is None else {"organization_id": organization_id}
+        # Not `status`: that is a number, HTTP's, and a collector of logs gives a field one type.
         event = {"assigned": "run_assigned", "running": "run_started"}.get(to, "run_ended")
         for run_id in run_ids:
-            log.info({"event": event, "run_id": run_id, **of, "status": to, "by": by, **more})
+            log.info({"event": event, "run_id": run_id, **of, "run_status": to, "by": by, **more})
 
     if run_ids:
         connection.after_commit(tell)

@@ -57,6 +57,7 @@ GAUGES = statement(
         SELECT created_at FROM dispatches ORDER BY due_at LIMIT {DISPATCHES_SEEN}
     ), machines_seen AS MATERIALIZED (
         SELECT CASE
+            WHEN m.silenced_at IS NOT NULL THEN 'silent'
             WHEN m.status <> 'connected' THEN 'disconnected'
             WHEN {rules.occupied("m")} THEN 'busy'
             WHEN NOT m.is_available THEN 'unavailable'
@@ -109,7 +110,7 @@ _NOTHING: dict[str, tuple[str, ...]] = {
         "no_machine_in_pools",
         "waiting_for_session",
     ),
-    "runs_machines": ("idle", "busy", "reserved", "unavailable", "disconnected"),
+    "runs_machines": ("idle", "busy", "reserved", "unavailable", "silent", "disconnected"),
     "runs_deletions_pending": ("vault", "files"),
     "runs_deletions_oldest_age_seconds": ("vault", "files"),
 }

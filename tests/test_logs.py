@@ -64,16 +64,16 @@ def test_a_run_has_a_line_for_its_machine_its_start_its_end_and_its_session(own:
             assert (assigned["machine_id"], assigned["organization_id"]) == (machine, api.organization)
             api.report(run, status="running")
             assert until(lambda: lines(server, "run_started", run_id=run, by="executor"))
-            assert until(lambda: lines(server, "run_ended", run_id=run, by="silence", status="error"))
+            assert until(lambda: lines(server, "run_ended", run_id=run, by="silence", run_status="error"))
             assert until(lambda: lines(server, "session_released", machine_id=machine))
 
             second = api.run(sensitive_input_values={"password": "hush-hush"})["id"]
             until(lambda: lines(server, "run_assigned", run_id=second))
             api.report(second, status="cancelled")
-            assert until(lambda: lines(server, "run_ended", run_id=second, by="caller", status="cancelled"))
+            assert until(lambda: lines(server, "run_ended", run_id=second, by="caller", run_status="cancelled"))
             third = api.run(machine_id=machine)["id"]
             assert api.delete(f"/v1/machines/{machine}").status_code == 204
-            assert until(lambda: lines(server, "run_ended", run_id=third, by="machine_deleted", status="error"))
+            assert until(lambda: lines(server, "run_ended", run_id=third, by="machine_deleted", run_status="error"))
             assert api.delete(f"/v1/runs/{second}").status_code == 204
             [batch] = until(lambda: lines(server, "deleted", store="vault"))
             assert batch["count"] == 1
