@@ -116,11 +116,12 @@ class TemporalExecutor:
         return run is not None and run["status"] in ("scheduling", "running")
 
 
-async def say_alive(api: httpx.Client, machine_id: str) -> None:
-    """While a machine waits at Temporal, the service hears nothing of it."""
+async def say_alive(api: httpx.Client) -> None:
+    """While a machine waits at Temporal, the service hears nothing of it. Any request of its own key is a sign of life; one
+    that set `status` would connect a machine that an operator has taken off."""
     while True:
         try:
-            await asyncio.to_thread(api.patch, f"/v1/machines/{machine_id}", json={"status": "connected"})
+            await asyncio.to_thread(api.get, "/v1/whoami")
         except httpx.HTTPError as problem:
             say(f"the service cannot be reached ({type(problem).__name__})")
         await asyncio.sleep(ALIVE_SECONDS)
@@ -146,7 +147,7 @@ async def serve(work: Work) -> None:
         max_concurrent_activity_task_polls=1,  # each costs the server memory
         graceful_shutdown_timeout=timedelta(seconds=SHUTDOWN_SECONDS),
     )
-    alive = asyncio.create_task(say_alive(api, machine_id)) if machine_id else None
+    alive = asyncio.create_task(say_alive(api)) if machine_id else None
     async with worker:
         say(f"waits at Temporal's queue {queue}")
         await stopping.wait()
