@@ -29,7 +29,7 @@ test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4 || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 soak: .venv/dev.stamp ## attack for long: crashes, races, outages, canaries, random lives and placement (SOAK=20: times as much)
-	SOAK=$(SOAK) SOAK_SECONDS=$$((16 * (1 + $(SOAK)))) $(BIN)/python -m pytest -s tests/attack tests/test_placement_simulation.py tests/test_docs.py tests/test_demo.py
+	SOAK=$(SOAK) SOAK_SECONDS=$$((16 * (1 + $(SOAK)))) $(BIN)/python -m pytest -s tests/attack tests/handoff/test_kills.py tests/test_claims.py tests/test_placement_simulation.py tests/test_dry_run.py tests/test_docs.py tests/test_demo.py
 
 fuzz: .venv/dev.stamp ## send what the OpenAPI document allows, and what it does not, for long (FUZZ_SECONDS=1800)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/test_fuzz.py

@@ -455,21 +455,7 @@ class Settings(DatabaseSettings):
             raise ValueError("must be like temporal.example.com:7233, without https://.")
         return value
 
-    @field_validator(
-        "temporal_tls_server_ca_cert_path", "temporal_tls_client_cert_path", "temporal_tls_client_key_path"
-    )
-    @classmethod
-    def _is_readable(cls, value: Path | None) -> Path | None:
-        try:
-            if value is not None:
-                value.read_bytes()
-        except OSError as problem:
-            raise ValueError(
-                f"the file cannot be read ({problem.strerror}); name a readable file in PEM form."
-            ) from None
-        return value
-
-    @field_validator("vault_cacert", "webhook_cacert")
+    @field_validator("vault_cacert", "webhook_cacert", "temporal_tls_server_ca_cert_path")
     @classmethod
     def _is_a_bundle(cls, value: Path | None) -> Path | None:
         try:
@@ -492,6 +478,16 @@ class Settings(DatabaseSettings):
     def _has_a_whole_client_certificate(self) -> Self:
         if (self.temporal_tls_client_cert_path is None) != (self.temporal_tls_client_key_path is None):
             raise ValueError("TEMPORAL_TLS_CLIENT_CERT_PATH, TEMPORAL_TLS_CLIENT_KEY_PATH: set both or none of them.")
+        if self.temporal_tls_client_cert_path is not None and self.temporal_tls_client_key_path is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
+                    self.temporal_tls_client_cert_path, self.temporal_tls_client_key_path, password=""
+                )
+            except OSError:  # ssl's own errors are some, too
+                raise ValueError(
+                    "TEMPORAL_TLS_CLIENT_CERT_PATH, TEMPORAL_TLS_CLIENT_KEY_PATH: the files cannot be read as a certificate "
+                    "and its key; name readable files in PEM form, the key without a passphrase."
+                ) from None
         if self.temporal_api_key is not None and not self.temporal_uses_tls:
             raise ValueError(
                 "TEMPORAL_TLS: it is off, and TEMPORAL_API_KEY would be sent in clear text. Unset one of the two."

@@ -135,6 +135,21 @@ def with_canary(url: str) -> str:
         ({"WEBHOOK_ALLOW": "10.0.0.1/8"}, "WEBHOOK_ALLOW", "entry 1 is neither a network"),
         ({"WEBHOOK_CACERT": "/nowhere/ca.pem"}, "WEBHOOK_CACERT", "PEM"),
         ({"WEBHOOK_CACERT": __file__}, "WEBHOOK_CACERT", "PEM"),
+        # Temporal
+        ({"TEMPORAL_ADDRESS": "https://temporal.example:7233"}, "TEMPORAL_ADDRESS", "without https://"),
+        ({"TEMPORAL_ADDRESS": "temporal.example"}, "TEMPORAL_ADDRESS", "temporal.example.com:7233"),
+        ({"TEMPORAL_ADDRESS": f"{CANARY}:{CANARY}@temporal.example:7233"}, "TEMPORAL_ADDRESS", "must be like"),
+        ({"TEMPORAL_TLS_SERVER_CA_CERT_PATH": "/nowhere/ca.pem"}, "TEMPORAL_TLS_SERVER_CA_CERT_PATH", "PEM"),
+        ({"TEMPORAL_TLS_SERVER_CA_CERT_PATH": __file__}, "TEMPORAL_TLS_SERVER_CA_CERT_PATH", "PEM"),
+        ({"TEMPORAL_TLS_CLIENT_CERT_PATH": __file__}, "TEMPORAL_TLS_CLIENT_CERT_PATH", "set both"),
+        (
+            {"TEMPORAL_TLS_CLIENT_CERT_PATH": __file__, "TEMPORAL_TLS_CLIENT_KEY_PATH": __file__},
+            "TEMPORAL_TLS_CLIENT_CERT_PATH",
+            "PEM",
+        ),
+        ({"TEMPORAL_API_KEY": CANARY, "TEMPORAL_TLS": "false"}, "TEMPORAL_TLS", "clear text"),
+        ({"TEMPORAL_TASK_QUEUE": f"queue-{{{CANARY}}}"}, "TEMPORAL_TASK_QUEUE", "for each machine"),
+        ({"RUN_HEARTBEAT_SECONDS": "0"}, "RUN_HEARTBEAT_SECONDS", "greater than or equal to"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

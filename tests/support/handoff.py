@@ -64,8 +64,8 @@ class HandOff:
         self.servers.append(started)
         return started
 
-    def worker(self) -> Program:
-        environment = self.stack.environment(**self.settings)
+    def worker(self, **settings: object) -> Program:
+        environment = self.stack.environment(**(self.settings | settings))
         self.workers.append(self._start("worker", [*APP, "worker"], environment))
         return self.workers[-1]
 

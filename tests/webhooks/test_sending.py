@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.webhooks.addresses import Allowed
 from app.webhooks.sending import Answer, Failed, Post, trust
+from tests.support.authority import Authority, authority
 from tests.support.receiver import Answer as Said
 from tests.support.receiver import Receiver, receiving
 from tests.support.stack import Stack
@@ -202,28 +202,16 @@ def test_chunks_that_are_none(receiver: Receiver) -> None:
 
 
 @pytest.fixture(scope="module")
-def authority(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ssl.SSLContext]]:
-    """An authority of our own, in OpenBao, and a server's context with a certificate for receiver.example from it."""
-    bao, folder = stack.bao, tmp_path_factory.mktemp("tls")
-    assert bao.call("POST", "sys/mounts/pki", {"type": "pki"})[0] < 300
-    root = bao.call("POST", "pki/root/generate/internal", {"common_name": "tests", "ttl": "24h"})[1]["data"]
-    bao.call("POST", "pki/roles/receiver", {"allow_any_name": True, "ttl": "12h"})
-    names = {"common_name": "receiver.example"}
-    issued = bao.call("POST", "pki/issue/receiver", names)[1]["data"]
-    ca, chain = folder / "ca.pem", folder / "chain.pem"
-    ca.write_text(root["certificate"])
-    chain.write_text(issued["private_key"] + "\n" + issued["certificate"])
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(chain)
-    yield ca, context
-    bao.call("DELETE", "sys/mounts/pki")
+def issuer(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Authority]:
+    with authority(stack, tmp_path_factory.mktemp("tls")) as made:
+        yield made
 
 
 def test_a_certificate_is_checked_for_the_name_and_not_for_the_address(
-    authority: tuple[Path, ssl.SSLContext],
+    issuer: Authority,
 ) -> None:
-    ca, context = authority
-    with receiving(context) as receiver:
+    ca = issuer.ca
+    with receiving(issuer.server("receiver.example")) as receiver:
         port = receiver.server.server_port
         assert send(f"https://receiver.example:{port}/", "127.0.0.1", context=trust(ca)).status == 200
         assert len(receiver.messages) == 1
@@ -233,9 +221,9 @@ def test_a_certificate_is_checked_for_the_name_and_not_for_the_address(
         assert len(receiver.messages) == 1
 
 
-def test_a_handshake_that_never_ends_is_broken_off(authority: tuple[Path, ssl.SSLContext]) -> None:
+def test_a_handshake_that_never_ends_is_broken_off(issuer: Authority) -> None:
     with closing(Rude(pause=0.01)) as rude:
-        post = Post(LOOPBACK, trust(authority[0]))
+        post = Post(LOOPBACK, trust(issuer.ca))
         threading.Timer(0.3, post.abort).start()
         with pytest.raises(Failed) as failed:
             post.send(rude.url.replace("http:", "https:"), {}, b"{}", connect_by=NEVER)
