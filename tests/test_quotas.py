@@ -297,6 +297,21 @@ def test_runs_created_a_minute_are_counted_for_a_key_and_for_its_organization(st
         assert api.post("/v1/runs", json=body).status_code == 201
 
 
+def test_bulks_at_once_never_exceed_a_quota_together(stack: Stack) -> None:
+    """Each alone would leave much of it."""
+    quotas = {"QUOTA_ORGANIZATION_WAITING_RUNS": 1000, "QUOTA_ORGANIZATION_RUNS_PER_MINUTE": 2000}
+    with serving(stack, **quotas) as one, serving(stack, **quotas) as two, one.client() as api:
+        body = {"workflow_id": api.workflow(), "count": 400}
+        answers = storm(api, [Call("POST", "/v1/runs/bulk", body) for _ in range(8)], urls=[one.url, two.url])
+        assert tally(answers) == {"201": 2, "429 quota_exceeded": 6}
+        single = {"workflow_id": body["workflow_id"]}
+        calls = [Call("POST", "/v1/runs", single) for _ in range(60)]
+        calls[30:30] = [Call("POST", "/v1/runs/bulk", single | {"count": 180}) for _ in range(2)]
+        storm(api, calls, urls=[one.url, two.url])
+        waiting = stack.sql("SELECT count(*) FROM runs WHERE organization_id = $1", api.organization)
+        assert waiting[0]["count"] <= 1000
+
+
 def test_waiting_runs_of_a_key_are_those_that_it_created_or_retried_last(stack: Stack) -> None:
     with (
         serving(stack, QUOTA_KEY_WAITING_RUNS=2) as server,

@@ -1,8 +1,8 @@
 """Quotas on runs: how many may wait, and how many may be made in a minute, for a key and for its organization.
 
-They are counted in the database, by index and never further than the quota goes, in the transaction that adds to them. No row
-and no lock is shared by the requests of an organization, until little is left of a quota: then they take turns from the count
-to the commit, so that the last of it is given once.
+They are counted in the database, by index and never further than the quota goes, in the transaction that adds to them. No
+request of an organization waits for another one, until little is left of a quota: then they take turns from the count to the
+commit, so that the last of it is given once. What is little for a bulk can be much for a single run: such a bulk has to be alone.
 """
 
 import time
@@ -48,8 +48,12 @@ COUNT = statement(
     """,
 )
 
-# A number of ours, for what is locked.
+# Numbers of ours, for what is locked: the turn, and whether somebody has to be alone.
 TAKE_TURN = statement("runs.quotas.take_turn", "SELECT pg_advisory_xact_lock(1903259745, hashtext(:organization_id))")
+BESIDE_OTHERS = statement(
+    "runs.quotas.beside_others", "SELECT pg_advisory_xact_lock_shared(1903259746, hashtext(:organization_id))"
+)
+ALONE = statement("runs.quotas.alone", "SELECT pg_advisory_xact_lock(1903259746, hashtext(:organization_id))")
 
 # Part of the statement that requeues a run: whether so few wait that nobody need take turns. Null: no quota.
 ROOM = f"""
@@ -89,8 +93,9 @@ async def room(connection: Connection, quotas: RunQuotas | None, principal: Prin
     }
 
 
-def _before_turns(policy: Policy | None) -> int:
-    return LOOKED_AT * 10 if policy is None else policy.quota - max(TURNS, policy.quota // 10)
+def _before_turns(policy: Policy | None, more: int = 1) -> int:
+    """Up to here requests for so many decide side by side."""
+    return LOOKED_AT * 10 if policy is None else policy.quota - max(TURNS * more, policy.quota // 10)
 
 
 async def check(
@@ -110,10 +115,21 @@ async def admit(
     """
     if quotas is None:
         return ()
-    standings, takes_turns = _standings(quotas, await _count(connection, quotas, principal, created), waiting, created)
-    if takes_turns:
-        await connection.execute(TAKE_TURN, organization_id=principal.organization_id)
-        standings, _ = _standings(quotas, await _count(connection, quotas, principal, created), waiting, created)
+
+    async def decide() -> tuple[tuple[Standing, ...], bool]:
+        return _standings(quotas, await _count(connection, quotas, principal, created), waiting, created)
+
+    organization_id = principal.organization_id
+    if waiting > 1:
+        _, is_near = await decide()
+        await connection.execute(ALONE if is_near else BESIDE_OTHERS, organization_id=organization_id)
+        standings, _ = await decide()
+        return standings
+    await connection.execute(BESIDE_OTHERS, organization_id=organization_id)
+    standings, is_near = await decide()
+    if is_near:
+        await connection.execute(TAKE_TURN, organization_id=organization_id)
+        standings, _ = await decide()
     return standings
 
 
@@ -144,8 +160,11 @@ def _free_after(policy: Policy | None, created: int) -> int:
 
 
 def _standings(quotas: RunQuotas, counted: Record, waiting: int, created: int) -> tuple[tuple[Standing, ...], bool]:
-    """Those of which little is left after so many more, and whether requests take turns. Raises QuotaExceeded."""
-    violated, near, takes_turns, is_too_large = [], [], False, False
+    """Those of which little is left after so many more, and whether it is too little for deciding side by side.
+
+    Raises QuotaExceeded.
+    """
+    violated, near, is_near, is_too_large = [], [], False, False
     for policy, used, more, seconds in (
         (quotas.key_created, counted["key_created"], created, counted["key_seconds"]),
         (quotas.organization_created, counted["organization_created"], created, counted["organization_seconds"]),
@@ -160,7 +179,7 @@ def _standings(quotas: RunQuotas, counted: Record, waiting: int, created: int) -
             is_too_large = is_too_large or more > policy.quota
         elif policy.near(policy.quota - used - more):
             near.append(Standing(policy, policy.quota - used - more, until))
-        takes_turns = takes_turns or used + more > _before_turns(policy)
+        is_near = is_near or used + more > _before_turns(policy, more)
     if violated:
         raise exceeded(*violated, is_too_large=is_too_large)
-    return tuple(near), takes_turns
+    return tuple(near), is_near
