@@ -100,6 +100,8 @@ def test_what_fails_is_a_warning_and_says_what_kind_of_failure_it_was(tmp_path_f
                 )
                 own.postgres.start()
                 own.sql("ALTER ROLE runs_app PASSWORD 'another'")
+                # It may have connected already with the old one.
+                own.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'runs_app'")
                 refusals["cause"] = "authentication"
                 assert until(lambda: api.retry(run).status_code == 503 and lines(server, "request", **refusals))
                 assert "password" not in server.app.log.read_text()
