@@ -2,7 +2,7 @@
 
 They are counted in the database, by index and never further than the quota goes, in the transaction that adds to them. No
 request of an organization waits for another one, until little is left of a quota: then they take turns from the count to the
-commit, so that the last of it is given once. What is little for a bulk can be much for a single run: such a bulk has to be alone.
+commit, so that the last of it is given once. What is little for a bulk can be much for a single run: such a bulk decides alone.
 """
 
 import time
