@@ -16,6 +16,7 @@ from benchmarks import load, plans
 from benchmarks.load import Plan, Pressure
 from benchmarks.measure import Case, Group, Round, Sample, Target
 from benchmarks.memory import PeakMemory
+from benchmarks.options import bursts, options
 from benchmarks.pgbench import SixStatements
 from benchmarks.placing import ADD_MACHINES, END_ASSIGNED, add_crowd, add_lanes, idle, many, soon
 from benchmarks.statements import statements
@@ -483,6 +484,8 @@ GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
     "secret": secret,
     "files": files,
     "refused": refused,
+    "options": options,
+    "bursts": bursts,
     "frozen": frozen,
     "size": size,
     "lists": lists,

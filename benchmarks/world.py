@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 from uuid import UUID, uuid4
 
@@ -327,7 +328,7 @@ class World:
         self.folder = folder
         self._options = options
         self._started = ExitStack()
-        self._servers: dict[tuple[str, int, type[App]], Server] = {}
+        self._servers: dict[tuple[object, ...], Server] = {}
 
     def __enter__(self) -> Self:
         self.postgres = self._started.enter_context(Postgres(self.folder, fsync=True, options=self._options))
@@ -365,8 +366,14 @@ class World:
         folder.mkdir()
         return self._started.enter_context(World(folder, options))
 
-    def server_of(self, data: Data, workers: int = 1, program: type[App] = App) -> Server:
-        kind = (data.url, workers, program)
+    def server_of(
+        self,
+        data: Data,
+        workers: int = 1,
+        program: type[App] = App,
+        settings: Mapping[str, object] = MappingProxyType({}),
+    ) -> Server:
+        kind = (data.url, workers, program, *sorted(settings.items()))
         if kind not in self._servers:
             folder = self.folder / f"server{len(self._servers)}"
             files = folder / "files"
@@ -379,6 +386,7 @@ class World:
                 "LOG_LEVEL": "info",
                 "NO_PROXY": "127.0.0.1",
             }
+            environment |= {name: str(value) for name, value in settings.items()}
             app = self._started.enter_context(program(folder, f"http://127.0.0.1:{port}", environment))
             self._servers[kind] = Server(app, port, data, self.postgres)
         return self._servers[kind]
