@@ -189,6 +189,7 @@ class HeadTooSlow(RequestTimeout):
 class QuotaExceeded(Refusal):
     status, code = 429, "quota_exceeded"
     detail = "More than a quota allows; nothing was changed. Send the request again after the seconds of Retry-After."
+    times = 0  # how often its party has been refused within a minute, where that is known
 
     @classmethod
     def problem_type(cls) -> str:

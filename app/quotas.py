@@ -1,14 +1,16 @@
 """Quotas: how much one party may use, how much of it is left, and how a reply says so.
 
 A party is a key, an organization or an address; this module knows their names and numbers and not what they stand for. What is
-counted here is counted in this process alone. Quotas on runs are counted in the database (runs/quotas.py).
+counted here is counted in this process alone. Quotas on runs are counted in the database (runs/quotas.py). The library `limits`
+would do it, too: one of its counts costs 13 us and the standing for a reply 13 more, where a plain retry costs 350 and these 2;
+and it keeps every party that comes, where these forget the oldest.
 
 The fields are those of draft-ietf-httpapi-ratelimit-headers-11: lists of structured fields (RFC 9651).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from app.config import Settings
@@ -61,6 +63,13 @@ def fields(standings: Sequence[Standing]) -> dict[str, str]:
     return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(states)}
 
 
+def beyond(standing: Standing) -> QuotaExceeded:
+    """The refusal of a request after which less than 0 is left."""
+    refusal = exceeded(replace(standing, left=0))
+    refusal.times = -standing.left
+    return refusal
+
+
 def exceeded(*standings: Standing, is_too_large: bool = False) -> QuotaExceeded:
     """The refusal of a request that would go beyond these quotas; `is_too_large`: whenever it is sent."""
     for one in standings:
@@ -100,7 +109,7 @@ class PerMinute:
         minute = self._minutes.get(party)
         if minute is None or minute[0] <= now or minute[1] > 0:
             return None
-        return Standing(self.policy, 0, ceil(minute[0] - now))
+        return Standing(self.policy, int(minute[1]), ceil(minute[0] - now))
 
     def _begin(self, party: object, now: float) -> list[float]:
         minute = [now + MINUTE, self.policy.quota]

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import in_flight
 from app.api.limits import Limits
 from app.auth import Principal, authenticate, bearer
-from app.errors import InternalError, Refusal, RequestTimeout, Unauthorized, Unavailable
+from app.errors import InternalError, QuotaExceeded, Refusal, RequestTimeout, Unauthorized, Unavailable
 from app.quotas import Standing, fields
 from app.services import Services
 from app.stores.pool import party
@@ -89,6 +89,8 @@ class Edge:
             share.close()
             self.active -= 1
         if refusal is not None and not exchange.started:
+            if isinstance(refusal, QuotaExceeded):
+                await scope["app"].state.limits.hold_back(refusal)
             await exchange.refuse(refusal)
         exchange.report()
 

@@ -1,9 +1,11 @@
 """The quotas that are decided before a body is read: requests, bytes in flight, long polls, and failed authentications.
 
 They are counted in this process: with several, each allows as much. Who is refused here has cost nobody else more than the
-statement that tells whose key it is.
+statement that tells whose key it is. Who does not heed a refusal waits for the next ones: others need the time that it takes
+to refuse.
 """
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,13 +17,21 @@ from app.auth import Principal, digest
 from app.config import Settings
 from app.errors import QuotaExceeded, Unauthorized
 from app.in_flight import Share
-from app.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, Standing, exceeded, policy
+from app.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, Standing, beyond, exceeded, policy
+
+# So many refusals of a minute come at once, later ones after so many seconds. Those that wait take up connections, so there
+# may be no more than that; else they come at once, too.
+REFUSED_AT_ONCE = 10
+HELD_SECONDS = 0.5
+MOST_HELD = 100
 
 
 class Limits:
     """The counts of one process. A quota that is not set costs a look at it."""
 
     def __init__(self, settings: Settings) -> None:
+        self._held = 0
+
         def by_minute(name: str, quota: int, what: str) -> PerMinute | None:
             found = policy(name, quota, what, window=MINUTE)
             return None if found is None else PerMinute(found)
@@ -60,9 +70,18 @@ class Limits:
         ):
             if count is not None and (standing := count.count(party, now)) is not None:
                 if standing.left < 0:
-                    raise exceeded(Standing(standing.policy, 0, standing.seconds))
+                    raise beyond(standing)
                 standings.append(standing)
         return standings
+
+    async def hold_back(self, refusal: QuotaExceeded) -> None:
+        """Before a refusal is sent to somebody who does not heed them."""
+        if refusal.times > REFUSED_AT_ONCE and self._held < MOST_HELD:
+            self._held += 1
+            try:
+                await asyncio.sleep(HELD_SECONDS)
+            finally:
+                self._held -= 1
 
     def meter(self, share: Share, principal: Principal) -> None:
         """From now on what the request holds counts for its key and its organization."""
@@ -103,9 +122,9 @@ class Strangers:
 
     def check(self, scope: Scope, key: bytes) -> None:
         """Before the key is looked up. Raises QuotaExceeded."""
-        standing = self._failures.spent(address(scope), time.monotonic())
-        if standing is not None and digest(key) not in self._good:
-            raise exceeded(standing)
+        who, now = address(scope), time.monotonic()
+        if self._failures.spent(who, now) is not None and digest(key) not in self._good:
+            raise self._refused(who, now)
 
     def knows(self, key: bytes) -> None:
         """The key is good."""
@@ -120,10 +139,15 @@ class Strangers:
         if key is not None:
             self._good.pop(digest(key), None)
         now, who = time.monotonic(), address(scope)
-        if (standing := self._failures.spent(who, now)) is not None:
-            return exceeded(standing)
+        if self._failures.spent(who, now) is not None:
+            return self._refused(who, now)
         self._failures.count(who, now)
         return Unauthorized()
+
+    def _refused(self, who: str, now: float) -> QuotaExceeded:
+        standing = self._failures.count(who, now)
+        assert standing is not None  # noqa: S101 - nothing was left before
+        return beyond(standing)
 
 
 def address(scope: Scope) -> str:
