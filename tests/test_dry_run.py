@@ -101,8 +101,8 @@ def test_a_dry_run_of_what_is_not_there_or_not_allowed(server: Server, api: Clie
 def test_a_dry_run_writes_nothing_locks_nothing_and_uses_up_no_key(quiet_server: Server) -> None:
     stack = quiet_server.stack
     with quiet_server.client() as api:
-        machine = api.machine()
-        run = api.finished(sensitive_input_values={"password": "x"})
+        run = api.finished(machine_id=api.machine(), sensitive_input_values={"password": "x"})
+        machine = api.machine()  # that gives no signs of life: they lock its row
         secrets, blobs = stack.secret_paths(), stack.blobs()
         row = stack.sql("SELECT xmin::text, ctid::text FROM runs WHERE id::text = $1", run["id"])
         desk = stack.sql("SELECT xmin::text, xmax::text FROM machines WHERE id::text = $1", machine)

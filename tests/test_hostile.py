@@ -202,7 +202,10 @@ class Field(NamedTuple):
         kinds = self.schema.get("type")
         if kinds == "string":
             return [*STRINGS, LONG] if "maxLength" in self.schema else STRINGS
-        return NUMBERS if kinds in ("integer", "number") else [*STRINGS, *NO_NUMBERS]
+        if kinds in ("integer", "number"):
+            # JSON Schema takes -0.0 for the integer 0.
+            return [value for value in NUMBERS if value != "-0.0" or self.schema.get("minimum", 1) > 0]
+        return [*STRINGS, *NO_NUMBERS]
 
 
 def fields(scene: Scene, schema: Schema) -> Iterator[Field]:
