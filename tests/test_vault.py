@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import ssl
 import threading
 import time
 import traceback
@@ -418,7 +419,10 @@ class Fake(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
         self.replies: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.seen: list[tuple[str, str | None]] = []
+        self.asked: list[tuple[str, str | None]] = []  # under which path, and in which namespace
         self.release = threading.Event()
+
+    def handle_error(self, *_: object) -> None: ...  # whoever does not believe the certificate hangs up
 
 
 class FakeHandler(BaseHTTPRequestHandler):
@@ -426,6 +430,7 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.seen.append((self.command, self.headers["X-Vault-Token"]))
+        self.server.asked.append((self.path, self.headers["X-Vault-Namespace"]))
         self.rfile.read(int(self.headers["Content-Length"] or 0))
         reply = self.server.replies.get(self.command)
         if reply is None:
@@ -495,6 +500,46 @@ async def test_a_redirect_is_neither_followed_nor_taken_for_success(fake: Fake, 
             await store.destroy(path)
     assert len(fake.seen) == 6
     assert read(bao, path) is None
+    await store.close()
+
+
+async def test_an_address_with_a_path_a_namespace_and_a_proxy_in_the_environment(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    store = SecretStore(settings(f"{fake.address}/behind", vault_token="t", vault_namespace="team"))
+    fake.replies["POST"] = (200, {}, b"{}")
+    path = fresh(store)
+    await store.write(path, {"a": "b"}, deadline=soon())
+    assert fake.asked == [(f"/behind/v1/secret/data/{path}", "team")]
+    await store.close()
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("name", ["127.0.0.1", "127.0.0.2"])
+async def test_the_certificate_is_checked(fake: Fake, bao: Bao, tmp_path: Path, name: str, *, trusted: bool) -> None:
+    mount = f"pki-{uuid4()}"
+    assert bao.call("POST", f"sys/mounts/{mount}", {"type": "pki"})[0] == 204
+    root = bao.call("POST", f"{mount}/root/generate/internal", {"common_name": "our own authority"})[1]["data"]
+    bao.call("POST", f"{mount}/roles/server", {"allow_any_name": True, "max_ttl": "1h"})
+    issued = bao.call("POST", f"{mount}/issue/server", {"common_name": "vault.example", "ip_sans": name})[1]["data"]
+    ca, chain = tmp_path / "ca.pem", tmp_path / "chain.pem"
+    ca.write_text(root["certificate"])
+    chain.write_text(issued["private_key"] + "\n" + issued["certificate"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(chain)
+    fake.socket = context.wrap_socket(fake.socket, server_side=True, do_handshake_on_connect=False)
+    fake.replies["POST"] = (200, {}, b"{}")
+    store = SecretStore(
+        settings(fake.address.replace("http:", "https:"), vault_token="t", **({"vault_cacert": ca} if trusted else {}))
+    )
+    if trusted and name == "127.0.0.1":
+        await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    else:
+        with pytest.raises(VaultUnavailable):
+            await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    assert len(fake.seen) == (1 if trusted and name == "127.0.0.1" else 0)
     await store.close()
 
 

@@ -1,4 +1,4 @@
-"""Send one webhook: the only file that imports urllib3.
+"""Send one webhook. Beside the store of secrets this is the only file that imports urllib3.
 
 The host is resolved once, each address is checked, and the connection goes to an address that was checked, so a name that
 resolves differently a moment later changes nothing. Redirects are answers like any other: nothing here follows one. A thread
