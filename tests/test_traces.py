@@ -89,7 +89,7 @@ def test_a_retry_is_a_tree_of_named_spans_without_anything_that_was_sent(
         assert server["resource"]["service.name"] == "runs-api"
         assert server["resource"]["deployment.environment.name"] == "tests"
         names = [one["name"] for one in below]
-        assert {"auth.authenticate", "runs.retry.read", "runs.retry.switch", "COMMIT"} <= set(names)
+        assert {"auth.authenticate", "runs.retry.read", "deletions.stage", "runs.retry.switch_staged"} <= set(names)
         assert names.count("POST /v1/{mount}/data/{path}") == names.count("PUT /{key}") == 1
         for one in below:
             assert (one["kind"], one["status"], one["events"]) == (CLIENT, 0, 0)

@@ -2,9 +2,10 @@
 
 check    plain reads, only to refuse early, before anything is written outside (skipped without secrets and files)
 stage    new secrets and files are written under fresh names that are on the deletion list first (staging.py)
-switch   one transaction: lock the run, decide every rule on what the lock shows, archive, clear, requeue; then commit.
-         A retry without secrets, input files and targets decides on a plain read, and its one statement takes effect only
-         if the run's row is still the one that was read
+switch   one statement: archive, clear, requeue, and take what was staged off the deletion list. It takes effect only if the
+         run's row is still the one that was read when the rules decided, and if none of what was staged was condemned.
+         Else, and where more than the row decides (a target, inputs or a secret that are kept), one transaction: lock the
+         run, decide every rule on what the lock shows, do the same; then commit
 settle   after the commit the background task deletes what was replaced and looks for a machine (background.py)
 
 A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
@@ -18,9 +19,11 @@ from uuid import UUID, uuid4
 
 import orjson
 from sqlalchemy import (
+    CTE,
     JSON,
     Boolean,
     Text,
+    TextClause,
     bindparam,
     case,
     delete,
@@ -55,7 +58,7 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Record, committing
 from app.stores.deletions import Name
-from app.stores.statements import constant, fragment, json_bytes, statement
+from app.stores.statements import Statement, constant, fragment, json_bytes, statement
 
 # --- the rules --------------------------------------------------------------------------------------------------------
 
@@ -209,10 +212,20 @@ _AFTER = {
     "input_attachment_ids": f"coalesce(:input_ids::text[], {projection.RUN_COLUMNS['input_attachment_ids']})",
 }
 
-_seen = (
-    select(
+
+def _part(name: str, written: str) -> CTE:
+    """A part of the statement in SQL, which speaks of the others by their names."""
+    return fragment(written).columns().cte(name)
+
+
+def _switch_statement(name: str, *guards: TextClause, first: Sequence[CTE] = (), also: Sequence[CTE] = ()) -> Statement:
+    """All that a retry always does, in one round trip, if the run is still in the version that the rules saw, and the guards
+    hold, which may look at what comes `first`: archive the attempt, list and remove the attachments that go, leave the outputs
+    behind (a run has those of its own attempt number), clear and requeue the run, record the event, make the reply and store
+    it under the key. What is done `also` must depend on `seen`, which is empty if nothing is to happen.
+    """
+    archive = (
         Run.id,
-        Run.organization_id,
         Run.attempt,
         Run.status,
         Run.error,
@@ -221,76 +234,70 @@ _seen = (
         Run.started_at,
         Run.ended_at,
     )
-    .where(*_THE_RUN, bindparam("version", type_=Text) == _VERSION, fragment(quotas.ROOM))
-    .with_for_update(key_share=True)
-    .cte("seen")
-    .prefix_with("MATERIALIZED")
-)
-
-_overridden = bindparam("overridden", type_=RunAttempt.overridden.type)
-
-_archived = (
-    insert(RunAttempt)
-    .from_select(
-        [
-            RunAttempt.run_id,
-            RunAttempt.attempt,
-            RunAttempt.status,
-            RunAttempt.error,
-            RunAttempt.machine_id,
-            RunAttempt.session_id,
-            RunAttempt.started_at,
-            RunAttempt.ended_at,
-            RunAttempt.retried_by_key_id,
-            RunAttempt.retried_by_user_id,
-            RunAttempt.overridden,
-            RunAttempt.reason,
-        ],
-        select(
-            *(column for column in _seen.c if column.key != "organization_id"),
-            bindparam("key_id", type_=RunAttempt.retried_by_key_id.type),
-            bindparam("user_id", type_=RunAttempt.retried_by_user_id.type),
-            _overridden,
-            bindparam("reason", type_=RunAttempt.reason.type),
-        ),
+    seen = (
+        select(*archive, Run.organization_id, Run.secret_path)
+        .where(*_THE_RUN, bindparam("version", type_=Text) == _VERSION, fragment(quotas.ROOM), *guards)
+        .with_for_update(key_share=True)
+        .cte("seen")
+        .prefix_with("MATERIALIZED")
     )
-    .cte("archived")
-)
-
-# What follows is looked up by the key that was seen. Joined with it, by a plan that was made while the tables were empty, they
-# would all be read.
-_ID = select(_seen.c.id).scalar_subquery()
-_ATTEMPT = select(_seen.c.attempt).scalar_subquery()
-
-_removed = (
-    delete(RunAttachment)
-    .where(
-        RunAttachment.run_id == _ID,
-        or_(RunAttachment.attachment_type == constant("output"), bindparam("replaces_inputs", type_=Boolean)),
+    # What follows is looked up by the key that was seen. Joined with it, by a plan that was made while the tables were empty,
+    # they would all be read.
+    run_id = select(seen.c.id).scalar_subquery()
+    attempt = select(seen.c.attempt).scalar_subquery()
+    archived = (
+        insert(RunAttempt)
+        .from_select(
+            [
+                RunAttempt.run_id,
+                RunAttempt.attempt,
+                RunAttempt.status,
+                RunAttempt.error,
+                RunAttempt.machine_id,
+                RunAttempt.session_id,
+                RunAttempt.started_at,
+                RunAttempt.ended_at,
+                RunAttempt.retried_by_key_id,
+                RunAttempt.retried_by_user_id,
+                RunAttempt.overridden,
+                RunAttempt.reason,
+            ],
+            select(
+                *(seen.c[column.key] for column in archive),
+                bindparam("key_id", type_=RunAttempt.retried_by_key_id.type),
+                bindparam("user_id", type_=RunAttempt.retried_by_user_id.type),
+                bindparam("overridden", type_=RunAttempt.overridden.type),
+                bindparam("reason", type_=RunAttempt.reason.type),
+            ),
+        )
+        .cte("archived")
     )
-    .returning(RunAttachment.storage_path)
-    .cte("removed")
-)
-
-_listed = (
-    insert(Deletion)
-    .from_select(
-        [Deletion.store, Deletion.name, Deletion.due_at],
-        select(constant("storage"), _removed.c.storage_path, func.now()).where(_removed.c.storage_path.is_not(None)),
-        include_defaults=False,
+    removed = (
+        delete(RunAttachment)
+        .where(
+            RunAttachment.run_id == run_id,
+            or_(RunAttachment.attachment_type == constant("output"), bindparam("replaces_inputs", type_=Boolean)),
+        )
+        .returning(RunAttachment.storage_path)
+        .cte("removed")
     )
-    .cte("listed")
-)
-
-_superseded = (
-    update(RunOutput)
-    .values(is_superseded=literal_column("true"))
-    .where(RunOutput.run_id == _ID, RunOutput.attempt == _ATTEMPT)
-    .cte("superseded")
-)
-
-_recorded = (
-    fragment(
+    listed = (
+        insert(Deletion)
+        .from_select(
+            [Deletion.store, Deletion.name, Deletion.due_at],
+            select(constant("storage"), removed.c.storage_path, func.now()).where(removed.c.storage_path.is_not(None)),
+            include_defaults=False,
+        )
+        .cte("listed")
+    )
+    superseded = (
+        update(RunOutput)
+        .values(is_superseded=literal_column("true"))
+        .where(RunOutput.run_id == run_id, RunOutput.attempt == attempt)
+        .cte("superseded")
+    )
+    recorded = _part(
+        "recorded",
         record(
             "seen",
             "'retried'",
@@ -298,66 +305,77 @@ _recorded = (
             from_status="status",
             to_status="'scheduling'",
             changed=":overridden::text[]",
+        ),
+    )
+    aliases = bindparam("sensitive_input_aliases", type_=JSON)
+    # A null override keeps what the run has.
+    requeued = (
+        update(Run)
+        .where(Run.id == run_id)
+        .values(
+            {
+                Run.status: constant("scheduling"),
+                Run.attempt: Run.attempt + literal_column("1"),
+                Run.queued_at: func.clock_timestamp(),
+                Run.queued_by_key_id: bindparam("key_id"),
+                Run.traceparent: bindparam("traceparent", type_=Run.traceparent.type),
+                Run.lane: bindparam("lane"),
+                Run.queue_rank: bindparam("queue_rank"),
+                Run.error: null(),
+                Run.started_at: null(),
+                Run.ended_at: null(),
+                Run.reported_at: null(),
+                Run.assigned_machine_id: null(),
+                Run.pinned_machine_id: bindparam("pinned_machine_id"),
+                Run.pool_ids: func.coalesce(bindparam("pool_ids", type_=Run.pool_ids.type), Run.pool_ids),
+                Run.is_priority: bindparam("is_priority"),
+                Run.session_id: bindparam("session_id"),
+                Run.session_alias: bindparam("session_alias"),
+                Run.release_session_after: bindparam("release_session_after"),
+                Run.input_values: func.coalesce(bindparam("input_values", type_=JSON), Run.input_values),
+                Run.sensitive_input_aliases: func.coalesce(aliases, Run.sensitive_input_aliases),
+                Run.secret_path: case(
+                    (aliases.is_(None), Run.secret_path), else_=bindparam("secret_path", type_=Run.secret_path.type)
+                ),
+            }
         )
+        .returning(Run)
+        .cte("r")
     )
-    .columns()
-    .cte("recorded")
-)
-
-_aliases = bindparam("sensitive_input_aliases", type_=JSON)
-
-# A null override keeps what the run has.
-_requeued = (
-    update(Run)
-    .where(Run.id == _ID)
-    .values(
-        {
-            Run.status: constant("scheduling"),
-            Run.attempt: Run.attempt + literal_column("1"),
-            Run.queued_at: func.clock_timestamp(),
-            Run.queued_by_key_id: bindparam("key_id"),
-            Run.traceparent: bindparam("traceparent", type_=Run.traceparent.type),
-            Run.lane: bindparam("lane"),
-            Run.queue_rank: bindparam("queue_rank"),
-            Run.error: null(),
-            Run.started_at: null(),
-            Run.ended_at: null(),
-            Run.reported_at: null(),
-            Run.assigned_machine_id: null(),
-            Run.pinned_machine_id: bindparam("pinned_machine_id"),
-            Run.pool_ids: func.coalesce(bindparam("pool_ids", type_=Run.pool_ids.type), Run.pool_ids),
-            Run.is_priority: bindparam("is_priority"),
-            Run.session_id: bindparam("session_id"),
-            Run.session_alias: bindparam("session_alias"),
-            Run.release_session_after: bindparam("release_session_after"),
-            Run.input_values: func.coalesce(bindparam("input_values", type_=JSON), Run.input_values),
-            Run.sensitive_input_aliases: func.coalesce(_aliases, Run.sensitive_input_aliases),
-            Run.secret_path: case(
-                (_aliases.is_(None), Run.secret_path), else_=bindparam("secret_path", type_=Run.secret_path.type)
-            ),
-        }
+    # Made here, and not by a statement after it, because it must be stored by the same one.
+    shown = (
+        select(fragment(f"{projection.document(_AFTER)} AS body, ARRAY[r.id] AS ids"))
+        .select_from(fragment(f"r {projection.RUN_SOURCE}"))
+        .add_cte(requeued)
+        .cte("shown")
+        .prefix_with("MATERIALIZED")
     )
-    .returning(Run)
-    .cte("r")
-)
+    parts = [*first, seen, archived, removed, listed, superseded, recorded, *also, store_reply(shown, status=200)]
+    return statement(name, select(literal_column("body")).select_from(shown).add_cte(*parts))
 
-# Made here, and not by a statement after it, because it must be stored by the same one.
-_shown = (
-    select(fragment(f"{projection.document(_AFTER)} AS body, ARRAY[r.id] AS ids"))
-    .select_from(fragment(f"r {projection.RUN_SOURCE}"))
-    .add_cte(_requeued)
-    .cte("shown")
-    .prefix_with("MATERIALIZED")
-)
 
-# All that a retry always does, in one round trip, if the run is still in the version that the rules saw: archive the
-# attempt, list and remove the attachments that go, leave the outputs behind (a run has those of its own attempt number),
-# clear and requeue the run, record the event, make the reply and store it under the key.
-SWITCH = statement(
-    "runs.retry.switch",
-    select(literal_column("body"))
-    .select_from(_shown)
-    .add_cte(_seen, _archived, _removed, _listed, _superseded, _recorded, store_reply(_shown, status=200)),
+SWITCH = _switch_statement("runs.retry.switch")
+
+# The same, and what was staged becomes the run's: its names go off the list, a secret that it had goes on it, and its new files
+# are attached.
+SWITCH_STAGED = _switch_statement(
+    "runs.retry.switch_staged",
+    fragment("(SELECT count(*) FROM held) = cardinality(:names::text[])"),  # all are on the list, and none is condemned
+    first=[_part("held", deletions.HELD)],
+    also=[
+        _part(
+            "adopted",
+            "DELETE FROM deletions WHERE ctid = ANY (ARRAY(SELECT tid FROM held WHERE EXISTS (SELECT FROM seen)))",
+        ),
+        _part(
+            "due",
+            f"""
+            INSERT INTO deletions (store, name, due_at)
+            SELECT 'vault', secret_path, now() FROM seen WHERE secret_path IS NOT NULL {deletions.DUE_EARLIER}
+            """,
+        ),
+        _part("attached", f"{staging.ATTACHED} WHERE EXISTS (SELECT FROM seen)"),
+    ],
 )
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -399,44 +417,65 @@ async def retry(services: Services, write: WriteRequest, run_id: UUID, options: 
     refuse_contradictions(options.session_id, options.start_session)
     asked = _Retry(write, run_id, options, uuid4(), services.settings.retry_cooldown_seconds)
     staged = Staged(aliases=None if options.sensitive_input_values is None else {})
+    decided: tuple[Record, Next] | None = None
     if options.sensitive_input_values or options.file_inputs:
         staging.check_sizes(services, options.sensitive_input_values, options.file_inputs)
 
-        async def check(connection: Connection) -> None:
-            """Refuse before anything is staged. Nothing that is decided here is relied on later."""
+        async def check(connection: Connection) -> tuple[Record, Next]:
+            """Refuse before anything is staged. What is decided here holds for as long as the run's row does not change."""
             run = await asked.read(connection)
-            asked.next(run, await missing_targets(connection, asked.organization_id, options))
+            decided = asked.next(run, await missing_targets(connection, asked.organization_id, options))
             await quotas.check(connection, services.run_quotas, write.principal, waiting=1)
+            return decided
 
-        if (replayed := await check_or_replay(services, write, replays.RUN, check)) is not None:
-            return replayed
+        checked = await check_or_replay(services, write, replays.RUN, check)
+        if isinstance(checked, Reply):
+            return checked
+        decided = checked
         [staged] = await staging.stage(
             services, asked.organization_id, [run_id], options.sensitive_input_values, options.file_inputs
         )
 
     async def switch() -> Reply:
-        return await _switch_plain(services, asked) or await _switch(services, asked, staged)
+        return await _switch_at_once(services, asked, staged, decided) or await _switch(services, asked, staged)
 
     return await attempt_or_replay(services, write, switch, replays.RUN)
 
 
-async def _switch_plain(services: Services, asked: _Retry) -> Reply | None:
-    """The switch without a transaction of several statements, for a retry that involves no secret, input file or target.
+async def _switch_at_once(
+    services: Services, asked: _Retry, staged: Staged, decided: tuple[Record, Next] | None
+) -> Reply | None:
+    """The switch without a transaction of several statements, where the rules need nothing but the run's row.
 
-    The rules decide on a plain read, and the one statement that writes takes effect only if the row has not changed since.
-    None if it has, or if the retry needs more: then nothing has happened.
+    They decide, or have `decided`, on a plain read, and the one statement that writes takes effect only if the row has not
+    changed since. None if it has, if what was staged was condemned, or if the retry needs more: then nothing has happened.
     """
     options = asked.options
-    beyond_the_row = (options.sensitive_input_values, options.file_inputs, options.machine_id, options.session_id)
-    if options.pool_ids or any(given is not None for given in beyond_the_row):
+    if options.pool_ids or options.machine_id is not None or options.session_id is not None:
         return None
     async with services.database.connection() as connection:
-        run, following = asked.next(await asked.read(connection))
-        if run["secret_path"] is not None or run["input_count"]:
+        run, following = decided or asked.next(await asked.read(connection))
+        keeps_a_secret = options.sensitive_input_values is None and run["secret_path"] is not None
+        if keeps_a_secret or (options.file_inputs is None and run["input_count"]):
             return None
         room = await quotas.room(connection, services.run_quotas, asked.write.principal)
         with committing():
-            reply = await _write(connection, asked, run, following, Staged(), room, input_ids=[])
+            if options.sensitive_input_values is None and options.file_inputs is None:
+                reply = await _write(connection, SWITCH, asked, run, following, staged, room, input_ids=[])
+            else:
+                names, files = deletions.columns(staged.names()), staging.columns({asked.run_id: staged})
+                reply = await _write(
+                    connection,
+                    SWITCH_STAGED,
+                    asked,
+                    run,
+                    following,
+                    staged,
+                    room,
+                    input_ids=[str(file.id) for file in staged.files],
+                    **names,
+                    **files,
+                )
         if reply is None:
             await quotas.check(connection, services.run_quotas, asked.write.principal, waiting=1)
         return reply
@@ -457,7 +496,7 @@ async def _switch(services: Services, asked: _Retry, staged: Staged) -> Reply:
             elif not await deletions.reclaim(connection, old_secret):
                 raise _expired(run)
         new_inputs = None if asked.options.file_inputs is None else [str(file.id) for file in staged.files]
-        reply = await _write(connection, asked, run, following, staged, quotas.NO_QUOTA, input_ids=new_inputs)
+        reply = await _write(connection, SWITCH, asked, run, following, staged, quotas.NO_QUOTA, input_ids=new_inputs)
         if reply is None:  # the row is locked
             raise RunNotFound
         await staging.adopt(connection, {asked.run_id: staged}, asked.write.principal)
@@ -466,6 +505,7 @@ async def _switch(services: Services, asked: _Retry, staged: Staged) -> Reply:
 
 async def _write(
     connection: Connection,
+    switch: Statement,
     asked: _Retry,
     run: Record,
     following: Next,
@@ -473,14 +513,15 @@ async def _write(
     room: Mapping[str, int | None],
     *,
     input_ids: list[str] | None,
+    **more: object,
 ) -> Reply | None:
-    """SWITCH; None if the run is no longer what was read, or there is no `room` for it.
+    """SWITCH or SWITCH_STAGED, which needs `more`; None if the run is no longer what was read, or there is no `room` for it.
 
     `input_ids` are those of the reply; None: those that it has.
     """
     write, options = asked.write, asked.options
     body = await connection.fetchval(
-        SWITCH,
+        switch,
         run_id=asked.run_id,
         organization_id=asked.organization_id,
         version=run["version"],
@@ -505,5 +546,6 @@ async def _write(
         ttl_seconds=write.ttl_seconds,
         most_bytes=write.most_bytes,
         traceparent=write.traceparent,
+        **more,
     )
     return None if body is None else Reply(200, body)

@@ -17,7 +17,7 @@ from app.errors import DatabaseUnavailable, OutcomeUnknown, PayloadTooLarge
 from app.schemas.attachments import FileInput, RunAttachmentCreate
 from app.services import Services
 from app.stores import deletions, vault
-from app.stores.database import Connection
+from app.stores.database import Connection, committing
 from app.stores.deletions import Name
 from app.stores.files import file_headers
 from app.stores.statements import statement
@@ -93,8 +93,9 @@ async def stage(
     if names:
         deadline = time.monotonic() + services.settings.stage_timeout_seconds
         try:
-            async with services.database.transaction() as connection:
-                await deletions.stage(connection, names, services.settings.stage_grace_seconds)
+            async with services.database.connection() as connection:
+                with committing():
+                    await deletions.stage(connection, names, services.settings.stage_grace_seconds)
         except OutcomeUnknown:
             raise DatabaseUnavailable from None  # at most names are listed that nothing was written under
         # Patience with a slot is for those whom others hold up: a request with many writes queues them here, where only the
@@ -158,18 +159,32 @@ def plan(
     return [one(run_id) for run_id in run_ids]
 
 
-ATTACH = statement(
-    "runs.staging.attach",
-    """
+# The rows of `files`.
+ATTACHED = """
     INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type,
                                  size_bytes, storage_path, target_path, cleanup_imports_after_run)
-    SELECT id, run_id, :organization_id, :user_id, 'input', filename, content_type,
+    SELECT file.id, file.run_id, :organization_id::text, :user_id::uuid, 'input', filename, content_type,
            size_bytes, storage_path, target_path, cleanup
     FROM unnest(:ids::uuid[], :run_ids::uuid[], :filenames::text[], :content_types::text[], :sizes::bigint[],
                 :storage_paths::text[], :target_paths::text[], :cleanups::bool[])
         AS file (id, run_id, filename, content_type, size_bytes, storage_path, target_path, cleanup)
-    """,
-)
+"""
+ATTACH = statement("runs.staging.attach", ATTACHED)
+
+
+def columns(staged: Mapping[UUID, Staged]) -> dict[str, list[Any]]:
+    """The parameters of ATTACHED, but for who attaches."""
+    files = [(run_id, file) for run_id, one in staged.items() for file in one.files]
+    return {
+        "ids": [file.id for _, file in files],
+        "run_ids": [run_id for run_id, _ in files],
+        "filenames": [file.filename for _, file in files],
+        "content_types": [file.content_type for _, file in files],
+        "sizes": [file.size for _, file in files],
+        "storage_paths": [file.key for _, file in files],
+        "target_paths": [file.target_path for _, file in files],
+        "cleanups": [file.cleanup for _, file in files],
+    }
 
 
 async def adopt(connection: Connection, staged: Mapping[UUID, Staged], principal: Principal) -> None:
@@ -178,18 +193,6 @@ async def adopt(connection: Connection, staged: Mapping[UUID, Staged], principal
     Raises VaultUnavailable or StorageUnavailable when staging took so long that a name was condemned.
     """
     await deletions.adopt(connection, [name for one in staged.values() for name in one.names()])
-    files = [(run_id, file) for run_id, one in staged.items() for file in one.files]
-    if files:
-        await connection.execute(
-            ATTACH,
-            organization_id=principal.organization_id,
-            user_id=principal.user_id,
-            ids=[file.id for _, file in files],
-            run_ids=[run_id for run_id, _ in files],
-            filenames=[file.filename for _, file in files],
-            content_types=[file.content_type for _, file in files],
-            sizes=[file.size for _, file in files],
-            storage_paths=[file.key for _, file in files],
-            target_paths=[file.target_path for _, file in files],
-            cleanups=[file.cleanup for _, file in files],
-        )
+    files = columns(staged)
+    if files["ids"]:
+        await connection.execute(ATTACH, organization_id=principal.organization_id, user_id=principal.user_id, **files)

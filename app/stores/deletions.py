@@ -50,27 +50,27 @@ STAGE = statement(
     """,
 )
 
-# Each name is looked up by its key, as in FINISH. One that the collector condemned while this waited for its lock stays.
-ADOPT = statement(
-    "deletions.adopt",
-    """
-    DELETE FROM deletions WHERE ctid = ANY (ARRAY(
-        SELECT listed.tid FROM unnest(:stores::text[], :names::text[]) AS staged (store, name), LATERAL (
-            SELECT ctid AS tid FROM deletions
-            WHERE store = staged.store AND name = staged.name AND condemned_at IS NULL FOR UPDATE
-        ) AS listed
-    ))
-    """,
-)
+# Those of the staged `:names` that can be taken off, locked. Each is looked up by its key, as in FINISH. One that the collector
+# condemned while this waited for its lock is left out, and nothing else ever changes a staged name.
+HELD = """
+    SELECT listed.tid FROM unnest(:stores::text[], :names::text[]) AS staged (store, name), LATERAL (
+        SELECT ctid AS tid FROM deletions
+        WHERE store = staged.store AND name = staged.name AND condemned_at IS NULL FOR UPDATE
+    ) AS listed
+"""
+
+ADOPT = statement("deletions.adopt", f"DELETE FROM deletions WHERE ctid = ANY (ARRAY({HELD}))")
 
 # Due earlier wins: a secret that waits for its retention time to pass goes at once when a retry replaces it.
+DUE_EARLIER = "ON CONFLICT (store, name) DO UPDATE SET due_at = least(deletions.due_at, excluded.due_at)"
+
 DUE = statement(
     "deletions.due",
-    """
+    f"""
     INSERT INTO deletions (store, name, due_at)
     SELECT store, name, now() + make_interval(secs => :after_seconds)
     FROM unnest(:stores::text[], :names::text[]) AS gone (store, name)
-    ON CONFLICT (store, name) DO UPDATE SET due_at = least(deletions.due_at, excluded.due_at)
+    {DUE_EARLIER}
     """,
 )
 
@@ -81,14 +81,15 @@ RECLAIM = statement(
 )
 
 
-def _columns(names: Iterable[Name]) -> dict[str, list[str]]:
+def columns(names: Iterable[Name]) -> dict[str, list[str]]:
+    """The parameters of statements about names."""
     ordered = sorted(names)  # one order everywhere: two writers of the same rows cannot deadlock
     return {"stores": [name.store for name in ordered], "names": [name.name for name in ordered]}
 
 
 async def stage(connection: Connection, names: Sequence[Name], grace_seconds: float) -> None:
-    """List names before anything is written under them."""
-    await connection.execute(STAGE, **_columns(names), grace_seconds=grace_seconds)
+    """List names before anything is written under them, and after a commit: this one statement may be all of it."""
+    await connection.execute(STAGE, **columns(names), grace_seconds=grace_seconds)
 
 
 async def adopt(connection: Connection, names: Sequence[Name]) -> None:
@@ -96,14 +97,14 @@ async def adopt(connection: Connection, names: Sequence[Name]) -> None:
 
     Raises VaultUnavailable or StorageUnavailable if one was condemned meanwhile: staging took longer than the grace time.
     """
-    if names and await connection.execute(ADOPT, **_columns(names)) != f"DELETE {len(names)}":
+    if names and await connection.execute(ADOPT, **columns(names)) != f"DELETE {len(names)}":
         raise (VaultUnavailable if any(name.store == "vault" for name in names) else StorageUnavailable)
 
 
 async def due(connection: Connection, names: Sequence[Name], *, after_seconds: float = 0) -> None:
     """List names that this transaction makes nobody's, to be deleted now or after a while."""
     if names:
-        await connection.execute(DUE, **_columns(names), after_seconds=after_seconds)
+        await connection.execute(DUE, **columns(names), after_seconds=after_seconds)
 
 
 async def reclaim(connection: Connection, secret_path: str) -> bool:
@@ -187,7 +188,7 @@ async def collect(
     deleted = [name for gone in await asyncio.gather(*work) for name in gone]
     if deleted:
         async with database.connection() as connection:
-            await connection.execute(FINISH, **_columns(deleted), ahead=ahead)
+            await connection.execute(FINISH, **columns(deleted), ahead=ahead)
     for store, label in _LABELS.items():
         wanted, gone = (sum(name.store == store for name in some) for some in (names, deleted))
         if wanted:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -212,8 +213,14 @@ def test_of_many_resends_all_get_the_one_reply(
 
 
 # It has looked at the run and not yet for the key; it has looked for both; it has staged.
-@pytest.mark.parametrize("point", ["idempotency.find before#1", "idempotency.find after#1", "BEGIN before#2"])
-@pytest.mark.parametrize("what", ["retry", "upload"])
+@pytest.mark.parametrize(
+    ("what", "point"),
+    [
+        *product(("retry", "upload"), ("idempotency.find before#1", "idempotency.find after#1")),
+        ("retry", "runs.retry.switch_staged before#1"),
+        ("upload", "BEGIN before#1"),
+    ],
+)
 def test_a_resend_overtaken_by_the_first_request(attacked: Stack, client: Client, what: str, point: str) -> None:
     """Whatever it had seen before, it is answered what the first one was."""
     if what == "retry":
@@ -294,18 +301,34 @@ def test_the_report_that_ends_a_run_and_its_retry(attacked: Stack, client: Clien
 @pytest.mark.parametrize(
     "change", ["UPDATE runs SET is_priority = true WHERE id = $1", "SELECT FROM runs WHERE id = $1"]
 )
-def test_a_plain_retry_whose_run_changes_between_reading_and_writing(
-    attacked: Stack, client: Client, change: str
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_retry_whose_run_changes_between_reading_and_writing(
+    attacked: Stack, client: Client, change: str, stage: str
 ) -> None:
     """It decides again, on what is there then."""
-    run_id = client.finished()["id"]
-    with stopped(attacked, client, retry(run_id), "runs.retry.switch before#1") as late:
+    old, switch = (BARE, "runs.retry.switch") if stage == "plain" else (OLD, "runs.retry.switch_staged")
+    options = STAGES[stage](1)
+    old = {name: value for name, value in old.items() if name in options}  # one that is kept takes a transaction anyhow
+    run_id = client.finished(**old)["id"]
+    with stopped(attacked, client, retry(run_id, **options), f"{switch} before#1") as late:
         attacked.sql(change, run_id)
         answer = late.go()
     assert answer.status == 200
     now = client.get_run(run_id)
     assert (now["attempt"], now["is_priority"]) == (2, change.startswith("UPDATE"))
     assert json.loads(answer.content) == now
+    seen = picture(attacked, client.organization)
+    assert seen.run["secrets"] == options.get("sensitive_input_values", {})
+    assert seen.files("input") == ([b"new 1"] if "file_inputs" in options else [])
+
+
+def test_a_staged_retry_of_a_run_that_becomes_active_meanwhile(attacked: Stack, client: Client) -> None:
+    run_id = client.finished(**OLD)["id"]
+    with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), "runs.retry.switch_staged before#1") as late:
+        client.json_of(client.retry(run_id, **STAGES["both"](2)))
+        assert late.go().code == "run_not_terminal"
+    now = picture(attacked, client.organization)
+    assert (now.run["attempt"], now.run["secrets"], now.files("input")) == (2, {"password": "new 2"}, [b"new 2"])
 
 
 def test_reports_and_retries_at_random(
@@ -357,10 +380,12 @@ def test_a_retry_and_a_deletion_in_both_orders(attacked: Stack, client: Client, 
         path = f"/v1/runs/{run['id']}" if what == "run" else f"/v1/workflows/{run['workflow_id']}"
         return run["id"], Call("DELETE", path)
 
-    # A retry with secrets looks twice: what it finds before it stages is not what counts.
+    # With a target it is a transaction of several statements, which can stand still while it holds its locks.
     run_id, delete = scene()
-    last = "COMMIT before#1" if stage == "plain" else "COMMIT before#2"
-    assert in_order(attacked, client, retry(run_id, **STAGES[stage](1)), delete, last) == ["200", "204"]
+    target = client.machine(status="disconnected")
+    late = retry(run_id, machine_id=target, **STAGES[stage](1))
+    assert in_order(attacked, client, late, delete) == ["200", "204"]
+    # A retry with secrets looks twice: what it finds before it stages is not what counts.
     run_id, delete = scene()
     assert in_order(attacked, client, delete, retry(run_id, **STAGES[stage](1))) == ["204", "404 run_not_found"]
     assert client.json_of(client.get("/v1/runs"))["total"] == 0
@@ -368,7 +393,7 @@ def test_a_retry_and_a_deletion_in_both_orders(attacked: Stack, client: Client, 
 
 def test_a_retry_that_staged_for_a_run_that_is_gone(attacked: Stack, client: Client) -> None:
     run_id = client.finished(**OLD)["id"]
-    with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), "BEGIN before#2") as late:
+    with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), "runs.retry.switch_staged before#1") as late:
         assert client.delete(f"/v1/runs/{run_id}").status_code == 204
         assert late.go().code == "run_not_found"
     staged = (
@@ -477,14 +502,24 @@ def test_collectors_of_many_replicas_share_one_list(attacked: Stack, client: Cli
     assert tally(storm(client, [retry(run_id) for run_id in runs[:20]])) == {"409 sensitive_inputs_expired": 20}
 
 
-@pytest.mark.parametrize("point", ["deletions.adopt after#1", "COMMIT before#2"])
-def test_a_collector_passes_over_what_is_being_adopted(attacked: Stack, client: Client, point: str) -> None:
+@pytest.mark.parametrize("point", ["deletions.adopt after#1", "COMMIT before#1", None])
+def test_a_collector_passes_over_what_is_being_adopted(attacked: Stack, client: Client, point: str | None) -> None:
     """All staged names are due, and none has been condemned: they are adopted, and live."""
     run_id = client.finished(**OLD)["id"]
-    with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), point) as adopting:
-        collect(attacked, 3600)
-        assert condemned(attacked, client.organization) == 0
-        assert adopting.go().status == 200
+    options = STAGES["both"](1)
+    if point is not None:  # with a target, so that it stands still in a transaction
+        options["machine_id"] = client.machine(status="disconnected")
+        with stopped(attacked, client, retry(run_id, **options), point) as adopting:
+            collect(attacked, 3600)
+            assert condemned(attacked, client.organization) == 0
+            assert adopting.go().status == 200
+    else:  # the one statement holds the names, and waits for the run
+        with attacked.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
+            late = send(client, retry(run_id, **options))
+            waits(attacked, late)
+            collect(attacked, 3600)
+            assert condemned(attacked, client.organization) == 0
+        assert late.result().status == 200
     collect(attacked, 3600)
     now = picture(attacked, client.organization)
     assert (now.run["secrets"], now.files("input")) == ({"password": "new 1"}, [b"new 1"])
@@ -493,12 +528,13 @@ def test_a_collector_passes_over_what_is_being_adopted(attacked: Stack, client: 
 CONDEMN = "UPDATE deletions SET condemned_at = now() WHERE '/' || name LIKE '%/' || $1 || '/%'"
 
 
-def test_a_switch_that_waits_for_the_collector_adopts_nothing(attacked: Stack, client: Client) -> None:
-    """The collector came first and has not committed yet: whoever waits for it finds the names condemned."""
+@pytest.mark.parametrize("which", ["", " AND store = 'vault'", " AND store = 'storage'"])
+def test_a_switch_that_waits_for_the_collector_adopts_nothing(attacked: Stack, client: Client, which: str) -> None:
+    """The collector came first and has not committed yet: whoever waits for it finds names condemned, and takes none."""
     run_id = client.finished("error", file_inputs=[file_input(b"old")])["id"]
     before = picture(attacked, client.organization)
-    with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), "BEGIN before#2") as late:
-        with attacked.held(CONDEMN, client.organization, commit=True):
+    with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), "runs.retry.switch_staged before#1") as late:
+        with attacked.held(CONDEMN + which, client.organization, commit=True):
             late.gate.touch()
             waits(attacked, late.answer)
         assert tally([late.answer.result()]) == {"503 vault_unavailable": 1}
@@ -604,7 +640,7 @@ def test_an_upload_and_the_end_of_its_attempt_in_both_orders(attacked: Stack, cl
     run_id = client.run()["id"]
     client.report(run_id, status="running")
     ended = report(run_id, status="success", attempt=1)
-    assert in_order(attacked, client, upload(run_id), ended, "COMMIT before#2") == ["201", "200"]
+    assert in_order(attacked, client, upload(run_id), ended, "COMMIT before#1") == ["201", "200"]
     assert len(client.get_run(run_id)["output_attachment_ids"]) == 1
     assert client.json_of(client.retry(run_id))["output_attachment_ids"] == []
     client.report(run_id, status="running")
@@ -617,7 +653,7 @@ def test_an_upload_overtaken_by_end_retry_and_start(attacked: Stack, client: Cli
     """It was accepted for the first attempt, and comes to the switch when the second one is running."""
     run_id = client.run()["id"]
     client.report(run_id, status="running")
-    with stopped(attacked, client, upload(run_id), "BEGIN before#2") as late:
+    with stopped(attacked, client, upload(run_id), "BEGIN before#1") as late:
         client.report(run_id, status="error")
         client.json_of(client.retry(run_id))
         client.report(run_id, status="running")

@@ -34,7 +34,7 @@ import uvicorn
 from app.api.server import Protocol
 from app.cli import application
 from app.config import Settings
-from app.runs.retry import SWITCH
+from app.runs.retry import SWITCH, SWITCH_STAGED
 from app.services import Services
 from app.stores import deletions, files
 from app.stores.database import Database
@@ -93,6 +93,9 @@ class Plan:
     fault: Fault = kill
 
 
+# Statements that commit, or may be all of a transaction.
+COMMITTING = {"COMMIT", SWITCH.name, SWITCH_STAGED.name, deletions.STAGE.name}
+
 IN_REQUEST: ContextVar[bool] = ContextVar("in_request", default=False)
 
 
@@ -138,7 +141,7 @@ class Faults:
         async def call(connection: Any, sql: str, *args: Any, **kwargs: Any) -> Any:
             what = _statement(sql)
             self.point(f"{what} before", args)
-            if what in ("COMMIT", SWITCH.name) and IN_REQUEST.get():
+            if what in COMMITTING and IN_REQUEST.get():
                 answer = asyncio.ensure_future(original(connection, sql, *args, **kwargs))
                 await asyncio.sleep(0)  # its first step sends
                 await asyncio.sleep(0)  # the event loop writes
