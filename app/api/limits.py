@@ -21,8 +21,8 @@ from app.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, Standing
 
 # So many refusals of a minute come at once, later ones after so many seconds. Those that wait take up connections, so there
 # may be no more than that; else they come at once, too.
-REFUSED_AT_ONCE = 10
-HELD_SECONDS = 0.5
+REFUSED_AT_ONCE = 100
+HELD_SECONDS = 0.1
 MOST_HELD = 100
 
 
