@@ -88,8 +88,9 @@ COUNT_OF_RUN = statement(
 OF_RUN = statement(
     "events.of_run",
     f"""
-    SELECT {COLUMNS} FROM run_events WHERE run_id = :run_id AND organization_id = :organization_id AND {_SETTLED}
-    ORDER BY xact, id OFFSET :skip LIMIT :limit
+    SELECT {COLUMNS}, xact, id FROM run_events
+    WHERE run_id = :run_id AND organization_id = :organization_id AND {_SETTLED} AND (xact, id) > (:xact::bigint, :id::bigint)
+    ORDER BY xact, id OFFSET :skip LIMIT :limit::bigint + 1
     """,
 )
 
@@ -121,13 +122,23 @@ def _place(cursor: str | None) -> tuple[int, int]:
 
 
 async def list_of_run(
-    connection: Connection, organization_id: str, run_id: UUID, skip: int, limit: int
+    connection: Connection, organization_id: str, run_id: UUID, after: str | None, skip: int, limit: int
 ) -> dict[str, Any]:
-    """One page of a run's events, oldest first; also of a run that was deleted."""
+    """One page of a run's events beyond a cursor, oldest first; also of a run that was deleted. Raises Invalid."""
+    xact, number = _place(after)
     named = {"run_id": run_id, "organization_id": organization_id}
     total = await connection.fetchval(COUNT_OF_RUN, **named)
-    rows = await connection.fetch(OF_RUN, **named, skip=skip, limit=limit) if total > skip else []
-    return {"items": [dict(row) for row in rows], "total": total, "skip": skip, "limit": limit}
+    rows = await connection.fetch(OF_RUN, **named, xact=xact, id=number, skip=skip, limit=limit) if total > skip else []
+    items = [dict(row.items()) for row in rows[:limit]]
+    places = [f"{item.pop('xact')}.{item.pop('id')}" for item in items]
+    return {
+        "items": items,
+        "total": total,
+        "total_is_estimate": False,
+        "skip": skip,
+        "limit": limit,
+        "next": places[-1] if len(rows) > limit else None,
+    }
 
 
 # --- retention --------------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
+from pydantic import SecretStr
 
 from app.auth import AUTHENTICATE, digest
-from app.config import MIB
+from app.config import MIB, Settings
 from app.models import RunStatus
 from app.runs import projection, retry
 from app.runs.listing import FIELDS, RunFilter, list_runs
@@ -31,6 +32,10 @@ class _Explained:
         rows = await self._connection.fetch(f"{EXPLAIN} {sql}", *args)
         self._plans.append("\n".join(row[0] for row in rows))
 
+    async def execute(self, sql: str, *args: object) -> str:
+        done: str = await self._connection.execute(sql, *args)
+        return done
+
     async def fetch(self, sql: str, *args: object) -> list[Record]:
         await self._explain(sql, *args)
         rows: list[Record] = await self._connection.fetch(sql, *args)
@@ -49,7 +54,8 @@ class _Explained:
 class _ExplainedDatabase(Database):
     """Gives that connection to whoever asks for one."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, data: Data, connection: Connection) -> None:
+        super().__init__(Settings.model_construct(database_url=SecretStr(data.app_url)))
         self._only = connection
 
     @asynccontextmanager
@@ -67,7 +73,7 @@ async def _explain(data: Data) -> str:
     raw = await asyncpg.connect(data.app_url, timeout=10)
     try:
         connection = Connection(_Explained(raw, plans))
-        database = _ExplainedDatabase(connection)
+        database = _ExplainedDatabase(data, connection)
         everything = RunFilter(ORGANIZATION)
         sections: list[tuple[str, list[str]]] = []
 
@@ -83,7 +89,7 @@ async def _explain(data: Data) -> str:
         section("retry: read")
         first = Slice(0, 100, 32 * MIB)
         await list_runs(database, everything, FIELDS, first)
-        section("list: total, then the newest page")
+        section("list: the newest page, then its total")
         await list_runs(database, everything, FIELDS, Slice(900_000, 100, 32 * MIB))
         section("list: skip=900000")
         of_workflow = RunFilter(ORGANIZATION, workflow_id=data.workflow, status=RunStatus.SUCCESS)

@@ -130,11 +130,14 @@ RESOURCE = Resource(_show)
 
 
 async def list_machines(database: Database, organization_id: str, part: Slice, **filters: object) -> dict[str, object]:
-    """One page; `filters` as in pages.where. Raises Invalid if it would be too large."""
+    """One page; `filters` as in pages.where. Raises Invalid as pages.page does."""
     condition, values = where("machines", organization_id=organization_id, **filters)
-    async with database.connection() as connection:
-        rows, total = await page(connection, MACHINES, ROWS, condition, part, **values)
-        return part.shown(await show(connection, organization_id, rows), total)
+
+    async def read(connection: Connection, ids: list[UUID]) -> list[dict[str, Any]]:
+        return await show(connection, organization_id, await connection.fetch(ROWS, ids=ids))
+
+    found = await page(database, MACHINES, (condition,), part, values, read)
+    return part.shown(found.rows, found)
 
 
 # --- create and change ------------------------------------------------------------------------------------------------

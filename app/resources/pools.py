@@ -96,11 +96,10 @@ RESOURCE = Resource(_show)
 
 
 async def list_pools(database: Database, organization_id: str, part: Slice) -> dict[str, object]:
-    """One page. Raises Invalid if it would be too large."""
+    """One page. Raises Invalid as pages.page does."""
     condition, values = where("pools", organization_id=organization_id)
-    async with database.connection() as connection:
-        rows, total = await page(connection, LISTED, ROWS, condition, part, **values)
-    return part.shown([show_pool(row) for row in rows], total)
+    found = await page(database, LISTED, (condition,), part, values, ROWS)
+    return part.shown([show_pool(row) for row in found.rows], found)
 
 
 async def create(services: Services, write: WriteRequest, options: PoolCreate) -> Reply:

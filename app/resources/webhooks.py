@@ -145,11 +145,10 @@ RESOURCE = Resource(_show)
 
 
 async def list_endpoints(database: Database, organization_id: str, part: Slice) -> dict[str, object]:
-    """One page. Raises Invalid if it would be too large."""
+    """One page. Raises Invalid as pages.page does."""
     condition, values = where("webhook_endpoints", organization_id=organization_id)
-    async with database.connection() as connection:
-        rows, total = await page(connection, LISTED, ROWS, condition, part, **values)
-    return part.shown([dict(row.items()) for row in rows], total)
+    found = await page(database, LISTED, (condition,), part, values, ROWS)
+    return part.shown([dict(row.items()) for row in found.rows], found)
 
 
 async def get_delivery(connection: Connection, organization_id: str, delivery_id: UUID) -> dict[str, Any]:
@@ -171,14 +170,15 @@ async def get_log(connection: Connection, organization_id: str, delivery_id: UUI
     }
 
 
-async def list_of_run(
-    connection: Connection, organization_id: str, run_id: UUID, part: Slice
-) -> tuple[list[dict[str, Any]], int]:
-    """One page of what was sent of a run's endings, newest first, also of one that was deleted; and how many there are in
-    all. Raises Invalid if the page would be too large."""
-    named = {"organization_id": organization_id, "run_id": run_id}
-    rows, total = await page(connection, LISTED_DELIVERIES, DELIVERY_ROWS, _OF_RUN, part, **named)
-    return [dict(row.items()) for row in rows], total
+async def list_of_run(database: Database, principal: Principal, run_id: UUID, part: Slice) -> dict[str, object]:
+    """One page of what was sent of a run's endings, newest first, also of one that was deleted. Raises RunNotFound, and
+    Invalid as pages.page does."""
+    named = {"organization_id": principal.organization_id, "run_id": run_id}
+    found = await page(database, LISTED_DELIVERIES, (_OF_RUN,), part, named, DELIVERY_ROWS)
+    if not found.total.rows:
+        async with database.connection() as connection:
+            await projection.get(connection, run_id, principal)
+    return part.shown([dict(row.items()) for row in found.rows], found)
 
 
 async def _show_delivery(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
@@ -191,14 +191,14 @@ DELIVERY = Resource(_show_delivery)
 async def list_deliveries(
     database: Database, organization_id: str, endpoint_id: UUID, status: str | None, part: Slice
 ) -> dict[str, object]:
-    """One page of an endpoint's deliveries. Raises WebhookEndpointNotFound, and Invalid if it would be too large."""
+    """One page of an endpoint's deliveries. Raises WebhookEndpointNotFound, and Invalid as pages.page does."""
     condition, values = where(
         "webhook_deliveries", endpoint_id=endpoint_id, organization_id=organization_id, status=status
     )
     async with database.connection() as connection:
         await get(connection, organization_id, endpoint_id)
-        rows, total = await page(connection, LISTED_DELIVERIES, DELIVERY_ROWS, condition, part, **values)
-    return part.shown([dict(row.items()) for row in rows], total)
+    found = await page(database, LISTED_DELIVERIES, (condition,), part, values, DELIVERY_ROWS)
+    return part.shown([dict(row.items()) for row in found.rows], found)
 
 
 # --- endpoints --------------------------------------------------------------------------------------------------------

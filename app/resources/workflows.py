@@ -118,13 +118,12 @@ async def get_seen(connection: Connection, principal: Principal, workflow_id: UU
 
 
 async def list_workflows(database: Database, principal: Principal, part: Slice, **filters: object) -> dict[str, object]:
-    """One page of what the caller may see; `filters` as in pages.where. Raises Invalid if it would be too large."""
+    """One page of what the caller may see; `filters` as in pages.where. Raises Invalid as pages.page does."""
     condition, values = where("workflows", organization_id=principal.organization_id, **filters)
     if principal.machine_id is not None:
         condition, values = f"{condition} AND {OF_MACHINE}", values | {"machine_id": principal.machine_id}
-    async with database.connection() as connection:
-        rows, total = await page(connection, WORKFLOWS, ROWS, condition, part, **values)
-    return part.shown([show(row) for row in rows], total)
+    found = await page(database, WORKFLOWS, (condition,), part, values, ROWS)
+    return part.shown([show(row) for row in found.rows], found)
 
 
 async def create(services: Services, write: WriteRequest, options: WorkflowCreate) -> Reply:

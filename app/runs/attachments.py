@@ -107,13 +107,12 @@ RESOURCE = Resource(_show, _left)
 async def list_attachments(
     database: Database, principal: Principal, run_id: UUID | None, kind: AttachmentType | None, part: Slice
 ) -> dict[str, object]:
-    """One page, newest first. Raises Invalid if it would be too large."""
+    """One page, newest first. Raises Invalid as pages.page does."""
     condition, values = where("a", organization_id=principal.organization_id, run_id=run_id, attachment_type=kind)
     if principal.machine_id is not None:
         condition, values = f"{condition} AND {OF_MACHINE}", values | {"machine_id": principal.machine_id}
-    async with database.connection() as connection:
-        rows, total = await page(connection, ATTACHMENTS, ROWS, f"{condition} AND {projection.VISIBLE}", part, **values)
-    return part.shown([dict(row) for row in rows], total)
+    found = await page(database, ATTACHMENTS, (f"{condition} AND {projection.VISIBLE}",), part, values, ROWS)
+    return part.shown([dict(row) for row in found.rows], found)
 
 
 # --- create -----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from uuid import UUID
 from app.auth import SEEN, Principal
 from app.errors import RunNotFound
 from app.runs import projection
-from app.stores.database import Connection
-from app.stores.pages import Listing, Slice, find
+from app.stores.database import Connection, Database, Record
+from app.stores.pages import Listing, Slice, page
 from app.stores.statements import statement
 
 KNOWN = statement("attempts.known", f"SELECT 1 FROM runs r WHERE r.id = :run_id AND {SEEN}")
@@ -28,10 +28,14 @@ ROWS = statement(
 )
 
 
-async def list_attempts(connection: Connection, run_id: UUID, principal: Principal, part: Slice) -> dict[str, object]:
-    """One page, newest first. Raises RunNotFound, and Invalid if the page would be too large."""
-    if not await connection.fetchval(KNOWN, run_id=run_id, **principal.sees()):
-        raise RunNotFound
-    attempts, total = await find(connection, ATTEMPTS, ("t.run_id = :run_id",), part, run_id=run_id)
-    rows = await connection.fetch(ROWS, run_id=run_id, attempts=attempts) if attempts else []
-    return part.shown([dict(row) for row in rows], total)
+async def list_attempts(database: Database, run_id: UUID, principal: Principal, part: Slice) -> dict[str, object]:
+    """One page, newest first. Raises RunNotFound, and Invalid as pages.page does."""
+    async with database.connection() as connection:
+        if not await connection.fetchval(KNOWN, run_id=run_id, **principal.sees()):
+            raise RunNotFound
+
+    async def read(connection: Connection, attempts: list[int]) -> list[Record]:
+        return await connection.fetch(ROWS, run_id=run_id, attempts=attempts)
+
+    found = await page(database, ATTEMPTS, ("t.run_id = :run_id",), part, {"run_id": run_id}, read)
+    return part.shown([dict(row) for row in found.rows], found)

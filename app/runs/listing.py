@@ -19,7 +19,7 @@ from app.runs import projection
 from app.services import Services
 from app.stores import pages
 from app.stores.database import Connection, Database
-from app.stores.pages import Listing, Slice, find, in_order
+from app.stores.pages import Listing, Slice, in_order, page
 from app.stores.statements import Statement, composed, fragment, statement
 
 # How often a caller looks again that waits for anything but an assignment.
@@ -115,14 +115,15 @@ ROWS = statement(
 
 
 async def list_runs(database: Database, wanted: RunFilter, fields: Collection[str], part: Slice) -> dict[str, object]:
-    """One page of runs, with these keys. Raises Invalid if it would be too large."""
+    """One page of runs, with these keys. Raises Invalid as pages.page does."""
     branches, values = wanted.branches()
     names = list(fields)
-    async with database.connection() as connection:
-        ids, total = await find(connection, RUNS, branches, part, fields=names, **values)
-        rows = await connection.fetch(ROWS, ids=ids, fields=names) if ids else []
-        runs = await projection.many(connection, rows)
-    return part.shown([{name: value for name, value in run.items() if name in fields} for run in runs], total)
+
+    async def read_runs(connection: Connection, ids: list[UUID]) -> list[dict[str, Any]]:
+        return await projection.many(connection, await connection.fetch(ROWS, ids=ids, fields=names))
+
+    found = await page(database, RUNS, branches, part, values, read_runs, fields=names)
+    return part.shown([{name: value for name, value in run.items() if name in fields} for run in found.rows], found)
 
 
 OCTETS = statement(

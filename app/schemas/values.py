@@ -238,6 +238,12 @@ class Page(Reply, Generic[T]):
     """One page of a list."""
 
     items: list[T]
-    total: int = Field(description="Items in all pages.")
+    total: int = Field(
+        description="Items in all pages. Up to 10,000 it is exact to the moment; a larger number is at most a second old."
+    )
+    total_is_estimate: bool = Field(
+        description="true: counting would take longer than a second, and total is an estimate, at most a minute old."
+    )
     skip: int = Field(description="Items passed over.")
     limit: int = Field(description="Most items in a page.")
+    next: str | None = Field(description="Send it as `after` for the page that follows; null: there is none.")

@@ -19,6 +19,7 @@ import asyncpg
 from app.config import Settings
 from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
 from app.stores import setup
+from app.stores.counts import SharedCounts
 from app.stores.pool import NoneFreeError, Pool
 from app.stores.statements import Statement
 from app.telemetry import metrics, tracing
@@ -237,7 +238,10 @@ def _unavailable(error: BaseException) -> DatabaseUnavailable:
 
 
 class Database:
-    """The pool of connections of one process. It connects when first used, so the service starts without PostgreSQL."""
+    """The pool of connections of one process, and its counts of long lists.
+
+    It connects when first used, so the service starts without PostgreSQL.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._url = settings.database_url.get_secret_value()
@@ -246,6 +250,7 @@ class Database:
         direct_url = settings.database_direct_url or settings.database_url
         self._connect_directly = partial(connect, direct_url.get_secret_value(), self._patience, self._patience)
         self._pool = Pool(self._connect, settings.database_pool_size, self._patience)
+        self.counts = SharedCounts()
 
     async def check(self) -> None:
         """Connect once. Raises DatabaseUnavailable, with Unfit and Unreachable, and leaves it to the caller to tell."""
@@ -282,6 +287,10 @@ class Database:
         if unfit.reason != self._told:
             log.error({"event": "database_unfit", "reason": unfit.reason, "fix": unfit.line})
         self._told = unfit.reason
+
+    def at_most_ms(self, seconds: float) -> int:
+        """A statement_timeout of so many seconds, or of what all statements have if that is less."""
+        return min(int(seconds * 1000), setup.statement_timeout_ms(self._patience))
 
     def connections(self) -> tuple[int, int]:
         """How many are idle, and how many in use."""

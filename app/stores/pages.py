@@ -1,16 +1,26 @@
 """One page of a list: how many items there are, which of them the page shows, and whether it would be too large.
 
-Pages are never cut short: callers add `limit` to `skip`. One that would be too large is refused, with a limit that fits. What
-is listed, and how its rows are read and shown, is known elsewhere.
+Pages are never cut short: callers add `limit` to `skip`, or go on from the page's `next`. One that would be too large is
+refused, with a limit that fits. What is listed, and how its rows are read and shown, is known elsewhere.
 """
 
-from collections.abc import Sequence
+import base64
+import binascii
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+import orjson
 
 from app.errors import Invalid
-from app.stores.database import Connection, Record
-from app.stores.statements import Statement, composed, fragment
+from app.stores.counts import EXACT, SECONDS, Total
+from app.stores.database import Connection, Database, Record, StatementTimeout
+from app.stores.statements import Statement, composed, fragment, statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +40,32 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Which part of a list a page shows, and how many bytes it may have."""
+    """Which part of a list a page shows, and how many bytes it may have. `after` is `next` of the page before."""
 
     skip: int
     limit: int
     max_bytes: int
+    after: str | None = None
 
-    def shown(self, items: Sequence[object], total: int) -> dict[str, object]:
+    def shown(self, items: Sequence[object], found: "Found") -> dict[str, object]:
         """The page as it is sent."""
-        return {"items": items, "total": total, "skip": self.skip, "limit": self.limit}
+        return {
+            "items": items,
+            "total": found.total.rows,
+            "total_is_estimate": found.total.is_estimate,
+            "skip": self.skip,
+            "limit": self.limit,
+            "next": found.next,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The rows of a page in order, how many the list has in all, and the cursor to go on from; None at the end."""
+
+    rows: list[Record]
+    total: Total
+    next: str | None
 
 
 def where(alias: str, **values: object) -> tuple[str, dict[str, object]]:
@@ -53,64 +80,210 @@ def _compared(name: str) -> str:
     return f"{name.removesuffix('_to')} <=" if name.endswith("_to") else f"{name} ="
 
 
-async def find(
-    connection: Connection, listing: Listing, branches: tuple[str, ...], part: Slice, **values: object
-) -> tuple[list[object], int]:
-    """The keys of the rows that a page shows, in order, and how many rows there are in all.
-
-    `branches` are conditions that exclude each other; `values` are theirs and those of the listing. Raises Invalid if the page
-    would have more than one row and more bytes than it may.
-    """
-    statement = _find(listing, branches)
-    found = await connection.fetchrow(statement, skip=part.skip, limit=part.limit, max_bytes=part.max_bytes, **values)
-    assert found is not None  # noqa: S101 - it has no FROM
-    if found["over"] is not None:
-        sentence = f"The page would have more than {part.max_bytes} bytes; limit={found['over'] - 1} fits."
-        raise Invalid((("query", "limit"), sentence, "page_too_large"))
-    return found["keys"], found["total"]
+Read = Callable[[Connection, list[Any]], Awaitable[list[Any]]]
 
 
 async def page(
-    connection: Connection, listing: Listing, rows: Statement, condition: str, part: Slice, **values: object
-) -> tuple[list[Record], int]:
-    """The rows of a page, as `rows` reads those of `:ids`, and how many there are in all. Raises Invalid as `find` does."""
-    ids, total = await find(connection, listing, (condition,), part, **values)
-    return await connection.fetch(rows, ids=ids) if ids else [], total
+    database: Database,
+    listing: Listing,
+    branches: Sequence[str],
+    part: Slice,
+    values: Mapping[str, object],
+    read: Statement | Read,
+    **weighed: object,
+) -> Found:
+    """The rows of a page, and how many there are in all.
+
+    `branches` are conditions that exclude each other, and `values` theirs; `weighed` are those of the listing. `read` reads the
+    rows with these keys: a statement with `:ids`, or a function. Raises Invalid for a page of more than one row and more bytes
+    than it may have, for a cursor that is none of this list's, and for a `skip` that takes too long.
+    """
+    following = {} if part.after is None else _place(listing, part.after)
+    many = _Many(database, listing, tuple(branches), values)
+    if part.skip > EXACT and (total := await many.total()).rows <= part.skip and not total.is_estimate:
+        return Found([], total, None)  # what lies beyond the end is not looked for
+    is_long = many.is_long()
+    async with _in_time(database, part) as connection:
+        found = await connection.fetchrow(
+            _find(listing, tuple(branches), is_after=part.after is not None),
+            skip=part.skip,
+            limit=part.limit,
+            max_bytes=part.max_bytes,
+            counts=not is_long,
+            **{**values, **following, **weighed},
+        )
+        assert found is not None  # noqa: S101 - it has no FROM
+        if found["over"] is not None:
+            sentence = f"The page would have more than {part.max_bytes} bytes; limit={found['over'] - 1} fits."
+            raise Invalid((("query", "limit"), sentence, "page_too_large"))
+        rows: list[Record] = []
+        if keys := found["keys"]:
+            rows = await (
+                connection.fetch(read, ids=keys) if isinstance(read, Statement) else read(connection, list(keys))
+            )
+    # No connection is held while others' counts are waited for.
+    total = Total(found["total"]) if not is_long and found["total"] <= EXACT else await many.total()
+    return Found(rows, total, None if found["last"] is None else _cursor(listing, found["last"]))
+
+
+@asynccontextmanager
+async def _in_time(database: Database, part: Slice) -> AsyncIterator[Connection]:
+    """A connection. What is passed over is read: far into a long list that takes longer than a statement may."""
+    try:
+        async with database.connection() as connection:
+            yield connection
+    except StatementTimeout:
+        if part.skip <= EXACT:
+            raise
+        sentence = "Passing over so many items takes too long; go on from a page's `next` by after= instead."
+        raise Invalid((("query", "skip"), sentence, "skip_too_large")) from None
+
+
+# --- where a page begins ----------------------------------------------------------------------------------------------
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _moment(written: str) -> datetime:
+    return _EPOCH + timedelta(microseconds=int(written))
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """How a value of an order's column is written in a cursor."""
+
+    type: str
+    written: str  # SQL for it
+    pattern: str
+    read: Callable[[str], object]
+
+
+_COLUMNS = {
+    "created_at": _Column(
+        "timestamptz", "(extract(epoch FROM created_at) * 1000000)::bigint", "-?[0-9]{1,18}", _moment
+    ),
+    "id": _Column("uuid", "id", "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", UUID),
+    "attempt": _Column("integer", "attempt", "[0-9]{1,9}", int),
+}
+
+
+def _cursor(listing: Listing, last: str) -> str:
+    """Opaque: nobody should make one, and one of another list is refused."""
+    return base64.urlsafe_b64encode(f"{listing.name} {last}".encode()).decode().rstrip("=")
+
+
+def _place(listing: Listing, cursor: str) -> dict[str, object]:
+    """The row that a page begins after. Raises Invalid."""
+    columns = [_COLUMNS[name] for name in listing.order]
+    pattern = " ".join([re.escape(listing.name), *(f"({column.pattern})" for column in columns)])
+    try:
+        written = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+        found = re.fullmatch(pattern, written)
+        if found is not None and _cursor(listing, written.partition(" ")[2]) == cursor:
+            return {
+                f"after_{name}": column.read(text)
+                for name, column, text in zip(listing.order, columns, found.groups(), strict=True)
+            }
+    except (binascii.Error, ValueError, OverflowError):
+        pass
+    sentence = "Must be `next` of an earlier page of this list, or absent for the first."
+    raise Invalid((("query", "after"), sentence, "cursor"))
+
+
+# --- the statements ---------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)
-def _find(listing: Listing, branches: tuple[str, ...]) -> Statement:
+def _find(listing: Listing, branches: tuple[str, ...], *, is_after: bool) -> Statement:
     """A statement for each shape of a request, made once.
 
     Keys are found before any row is read that is wide. Then the rows are weighed one after the other, no further than to
-    the first that is too much.
+    the first that is too much. Of a long list, rows are counted no further than to see that it is long.
     """
-    total = " + ".join(f"(SELECT count(*) FROM {listing.source} WHERE {branch})" for branch in branches)
+    total = " + ".join(
+        f"(SELECT count(*) FROM (SELECT FROM {listing.source} WHERE {branch} LIMIT {EXACT + 1}) AS few)"
+        for branch in branches
+    )
     columns, newest_first = ", ".join(listing.order), ", ".join(f"{column} DESC" for column in listing.order)
-    chosen = [f"SELECT {columns} FROM {listing.source} WHERE {branch}" for branch in branches]
+    after = ""
+    if is_after:
+        place = ", ".join(f":after_{name}::{_COLUMNS[name].type}" for name in listing.order)
+        after = f"AND ({columns}) < ({place})"
+    chosen = [f"SELECT {columns} FROM {listing.source} WHERE {branch} {after}" for branch in branches]
     if len(chosen) > 1:
         # Each branch gives its own newest, in the order of an index; the page is cut from their merge.
-        each = f"ORDER BY {newest_first} LIMIT :skip::bigint + :limit::bigint"
+        each = f"ORDER BY {newest_first} LIMIT :skip::bigint + :limit::bigint + 1"
         merged = " UNION ALL ".join(f"({one} {each})" for one in chosen)
         chosen = [f"SELECT {columns} FROM ({merged}) AS merged"]
+    written = ", ".join(f"({_COLUMNS[name].written})::text" for name in listing.order)
     return composed(
         f"{listing.name}.find",
         fragment(
             f"""
-            WITH chosen AS MATERIALIZED (
-                {chosen[0]} ORDER BY {newest_first} OFFSET :skip::bigint LIMIT :limit::bigint
+            WITH chosen AS MATERIALIZED (  -- and one more, which says whether there is more
+                {chosen[0]} ORDER BY {newest_first} OFFSET :skip::bigint LIMIT :limit::bigint + 1
             ), listed AS MATERIALIZED (
-                SELECT {listing.order[-1]} AS key, row_number() OVER (ORDER BY {newest_first}) AS n FROM chosen
+                SELECT {listing.order[-1]} AS key, concat_ws(' ', {written}) AS place,
+                       row_number() OVER (ORDER BY {newest_first}) AS n
+                FROM chosen ORDER BY {newest_first} LIMIT :limit::bigint
             ), weighed AS (
                 SELECT n, sum((SELECT {listing.octets} FROM {listing.source} WHERE {listing.row}))
                               OVER (ORDER BY n ROWS UNBOUNDED PRECEDING) AS octets
                 FROM listed
             )
-            SELECT {total} AS total, ARRAY(SELECT key FROM listed ORDER BY n) AS keys,
-                   (SELECT n FROM weighed WHERE n > 1 AND octets > :max_bytes::bigint LIMIT 1) AS over
+            SELECT CASE WHEN :counts::boolean THEN {total} END AS total, ARRAY(SELECT key FROM listed ORDER BY n) AS keys,
+                   (SELECT n FROM weighed WHERE n > 1 AND octets > :max_bytes::bigint LIMIT 1) AS over,
+                   (SELECT place FROM listed WHERE n = :limit::bigint AND (SELECT count(*) FROM chosen) > n) AS last
             """
         ),
     )
+
+
+@lru_cache(maxsize=256)
+def _count(listing: Listing, branches: tuple[str, ...]) -> Statement:
+    total = " + ".join(f"(SELECT count(*) FROM {listing.source} WHERE {branch})" for branch in branches)
+    return composed(f"{listing.name}.count", fragment(f"SELECT {total} AS total"))
+
+
+@lru_cache(maxsize=256)
+def _estimate(listing: Listing, branches: tuple[str, ...]) -> Statement:
+    rows = " UNION ALL ".join(f"(SELECT FROM {listing.source} WHERE {branch})" for branch in branches)
+    return composed(f"{listing.name}.estimate", fragment(f"EXPLAIN (FORMAT JSON) {rows}"))
+
+
+PATIENCE = statement("lists.patience", "SELECT set_config('statement_timeout', :milliseconds::text, true)")
+
+
+class _Many:
+    """A list that may be long, and the count of it that this process shares."""
+
+    def __init__(
+        self, database: Database, listing: Listing, branches: tuple[str, ...], values: Mapping[str, object]
+    ) -> None:
+        self._database = database
+        self._listing = listing
+        self._branches = branches
+        self._values = values
+        self._key = (listing.name, branches, tuple(sorted(values.items())))
+
+    def is_long(self) -> bool:
+        return self._database.counts.is_long(self._key)
+
+    async def total(self) -> Total:
+        """Of many rows, as many as there were within the last second; of few, as many as there are."""
+        total, is_own = await self._database.counts.get(self._key, self._counted)
+        return total if is_own or total.rows > EXACT else await self._counted()
+
+    async def _counted(self) -> Total:
+        """All of them; where that takes too long, what PostgreSQL expects."""
+        try:
+            async with self._database.transaction() as connection:
+                await connection.execute(PATIENCE, milliseconds=str(self._database.at_most_ms(SECONDS)))
+                return Total(await connection.fetchval(_count(self._listing, self._branches), **self._values))
+        except StatementTimeout:
+            async with self._database.connection() as connection:
+                plan = await connection.fetchval(_estimate(self._listing, self._branches), **self._values)
+            return Total(max(EXACT + 1, int(orjson.loads(plan)[0]["Plan"]["Plan Rows"])), is_estimate=True)
 
 
 def in_order(source: str) -> str:

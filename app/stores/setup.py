@@ -98,14 +98,14 @@ _AT_MOST_MS = {
 CHECKED = [*_EXACTLY, *_AT_MOST_MS, "statement_timeout"]  # what FITS is asked for
 
 
-def _statement_timeout_ms(patience: float) -> int:
+def statement_timeout_ms(patience: float) -> int:
     """Ends before our own patience does: the server's word says that nothing was done, our silence says nothing."""
     return int(patience * 900)
 
 
 def role_settings(patience: float) -> dict[str, str]:
     """What `migrate` sets for the role. `patience` is DATABASE_TIMEOUT_SECONDS."""
-    statement_timeout = _statement_timeout_ms(patience)
+    statement_timeout = statement_timeout_ms(patience)
     at_most = _AT_MOST_MS | {"lock_timeout": min(_AT_MOST_MS["lock_timeout"], statement_timeout * 3 // 4)}
     return {
         "application_name": "runs-api",  # for whoever looks at pg_stat_activity; nothing depends on it
@@ -202,7 +202,7 @@ def check_schema(row: Mapping[str, Any]) -> str:
 def check_session(rows: Sequence[Mapping[str, Any]], patience: float) -> None:
     """Whether the role carries its settings, from the rows of FITS. Raises Unfit."""
     found = {row["name"]: row["setting"] for row in rows}
-    bounds = _AT_MOST_MS | {"statement_timeout": _statement_timeout_ms(patience)}
+    bounds = _AT_MOST_MS | {"statement_timeout": statement_timeout_ms(patience)}
     wrong = [name for name, value in _EXACTLY.items() if found.get(name) != value]
     wrong += [name for name, most in bounds.items() if not 0 < int(found.get(name, 0)) <= most]
     if wrong:

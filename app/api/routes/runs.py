@@ -10,7 +10,7 @@ from pydantic import Field
 from app import events
 from app.api.openapi import operation
 from app.api.requests import is_true, read, read_only, read_write, services, still_known, while_connected
-from app.api.responses import ONLY, Limit, Part, Skip, json_reply, send
+from app.api.responses import ONLY, EventsAfter, Limit, Part, Skip, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
     AlreadyClaimed,
@@ -135,8 +135,7 @@ async def get_run(run_id: UUID, request: Request) -> Response:
 )
 async def list_run_attempts(run_id: UUID, request: Request, part: Part) -> Response:
     """The archive of finished attempts, newest first."""
-    async with services(request).database.connection() as connection:
-        return json_reply(await attempts.list_attempts(connection, run_id, request.state.principal, part))
+    return json_reply(await attempts.list_attempts(services(request).database, run_id, request.state.principal, part))
 
 
 @router.get(
@@ -144,11 +143,13 @@ async def list_run_attempts(run_id: UUID, request: Request, part: Part) -> Respo
     response_model=Page[RunEventResponse],
     **operation(RunNotFound, scope="runs:read", bound="runs:read"),
 )
-async def list_run_events(run_id: UUID, request: Request, skip: Skip = 0, limit: Limit = 100) -> Response:
+async def list_run_events(
+    run_id: UUID, request: Request, after: EventsAfter = None, skip: Skip = 0, limit: Limit = 100
+) -> Response:
     """What happened to a run, oldest first; also to one that was deleted. An event shows once all older changes have ended."""
     organization_id = request.state.principal.organization_id
     async with services(request).database.connection() as connection:
-        page = await events.list_of_run(connection, organization_id, run_id, skip, limit)
+        page = await events.list_of_run(connection, organization_id, run_id, after, skip, limit)
         if request.state.principal.machine_id is not None or not page["total"]:
             await projection.get(connection, run_id, request.state.principal)
     return json_reply(page)

@@ -20,7 +20,6 @@ from app.errors import (
     WebhookEndpointNotFound,
 )
 from app.resources import webhooks
-from app.runs import projection
 from app.schemas.values import Page
 from app.schemas.webhooks import (
     WebhookDeliveryLog,
@@ -166,12 +165,7 @@ async def list_webhook_deliveries(
 )
 async def list_run_webhook_deliveries(run_id: UUID, request: Request, part: Part) -> Response:
     """What was sent of a run's endings, and what waits, newest first; also of a run that was deleted."""
-    principal = request.state.principal
-    async with services(request).database.connection() as connection:
-        items, total = await webhooks.list_of_run(connection, principal.organization_id, run_id, part)
-        if not total:
-            await projection.get(connection, run_id, principal)
-    return json_reply(part.shown(items, total))
+    return json_reply(await webhooks.list_of_run(services(request).database, request.state.principal, run_id, part))
 
 
 @router.get(DELIVERY, response_model=WebhookDeliveryLog, **operation(WebhookDeliveryNotFound, scope="runs:read"))

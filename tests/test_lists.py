@@ -1,0 +1,284 @@
+"""Lists of any length: pages by cursor, totals that are exact while lists are short and shared when they are long."""
+
+import base64
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from tests.support.client import Client
+from tests.support.scrapes import scrape
+from tests.support.server import Server
+from tests.support.stack import Stack
+from tests.support.waiting import until
+
+EXACT = 10_000
+
+
+def page_of(api: Client, path: str, **params: object) -> dict[str, Any]:
+    page: dict[str, Any] = api.json_of(api.get(path, params={name: str(value) for name, value in params.items()}))
+    assert page.keys() == {"items", "total", "total_is_estimate", "skip", "limit", "next"}
+    return page
+
+
+def walked(api: Client, path: str, **params: object) -> list[Any]:
+    """All items, by `next` alone."""
+    items, after = [], {}
+    while True:
+        page = page_of(api, path, **params, **after)
+        assert len(page["items"]) == page["limit"] or page["next"] is None
+        items += page["items"]
+        if page["next"] is None:
+            return items
+        after = {"after": page["next"]}
+
+
+def add_runs(stack: Stack, api: Client, count: int, age_days: int = 1) -> None:
+    """Ended runs, a second apart, of a workflow of this organization."""
+    stack.sql(
+        "INSERT INTO runs (id, organization_id, workflow_id, status, lane, ended_at, created_at)"
+        " SELECT gen_random_uuid(), $1, $2::uuid, 'success', 'any', now(),"
+        " now() - make_interval(days => $4) - n * interval '1 s' FROM generate_series(1, $3::int) AS n",
+        api.organization,
+        api.workflow(),
+        count,
+        age_days,
+    )
+
+
+# --- cursors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lists(api: Client, stack: Stack) -> dict[str, int]:
+    """Every list that has cursors, and how long it is."""
+    run_id = api.finished()["id"]
+    for number in range(6):
+        api.pool()
+        api.machine(status="disconnected")
+        api.webhook_endpoint(f"https://localhost/{number}")
+        api.json_of(api.retry(run_id))
+        api.report(run_id, status="running")
+        api.upload(run_id)
+        api.run()
+        if number < 5:
+            api.report(run_id, status="error")
+        else:
+            api.report(run_id, status="success")
+    [endpoint, *_] = page_of(api, "/v1/webhook-endpoints")["items"]
+    stack.sql(
+        "WITH event AS (INSERT INTO webhook_events (id, organization_id, run_id, attempt, event_type, occurred_at, is_fanned_out)"
+        " SELECT gen_random_uuid(), $1, $2::uuid, n, 'run_complete', now(), true FROM generate_series(1, 7) AS n RETURNING id)"
+        " INSERT INTO webhook_deliveries (id, organization_id, event_id, endpoint_id, status)"
+        " SELECT gen_random_uuid(), $1, id, $3::uuid, 'delivered' FROM event",
+        api.organization,
+        run_id,
+        endpoint["id"],
+    )
+    return {
+        "/v1/runs": 7,
+        "/v1/workflows": 7,
+        "/v1/machines": 6,
+        "/v1/pools": 6,
+        "/v1/webhook-endpoints": 6,
+        "/v1/run-attachments": 1,
+        f"/v1/runs/{run_id}/attempts": 6,
+        f"/v1/runs/{run_id}/events": 20,
+        f"/v1/webhook-endpoints/{endpoint['id']}/deliveries": 7,
+        f"/v1/runs/{run_id}/webhook-deliveries": 7,
+    }
+
+
+def test_the_pages_of_every_list_follow_each_other_by_cursor(api: Client, lists: dict[str, int]) -> None:
+    for path, count in lists.items():
+        whole = page_of(api, path)
+        assert (whole["total"], whole["next"], whole["total_is_estimate"]) == (len(whole["items"]), None, False), path
+        assert whole["total"] >= count, path
+        for limit in (1, 2, 3, whole["total"]):
+            assert walked(api, path, limit=limit) == whole["items"], path
+        if whole["total"] > 3:
+            first = page_of(api, path, limit=2)
+            beyond = page_of(api, path, limit=1, skip=1, after=first["next"])
+            assert beyond["items"] == whole["items"][3:4], "what is passed over comes after the cursor"
+            assert (beyond["skip"], beyond["total"]) == (1, whole["total"])
+            assert page_of(api, path, after="", limit=2) == first, "an empty one is none"
+
+
+def test_what_is_no_cursor_of_the_list_is_refused_by_name(api: Client, lists: dict[str, int]) -> None:
+    cursors = {path: page_of(api, path, limit=1)["next"] for path in lists}
+    known = {path: cursor for path, cursor in cursors.items() if cursor is not None}
+    assert len(known) == 9
+
+    def encoded(text: str) -> str:
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    some = base64.urlsafe_b64decode(known["/v1/runs"] + "==").decode()
+    wrong = [
+        *("x", "!", "a" * 200, "a" * 201, "\u2603", "%00", known["/v1/runs"][:-1], known["/v1/runs"] + "="),
+        *(encoded(text) for text in ("runs", some + " ", some + "0", some.replace("-", ""), some.upper())),
+        encoded(f"runs {10**17 * 9} {uuid4()}"),
+        encoded("attempts 9999999999"),
+        "1.2.3",
+    ]
+    for path in known:
+        foreign = [cursor for other, cursor in known.items() if other.split("/")[-1] != path.split("/")[-1]]
+        if path.endswith("deliveries"):
+            foreign = [cursor for other, cursor in known.items() if not other.endswith("deliveries")]
+        for cursor in [*wrong, *foreign]:
+            reply = api.get(path, params={"after": cursor})
+            assert reply.status_code == 422, (path, cursor)
+            [problem] = reply.json()["detail"]
+            assert problem["loc"] == ["query", "after"]
+            assert cursor not in problem["msg"] or len(cursor) < 4
+
+
+def test_new_runs_move_nothing_on_the_pages_that_follow(api: Client) -> None:
+    runs = [api.run()["id"] for _ in range(5)][::-1]
+    first = page_of(api, "/v1/runs", limit=2)
+    api.run()
+    assert api.delete(f"/v1/runs/{runs[1]}").status_code == 204, "the very run that the cursor names"
+    second = page_of(api, "/v1/runs", limit=2, after=first["next"])
+    assert [run["id"] for run in second["items"]] == runs[2:4]
+    assert second["total"] == 5
+
+
+def test_filters_go_with_cursors(api: Client, stack: Stack) -> None:
+    """One that means three conditions, and rows that were made at one moment."""
+    machine_id, offline = api.machine(), api.machine(status="disconnected")
+    session = api.run(machine_id=machine_id, start_session=True)["session_id"]
+    until(
+        lambda: page_of(api, "/v1/runs", machine_id=machine_id, status="scheduling")["items"][0]["assigned_machine_id"]
+    )
+    for number in range(4):
+        api.run(session_id=session)
+        api.run(machine_id=offline)
+        api.run(machine_id=machine_id)
+        if number:
+            stack.sql("UPDATE runs SET created_at = $2 WHERE organization_id = $1", api.organization, datetime.now(UTC))
+    for wanted, count in (
+        ({"machine_id": machine_id}, 9),
+        ({"machine_id": offline}, 4),
+        ({"status": "scheduling"}, 13),
+    ):
+        whole = page_of(api, "/v1/runs", **wanted)
+        assert whole["total"] == len(whole["items"]) == count
+        assert walked(api, "/v1/runs", limit=2, **wanted) == whole["items"]
+        assert walked(api, "/v1/runs", limit=2, fields="status", **wanted) == [
+            {name: run[name] for name in ("id", "workflow_id", "machine_id", "status", "created_at")}
+            for run in whole["items"]
+        ]
+
+
+# --- totals -----------------------------------------------------------------------------------------------------------
+
+
+def counts(server: Server) -> float:
+    """How often a long list of runs was counted."""
+    return scrape(server.url).total("db_client_operation_duration_seconds_count", db_query_summary="runs.count")
+
+
+def test_up_to_ten_thousand_a_total_is_exact_to_the_moment(api: Client, server: Server, stack: Stack) -> None:
+    add_runs(stack, api, EXACT - 2)
+    before = counts(server)
+    workflow_id, runs = api.workflow(), []
+    for number in (EXACT - 1, EXACT):
+        runs.append(api.run(workflow_id=workflow_id)["id"])
+        assert page_of(api, "/v1/runs", limit=1)["total"] == number
+    assert counts(server) == before, "it comes with the page"
+    for number in (EXACT - 1, EXACT, EXACT - 1):
+        if number == EXACT:
+            runs.append(api.run(workflow_id=workflow_id)["id"])
+        else:
+            assert api.delete(f"/v1/runs/{runs.pop()}").status_code == 204
+        assert page_of(api, "/v1/runs", limit=1)["total"] == number
+    # From the other side: once a list was long, it is looked at again when it is not.
+    add_runs(stack, api, 3)
+    assert page_of(api, "/v1/runs", limit=1)["total"] == EXACT + 2
+    stack.sql(
+        "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE organization_id = $1 AND workflow_id <> $2::uuid LIMIT 3)",
+        api.organization,
+        workflow_id,
+    )
+    until(lambda: page_of(api, "/v1/runs", limit=1)["total"] == EXACT - 1, 5)
+    runs.append(api.run(workflow_id=workflow_id)["id"])
+    assert page_of(api, "/v1/runs", limit=1)["total"] == EXACT
+    api.delete(f"/v1/runs/{runs.pop()}")
+    assert page_of(api, "/v1/runs", limit=1)["total"] == EXACT - 1
+
+
+def test_a_long_list_is_counted_once_for_all_and_is_a_second_old_at_most(
+    api: Client, foreign: Client, server: Server, stack: Stack
+) -> None:
+    add_runs(stack, api, EXACT + 500)
+    add_runs(stack, foreign, EXACT + 700)
+    workflow_id = api.workflow()
+    before, began, asked = counts(server), time.monotonic(), 0
+    with ThreadPoolExecutor(8) as threads:
+        while time.monotonic() - began < 2:
+            pages = list(threads.map(lambda _: page_of(api, "/v1/runs", limit=1), range(16)))
+            assert {page["total"] for page in pages} == {EXACT + 500}
+            asked += len(pages)
+    took = time.monotonic() - began
+    assert asked > 16
+    assert 1 <= counts(server) - before <= took + 1, f"{asked} pages in {took:.1f} s"
+    # Each organization and each filter has its own.
+    assert page_of(foreign, "/v1/runs", limit=1)["total"] == EXACT + 700
+    assert page_of(api, "/v1/runs", limit=1, status="success")["total"] == EXACT + 500
+    assert page_of(api, "/v1/runs", limit=1, status="scheduling")["total"] == 0
+    api.run(workflow_id=workflow_id)
+    created = time.monotonic()
+    until(lambda: page_of(api, "/v1/runs", limit=1)["total"] == EXACT + 501, 10)
+    assert time.monotonic() - created < 5, "a second, on a busy machine"
+    assert page_of(api, "/v1/runs", limit=1, status="scheduling")["total"] == 1, "short lists are exact beside it"
+    # What lies beyond the end is not looked for, and deep pages are there by both ways.
+    beyond = page_of(api, "/v1/runs", limit=5, skip=2**31 - 1)
+    assert (beyond["items"], beyond["total"], beyond["next"]) == ([], EXACT + 501, None)
+    last = page_of(api, "/v1/runs", limit=100, skip=EXACT + 450)
+    assert (len(last["items"]), last["next"]) == (51, None)
+    deep = page_of(api, "/v1/runs", limit=1, skip=EXACT + 449)
+    assert page_of(api, "/v1/runs", limit=100, after=deep["next"])["items"] == last["items"]
+
+
+@contextmanager
+def slow_rows(stack: Stack, organization: str) -> Iterator[None]:
+    """Each run of this organization that is older than ten days takes the service's role 10 ms to look at."""
+    stack.sql("ALTER TABLE runs ENABLE ROW LEVEL SECURITY")
+    try:
+        stack.sql(
+            f"CREATE POLICY slow ON runs USING (organization_id <> '{organization}'"
+            " OR created_at > now() - interval '10 days' OR pg_sleep(0.01) IS NOT NULL)"
+        )
+        yield
+    finally:
+        stack.sql("DROP POLICY IF EXISTS slow ON runs")
+        stack.sql("ALTER TABLE runs DISABLE ROW LEVEL SECURITY")
+
+
+def test_a_list_that_takes_too_long_to_count_or_to_pass_over_is_no_outage(
+    api: Client, server: Server, stack: Stack
+) -> None:
+    add_runs(stack, api, EXACT + 100)
+    add_runs(stack, api, 500, age_days=20)
+    stack.sql("VACUUM ANALYZE runs")
+    with slow_rows(stack, api.organization):
+        before = counts(server)
+        with ThreadPoolExecutor(4) as threads:
+            pages = list(threads.map(lambda _: page_of(api, "/v1/runs", limit=2), range(4)))
+        for page in pages:
+            assert page["total_is_estimate"]
+            assert page["total"] > EXACT
+            assert len(page["items"]) == 2
+        began = time.monotonic()
+        assert page_of(api, "/v1/runs", limit=2, after=pages[0]["next"])["total_is_estimate"]
+        assert time.monotonic() - began < 1, "counting is not tried again at once"
+        assert counts(server) - before == 1
+        reply = api.get("/v1/runs", params={"skip": EXACT + 550, "limit": 1})
+        assert reply.status_code == 422
+        [problem] = reply.json()["detail"]
+        assert (problem["loc"], problem["type"]) == (["query", "skip"], "skip_too_large")
+        assert "after=" in problem["msg"]
