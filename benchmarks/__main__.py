@@ -1,4 +1,7 @@
-"""`python -m benchmarks [GROUP ...]`: measure, print the tables, and write them as JSON."""
+"""Measure, print the tables, and write them as JSON.
+
+`python -m benchmarks compare FOLDER [GROUP ...]` measures this checkout and another one in turns, and prints the ratios.
+"""
 
 import argparse
 import json
@@ -10,7 +13,8 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.groups import GROUPS
+from benchmarks.compare import checkout, compare
+from benchmarks.groups import GROUPS, LONG
 from benchmarks.load import Pressure
 from benchmarks.world import World
 
@@ -18,37 +22,71 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; default: all")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; default: all but {', '.join(LONG)}"
+    )
     parser.add_argument("--seconds", type=float, default=1.8, help="of each measurement, after 0.5 s of warm-up")
-    parser.add_argument("--rounds", type=int, default=0, help="default: 5 for retry, 3 for the others")
+    parser.add_argument("--rounds", type=int, default=0, help="default: 5 for retry, 1 for sustained, 3 for the others")
     parser.add_argument("--connections", type=int, default=16, help="where a group does not vary them")
     parser.add_argument("--json", type=Path, help=f"default: {RESULTS.name}/latest.json if all groups ran")
     chosen = parser.parse_args()
-    if unknown := set(chosen.groups) - set(GROUPS):
+    names, other = chosen.groups, None
+    if names[:1] == ["compare"]:
+        if len(names) < 2:
+            parser.error("compare needs the folder of another checkout")
+        try:
+            other, names = checkout(names[1]), names[2:] or ["retry"]
+        except ValueError as problem:
+            parser.error(str(problem))
+    if unknown := set(names) - set(GROUPS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
 
     began = time.monotonic()
-    results = []
-    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder, World(Path(folder)) as world:
-        for name in chosen.groups or GROUPS:
-            say(f"{name} ...")
-            group = GROUPS[name](world, Pressure(chosen.connections, chosen.seconds))
-            results.append(measure.run(group, chosen.rounds or (5 if name == "retry" else 3), say))
-            print("\n" + measure.table(results[-1]), flush=True)
+    pressure = Pressure(chosen.connections, chosen.seconds)
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as name:
+        folder = Path(name)
+        if other is not None:
+            _in_turns(folder, other, names, pressure, chosen.rounds)
+            results = []
+        else:
+            results = _measured(folder, names or [name for name in GROUPS if name not in LONG], pressure, chosen.rounds)
     say(f"{time.monotonic() - began:.0f} s")
 
-    document = {
-        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
-        "seconds": chosen.seconds,
-        "groups": [result.as_json() for result in results],
-    }
-    file = chosen.json or (None if chosen.groups else RESULTS / "latest.json")
+    file = chosen.json or (None if names or other else RESULTS / "latest.json")
     if file is not None:
+        document = {
+            "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+            "seconds": chosen.seconds,
+            "groups": [result.as_json() for result in results],
+        }
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         say(f"written to {file}")
     return 0
+
+
+def _measured(folder: Path, names: list[str], pressure: Pressure, rounds: int) -> list[measure.Result]:
+    results = []
+    with World(folder) as world:
+        for name in names:
+            say(f"{name} ...")
+            group = GROUPS[name](world, pressure)
+            results.append(measure.run(group, rounds or group.rounds, say))
+            print("\n" + measure.table(results[-1]), flush=True)
+    return results
+
+
+def _in_turns(folder: Path, other: Path, names: list[str], pressure: Pressure, rounds: int) -> None:
+    for side in ("ours", "other"):
+        (folder / side).mkdir()
+    with World(folder / "ours") as ours, World(folder / "other", root=other) as theirs:
+        for name in names:
+            say(f"{name} ...")
+            groups = GROUPS[name](ours, pressure), GROUPS[name](theirs, pressure)
+            print("\n" + compare(*groups, rounds or groups[0].rounds, say), flush=True)
 
 
 def say(text: str) -> None:

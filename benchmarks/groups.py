@@ -1,44 +1,28 @@
 """What is measured, group by group. Cases of one group take turns; targets are ratios within a round."""
 
-import base64
 import json
-import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
-from app.config import Settings
-from benchmarks import load, plans
-from benchmarks.load import Plan, Pressure
-from benchmarks.measure import Case, Group, Round, Sample, Target
-from benchmarks.memory import PeakMemory
+from app.config import MIB, Settings
+from benchmarks import plans
+from benchmarks.carried import files, secret
+from benchmarks.handoff import handoff
+from benchmarks.life import create, cycle, report, reports
+from benchmarks.load import Pressure
+from benchmarks.measure import Case, Group, Sample, Target, figure, p50, rate
 from benchmarks.options import bursts, options
 from benchmarks.pgbench import SixStatements
-from benchmarks.placing import ADD_MACHINES, END_ASSIGNED, add_crowd, add_lanes, idle, many, soon
+from benchmarks.placing import ADD_MACHINES, UNPLACED, add_crowd, add_lanes, idle, many, soon
 from benchmarks.statements import statements
-from benchmarks.world import ORGANIZATION, RETRY_BODY, Server, Unplaced, World, run_id, sample
+from benchmarks.sustained import sustained
+from benchmarks.world import ORGANIZATION, RETRY_BODY, Server, Unplaced, World, run_id
 from benchmarks.world import history as history_of
-
-MIB = 1024 * 1024
 
 # Without the wide columns: what a user interface asks for.
 SOME_FIELDS = "fields=id,workflow_id,machine_id,status,created_at,attempt,error,started_at,ended_at"
-
-
-def rate(case: str, against: str) -> Callable[[Round], float]:
-    return lambda one: one[case].rate / one[against].rate
-
-
-def p50(case: str, against: str) -> Callable[[Round], float]:
-    return lambda one: one[case].p50 / one[against].p50
-
-
-def figure(case: str, name: str) -> Callable[[Round], float]:
-    return lambda one: one[case].figures[name]
 
 
 def retry(world: World, pressure: Pressure) -> Group:
@@ -56,13 +40,14 @@ def retry(world: World, pressure: Pressure) -> Group:
             Case("retry+key", partial(server.retries, pressure, "Idempotency-Key: {id}"), "with Idempotency-Key"),
         ],
         [
-            Target("retry / f", rate("retry", "f"), at_least=0.20),
-            Target("retry / g", rate("retry", "g"), at_least=0.25),
+            Target("retry / f", rate("retry", "f"), at_least=0.20, beside="PostgreSQL, load; f: load alone"),
+            Target("retry / g", rate("retry", "g"), at_least=0.25, beside="PostgreSQL, load; g: pgbench with its load"),
             Target("retry / g own", rate("retry", "g own")),
             Target("retry+key / retry", rate("retry+key", "retry"), at_least=0.85),
             Target("retry: p99 / p50", lambda one: one["retry"].p99 / one["retry"].p50, at_most=5),
             Target("load generator's use of a core at f", figure("f", "client busy"), at_most=0.8),
         ],
+        rounds=5,
     )
 
 
@@ -86,7 +71,8 @@ def scale(world: World, pressure: Pressure) -> Group:
 
 
 def placement(world: World, pressure: Pressure) -> Group:
-    """Each retry on `placing` may get one of 1,000 idle machines; `unplaced` is the same without any placement."""
+    """Each retry on `placing` gets a machine: more are idle than there will be retries. `unplaced` is the same without any
+    placement."""
     placing, unplaced = world.database("placed"), world.database("unplaced")
     queue = world.database("queue")
     idle = world.server_of(world.database("idle"))  # no run waits there that could take the machine first
@@ -95,22 +81,35 @@ def placement(world: World, pressure: Pressure) -> Group:
     )
     one, other = world.server_of(placing), world.server_of(unplaced, program=Unplaced)
 
-    def retries(server: Server) -> Sample:
-        server.data.sql(END_ASSIGNED)
-        return server.retries(pressure)
+    def retries(server: Server, drained: str = "") -> Sample:
+        server.data.end_active()
+        [machines] = server.data.sql("SELECT count(*) FROM machines")
+        if (more := server.most(pressure) - machines["count"]) > 0:
+            server.data.sql(ADD_MACHINES, ORGANIZATION, more)
+            server.data.sql("ANALYZE")
+        seen = server.retries(pressure, drained=drained)
+        [placed] = server.data.sql("SELECT count(*) FROM runs WHERE awaited_since IS NOT NULL")
+        seen.figures["placed %"] = 100 * placed["count"] / len(server.sent)
+        return seen
 
-    for data in (placing, unplaced):
-        data.sql(ADD_MACHINES, ORGANIZATION, 1000)
     return Group(
         "placement",
         "from a retry to its machine, and what it costs",
         [
             Case("soon", partial(soon, idle), "one at a time, from the reply to the assignment"),
             Case("many", partial(many, queue, settings), "10,000 waiting, 1,000 machines; p50 and p99 of a pass"),
-            Case("placing", partial(retries, one), "retries, 1,000 machines idle at the start"),
+            Case("placing", partial(retries, one, UNPLACED), "retries, a machine idle for each of them"),
             Case("unplaced", partial(retries, other), "retries, placement turned off"),
         ],
-        [Target("placing / unplaced", rate("placing", "unplaced"), at_least=0.9)],
+        [
+            Target("placing / unplaced", rate("placing", "unplaced"), at_least=0.9),
+            Target("placing: percent that got a machine", figure("placing", "placed %"), at_least=100),
+            Target(
+                "db us, placing / unplaced",
+                lambda one: one["placing"].figures["db us"] / one["unplaced"].figures["db us"],
+            ),
+        ],
+        beside="PostgreSQL, load, and the placement itself",
     )
 
 
@@ -181,12 +180,6 @@ def history(world: World, pressure: Pressure) -> Group:
     )
 
 
-RUNNING = """
-INSERT INTO runs (id, organization_id, workflow_id, status, lane, started_at, reported_at)
-SELECT gen_random_uuid(), $1, $2, 'running', 'any', now(), now() FROM generate_series(1, $3::int) RETURNING id::text
-"""
-
-
 def webhooks(world: World, pressure: Pressure) -> Group:
     """A workflow that wants messages and one that does not, beside each other. The messages are sent meanwhile."""
     data = world.database("webhooks")
@@ -203,12 +196,8 @@ def webhooks(world: World, pressure: Pressure) -> Group:
         raise RuntimeError(f"The endpoint's creation answered {status}")
 
     def end(workflow: UUID, history_bytes: int) -> Sample:
-        ids = [row["id"] for row in data.sql(RUNNING, ORGANIZATION, workflow, few.limit)]
         messages = json.loads(history_of(history_bytes))
-        body = json.dumps({"status": "success", "run_message_history": messages}).encode()
-        seen = server.repeat(few, server.head("PATCH", "/v1/runs/{id}", body=body), body=body, ids=ids)
-        seen.figures["drain s"] = data.drain()
-        return seen
+        return reports(server, few, {"status": "success", "run_message_history": messages}, workflow=workflow)
 
     sizes = {"1 KB": 1024, "100 KB": 100 * 1024, "1 MB": MIB}
     return Group(
@@ -224,120 +213,6 @@ def webhooks(world: World, pressure: Pressure) -> Group:
             for size, most in (("1 KB", None), ("100 KB", None), ("1 MB", 1.2))
         ],
     )
-
-
-def secret(world: World, pressure: Pressure) -> Group:
-    server = world.server
-    body = b'{"sensitive_input_values": {"password": "correct horse battery staple"}}'
-    value = b'{"options": {"cas": 0}, "data": {"password": "correct horse battery staple"}}'
-    port = urlsplit(world.bao.address).port
-    assert port is not None
-    head = "\r\n".join(
-        [
-            f"POST /v1/secret/data/runs/{ORGANIZATION}/bare/{{id}} HTTP/1.1",
-            "Host: 127.0.0.1",
-            f"X-Vault-Token: {world.vault_token}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(value)}\r\n\r\n",
-        ]
-    )
-
-    def write(pressure: Pressure) -> Sample:
-        ids = [str(uuid4()) for _ in range(8000 * int(pressure.seconds + pressure.warmup + 1))]
-        return sample(load.run(Plan(port, pressure, head, body=value, ids=ids)), {})
-
-    one = replace(pressure, connections=1)
-    return Group(
-        "secret",
-        "retry with one secret; the same run has none yet, so nothing old is destroyed",
-        [
-            Case("secret", partial(server.retries, pressure, body=body)),
-            Case("write", partial(write, pressure), "bare KV v2 write over HTTP"),
-            Case("retry", partial(server.retries, pressure), "without a secret"),
-            Case("secret 1c", partial(server.retries, one, body=body), "one connection"),
-            Case("write 1c", partial(write, one), "one connection"),
-            Case("retry 1c", partial(server.retries, one), "one connection"),
-        ],
-        [
-            Target("secret / write", rate("secret", "write")),
-            Target("secret / retry", rate("secret", "retry")),
-            Target("p50, secret / (write + retry), one connection", _secret_over_parts),
-        ],
-    )
-
-
-def _secret_over_parts(one: Round) -> float:
-    return one["secret 1c"].p50 / (one["write 1c"].p50 + one["retry 1c"].p50)
-
-
-def files(world: World, pressure: Pressure) -> Group:
-    server = world.server
-    server.retries(replace(pressure, seconds=0.2))  # its usual size, before the first file
-    memory = PeakMemory(server.app)
-    folder = world.folder / "plain"
-    folder.mkdir(exist_ok=True)
-
-    def body(megabytes: int) -> bytes:
-        content = base64.b64encode(os.urandom(megabytes * MIB)).decode()
-        return json.dumps({"file_inputs": [{"filename": "scan.bin", "content": content}]}).encode()
-
-    def upload(body: bytes, count: int) -> Sample:
-        memory.reset()
-        seen = server.retries(Pressure(1, seconds=60, warmup=0, limit=count), body=body)
-        seen.figures["MB/s"] = len(body) / 1e6 / (seen.p50 / 1000)
-        seen.figures["peak growth / body"] = memory.growth() / len(body)
-        return seen
-
-    def plain(body: bytes, count: int) -> Sample:
-        """What has to be done in any case, in this process."""
-        took = []
-        for _ in range(count):
-            began = time.perf_counter()
-            content = base64.b64decode(json.loads(body)["file_inputs"][0]["content"])
-            took.append(_write(folder, content, began))
-        return _plain_sample(took, body)
-
-    def decode(body: bytes, count: int) -> Sample:
-        text = json.loads(body)["file_inputs"][0]["content"].encode()
-        took = []
-        for _ in range(count):
-            began = time.perf_counter()
-            took.append(_write(folder, base64.b64decode(text), began))
-        return _plain_sample(took, body)
-
-    one, large = body(1), body(25)
-    return Group(
-        "files",
-        "retry with one file, one connection; MB/s of the body",
-        [
-            Case("25 MB", partial(upload, large, 3)),
-            Case("25 MB plain", partial(decode, large, 3), "b64decode + write + fsync"),
-            Case("25 MB parsed", partial(plain, large, 3), "json.loads + b64decode + write + fsync"),
-            Case("1 MB", partial(upload, one, 30)),
-            Case("1 MB plain", partial(decode, one, 30), "b64decode + write + fsync"),
-        ],
-        [
-            Target("25 MB: speed / plain", lambda one: one["25 MB plain"].p50 / one["25 MB"].p50, at_least=0.4),
-            Target("25 MB: speed / parsed", lambda one: one["25 MB parsed"].p50 / one["25 MB"].p50),
-            Target("25 MB: peak memory growth / body", figure("25 MB", "peak growth / body"), at_most=3.5),
-            Target("1 MB: speed / plain", lambda one: one["1 MB plain"].p50 / one["1 MB"].p50),
-        ],
-    )
-
-
-def _write(folder: Path, content: bytes, began: float) -> float:
-    """The file is kept, like the service's: memory that a deleted one gave back is several times cheaper than new."""
-    with (folder / uuid4().hex).open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        return time.perf_counter() - began
-
-
-def _plain_sample(took: list[float], body: bytes) -> Sample:
-    took = sorted(took)
-    middle = took[len(took) // 2]
-    return Sample(1 / middle, middle * 1000, took[-1] * 1000, {"MB/s": len(body) / 1e6 / middle})
 
 
 def refused(world: World, pressure: Pressure) -> Group:
@@ -412,11 +287,12 @@ def lists(world: World, pressure: Pressure) -> Group:
         ],
         [
             Target("page / page f", rate("page", "page f"), at_least=0.3),
-            Target("page 1M / page f", rate("page 1M", "page f")),
+            Target("page 1M / page f", rate("page 1M", "page f"), at_least=0.25),
             Target("page fields / page", rate("page fields", "page")),
             Target("run / run f", rate("run", "run f"), at_least=0.3),
             Target("run 1M / run", rate("run 1M", "run"), at_least=0.8),
         ],
+        beside="PostgreSQL, load; f: load alone",
     )
 
 
@@ -425,6 +301,7 @@ def pages(world: World, pressure: Pressure) -> Group:
     server = world.server_of(world.million)
     data = world.million
     few = replace(pressure, connections=1, seconds=min(pressure.seconds, 1.0))
+    deep = server.get("/v1/runs?limit=1&skip=899999").get("next", "")  # an older version has none
 
     def get(query: str) -> Callable[[], Sample]:
         return partial(server.repeat, few, server.head("GET", f"/v1/runs?limit=100{query}"))
@@ -439,12 +316,14 @@ def pages(world: World, pressure: Pressure) -> Group:
         [
             Case("total", total, "the count alone"),
             *(Case(f"skip {skip:,}", get(f"&skip={skip}")) for skip in (0, 10_000, 100_000, 900_000)),
+            Case("after 900,000", get(f"&after={deep}"), "the page that skip finds there, by its cursor"),
             Case("status, few", get("&status=scheduling"), "a filter with few runs"),
             Case("status, most", get("&status=success"), "a filter with most runs"),
             Case("fields", get(f"&{SOME_FIELDS}")),
         ],
         [
             Target("p50, skip 900,000 / skip 0", p50("skip 900,000", "skip 0")),
+            Target("p50, after 900,000 / skip 0", p50("after 900,000", "skip 0"), at_most=1.2),
             Target("p50, total / skip 0", p50("total", "skip 0")),
         ],
         appendix=partial(plans.of_million, data),
@@ -477,6 +356,9 @@ GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
     "retry": retry,
     "statements": statements,
     "scale": scale,
+    "create": create,
+    "report": report,
+    "cycle": cycle,
     "placement": placement,
     "tenants": tenants,
     "history": history,
@@ -491,4 +373,9 @@ GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
     "lists": lists,
     "pages": pages,
     "wide": big_histories,
+    "handoff": handoff,
+    "sustained": sustained,
 }
+
+# Not part of a run of everything, which would take several minutes longer.
+LONG = ("sustained",)

@@ -33,23 +33,32 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of a round, mostly a ratio of two cases, and the bounds it should keep. Without bounds it is only shown."""
+    """A figure of a round, mostly a ratio of two cases, and the bounds it should keep. Without bounds it is only shown.
+
+    `beside` is what shares the cores with what is judged, if that is not what the group says.
+    """
 
     name: str
     value: Callable[[Round], float]
     at_least: float | None = None
     at_most: float | None = None
+    beside: str | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that are compared with each other, so they take turns."""
+    """Cases that are compared with each other, so they take turns.
+
+    `beside` is what shares the cores with the service while it is measured: a ratio is what it is only beside the same.
+    """
 
     name: str
     title: str
     cases: Sequence[Case]
     targets: Sequence[Target] = ()
     appendix: Callable[[], str] = str  # more to tell once the cases are measured, as Markdown
+    beside: str = "PostgreSQL, load"
+    rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Verdict:
     highest: float
     bound: str
     met: bool | None
+    beside: str
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,18 @@ class Result:
         return asdict(self)
 
 
+def rate(case: str, against: str) -> Callable[[Round], float]:
+    return lambda one: one[case].rate / one[against].rate
+
+
+def p50(case: str, against: str) -> Callable[[Round], float]:
+    return lambda one: one[case].p50 / one[against].p50
+
+
+def figure(case: str, name: str) -> Callable[[Round], float]:
+    return lambda one: one[case].figures[name]
+
+
 def run(group: Group, rounds: int, say: Callable[[str], None]) -> Result:
     seen: list[dict[str, Sample]] = []
     for number in range(rounds):
@@ -94,7 +116,7 @@ def run(group: Group, rounds: int, say: Callable[[str], None]) -> Result:
         rounds,
         {case.name: _middle([one[case.name] for one in seen]) for case in group.cases},
         {case.name: case.note for case in group.cases},
-        [_judge(target, seen) for target in group.targets],
+        [_judge(target, group, seen) for target in group.targets],
         group.appendix(),
     )
 
@@ -108,7 +130,7 @@ def _middle(samples: Sequence[Sample]) -> Sample:
     )
 
 
-def _judge(target: Target, seen: Sequence[Round]) -> Verdict:
+def _judge(target: Target, group: Group, seen: Sequence[Round]) -> Verdict:
     values = [target.value(one) for one in seen]
     value = median(values)
     met: bool | None = None
@@ -117,7 +139,7 @@ def _judge(target: Target, seen: Sequence[Round]) -> Verdict:
         bound, met = f">= {target.at_least:g}", value >= target.at_least
     elif target.at_most is not None:
         bound, met = f"<= {target.at_most:g}", value <= target.at_most
-    return Verdict(target.name, value, min(values), max(values), bound, met)
+    return Verdict(target.name, value, min(values), max(values), bound, met, target.beside or group.beside)
 
 
 def table(result: Result) -> str:
@@ -145,10 +167,11 @@ def table(result: Result) -> str:
                 f"{verdict.lowest:.3g} to {verdict.highest:.3g}",
                 verdict.bound,
                 {True: "met", False: "NOT MET", None: ""}[verdict.met],
+                verdict.beside,
             ]
             for verdict in result.targets
         ]
-        lines += ["", *markdown(["", "median", "rounds", "target", ""], judged)]
+        lines += ["", *markdown(["", "median", "rounds", "target", "", "on the same cores"], judged)]
     return "\n".join([*lines, "", result.appendix])
 
 

@@ -29,6 +29,10 @@ UPDATE runs SET status = 'cancelled', ended_at = now() WHERE status = 'schedulin
 """
 
 
+# Whatever still waits for a machine.
+UNPLACED = "SELECT FROM runs WHERE status = 'scheduling' AND assigned_machine_id IS NULL"
+
+
 def soon(server: Server, count: int = 200, before: Callable[[], object] | None = None) -> Sample:
     """From the reply to a retry until its assignment can be read, one run after the other, each pinned to an idle machine.
 

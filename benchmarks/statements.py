@@ -1,45 +1,75 @@
-"""What each statement of a retry costs the database, by pg_stat_statements: a plan that went wrong shows here first."""
+"""What each statement of a request costs the database, by pg_stat_statements: a plan that went wrong shows here first."""
 
+import json
 import re
+from collections.abc import Callable
 from functools import partial
 
+from benchmarks.carried import SECRET_BODY, file_body
+from benchmarks.life import WAITING, creations, reports
 from benchmarks.load import Pressure
-from benchmarks.measure import Case, Group, markdown, number
-from benchmarks.world import Data, World
+from benchmarks.measure import Case, Group, Sample, markdown, number
+from benchmarks.placing import ADD_MACHINES, UNPLACED
+from benchmarks.world import HISTORY, ORGANIZATION, Data, World, history
 
 OBSERVED = {"shared_preload_libraries": "pg_stat_statements", "pg_stat_statements.track": "all"}
 
 DEAREST = """
 SELECT query, calls, total_exec_time * 1000 AS us, shared_blks_hit + shared_blks_read AS blocks FROM pg_stat_statements
-WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY total_exec_time DESC LIMIT 12
+WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+ORDER BY total_exec_time DESC LIMIT 12
 """
 
 
 def statements(world: World, pressure: Pressure) -> Group:
     server = world.beside("observed", OBSERVED).server
+    data = server.data
     server.retries(pressure)  # plans are made, connections open
-    server.data.sql("CREATE EXTENSION pg_stat_statements")
-    server.data.stock(20_000)
-    server.data.sql("SELECT pg_stat_statements_reset()")
-    [before] = server.data.sql("SELECT count(*) FROM run_attempts")
+    data.sql("CREATE EXTENSION pg_stat_statements")
+    data.stock(20_000)
+    tables: dict[str, str] = {}
+
+    def observed(name: str, measure: Callable[[], Sample], prepare: Callable[[], object] = lambda: None) -> Case:
+        def see() -> Sample:
+            prepare()
+            data.sql("SELECT pg_stat_statements_reset()")
+            seen = measure()
+            tables[name] = _table(data, server.requests)
+            return seen
+
+        return Case(name, see)
+
+    def idle_machines() -> None:
+        data.end_active()
+        data.sql(ADD_MACHINES, ORGANIZATION, server.most(pressure))
+        data.sql("ANALYZE")
+
+    done = {"status": "success", "run_message_history": json.loads(history(HISTORY))}
     return Group(
         "statements",
-        "what a retry costs by statement, background work included",
-        [Case("retry", partial(server.retries, pressure), "observed by pg_stat_statements")],
-        appendix=partial(_table, server.data, before["count"]),
+        "what a request costs by statement, background work included; observed by pg_stat_statements",
+        [
+            observed("retry", partial(server.retries, pressure)),
+            observed("retry, secret", partial(server.retries, pressure, body=SECRET_BODY)),
+            observed("retry, file", partial(server.retries, pressure, body=file_body(1024))),
+            observed("create", partial(creations, server, pressure)),
+            observed("report running", partial(reports, server, pressure, {"status": "running"}, before=WAITING)),
+            observed("report success", partial(reports, server, pressure, done)),
+            observed("retry, placed", partial(server.retries, pressure, drained=UNPLACED), idle_machines),
+        ],
+        appendix=lambda: "\n".join(f"#### {name}\n\n{table}" for name, table in tables.items()),
+        beside="PostgreSQL with pg_stat_statements, load",
+        rounds=1,
     )
 
 
-def _table(data: Data, before: int) -> str:
-    seen = data.sql(DEAREST)
-    [after] = data.sql("SELECT count(*) FROM run_attempts")
-    retries = after["count"] - before
+def _table(data: Data, requests: int) -> str:
     rows = [
         [
             re.sub(r"\s+", " ", row["query"]).replace("|", "")[:70],
-            *(number(row[name] / retries) for name in ("calls", "us", "blocks")),
+            *(number(row[name] / requests) for name in ("calls", "us", "blocks")),
             number(row["us"] / row["calls"]),
         ]
-        for row in seen
+        for row in data.sql(DEAREST)
     ]
     return "\n".join([*markdown(["statement", "calls", "us", "blocks", "us a call"], rows), ""])

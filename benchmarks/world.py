@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -31,6 +31,7 @@ from dev.run import APP, ROOT, App
 from dev.stack import Bao, Part, Postgres, free_port, http
 
 ORGANIZATION = "bench"
+AnyPart = TypeVar("AnyPart", bound=Part)
 MACHINES = 10  # connected and soon busy: assignment is on, as in production
 RETRY_BODY = b'{"input_values": {"customer": "Ada Lovelace", "amount": 120.5, "urgent": true}}'
 HISTORY = 4096
@@ -53,6 +54,19 @@ INSERT INTO run_attachments (id, organization_id, run_id, attachment_type, filen
 SELECT gen_random_uuid(), 'bench', md5(n::text)::uuid, 'output', 'result.txt', 'text/plain', 6,
        'bench/' || md5(n::text)::uuid || '/' || gen_random_uuid()
 FROM generate_series($2::bigint, $3::bigint) AS n WHERE $5
+"""
+
+
+FINISH = """
+WITH ended AS (
+    UPDATE runs SET status = 'success', started_at = now(), ended_at = now(), assigned_machine_id = NULL, awaited_since = NULL
+    WHERE id = ANY($1::uuid[]) AND status IN ('scheduling', 'running') RETURNING id, attempt, secret_path
+), kept AS (
+    INSERT INTO deletions (store, name, due_at)
+    SELECT 'vault', secret_path, now() + interval '1 day' FROM ended WHERE secret_path IS NOT NULL
+)
+INSERT INTO run_outputs (run_id, attempt, output_data, run_message_history)
+SELECT id, attempt, '{"receipt": "R-1"}', $2::json FROM ended
 """
 
 
@@ -84,12 +98,12 @@ class Data:
         self._stock: dict[tuple[int | None, bool], range] = {}
 
     @classmethod
-    def create(cls, url: str, app_url: str, runs: int) -> Self:
-        """The schema by the migrations, then `runs` finished runs without history or files."""
+    def create(cls, url: str, app_url: str, runs: int, root: Path = ROOT) -> Self:
+        """The schema by the migrations of the checkout at `root`, then `runs` finished runs without history or files."""
         subprocess.run(
             [*APP, "migrate"],
             env={"PATH": os.environ["PATH"], "DATABASE_URL": app_url, "DATABASE_OWNER_URL": url},
-            cwd=ROOT,
+            cwd=root,
             capture_output=True,
             check=True,
         )
@@ -167,20 +181,41 @@ class Data:
         kind = (history_bytes, attachment)
         self._stock[kind] = self._stock[kind][count:]
 
-    def drain(self, seconds: float = 60) -> float:
-        """Wait until all that is due or superseded is gone and every webhook is sent, so that the next measure does not pay
-        for it; how long it took."""
-        began = time.monotonic()
+    def drain(self, seconds: float = 120, *, also: str = "") -> float:
+        """Wait until all that is due or superseded is gone, every webhook is sent, and the query `also` finds nothing; how long
+        it took. It is part of what a request costs, and the next measure must not pay for it."""
         left = (
             "SELECT FROM deletions WHERE due_at <= now() UNION ALL SELECT FROM run_outputs WHERE is_superseded"
             " UNION ALL SELECT FROM webhook_events WHERE NOT is_fanned_out"
-            " UNION ALL SELECT FROM webhook_deliveries WHERE status = 'pending' LIMIT 1"
+            " UNION ALL SELECT FROM webhook_deliveries WHERE status = 'pending'"
         )
-        while self.sql(left):
-            if time.monotonic() - began > seconds:
-                raise TimeoutError(f"Something was left to delete after {seconds:.0f} s")
-            time.sleep(0.05)
-        return time.monotonic() - began
+        query = f"{left} UNION ALL {also} LIMIT 1" if also else f"{left} LIMIT 1"
+
+        async def wait() -> float:
+            connection = await asyncpg.connect(self.url, timeout=10)
+            began = time.monotonic()
+            try:
+                while await connection.fetch(query):
+                    if time.monotonic() - began > seconds:
+                        raise TimeoutError(f"Something was left to do after {seconds:.0f} s")
+                    await asyncio.sleep(0.05)
+                return time.monotonic() - began
+            finally:
+                await connection.close()
+
+        return asyncio.run(wait())
+
+    def finish(self, ids: Sequence[str], history_bytes: int = HISTORY) -> None:
+        """As their executors' reports do: these runs end, with outputs; their secrets are kept for a day."""
+        for low in range(0, len(ids), 5000):
+            self.sql(FINISH, list(ids[low : low + 5000]), history(history_bytes))
+
+    def end_active(self) -> None:
+        """Nothing waits and nothing runs any more: all machines are idle."""
+        self.sql(
+            "UPDATE runs SET status = 'cancelled', ended_at = now(), awaited_since = NULL"
+            " WHERE status IN ('scheduling', 'running')"
+        )
 
     def _add(self, count: int, history_bytes: int | None, *, attachment: bool, age: int = 90) -> range:
         """The stock is older than the rest, so that the first pages of a list stay as they are."""
@@ -194,13 +229,19 @@ class Data:
 
 
 class Server:
-    """A server process, and what its requests cost."""
+    """A server process, and what its requests cost.
 
-    def __init__(self, app: App, port: int, data: Data, postgres: Postgres) -> None:
+    `sent` are the ids of the last load, as far as they were sent; `requests` is how many requests it sent.
+    """
+
+    def __init__(self, app: App, port: int, data: Data, postgres: Postgres, bao: Bao) -> None:
         self.app = app
         self.port = port
         self.data = data
+        self.sent: Sequence[str] = ()
+        self.requests = 0
         self._postgres = postgres
+        self._bao = bao
         self._pace = 1500.0  # requests per second, to size the stock
 
     def head(self, method: str, path: str, *headers: str, body: bytes = b"", key: str | None = None) -> str:
@@ -224,47 +265,63 @@ class Server:
         headers = {"Authorization": f"Bearer {key or self.data.key}"}
         return http(method, f"http://127.0.0.1:{self.port}{path}", body, headers)
 
+    def most(self, pressure: Pressure) -> int:
+        """More requests than are answered under this pressure."""
+        return pressure.limit or int(self._pace * 1.5 * (pressure.seconds + pressure.warmup)) + 100
+
     def retries(
-        self, pressure: Pressure, *headers: str, body: bytes = RETRY_BODY, history_bytes: int | None = HISTORY
+        self,
+        pressure: Pressure,
+        *headers: str,
+        body: bytes = RETRY_BODY,
+        history_bytes: int | None = HISTORY,
+        ids: Sequence[str] | None = None,
+        drained: str = "",
     ) -> Sample:
-        """Retry runs of the stock, each once. `{id}` in a header is the run's id."""
-        most = pressure.limit or int(self._pace * 1.5 * (pressure.seconds + pressure.warmup)) + 100
-        numbers = self.data.stock(most, history_bytes)[:most]
-        outcome, cost = self._measured(
-            load.Plan(
-                self.port,
-                pressure,
-                self.head("POST", "/v1/runs/{id}/retry", *headers, body=body),
-                body=body,
-                ids=[run_id(number) for number in numbers],
-            )
-        )
-        self.data.used(outcome.sent, history_bytes)
-        if pressure.limit is None:
-            if outcome.sent >= most:
-                raise RuntimeError("The stock of runs was used up before the time was")
-            self._pace = max(self._pace, outcome.requests / outcome.seconds)
-        cost["drain s"] = self.data.drain()
-        return sample(outcome, cost)
+        """Retry these runs, or runs of the stock, each once. `{id}` in a header is the run's id; `drained` as of `repeat`."""
+        most = self.most(pressure)
+        own = ids is None
+        if ids is None:
+            ids = [run_id(number) for number in self.data.stock(most, history_bytes)[:most]]
+        head = self.head("POST", "/v1/runs/{id}/retry", *headers, body=body)
+        seen = self.repeat(pressure, head, body=body, ids=ids, drained=drained)
+        if own:
+            self.data.used(len(self.sent), history_bytes)
+            if pressure.limit is None:
+                if len(self.sent) >= most:
+                    raise RuntimeError("The stock of runs was used up before the time was")
+                self._pace = max(self._pace, seen.rate)
+        return seen
 
     def repeat(
-        self, pressure: Pressure, head: str, *, expect: int = 200, body: bytes = b"", ids: Sequence[str] = ()
+        self,
+        pressure: Pressure,
+        head: str,
+        *,
+        expect: int = 200,
+        body: bytes = b"",
+        ids: Sequence[str] = (),
+        drained: str = "",
     ) -> Sample:
-        """The same request again and again; with ids, `{id}` in its head is the next of them."""
-        outcome, cost = self._measured(load.Plan(self.port, pressure, head, expect, body, list(ids)))
-        return sample(outcome, cost)
+        """The same request again and again; with ids, `{id}` in its head is the next of them.
+
+        What it costs includes what the background does afterwards, until nothing is due and the query `drained` finds nothing.
+        """
+        before = self._used()
+        outcome = load.run(load.Plan(self.port, pressure, head, expect, body, list(ids)))
+        self.sent, self.requests = ids[: outcome.sent], outcome.sent
+        drain = self.data.drain(also=drained)
+        cost = {name: (used - before[name]) / outcome.sent * 1e6 for name, used in self._used().items()}
+        return sample(outcome, cost | {"drain s": drain})
 
     def cpu(self) -> tuple[float, float]:
         """Seconds of processor time so far: of this server, and of PostgreSQL."""
         return cpu_seconds(self.app), cpu_seconds(self._postgres)
 
-    def _measured(self, plan: load.Plan) -> tuple[load.Outcome, dict[str, float]]:
-        app, postgres = cpu_seconds(self.app), cpu_seconds(self._postgres)
-        outcome = load.run(plan)
-        return outcome, {
-            "app us": (cpu_seconds(self.app) - app) / outcome.sent * 1e6,
-            "db us": (cpu_seconds(self._postgres) - postgres) / outcome.sent * 1e6,
-        }
+    def _used(self) -> dict[str, float]:
+        """Seconds of processor time so far."""
+        parts = {"app us": self.app, "db us": self._postgres, "vault us": self._bao}
+        return {name: cpu_seconds(part) for name, part in parts.items()}
 
 
 class Bare(Part):
@@ -312,20 +369,47 @@ class Bare(Part):
             return False
 
 
-class Unplaced(App):
-    """The service without its placement."""
+class Service(App):
+    """The service of the checkout at `root`."""
+
+    arguments: tuple[str, ...] = ("app", "serve")
+
+    def __init__(self, folder: Path, url: str, environment: Mapping[str, str], root: Path) -> None:
+        super().__init__(folder, url, environment)
+        self._root = root
 
     def start(self) -> Self:
-        self.launch([sys.executable, "-m", "benchmarks.unplaced"], self.environment, cwd=ROOT)
+        self.launch([sys.executable, "-m", *self.arguments], self.environment, cwd=self._root)
         self.wait_until(self._ready)
         return self
 
 
-class World:
-    """Starts what a group asks for, once; stops everything at the end."""
+class Unplaced(Service):
+    """The service without its placement."""
 
-    def __init__(self, folder: Path, options: Mapping[str, str] | None = None) -> None:
+    arguments = ("benchmarks.unplaced",)
+
+
+class Program(Part):
+    """Another program of ours, as a process."""
+
+    def __init__(self, name: str, folder: Path, module: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.name = name
+        super().__init__(folder)
+        self._command = [sys.executable, "-m", *module]
+        self._environment = environment
+
+    def start(self) -> Self:
+        self.launch(self._command, self._environment, cwd=ROOT)
+        return self
+
+
+class World:
+    """Starts what a group asks for, once; stops everything at the end. `root` is the checkout whose service it is."""
+
+    def __init__(self, folder: Path, options: Mapping[str, str] | None = None, root: Path = ROOT) -> None:
         self.folder = folder
+        self.root = root
         self._options = options
         self._started = ExitStack()
         self._servers: dict[tuple[object, ...], Server] = {}
@@ -342,7 +426,7 @@ class World:
     @cached_property
     def small(self) -> Data:
         """10,000 runs beside the stock."""
-        return Data.create(self.postgres.url, self.postgres.app_url, 10_000)
+        return Data.create(self.postgres.url, self.postgres.app_url, 10_000, self.root)
 
     @cached_property
     def million(self) -> Data:
@@ -358,19 +442,24 @@ class World:
         """A database of its own."""
         self.small.sql(f"CREATE DATABASE {name}")
         url = f"{self.postgres.url.rpartition('/')[0]}/{name}"
-        return Data.create(url, self.postgres.as_app(url), runs)
+        return Data.create(url, self.postgres.as_app(url), runs, self.root)
 
     def beside(self, name: str, options: Mapping[str, str]) -> "World":
         """Another world, whose PostgreSQL has other settings."""
         folder = self.folder / name
         folder.mkdir()
-        return self._started.enter_context(World(folder, options))
+        return self._started.enter_context(World(folder, options, self.root))
+
+    def start(self, part: AnyPart) -> AnyPart:
+        """Until the end of this world."""
+        self._started.enter_context(part)
+        return part
 
     def server_of(
         self,
         data: Data,
         workers: int = 1,
-        program: type[App] = App,
+        program: type[Service] = Service,
         settings: Mapping[str, object] = MappingProxyType({}),
     ) -> Server:
         kind = (data.url, workers, program, *sorted(settings.items()))
@@ -387,8 +476,8 @@ class World:
                 "NO_PROXY": "127.0.0.1",
             }
             environment |= {name: str(value) for name, value in settings.items()}
-            app = self._started.enter_context(program(folder, f"http://127.0.0.1:{port}", environment))
-            self._servers[kind] = Server(app, port, data, self.postgres)
+            app = self.start(program(folder, f"http://127.0.0.1:{port}", environment, self.root))
+            self._servers[kind] = Server(app, port, data, self.postgres, self.bao)
         return self._servers[kind]
 
     def settings(self, data: Data, files: Path) -> dict[str, str]:
@@ -410,9 +499,7 @@ class World:
         if status != 200:
             raise RuntimeError(f"The first retry answered {status}: {run}")
         self.small.used(1)
-        return self._started.enter_context(
-            Bare(self.folder, {"run": run, "page": self.server.get("/v1/runs?limit=100")})
-        )
+        return self.start(Bare(self.folder, {"run": run, "page": self.server.get("/v1/runs?limit=100")}))
 
 
 def sample(outcome: load.Outcome, cost: dict[str, float]) -> Sample:

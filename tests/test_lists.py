@@ -72,7 +72,8 @@ def lists(api: Client, stack: Stack) -> dict[str, int]:
             api.report(run_id, status="success")
     [endpoint, *_] = page_of(api, "/v1/webhook-endpoints")["items"]
     stack.sql(
-        "WITH event AS (INSERT INTO webhook_events (id, organization_id, run_id, attempt, event_type, occurred_at, is_fanned_out)"
+        "WITH event AS ("
+        " INSERT INTO webhook_events (id, organization_id, run_id, attempt, event_type, occurred_at, is_fanned_out)"
         " SELECT gen_random_uuid(), $1, $2::uuid, n, 'run_complete', now(), true FROM generate_series(1, 7) AS n RETURNING id)"
         " INSERT INTO webhook_deliveries (id, organization_id, event_id, endpoint_id, status)"
         " SELECT gen_random_uuid(), $1, id, $3::uuid, 'delivered' FROM event",
