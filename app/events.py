@@ -80,17 +80,17 @@ AFTER = statement(
     """,
 )
 
-COUNT_OF_RUN = statement(
-    "events.count_of_run",
-    f"SELECT count(*) FROM run_events WHERE run_id = :run_id AND organization_id = :organization_id AND {_SETTLED}",
-)
-
 OF_RUN = statement(
     "events.of_run",
     f"""
-    SELECT {COLUMNS}, xact, id FROM run_events
-    WHERE run_id = :run_id AND organization_id = :organization_id AND {_SETTLED} AND (xact, id) > (:xact::bigint, :id::bigint)
-    ORDER BY xact, id OFFSET :skip LIMIT :limit::bigint + 1
+    WITH settled AS MATERIALIZED (
+        SELECT {COLUMNS}, xact, id FROM run_events
+        WHERE run_id = :run_id AND organization_id = :organization_id AND {_SETTLED}
+    )
+    SELECT counted.total, page.* FROM (SELECT count(*) AS total FROM settled) AS counted LEFT JOIN LATERAL (
+        SELECT * FROM settled WHERE (xact, id) > (:xact::bigint, :id::bigint)
+        ORDER BY xact, id OFFSET :skip LIMIT :limit::bigint + 1
+    ) AS page ON true ORDER BY page.xact, page.id
     """,
 )
 
@@ -126,10 +126,13 @@ async def list_of_run(
 ) -> dict[str, Any]:
     """One page of a run's events beyond a cursor, oldest first; also of a run that was deleted. Raises Invalid."""
     xact, number = _place(after)
-    named = {"run_id": run_id, "organization_id": organization_id}
-    total = await connection.fetchval(COUNT_OF_RUN, **named)
-    rows = await connection.fetch(OF_RUN, **named, xact=xact, id=number, skip=skip, limit=limit) if total > skip else []
-    items = [dict(row.items()) for row in rows[:limit]]
+    rows = await connection.fetch(
+        OF_RUN, run_id=run_id, organization_id=organization_id, xact=xact, id=number, skip=skip, limit=limit
+    )
+    total, found = rows[0]["total"], [dict(row.items()) for row in rows if row["id"] is not None]
+    items = found[:limit]
+    for item in items:
+        del item["total"]
     places = [f"{item.pop('xact')}.{item.pop('id')}" for item in items]
     return {
         "items": items,
@@ -137,7 +140,7 @@ async def list_of_run(
         "total_is_estimate": False,
         "skip": skip,
         "limit": limit,
-        "next": places[-1] if len(rows) > limit else None,
+        "next": places[-1] if len(found) > limit else None,
     }
 
 

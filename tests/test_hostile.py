@@ -47,6 +47,7 @@ KNOWN = {
     *SENTENCES.values(),
     "Must be 1 to 255 visible ASCII characters, sent once.",
     "Must be `next` of an earlier reply, or absent for the beginning.",
+    "Must be `next` of an earlier page of this list, or absent for the first.",
     "Must be an https URL of at most 2048 ASCII characters, with a host, and without user, password and fragment.",
     "May have at most 250000 JSON values in all.",
     "Must be a public address.",
