@@ -28,7 +28,8 @@ def page_of(api: Client, path: str, **params: object) -> dict[str, Any]:
 
 def walked(api: Client, path: str, **params: object) -> list[Any]:
     """All items, by `next` alone."""
-    items, after = [], {}
+    items: list[Any] = []
+    after: dict[str, str] = {}
     while True:
         page = page_of(api, path, **params, **after)
         assert len(page["items"]) == page["limit"] or page["next"] is None
