@@ -223,9 +223,8 @@ def _find(listing: Listing, branches: tuple[str, ...], *, is_after: bool) -> Sta
             WITH chosen AS MATERIALIZED (  -- and one more, which says whether there is more
                 {chosen[0]} ORDER BY {newest_first} OFFSET :skip::bigint LIMIT :limit::bigint + 1
             ), listed AS MATERIALIZED (
-                SELECT {listing.order[-1]} AS key, concat_ws(' ', {written}) AS place,
-                       row_number() OVER (ORDER BY {newest_first}) AS n
-                FROM chosen ORDER BY {newest_first} LIMIT :limit::bigint
+                SELECT *, {listing.order[-1]} AS key, row_number() OVER (ORDER BY {newest_first}) AS n FROM chosen
+                ORDER BY {newest_first} LIMIT :limit::bigint
             ), weighed AS (
                 SELECT n, sum((SELECT {listing.octets} FROM {listing.source} WHERE {listing.row}))
                               OVER (ORDER BY n ROWS UNBOUNDED PRECEDING) AS octets
@@ -233,7 +232,7 @@ def _find(listing: Listing, branches: tuple[str, ...], *, is_after: bool) -> Sta
             )
             SELECT CASE WHEN :counts::boolean THEN {total} END AS total, ARRAY(SELECT key FROM listed ORDER BY n) AS keys,
                    (SELECT n FROM weighed WHERE n > 1 AND octets > :max_bytes::bigint LIMIT 1) AS over,
-                   (SELECT place FROM listed WHERE n = :limit::bigint AND (SELECT count(*) FROM chosen) > n) AS last
+                   (SELECT concat_ws(' ', {written}) FROM listed WHERE n = :limit::bigint AND (SELECT count(*) FROM chosen) > n) AS last
             """
         ),
     )
