@@ -232,7 +232,8 @@ def _find(listing: Listing, branches: tuple[str, ...], *, is_after: bool) -> Sta
             )
             SELECT CASE WHEN :counts::boolean THEN {total} END AS total, ARRAY(SELECT key FROM listed ORDER BY n) AS keys,
                    (SELECT n FROM weighed WHERE n > 1 AND octets > :max_bytes::bigint LIMIT 1) AS over,
-                   (SELECT concat_ws(' ', {written}) FROM listed WHERE n = :limit::bigint AND (SELECT count(*) FROM chosen) > n) AS last
+                   (SELECT concat_ws(' ', {written}) FROM listed
+                    WHERE n = :limit::bigint AND (SELECT count(*) FROM chosen) > n) AS last
             """
         ),
     )
