@@ -106,6 +106,7 @@ _NOTHING: dict[str, tuple[str, ...]] = {
     "runs_waiting": (
         "waiting_for_machine",
         "machine_offline",
+        "machine_not_responding",
         "machine_busy",
         "no_machine_in_pools",
         "waiting_for_session",

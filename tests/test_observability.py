@@ -77,6 +77,23 @@ def test_alerts_and_panels_name_only_metrics_that_there_are(server: Server) -> N
             assert re.sub("_(bucket|sum|count)$", "", name) in shown or name in shown, name
 
 
+def test_the_docs_name_every_metric_and_every_line_of_the_log_and_no_other() -> None:
+    docs = (ROOT / "docs" / "observability.md").read_text()
+    metrics = docs.partition("## Metrics")[2].partition("## Logs")[0]
+    metric = r"(?:runs|http_server|db_client)_[a-z_]+"
+    source = (ROOT / "app" / "telemetry" / "metrics.py").read_text()
+    named = {name for row in re.findall(r"(?m)^\| (`[^|]*) \|", metrics) for name in re.findall(metric, row)}
+    assert named == set(re.findall(f'"({metric})"', source))
+
+    logs = docs.partition("## Logs")[2].partition("## Traces")[0]
+    sources = "".join(file.read_text() for file in (ROOT / "app").rglob("*.py"))
+    events = set(re.findall(r'"event": "([a-z_]+)"', sources)) | {"run_assigned", "run_started", "run_ended"}
+    listed = {name for row in re.findall(r"(?m)^\| (`[^|]*) \|", logs) for name in re.findall(r"`([a-z_]+)`", row)}
+    assert listed - {"event"} == events
+    causes = set(re.findall(r'(?:kind = |Unreachable\()"([a-z_]+)"', sources))
+    assert causes <= set(re.findall(r"`([a-z_]+)`", logs))
+
+
 def test_each_panel_shows_something_after_the_life_of_a_run(stack: Stack, tmp_path: Path) -> None:
     installed()
     with own_database(stack, "panels") as own:
