@@ -36,6 +36,7 @@ from hypothesis.stateful import (
 
 from app.resources.machines import MACHINE_DELETED
 from app.runs.attachments import expire_attachments
+from app.scheduling.silence import look_for_silence
 from app.stores import deletions
 from app.stores.database import Database
 from app.stores.files import FileStore
@@ -107,7 +108,20 @@ class Run:
     error: list[str] | None = None
     output: Body | None = None
     history: list[Body] | None = None
+    assignment: int = 0
+    assigned: str | None = None
+    awaited: bool = False  # its machine is expected to begin it
+    begun: bool = False  # by somebody, in this attempt
+    claim: str | None = None  # of whoever has begun it
     archive: list[tuple[int, str, list[str]]] = field(default_factory=list)
+
+
+@dataclass
+class Machine:
+    """What is known of the last run that began on it."""
+
+    starts_with_claim: bool = False
+    session: str | None = None
 
 
 def stored(secrets: Body) -> dict[str, str]:
@@ -122,7 +136,8 @@ class Model:
     """What the contract says about one organization."""
 
     def __init__(self, workflows: Sequence[str], machines: Sequence[str], pools: Sequence[str]) -> None:
-        self.workflows, self.machines, self.pools = set(workflows), set(machines), set(pools)
+        self.workflows, self.pools = set(workflows), set(pools)
+        self.machines = {name: Machine() for name in machines}
         self.runs: dict[str, Run] = {}
         self.attachments: dict[str, Attachment] = {}
         self.keys: dict[str, tuple[Request, int, bytes]] = {}
@@ -132,10 +147,30 @@ class Model:
 
     def expect(self, request: Request) -> set[Outcome]:
         if request.key in self.keys:
-            first, status, _ = self.keys[request.key]
-            return {Outcome(status, replayed=True) if first == request else Outcome(422)}
+            first, status, content = self.keys[request.key]
+            if first != request:
+                return {Outcome(422)}
+            run_id = None if request.kind == "bulk" else self._about(request, content)
+            gone = run_id is not None and run_id not in self.runs
+            return {Outcome(404, "run_not_found", replayed=True) if gone else Outcome(status, replayed=True)}
         refusals, needs, success = getattr(self, f"expect_{request.kind}")(request.target, request.body or {})
         return refusals or {Outcome(503, f"{part}_unavailable") for part in needs & self.down} or {Outcome(success)}
+
+    @staticmethod
+    def _about(request: Request, content: bytes) -> str | None:
+        """The run that a reply shows something of; None: of none."""
+        if not content:
+            return None
+        reply = json.loads(content)
+        return str(reply["run_id" if request.kind in ("upload", "expire") else "id"])
+
+    def _left(self, request: Request, content: bytes) -> bytes:
+        """A reply as it is replayed: a bulk's without the runs that are gone."""
+        if request.kind != "bulk":
+            return content
+        reply = json.loads(content)
+        reply["created_runs"] = [run for run in reply["created_runs"] if run["id"] in self.runs]
+        return json.dumps(reply).encode()
 
     def expect_create(self, _: str, body: Body) -> tuple[set[Outcome], set[str], int]:
         refusals = self._targets(body)
@@ -169,8 +204,9 @@ class Model:
         run = self.runs.get(run_id)
         if run is None:
             return {Outcome(404, "run_not_found")}, set(), 200
-        if body.get("attempt") not in (None, run.attempt):
-            return {Outcome(409, "attempt_superseded")}, set(), 200
+        only_stops = body.get("status") in (None, "cancelled") and body.keys() <= STOPPING
+        if late := self._late(run, body, only_stops=only_stops):
+            return late, set(), 200
         refusals: set[Outcome] = set()
         status = body.get("status") or run.status
         if status != run.status and status not in NEXT.get(run.status, ()):
@@ -182,10 +218,26 @@ class Model:
             refusals.add(Outcome(422))
         return refusals, set(), 200
 
-    def expect_upload(self, run_id: str, _: Body) -> tuple[set[Outcome], set[str], int]:
+    @staticmethod
+    def _late(run: Run, body: Body, *, only_stops: bool = False) -> set[Outcome]:
+        """What a report or an upload says of itself, against what the run is at."""
+        claim, assignment = body.get("claim"), body.get("assignment")
+        if body.get("attempt") not in (None, run.attempt):
+            return {Outcome(409, "attempt_superseded")}
+        if assignment is not None:
+            taken = run.status == "scheduling" and run.assigned is None and run.assignment > 0
+            if taken or assignment != run.assignment:
+                return {Outcome(409, "assignment_superseded")}
+        if (run.begun and claim != run.claim) if claim else (run.claim is not None and not only_stops):
+            return {Outcome(409, "already_claimed")}
+        return set()
+
+    def expect_upload(self, run_id: str, body: Body) -> tuple[set[Outcome], set[str], int]:
         run = self.runs.get(run_id)
         if run is None:
             return {Outcome(404, "run_not_found")}, set(), 201
+        if late := self._late(run, body):
+            return late, set(), 201
         return ({Outcome(409, "invalid_transition")} if run.status != "running" else set()), {"storage"}, 201
 
     def expect_delete(self, run_id: str, _: Body) -> tuple[set[Outcome], set[str], int]:
@@ -249,7 +301,10 @@ class Model:
     def apply(self, request: Request, outcome: Outcome, content: bytes) -> bool:
         """False if the reply does not show what it must."""
         if outcome.replayed:
-            return content == self.keys[request.key or ""][2]
+            if outcome.status >= 400:
+                return True
+            left = self._left(request, self.keys[request.key or ""][2])
+            return content == left or (request.kind == "bulk" and json.loads(content) == json.loads(left))
         if outcome.status >= 400:
             return True
         reply = json.loads(content or b"null")
@@ -288,7 +343,8 @@ class Model:
         overridden -= {"start_session"} if not body.get("start_session") else set()
         run.archive.append((run.attempt, run.status, sorted(overridden)))
         run.status, run.attempt = "scheduling", run.attempt + 1
-        run.error = run.output = run.history = None
+        run.error = run.output = run.history = run.assigned = run.claim = None
+        run.begun = run.awaited = False
         for name in self._of(run_id, "output"):
             del self.attachments[name]
         if body.get("input_values") is not None:
@@ -315,6 +371,10 @@ class Model:
 
     def apply_report(self, run_id: str, body: Body, _: Body) -> None:
         run = self.runs[run_id]
+        if run.status == "scheduling" and body.get("status") == "running":
+            run.begun, run.claim = True, body.get("claim")
+            if run.assigned is not None:
+                self.machines[run.assigned] = Machine(run.claim is not None, run.session)
         run.status = body.get("status") or run.status
         run.error = body.get("error", run.error)
         run.output = body.get("output_data", run.output)
@@ -335,12 +395,12 @@ class Model:
             self.apply_delete(run_id, {}, {})
 
     def apply_delete_machine(self, machine_id: str, _: Body, __: Body) -> None:
-        self.machines.remove(machine_id)
+        del self.machines[machine_id]
         for run in self.runs.values():
-            if run.pin == machine_id:
-                run.pin = None
-                if run.status not in TERMINAL:
-                    run.status, run.error = "error", [MACHINE_DELETED]
+            if machine_id in (run.pin, run.assigned) and run.status not in TERMINAL:
+                run.status, run.error = "error", [MACHINE_DELETED]
+            run.pin = None if run.pin == machine_id else run.pin
+            run.assigned = None if run.assigned == machine_id else run.assigned
 
     def apply_expire(self, attachment_id: str, body: Body, _: Body) -> None:
         self.attachments[attachment_id].expired = body["expires_at"] is not None
@@ -352,7 +412,21 @@ class Model:
         for name, file in zip(reply["input_attachment_ids"], body.get("file_inputs") or (), strict=True):
             self.attachments[name] = Attachment(reply["id"], "input", decoded(file))
 
-    # What time does.
+    # What happens beside requests.
+
+    def given(self, run_id: str, machine_id: str) -> None:
+        run = self.runs[run_id]
+        run.assigned, run.assignment, run.awaited = machine_id, run.assignment + 1, True
+
+    def time_to_begin_is_over(self) -> None:
+        for run in self.runs.values():
+            if run.status != "scheduling" or run.assigned is None or not run.awaited:
+                continue
+            run.awaited = False
+            machine = self.machines[run.assigned]
+            has_begun = run.session is not None and run.session == machine.session
+            if machine.starts_with_claim and run.pin is None and not has_begun:
+                run.assigned = None
 
     def collect(self, ahead: float) -> None:
         if ahead >= DAY:
@@ -377,8 +451,9 @@ class Model:
             "status": run.status,
             "attempt": run.attempt,
             "workflow_id": run.workflow_id,
-            "machine_id": run.pin,
-            "assigned_machine_id": None,
+            "assignment": run.assignment,
+            "machine_id": run.assigned or run.pin,
+            "assigned_machine_id": run.assigned,
             "error": run.error,
             "output_data": run.output,
             "run_message_history": run.history,
@@ -400,6 +475,7 @@ def shown(run: Body) -> Body:
     return {
         "status": run["status"],
         "attempt": run["attempt"],
+        "assignment": run["assignment"],
         "sensitive_input_aliases": None if aliases is None else sorted(aliases),
         "output_attachment_ids": sorted(run["output_attachment_ids"]),
         "input_attachment_ids": sorted(run["input_attachment_ids"]),
@@ -417,6 +493,8 @@ def shown(run: Body) -> Body:
 
 FILES = [file_input(b"one", "one.txt"), file_input(b"two", "two.txt", target_path="C:\\in\\two.txt")]
 ENDS = st.sampled_from(sorted(TERMINAL))
+CLAIMS = [str(uuid4()) for _ in range(2)]  # of two executor processes
+STOPPING = {"status", "reason", "release_session_after", "attempt", "assignment", "claim"}
 VALUES = st.sampled_from([{}, {"a": 1}, {"b": {"c": [1.5, None]}}])
 REPORTED: dict[str, st.SearchStrategy[Any]] = {
     "error": st.sampled_from([None, ["it broke"]]),
@@ -462,6 +540,10 @@ class QuickStack(Stack):
 
     def tidy(self) -> None:
         self._runner.run(expire_attachments(self._database))
+
+    def silence(self) -> None:
+        """Take what was not begun in time from its machine, and disconnect machines that gave no sign of life."""
+        self._runner.run(look_for_silence(self._database, settings_of(self)))
 
 
 class Lifecycle(RuleBasedStateMachine):
@@ -541,6 +623,7 @@ class Lifecycle(RuleBasedStateMachine):
         status = data.draw(st.sampled_from([*likely * 3, None, "scheduling", "running", "success"]), "status")
         attempts = [None, *([run.attempt, run.attempt, max(run.attempt - 1, 1)] if run is not None else [1])]
         body |= {"status": status, "attempt": data.draw(st.sampled_from(attempts), "attempt")}
+        body |= self.of_a_process(data, run)
         if data.draw(st.booleans(), "outputs"):
             own = [
                 name for name, one in self.model.attachments.items() if one.run_id == run_id and one.kind == "output"
@@ -548,9 +631,19 @@ class Lifecycle(RuleBasedStateMachine):
             body["output_attachment_ids"] = data.draw(st.lists(mostly(own), max_size=2, unique=True), "ids")
         return Request("report", "PATCH", f"/v1/runs/{run_id}", body, run_id)
 
+    def of_a_process(self, data: st.DataObject, run: Run | None) -> Body:
+        """What an executor says of itself: nothing, as the vendor's do, or which process it is, and of which assignment."""
+        claims = [None, *CLAIMS] if run is None or run.claim is None else [None, *CLAIMS, *[run.claim] * 3]
+        claim = data.draw(st.sampled_from(claims), "claim")
+        if claim is None:
+            return {}
+        current = 0 if run is None else run.assignment
+        return {"claim": claim, "assignment": data.draw(st.sampled_from([*[current] * 4, current + 1]), "assignment")}
+
     def upload(self, data: st.DataObject, run_id: str | None = None) -> Request:
         run_id = run_id or self.a_run(data, "running")
         more = {"run_id": run_id, "content_type": "text/plain", "attachment_type": "output"}
+        more |= self.of_a_process(data, self.model.runs.get(run_id))
         file = data.draw(st.sampled_from(FILES), "file")
         return Request("upload", "POST", "/v1/run-attachments", file | more, run_id)
 
@@ -633,10 +726,13 @@ class Lifecycle(RuleBasedStateMachine):
         active = [run_id for run_id, run in self.model.runs.items() if run.status not in TERMINAL]
         run_id = data.draw(st.sampled_from(active), "run")
         path = f"/v1/runs/{run_id}"
-        self.send(Request("report", "PATCH", path, {"status": "running"}, run_id))
-        file = {"run_id": run_id, "content_type": "text/plain", "attachment_type": "output"} | FILES[1]
+        run = self.model.runs[run_id]
+        claim = data.draw(st.sampled_from([None, CLAIMS[0]]), "process") if run.claim is None else run.claim
+        about = {"claim": claim, "assignment": run.assignment} if claim and (run.claim or not run.begun) else {}
+        self.send(Request("report", "PATCH", path, {"status": "running"} | about, run_id))
+        file = {"run_id": run_id, "content_type": "text/plain", "attachment_type": "output"} | FILES[1] | about
         self.send(Request("upload", "POST", "/v1/run-attachments", file, run_id))
-        body = {"status": data.draw(ENDS, "end"), "output_data": {"answer": 42}, "error": ["it broke"]}
+        body = {"status": data.draw(ENDS, "end"), "output_data": {"answer": 42}, "error": ["it broke"]} | about
         self.send(Request("report", "PATCH", path, body, run_id))
 
     finishes_another = finishes
@@ -697,6 +793,48 @@ class Lifecycle(RuleBasedStateMachine):
         elif other == "run":
             first = self.retry(data)._replace(key=key)
         self.send(first)
+
+    @precondition(lambda self: self.free_machines() and self.waiting())
+    @rule(data=st.data())
+    def a_run_is_given_to_a_machine(self, data: st.DataObject) -> None:
+        run_id = data.draw(st.sampled_from(self.waiting()), "run")
+        machine_id = data.draw(st.sampled_from(self.free_machines()), "machine")
+        self.stack.sql(
+            "UPDATE runs SET assigned_machine_id = $2, assignment = assignment + 1, awaited_since = now() WHERE id = $1",
+            run_id,
+            machine_id,
+        )
+        self.model.given(run_id, machine_id)
+
+    is_given = is_given_again = a_run_is_given_to_a_machine
+
+    @precondition(lambda self: any(run.awaited for run in self.model.runs.values()))
+    @rule()
+    def the_time_to_begin_is_over(self) -> None:
+        """The machines have fallen silent, too; which ends no run."""
+        organization = self.client.organization
+        past = "interval '1 hour'"
+        self.stack.sql(
+            f"UPDATE runs SET awaited_since = awaited_since - {past} WHERE organization_id = $1", organization
+        )
+        self.stack.sql(
+            f"UPDATE machines SET last_seen = last_seen - {past}, look_at = now() - {past} WHERE organization_id = $1",
+            organization,
+        )
+        self.stack.silence()
+        before = len(self.waiting())
+        self.model.time_to_begin_is_over()
+        self.counts["timeouts"] += 1
+        self.counts["taken back"] += len(self.waiting()) - before
+
+    time_is_over = is_over_again = the_time_to_begin_is_over
+
+    def waiting(self) -> list[str]:
+        return [name for name, run in self.model.runs.items() if run.status == "scheduling" and run.assigned is None]
+
+    def free_machines(self) -> list[str]:
+        busy = {run.assigned for run in self.model.runs.values() if run.status not in TERMINAL}
+        return [name for name in self.all_machines if name in self.model.machines and name not in busy]
 
     @rule(ahead=st.sampled_from([0, 3600, 2 * DAY]))
     def a_collector_passes(self, ahead: float) -> None:
