@@ -582,6 +582,25 @@ async def test_slow_writes_leave_the_collector_its_slots(fake: Fake) -> None:
     await store.close()
 
 
+async def test_a_secret_goes_with_one_call_which_is_in_no_writes_way(fake: Fake) -> None:
+    store = SecretStore(settings(fake.address, vault_token="t", vault_concurrency=1))
+    fake.replies["POST"] = (200, {}, b"{}")
+    deletes = [asyncio.create_task(store.destroy(fresh(store))) for _ in range(8)]
+    deadline = time.monotonic() + 5
+    while len(fake.seen) < 4:  # as many as the collector may have under way, and none is answered
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    await store.write(fresh(store), {"a": "b"}, deadline=soon())
+    assert not any(delete.done() for delete in deletes)
+    fake.replies["DELETE"] = (204, {}, b"")
+    fake.release.set()
+    done = await asyncio.gather(*deletes, return_exceptions=True)
+    # Four lost their answer, which is not sent again by itself; each of the others took one call.
+    assert [type(result) for result in done] == [VaultUnavailable] * 4 + [type(None)] * 4
+    assert [method for method, _ in fake.seen].count("DELETE") == 8
+    await store.close()
+
+
 async def test_a_caller_that_leaves_keeps_the_slot_until_its_call_ends(fake: Fake) -> None:
     store = SecretStore(settings(fake.address, vault_token="t", vault_concurrency=1))
     first = asyncio.create_task(store.write(fresh(store), {"a": "b"}, deadline=soon()))

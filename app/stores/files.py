@@ -8,7 +8,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ _LONGEST_WAIT = 3.0
 _BYTES_PER_SECOND = 10 * MIB
 # Meeting a collector in the same folder is rare, and twice in a row rarer; this many times is another fault.
 _FOLDER_ATTEMPTS = 10
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
 def file_headers(filename: str, content_type: str) -> dict[str, str]:
@@ -286,33 +287,40 @@ def _opened(path: str | Path, within: int | None = None) -> Iterator[int]:
 
 
 def _write_file(root: Path, key: str, data: bytes) -> None:
-    """WriteRequest a fresh key; durable when it returns. Raises OSError; part of the file may exist then.
+    """Write a fresh key; durable when it returns. Raises OSError; part of the file may exist then.
 
     No rename at the end: nobody reads a key before the commit that names it.
+
+    A file survives a power cut by its bytes and their number, by its name in the folder, and by the name of each folder in the
+    one above. Those are made durable too when the folders were there already: whoever made them may not have come to it.
     """
-    *parents, name = key.split("/")
-    with ExitStack() as stack:
-        top = stack.enter_context(_opened(root))
+    folders = [_parent(key)]
+    while above := _parent(folders[-1]):
+        folders.append(above)
+    with _opened(root) as top:
         for attempt in range(_FOLDER_ATTEMPTS):
-            folders = [top]
             try:
-                for parent in parents:
+                for folder in reversed(folders):
                     with suppress(FileExistsError):
-                        os.mkdir(parent, dir_fd=folders[-1])
-                    folders.append(stack.enter_context(_opened(parent, folders[-1])))
-                file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folders[-1])
+                        os.mkdir(folder, dir_fd=top)
+                file = os.open(key, _NEW_FILE, 0o666, dir_fd=top)
                 break
             except FileNotFoundError:  # a collector has removed the folder, empty again, before the file was in it
                 if attempt == _FOLDER_ATTEMPTS - 1:
                     raise
                 time.sleep(0.001 * (attempt + 1))  # out of step with the other
-        with os.fdopen(file, "wb") as output:
-            output.write(data)
-            output.flush()
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(file, left) :]
             os.fsync(file)
-        # The file's name, and the names of the folders that were made.
-        for folder in reversed(folders):
-            os.fsync(folder)
+        finally:
+            os.close(file)
+        # Now none of them is empty, and none can go.
+        for folder in folders:
+            with _opened(folder, top) as descriptor:
+                os.fsync(descriptor)
+        os.fsync(top)
 
 
 def _delete_files(root: Path, keys: Sequence[str]) -> set[str]:
