@@ -152,15 +152,32 @@ RECORD = outbox.insert_events(
 )
 
 
-async def ended(connection: Connection, run_ids: Sequence[UUID], settings: Settings) -> bool:
+# What the end of a run may ask for, of a locked run `r`: most have none of it, and then need none of those statements.
+LEAVES = """
+    secret_path IS NOT NULL AS has_secrets, session_id IS NOT NULL AS has_session,
+    EXISTS (SELECT FROM workflows WHERE workflows.id = r.workflow_id AND is_webhooks_enabled) AS is_watched
+"""
+
+
+async def ended(
+    connection: Connection,
+    run_ids: Sequence[UUID],
+    settings: Settings,
+    *,
+    has_secrets: bool = True,
+    has_session: bool = True,
+    is_watched: bool = True,
+) -> bool:
     """What follows in the same transaction when runs become terminal. Their machines are free by their status alone.
 
-    Returns whether there is now an event to send.
+    The flags are those of LEAVES, of one run. Returns whether there is now an event to send.
     """
-    await connection.execute(RETAIN, run_ids=run_ids, seconds=float(settings.secret_retention_seconds))
-    await release(connection, run_ids)
+    if has_secrets:
+        await connection.execute(RETAIN, run_ids=run_ids, seconds=float(settings.secret_retention_seconds))
+    if has_session:
+        await release(connection, run_ids)
     recorded = False
-    for start in range(0, len(run_ids), _EVENT_RUNS):
+    for start in range(0, len(run_ids) if is_watched else 0, _EVENT_RUNS):
         some = run_ids[start : start + _EVENT_RUNS]
         done = await connection.execute(RECORD, run_ids=some, max_bytes=settings.webhook_max_bytes)
         recorded |= done != "INSERT 0 0"

@@ -16,7 +16,7 @@ from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
 from app.runs import fences, projection, replays
-from app.runs.ending import ended, release
+from app.runs.ending import LEAVES, ended, release
 from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
 from app.services import Services
@@ -24,7 +24,7 @@ from app.stores.database import Connection
 from app.stores.statements import constant, fragment, json_bytes, statement
 
 LOCK = statement(
-    "runs.report.lock", f"SELECT {fences.COLUMNS} FROM runs r WHERE id = :run_id AND {SEEN} FOR NO KEY UPDATE"
+    "runs.report.lock", f"SELECT {fences.COLUMNS}, {LEAVES} FROM runs r WHERE id = :run_id AND {SEEN} FOR NO KEY UPDATE"
 )
 
 OUTPUTS_OF = statement(
@@ -145,7 +145,8 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
             await connection.execute(SAVE_OUTPUTS, run_id=run_id, attempt=run["attempt"], **values, **named)
         has_event = False
         if status in TERMINAL and current not in TERMINAL:
-            has_event = await ended(connection, [run_id], services.settings)
+            leaves = {name: run[name] for name in ("has_secrets", "has_session", "is_watched")}
+            has_event = await ended(connection, [run_id], services.settings, **leaves)
         elif status in TERMINAL and options.release_session_after:
             await release(connection, [run_id])
         if status is not current:
