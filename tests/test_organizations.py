@@ -194,7 +194,7 @@ def test_it_goes_on_after_a_kill_in_the_middle(stack: Stack, api: Client, enviro
     oldest = "SELECT id FROM runs WHERE organization_id = $1 ORDER BY created_at LIMIT 1"
     total = left(stack, api.organization)["runs"]
     with stack.held(f"{oldest} FOR UPDATE", api.organization), deleting(api.organization, environment) as process:
-        until(lambda: left(stack, api.organization)["runs"] <= total - 400)  # two batches are gone, and it waits
+        until(lambda: left(stack, api.organization)["runs"] <= total - 400, 60)  # two batches are gone, and it waits
         assert api.get("/v1/whoami").status_code == 401
         process.kill()
         process.wait()
