@@ -109,7 +109,7 @@ def _handed(world: World) -> _Side:
         "MACHINE_SILENCE_SECONDS": "0",
     }
     server = world.server_of(world.database("handed"), settings=settings)
-    worker = Program("worker", world.folder / "worker", ["app", "worker"], server.app.environment)
+    worker = Program("worker", world.folder / "worker", ["app", "worker"], server.app.environment, world.root)
     begun = world.folder / "begun-by-temporal"
     environment = _executor(world, server, begun) | settings | {"AT_ONCE": str(AT_ONCE)}
     executors = Program("executors", world.folder / "handed", ["benchmarks.executors"], environment)

@@ -391,16 +391,19 @@ class Unplaced(Service):
 
 
 class Program(Part):
-    """Another program of ours, as a process."""
+    """Another program of the checkout at `root`, as a process."""
 
-    def __init__(self, name: str, folder: Path, module: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, folder: Path, module: Sequence[str], environment: Mapping[str, str], root: Path = ROOT
+    ) -> None:
         self.name = name
         super().__init__(folder)
+        self._root = root
         self._command = [sys.executable, "-m", *module]
         self._environment = environment
 
     def start(self) -> Self:
-        self.launch(self._command, self._environment, cwd=ROOT)
+        self.launch(self._command, self._environment, cwd=self._root)
         return self
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.groups import GROUPS
 from dev.run import ROOT
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -47,3 +48,14 @@ def test_http_writes_no_sql() -> None:
     """Each statement lives with its subject, below HTTP."""
     for file in (ROOT / "app/api").rglob("*.py"):
         assert "app.stores.statements" not in file.read_text(encoding="utf-8"), file
+
+
+def test_the_stopwatch_says_what_each_of_its_groups_asks() -> None:
+    table = (
+        (ROOT / "benchmarks/README.md")
+        .read_text(encoding="utf-8")
+        .partition("| group | asks |")[2]
+        .partition("\n\n")[0]
+    )
+    told = [name for row in table.splitlines()[2:] for name in re.findall(r"`([a-z]+)`", row.split("|")[1])]
+    assert sorted(told) == sorted(GROUPS)
