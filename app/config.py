@@ -147,7 +147,7 @@ class Settings(DatabaseSettings):
         description="Comma-separated addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are"
         " believed; empty: nobody's.",
     )
-    metrics: bool = Field(default=True, description="`off`: do not serve /metrics.")
+    metrics: bool = Field(default=True, description="`off`: do not serve /metrics, and count nothing.")
     metrics_token: SecretStr | None = Field(
         None, min_length=16, description="Whoever reads /metrics must send it as `Authorization: Bearer ...`."
     )

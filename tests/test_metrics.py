@@ -98,6 +98,9 @@ def test_a_life_cycle_shows_in_every_metric_and_no_id_does(own: Stack) -> None:
                 == 1
             )
             assert seen.total("db_client_operation_duration_seconds_count", db_query_summary="runs.retry.switch") == 1
+            waits = seen.value("runs_pool_wait_seconds_count") or 0
+            assert waits >= seen.total(REQUESTS, http_route=RETRY)
+            assert 0 < (seen.value("runs_pool_wait_seconds_bucket", le="0.001") or 0) <= waits
             bounds = [
                 dict(labels)["le"] for name, labels in seen.values if name == "runs_store_call_duration_seconds_bucket"
             ]

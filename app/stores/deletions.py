@@ -204,7 +204,8 @@ def _tell(store: str, deleted: int, *, failed: int) -> None:
     """One line for a batch."""
     metrics.deletions.add(store, count=deleted)
     metrics.deletions_failed.add(store, count=failed)
-    log.info({"event": "deleted", "store": store, "count": deleted})
+    if deleted:
+        log.info({"event": "deleted", "store": store, "count": deleted})
     if failed:
         log.warning({"event": "delete_failed", "store": store, "count": failed})
 

@@ -45,7 +45,7 @@ class Pool:
         if self._free:
             self._free -= 1
             self._held[name] = self._held.get(name, 0) + 1
-            metrics.pool_wait.observe(0.0)
+            metrics.pool_wait.at_once += 1
         else:
             began = time.monotonic()
             try:

@@ -78,6 +78,8 @@ class _Counter(_Family):
         self._metric: prometheus_client.Counter | None = None
 
     def add(self, *values: str, count: float = 1) -> None:
+        if _shared.is_off:
+            return
         self._waiting[values] = self._waiting.get(values, 0) + count
         if not _shared.is_due:
             _shared.come_soon()
@@ -104,10 +106,14 @@ class _Histogram(_Family):
         super().__init__(name, says, *labels, most=most)
         self._bounds = bounds
         self._waiting: dict[Labels, list[float]] = {}
+        # How often it took no time at all, where there are no labels: an addition by whoever sees it, and no call.
+        self.at_once = 0
         self._children: dict[Labels, prometheus_client.Histogram] = {}
         self._metric: prometheus_client.Histogram | None = None
 
     def observe(self, seconds: float, *values: str) -> None:
+        if _shared.is_off:
+            return
         tally = self._waiting.get(values)
         if tally is None:
             tally = self._waiting[values] = self._nothing()
@@ -124,6 +130,9 @@ class _Histogram(_Family):
         return [0.0] * (len(self._bounds) + 2)  # one for each bound, one above all of them, and the sum
 
     def take_over(self) -> None:
+        if self.at_once:
+            self._waiting.setdefault((), self._nothing())[0] += self.at_once
+            self.at_once = 0
         waiting, self._waiting = self._waiting, {}
         for values, (*counts, total) in waiting.items():
             child = self._children.get(values)
@@ -154,6 +163,8 @@ class _Gauge(_Family):
         self._read: Callable[[], Mapping[Labels, float]] | None = None
 
     def set(self, value: float, *values: str) -> None:
+        if _shared.is_off:
+            return
         self._now[values] = value
         if not _shared.is_due:
             _shared.come_soon()
@@ -185,6 +196,7 @@ class _Shared:
         self.folder = Path(os.environ[_FOLDER]) if _FOLDER in os.environ else None
         # Nothing is waited for: it is already, or there is nobody to come for it before the next scrape.
         self.is_due = self.folder is None
+        self.is_off = False  # nobody will ever ask
         self._known: set[tuple[str, Labels]] = set()
 
     def come_soon(self) -> None:
@@ -290,6 +302,11 @@ def take_over() -> None:
     """Bring Prometheus' own values up to date with what was counted in this process."""
     for family in _FAMILIES:
         family.take_over()
+
+
+def turn_off() -> None:
+    """Nothing is counted in this process: it shows no metrics."""
+    _shared.is_off = True
 
 
 def begin() -> None:

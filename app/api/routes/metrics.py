@@ -12,8 +12,9 @@ from app.telemetry import metrics
 
 
 def install(app: FastAPI, settings: Settings) -> None:
-    """Serve GET /metrics, unless METRICS is off."""
+    """Serve GET /metrics, unless METRICS is off: then nothing is counted either."""
     if not settings.metrics:
+        metrics.turn_off()
         return
     router = APIRouter()
     token = None if settings.metrics_token is None else settings.metrics_token.get_secret_value().encode()
