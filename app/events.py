@@ -80,12 +80,13 @@ AFTER = statement(
     """,
 )
 
+# By the run alone, before anything else is asked: by the primary key it would be all of the organization's events.
 OF_RUN = statement(
     "events.of_run",
     f"""
     WITH settled AS MATERIALIZED (
-        SELECT {COLUMNS}, xact, id FROM run_events
-        WHERE run_id = :run_id AND organization_id = :organization_id AND {_SETTLED}
+        SELECT {COLUMNS}, xact, id FROM (SELECT * FROM run_events WHERE run_id = :run_id OFFSET 0) AS of_run
+        WHERE organization_id = :organization_id AND {_SETTLED}
     )
     SELECT counted.total, page.* FROM (SELECT count(*) AS total FROM settled) AS counted LEFT JOIN LATERAL (
         SELECT * FROM settled WHERE (xact, id) > (:xact::bigint, :id::bigint)

@@ -33,8 +33,10 @@ TRIES = 3
 FIND = statement(
     "idempotency.find",
     """
-    SELECT fingerprint, status, body, ids FROM idempotency_keys
-    WHERE organization_id = :organization_id AND key = :key AND expires_at > now()
+    SELECT fingerprint, status, body, ids FROM (
+        SELECT * FROM idempotency_keys WHERE organization_id = :organization_id AND key = :key OFFSET 0
+    ) AS kept
+    WHERE expires_at > now()
     """,
 )
 

@@ -1,7 +1,6 @@
 """The database's schema: the migrations make what the models say, can be undone, and may run together."""
 
 import asyncio
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,21 +10,11 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from pydantic import SecretStr
 
-from app import auth, idempotency, signs_of_life
-from app.config import Settings
-from app.handoff import dispatches
-from app.runs import create, ending, outputs, projection, quotas, report, retention, retry
-from app.scheduling import silence
 from app.scheduling.targets import lane
-from app.stores import deletions
-from app.stores.database import Database
-from app.stores.statements import Statement
-from app.webhooks import delivery
 from dev.readme import README, replaced, settings_table
 from dev.run import ROOT
-from tests.support.stack import Stack, migrate
+from tests.support.stack import Stack
 
 
 @pytest.fixture
@@ -113,71 +102,6 @@ def test_the_lanes_of_waiting_runs_are_hashed(url: str) -> None:
     assert rows_of(url, lanes) == sorted([("any",), ("pools:that-it-waited-in",), *((name,) for name in written)])
     assert alembic(url, "downgrade", "0002").returncode == 0
     assert rows_of(url, lanes) == before
-
-
-STATEMENTS: dict[str, str | Statement] = {
-    "authenticate": auth.AUTHENTICATE,
-    "find": idempotency.FIND,
-    "read": retry.READ,
-    "switch": retry.SWITCH,
-    "get": projection.GET_RUN,
-    "created": create.CREATED,
-    "save outputs": outputs.SAVE_OUTPUTS,
-    "list names": ending.LIST_NAMES,
-    "adopt": deletions.ADOPT,
-    "due": deletions.DUE,
-    "reclaim": deletions.RECLAIM,
-    "condemn": deletions.CONDEMN,
-    "finish": deletions.FINISH,
-    "prune outputs": outputs.PRUNE_OUTPUTS,
-    "forget keys": idempotency.FORGET,
-    "record ended": ending.RECORD,
-    "fan out": delivery.FAN_OUT,
-    "lanes": delivery.LANES,
-    "claim": delivery.CLAIM,
-    "settle": delivery.SETTLE,
-    "recover": delivery.RECOVER,
-    "prune webhooks": delivery.PRUNE,
-    "count for quotas": quotas.COUNT,
-    "lease dispatches": dispatches.LEASE,
-    "settle dispatches": dispatches.SETTLE,
-    "postpone dispatches": dispatches.POSTPONE,
-    "sweep": dispatches.SWEEP,
-    "call off": dispatches.CANCEL,
-    "signs of life": signs_of_life.WRITE,
-    "silent machines": silence.SILENT,
-    "overdue runs": silence.OVERDUE,
-    "their machines": silence.THEIR_MACHINES,
-    "unassign": silence.UNASSIGN,
-    "stay": silence.STAY,
-    "disconnect": silence.DISCONNECT,
-    "report": report.UPDATE,
-    "ended long ago": retention.ENDED_LONG_AGO,
-}
-
-
-@pytest.mark.parametrize("name", STATEMENTS)
-def test_no_plan_reads_a_whole_table(stack: Stack, url: str, name: str) -> None:
-    """Not even one that was made while the tables were empty, which is kept when they are full."""
-
-    async def plan() -> str:
-        database = Database(Settings.model_construct(database_url=SecretStr(stack.postgres.as_app(url))))
-        try:
-            async with database.connection() as connection:
-                await connection.execute("SET plan_cache_mode = force_generic_plan")
-                given = STATEMENTS[name]
-                sql = given if isinstance(given, str) else given.sql
-                await connection.execute(f"PREPARE planned AS {sql}")
-                parameters = len(set(re.findall(r"\$\d+", sql)))
-                values = f"({', '.join(['NULL'] * parameters)})" if parameters else ""
-                rows = await connection.fetch(f"EXPLAIN EXECUTE planned{values}")
-                return "\n".join(row["QUERY PLAN"] for row in rows)
-        finally:
-            database.close()
-
-    migrate(stack.postgres, url)
-    rows_of(url, "VACUUM ANALYZE")
-    assert "Seq Scan" not in asyncio.run(plan())
 
 
 def test_replicas_may_migrate_together(url: str) -> None:

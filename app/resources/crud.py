@@ -15,12 +15,16 @@ Table = type[Workflow] | type[Machine] | type[Pool]
 Owner = Literal["workflow_id", "assigned_machine_id", "pinned_machine_id"]
 OWNERS: tuple[Owner, ...] = ("workflow_id", "assigned_machine_id", "pinned_machine_id")
 
-# Each of these columns has an index in this order.
+# Each of these columns has an index in this order; that of workflows has the organization in between. The others must not let
+# the organization's index seem as good.
+_OF_ORGANIZATION = dict.fromkeys(OWNERS, "organization_id || '' = :organization_id")
+_OF_ORGANIZATION["workflow_id"] = "organization_id = :organization_id"
 LOCK_RUNS = {
     column: statement(
         f"runs.lock_by.{column}",
         f"""
-        SELECT id, created_at FROM runs WHERE {column} = :owner_id AND (created_at, id) < (:created_at, :run_id)
+        SELECT id, created_at FROM runs
+        WHERE {column} = :owner_id AND {_OF_ORGANIZATION[column]} AND (created_at, id) < (:created_at, :run_id)
         ORDER BY created_at DESC, id DESC LIMIT 200 FOR UPDATE
         """,
     )
@@ -60,12 +64,15 @@ class Change:
         await connection.execute(self._statement, id=row_id, organization_id=organization_id, named=list(values), **new)
 
 
-async def locked_runs(connection: Connection, column: Owner, owner_id: UUID) -> AsyncIterator[list[UUID]]:
-    """Lock all runs of a workflow or machine, newest first, a batch at a time.
+async def locked_runs(
+    connection: Connection, column: Owner, owner_id: UUID, organization_id: str
+) -> AsyncIterator[list[UUID]]:
+    """Lock all runs of an organization's workflow or machine, newest first, a batch at a time.
 
     What is done with one batch stays far below the statement timeout.
     """
     created_at, run_id = datetime(9999, 1, 1, tzinfo=UTC), UUID(int=2**128 - 1)
-    while rows := await connection.fetch(LOCK_RUNS[column], owner_id=owner_id, created_at=created_at, run_id=run_id):
+    owner = {"owner_id": owner_id, "organization_id": organization_id}
+    while rows := await connection.fetch(LOCK_RUNS[column], **owner, created_at=created_at, run_id=run_id):
         yield [row["id"] for row in rows]
         created_at, run_id = rows[-1]["created_at"], rows[-1]["id"]

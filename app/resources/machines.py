@@ -23,7 +23,7 @@ from app.schemas.values import MAX_POOLS
 from app.services import Services
 from app.stores.database import Connection, Database, Deadlock, Record
 from app.stores.pages import Listing, Slice, in_order, page, where
-from app.stores.statements import statement
+from app.stores.statements import by_id, found, locked, statement
 
 log = logging.getLogger("app.runs")
 
@@ -77,8 +77,8 @@ GET = statement("machines.get", f"SELECT {projection.columns(COLUMNS)} FROM mach
 POOLS = statement(
     "pools.get",
     f"""
-    SELECT {projection.columns(POOL_COLUMNS)} FROM pools
-    WHERE id = ANY(:pool_ids::uuid[]) AND organization_id = :organization_id
+    SELECT {projection.columns(POOL_COLUMNS)} FROM {found("pools", "pool_ids")} AS pools
+    WHERE organization_id = :organization_id
     """,
 )
 
@@ -262,10 +262,10 @@ DELETE = statement("machines.delete", f"DELETE FROM machines WHERE {_THE_MACHINE
 
 DETACH = statement(
     "machines.delete.detach",
-    """
+    f"""
     UPDATE runs SET assigned_machine_id = nullif(assigned_machine_id, :machine_id),
                     pinned_machine_id = nullif(pinned_machine_id, :machine_id)
-    WHERE id = ANY(:run_ids::uuid[])
+    WHERE {by_id("runs", "run_ids")}
     """,
 )
 
@@ -282,25 +282,27 @@ async def delete(services: Services, write: WriteRequest, machine_id: UUID) -> R
         own = {"machine_id": machine_id, "organization_id": organization_id}
         if not await connection.fetchval(KNOWN, **own):
             raise MachineNotFound
-        await _detach_runs(connection, machine_id, services.settings, write.actor())
+        await _detach_runs(connection, machine_id, organization_id, services.settings, write.actor())
         if not await connection.fetchval(LOCK_FOR_DELETE, **own):
             raise MachineNotFound
         # What was pinned or assigned to it meanwhile.
-        await _detach_runs(connection, machine_id, services.settings, write.actor())
+        await _detach_runs(connection, machine_id, organization_id, services.settings, write.actor())
         await connection.execute(DELETE, **own)
         return Reply(204, b"", has_event=True)  # perhaps: of the runs that it ended
 
     return await once(services, write, work)
 
 
-async def _detach_runs(connection: Connection, machine_id: UUID, settings: Settings, actor: Actor) -> None:
+async def _detach_runs(
+    connection: Connection, machine_id: UUID, organization_id: str, settings: Settings, actor: Actor
+) -> None:
     """End the active runs of a machine and take it out of all its runs.
 
     The foreign key would do the latter too, but in one statement: too long for a machine with a long history.
     """
     columns: tuple[Owner, ...] = ("assigned_machine_id", "pinned_machine_id")
     for column in columns:
-        async for run_ids in locked_runs(connection, column, machine_id):
+        async for run_ids in locked_runs(connection, column, machine_id, organization_id):
             if settings.hands_over:
                 await dispatches.cancel(connection, run_ids)
             # In this order: the event of an ending shows the run as it will be.
@@ -313,19 +315,13 @@ async def _detach_runs(connection: Connection, machine_id: UUID, settings: Setti
 # A pool that is being given machines cannot be deleted meanwhile.
 LOCK_POOLS = statement(
     "pools.lock",
-    """
-    SELECT id FROM pools WHERE id = ANY(:pool_ids::uuid[]) AND organization_id = :organization_id
-    ORDER BY id FOR KEY SHARE
-    """,
+    locked("pools", "pool_ids", "FOR KEY SHARE", "organization_id = :organization_id"),
 )
 
 # Placement passes over machines whose pools are being changed.
 LOCK_MACHINES = statement(
     "machines.lock",
-    """
-    SELECT id FROM machines WHERE id = ANY(:machine_ids::uuid[]) AND organization_id = :organization_id
-    ORDER BY id FOR NO KEY UPDATE
-    """,
+    locked("machines", "machine_ids", "FOR NO KEY UPDATE", "organization_id = :organization_id"),
 )
 
 LEAVE_OTHERS = statement(

@@ -81,7 +81,13 @@ _BEGINNING = (datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 # What is removed after the endpoints and the runs, in this order: removing a run writes an event. A workflow for which there is
 # a run again, by a request that was under way, stays for the next pass.
 ROWS = (
-    Rows("workflows", _CREATED, _BEGINNING, 500, "NOT EXISTS (SELECT FROM runs WHERE workflow_id = workflows.id)"),
+    Rows(
+        "workflows",
+        _CREATED,
+        _BEGINNING,
+        500,
+        "(SELECT true FROM runs WHERE workflow_id = workflows.id LIMIT 1) IS NULL",
+    ),
     Rows("pools", _CREATED, _BEGINNING, 100),
     Rows("machines", _CREATED, _BEGINNING, 100),
     Rows("webhook_events", (("occurred_at", "timestamptz"), ("id", "uuid")), _BEGINNING, 500),

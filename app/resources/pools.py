@@ -36,7 +36,7 @@ TOO_LARGE = statement(
         SELECT FROM (
             SELECT sum((SELECT {machines.OCTETS} FROM machines WHERE machines.id = member.machine_id))
                        OVER (ORDER BY member.machine_id ROWS UNBOUNDED PRECEDING) AS octets
-            FROM pool_machines member WHERE member.pool_id = :pool_id
+            FROM (SELECT machine_id FROM pool_machines WHERE pool_id = :pool_id OFFSET 0) AS member
         ) AS weighed
         WHERE octets > :max_bytes::bigint)
     """,

@@ -56,7 +56,7 @@ COLUMNS = {
     "disabled_at": "webhook_endpoints.disabled_at",
     "disabled_reason": "webhook_endpoints.disabled_reason",
     "failing_since": "webhook_endpoints.failing_since",
-    "is_recovering": "EXISTS (SELECT FROM webhook_recoveries w WHERE w.endpoint_id = webhook_endpoints.id)",
+    "is_recovering": "((SELECT true FROM webhook_recoveries w WHERE w.endpoint_id = webhook_endpoints.id) IS NOT NULL)",
     "created_at": "webhook_endpoints.created_at",
     "updated_at": "webhook_endpoints.updated_at",
 }
@@ -452,11 +452,12 @@ LOCK_DELIVERY = statement(
     "webhooks.delivery.lock",
     """
     SELECT e.id IS NOT NULL AS is_known, e.disabled_at IS NOT NULL AS is_disabled, event.body IS NOT NULL AS has_body
-    FROM webhook_deliveries d
-    JOIN webhook_events event ON event.id = d.event_id
-    LEFT JOIN webhook_endpoints e ON e.id = d.endpoint_id
-    WHERE d.id = :delivery_id AND d.organization_id = :organization_id
-    FOR NO KEY UPDATE OF d
+    FROM (
+        SELECT event_id, endpoint_id FROM webhook_deliveries
+        WHERE id = :delivery_id AND organization_id = :organization_id FOR NO KEY UPDATE
+    ) AS d
+    CROSS JOIN LATERAL (SELECT body FROM webhook_events WHERE id = d.event_id LIMIT 1) AS event
+    LEFT JOIN LATERAL (SELECT id, disabled_at FROM webhook_endpoints WHERE id = d.endpoint_id LIMIT 1) AS e ON true
     """,
 )
 

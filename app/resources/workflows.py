@@ -167,7 +167,7 @@ async def delete(services: Services, write: WriteRequest, workflow_id: UUID) -> 
         own = {"workflow_id": workflow_id, "organization_id": organization_id}
         if not await connection.fetchval(LOCK_FOR_DELETE, **own):
             raise WorkflowNotFound
-        async for run_ids in locked_runs(connection, "workflow_id", workflow_id):
+        async for run_ids in locked_runs(connection, "workflow_id", workflow_id, organization_id):
             await remove_runs(connection, run_ids, write.actor(), hands_over=services.settings.hands_over)
         await connection.execute(DELETE, **own)
         return Reply(204, b"")

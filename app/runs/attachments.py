@@ -29,7 +29,7 @@ from app.stores import deletions
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
 from app.stores.pages import Listing, Slice, in_order, page, where
-from app.stores.statements import by_id, statement
+from app.stores.statements import by_id, found, statement
 
 COLUMNS = projection.columns(projection.ATTACHMENT_COLUMNS)
 
@@ -109,6 +109,8 @@ async def list_attachments(
 ) -> dict[str, object]:
     """One page, newest first. Raises Invalid as pages.page does."""
     condition, values = where("a", organization_id=principal.organization_id, run_id=run_id, attachment_type=kind)
+    if run_id is not None:  # by the run, not along the organization's index because that has the order
+        condition = condition.replace("a.organization_id =", "a.organization_id || '' =")
     if principal.machine_id is not None:
         condition, values = f"{condition} AND {OF_MACHINE}", values | {"machine_id": principal.machine_id}
     found = await page(database, ATTACHMENTS, (f"{condition} AND {projection.VISIBLE}",), part, values, ROWS)
@@ -287,9 +289,9 @@ EXPIRED = statement(
 # Read again under the lock: a PUT may have given the file more time since the first look.
 STILL_EXPIRED = statement(
     "attachments.still_expired",
-    """
-    SELECT id, storage_path FROM run_attachments
-    WHERE id = ANY(:ids::uuid[]) AND expires_at <= now() + :ahead AND storage_path IS NOT NULL
+    f"""
+    SELECT id, storage_path FROM {found("run_attachments", "ids")} AS file
+    WHERE expires_at <= now() + :ahead AND storage_path IS NOT NULL
     """,
 )
 

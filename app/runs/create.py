@@ -17,7 +17,7 @@ from app.scheduling.targets import check_targets, lane
 from app.schemas.runs import RunBulkCreate, RunCreate
 from app.services import Services
 from app.stores.database import Connection
-from app.stores.statements import json_bytes, statement
+from app.stores.statements import found, json_bytes, statement
 
 # The lock keeps the workflow from being deleted before its run is committed.
 KNOWN_WORKFLOW = statement(
@@ -50,8 +50,8 @@ INSERT = statement(
 CREATED = statement(
     "runs.create.created",
     f"""
-    SELECT {projection.columns(projection.MANY_RUNS)} FROM runs r {projection.RUN_SOURCE}
-    WHERE r.id = ANY(:run_ids::uuid[]) ORDER BY array_position(:run_ids::uuid[], r.id)
+    SELECT {projection.columns(projection.MANY_RUNS)} FROM {found("runs", "run_ids")} AS r {projection.RUN_SOURCE}
+    ORDER BY array_position(:run_ids::uuid[], r.id)
     """,
 )
 

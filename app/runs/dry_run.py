@@ -38,20 +38,30 @@ SEEN = statement(
     """,
 )
 
+# The machines among which it is sought: the one that was named, those of the pools, or all.
+_SOUGHT = f"""
+                    SELECT * FROM machines WHERE id = coalesce(m.id, r.pinned_machine_id)
+                    UNION ALL
+                    SELECT one.* FROM pool_machines candidate, LATERAL (
+                        SELECT * FROM machines WHERE id = candidate.machine_id LIMIT 1
+                    ) AS one
+                    WHERE candidate.pool_id = r.pool_ids[1] AND coalesce(m.id, r.pinned_machine_id) IS NULL
+                      AND {rules.in_all_pools("r", "candidate.machine_id")}
+                    UNION ALL
+                    SELECT * FROM machines
+                    WHERE organization_id = r.organization_id AND coalesce(m.id, r.pinned_machine_id) IS NULL
+                      AND coalesce(cardinality(r.pool_ids), 0) = 0
+"""
+
 # A run as the retry would leave it in the queue: the conditions of placement and of scheduling_reason are asked of it.
 PLACEMENT = statement(
     "runs.dry_run.placement",
     f"""
     SELECT m.id::text AS session_machine_id, {projection.scheduling_reason()} AS reason,
            (SELECT count(*) FROM (
-                SELECT FROM machines t
+                SELECT FROM ({_SOUGHT}) AS t
                 WHERE t.organization_id = r.organization_id AND {rules.idle("t")}
                   AND (t.reserved_session_id IS NULL OR t.reserved_session_id = r.session_id)
-                  AND CASE
-                      WHEN m.id IS NOT NULL THEN t.id = m.id
-                      WHEN r.pinned_machine_id IS NOT NULL THEN t.id = r.pinned_machine_id
-                      ELSE {rules.in_all_pools("r", "t.id")}
-                  END
                 LIMIT 1000
            ) AS eligible) AS eligible_machines
     FROM (

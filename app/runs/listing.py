@@ -50,11 +50,17 @@ class RunFilter:
             organization_id=self.organization_id,
             workflow_id=self.workflow_id,
             session_id=self.session_id,
-            status=None if self.status is None else self.status.value,
             created_at_from=self.created_at_from,
             created_at_to=self.created_at_to,
             assigned_machine_id=self.bound_to,
         )
+        if self.status is not None:
+            # In a whole organization it is found by its index, which has this collation. Of a workflow, session or machine
+            # their own index is better than any that speaks of states, which statistics may take for short.
+            narrow = (self.workflow_id, self.session_id, self.machine_id, self.bound_to)
+            status = 'r.status COLLATE "C"' if narrow == (None,) * len(narrow) else "r.status || ''"
+            common += f" AND {status} = :status"
+            values["status"] = self.status.value
         if self.machine_id is None:
             return (common,), values
         values["machine_id"] = self.machine_id
@@ -198,8 +204,11 @@ async def wait_for_run(services: Services, wanted: RunFilter, seconds: float) ->
 ASSIGNED = statement(
     "runs.assigned",
     """
-    SELECT assigned_machine_id FROM runs
-    WHERE assigned_machine_id = ANY(:machine_ids::uuid[]) AND status = 'scheduling'
+    SELECT run.assigned_machine_id FROM unnest(:machine_ids::uuid[]) AS wanted (id), LATERAL (
+        SELECT assigned_machine_id, status FROM runs
+        WHERE assigned_machine_id = wanted.id AND status IN ('scheduling', 'running') LIMIT 1
+    ) AS run
+    WHERE run.status = 'scheduling'
     """,
 )
 

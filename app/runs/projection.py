@@ -13,7 +13,7 @@ from app.auth import SEEN, Principal
 from app.errors import RunNotFound
 from app.scheduling import rules
 from app.stores.database import Connection, Record
-from app.stores.statements import statement
+from app.stores.statements import found, statement
 
 # `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
 # have ended: their session may have gone on to a machine that they were never on.
@@ -184,7 +184,7 @@ LANE_REASONS = statement(
     "runs.lane_reasons",
     f"""
     SELECT r.id::text, {_LANE_REASON} AS reason
-    FROM unnest(:run_ids::uuid[]) AS wanted (id) JOIN runs r ON r.id = wanted.id {RUN_SOURCE}
+    FROM {found("runs", "run_ids")} AS r {RUN_SOURCE}
     """,
 )
 

@@ -29,7 +29,7 @@ from app.events import announce, record
 from app.handoff import dispatches
 from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
-from app.stores.statements import statement
+from app.stores.statements import by_id, statement
 from app.telemetry import metrics
 
 SLICE = 1000  # machines, and lanes, that one statement looks at
@@ -123,16 +123,22 @@ READ_ON = statement(
 LOCK_RUNS = statement(
     "placement.lock_runs",
     f"""
-    SELECT r.id, r.queued_at FROM runs r WHERE r.id = ANY(:run_ids::uuid[]) AND {rules.waits("r")}
-    FOR NO KEY UPDATE SKIP LOCKED
+    SELECT r.id, r.queued_at FROM unnest(:run_ids::uuid[]) AS wanted (id), LATERAL (
+        SELECT id, queued_at, status, assigned_machine_id FROM runs WHERE id = wanted.id
+        OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED
+    ) AS r
+    WHERE {rules.waits("r")}
     """,
 )
 
 LOCK_MACHINES = statement(
     "placement.lock_machines",
     f"""
-    SELECT m.id, m.reserved_session_id FROM machines m WHERE m.id = ANY(:machine_ids::uuid[]) AND {rules.up("m")}
-    FOR NO KEY UPDATE SKIP LOCKED
+    SELECT m.id, m.reserved_session_id FROM unnest(:machine_ids::uuid[]) AS wanted (id), LATERAL (
+        SELECT id, reserved_session_id, status, is_available FROM machines WHERE id = wanted.id
+        OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED
+    ) AS m
+    WHERE {rules.up("m")}
     """,
 )
 
@@ -142,18 +148,15 @@ POOLS_NOW = statement(
 )
 
 
-# Each run is looked up by its key and changed by its place: a join could read all runs with a plan made while there were few.
-# The runs are locked, so they stay where they are.
+# Each run is looked up by its key and changed by its place, and its machine is looked up in the list. A join, also one by
+# place, would read all runs with a plan that was made while there were few.
 def _assign_and(also: str = "") -> str:
     return f"""
-    WITH chosen AS MATERIALIZED (
-        SELECT run.tid, wanted.machine_id
-        FROM unnest(:run_ids::uuid[], :machine_ids::uuid[]) AS wanted (run_id, machine_id),
-             LATERAL (SELECT ctid AS tid FROM runs WHERE id = wanted.run_id) AS run
-    ), assigned AS (
-        UPDATE runs SET assigned_machine_id = chosen.machine_id, assignment = assignment + 1, awaited_since = now()
-        FROM chosen WHERE runs.ctid = chosen.tid
-        RETURNING runs.id, runs.organization_id, runs.attempt, runs.status, runs.assignment, runs.assigned_machine_id
+    WITH assigned AS (
+        UPDATE runs SET assigned_machine_id = (:machine_ids::uuid[])[array_position(:run_ids::uuid[], id)],
+                        assignment = assignment + 1, awaited_since = now()
+        WHERE {by_id("runs", "run_ids")}
+        RETURNING id, organization_id, attempt, status, assignment, assigned_machine_id
     ){also}
     {record("assigned", "'assigned'", from_status="status", to_status="status")}
     """
@@ -166,13 +169,9 @@ ASSIGN_AND_HAND_OVER = statement(
 
 RESERVE = statement(
     "placement.reserve",
-    """
-    WITH chosen AS MATERIALIZED (
-        SELECT machine.tid, wanted.session_id
-        FROM unnest(:machine_ids::uuid[], :session_ids::uuid[]) AS wanted (machine_id, session_id),
-             LATERAL (SELECT ctid AS tid FROM machines WHERE id = wanted.machine_id) AS machine
-    )
-    UPDATE machines SET reserved_session_id = chosen.session_id FROM chosen WHERE machines.ctid = chosen.tid
+    f"""
+    UPDATE machines SET reserved_session_id = (:session_ids::uuid[])[array_position(:machine_ids::uuid[], id)]
+    WHERE {by_id("machines", "machine_ids")}
     """,
 )
 

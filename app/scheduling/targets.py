@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 from uuid import UUID
 
-from sqlalchemy import ARRAY, Select, Uuid, any_, bindparam, func, literal_column, select
+from sqlalchemy import Select, bindparam, literal_column, select
 
 from app.errors import MachineNotFound, PoolNotFound, Refusal, SessionNotFound
-from app.models import Machine, Pool
+from app.models import Machine
 from app.stores.database import Connection
-from app.stores.statements import statement
+from app.stores.statements import found, statement
 
 
 class Targets(Protocol):
@@ -33,11 +33,7 @@ LOCK_MACHINE = statement("targets.lock_machine", _MACHINE.with_for_update(key_sh
 
 KNOWN_POOLS = statement(
     "targets.pools",
-    select(func.count())
-    .select_from(Pool)
-    .where(
-        Pool.id == any_(bindparam("pool_ids", type_=ARRAY(Uuid))), Pool.organization_id == bindparam("organization_id")
-    ),
+    f"SELECT count(*) FROM {found('pools', 'pool_ids')} AS pool WHERE organization_id = :organization_id",
 )
 
 # A machine is reserved for it, or a run carries it.
@@ -61,8 +57,8 @@ async def missing_targets(
         missing.append(MachineNotFound())
     if targets.pool_ids:
         wanted = set(targets.pool_ids)
-        found = await connection.fetchval(KNOWN_POOLS, pool_ids=list(wanted), organization_id=organization_id)
-        if found != len(wanted):
+        known = await connection.fetchval(KNOWN_POOLS, pool_ids=list(wanted), organization_id=organization_id)
+        if known != len(wanted):
             missing.append(PoolNotFound())
     if targets.session_id is not None and not await connection.fetchval(
         KNOWN_SESSION, session_id=targets.session_id, organization_id=organization_id

@@ -28,8 +28,10 @@ STORED = statement(
     "replies.stored",
     """
     SELECT wanted.organization_id, (
-        SELECT coalesce(sum(bytes), 0)::bigint FROM stored_replies
-        WHERE stored_replies.organization_id = wanted.organization_id AND until > now()
+        SELECT coalesce(sum(bytes), 0)::bigint FROM (
+            SELECT * FROM stored_replies WHERE organization_id = wanted.organization_id OFFSET 0
+        ) AS own
+        WHERE until > now()
     ) AS bytes
     FROM unnest(:organization_ids::text[]) AS wanted (organization_id)
     """,

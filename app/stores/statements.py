@@ -85,6 +85,17 @@ def found(table: str, ids: str) -> str:
     )
 
 
+def locked(table: str, ids: str, strength: str, where: str = "true") -> str:
+    """SQL that locks those rows of `table` in the order of their ids, and selects the ids.
+
+    Each is looked up by its key, as in `found`. `where` is about its other columns; a row that it excludes is not locked.
+    """
+    return f"""
+    SELECT one.id FROM (SELECT DISTINCT unnest(:{ids}::uuid[]) AS id ORDER BY id) AS wanted,
+         LATERAL (SELECT id FROM {table} WHERE id = wanted.id AND {where} {strength} OFFSET 0) AS one
+    """
+
+
 def by_id(table: str, ids: str, where: str = "true") -> str:
     """A condition for those rows of `table` with one of the `:ids`, looked up like that; `where` speaks of `one`.
 

@@ -171,7 +171,7 @@ SETTLE = statement(
                 WHEN failing_since <= now() - CAST(:after AS interval) THEN 'failing' END AS reason
             FROM webhook_endpoints WHERE id = settled.endpoint_id LIMIT 1
         ) AS verdict
-        WHERE e.id = settled.endpoint_id AND (verdict.failing_since IS NOT NULL OR NOT :is_success)
+        WHERE e.id = (SELECT endpoint_id FROM settled) AND (verdict.failing_since IS NOT NULL OR NOT :is_success)
         RETURNING verdict.reason
     )
     SELECT (SELECT reason FROM judged) AS disabled_because FROM settled
@@ -190,9 +190,14 @@ POSTPONE = statement(
 DROP = statement(
     "webhooks.drop",
     """
-    UPDATE webhook_deliveries d SET status = 'failed', lease = NULL, error = dropped.error
-    FROM unnest(CAST(:ids AS uuid[]), CAST(:leases AS uuid[]), CAST(:errors AS text[])) AS dropped (id, lease, error)
-    WHERE d.id = dropped.id AND d.lease = dropped.lease
+    UPDATE webhook_deliveries SET status = 'failed', lease = NULL,
+        error = (CAST(:errors AS text[]))[array_position(CAST(:ids AS uuid[]), id)]
+    WHERE ctid = ANY (ARRAY(
+        SELECT d.tid FROM unnest(CAST(:ids AS uuid[]), CAST(:leases AS uuid[])) AS dropped (id, lease), LATERAL (
+            SELECT ctid AS tid, lease FROM webhook_deliveries WHERE id = dropped.id OFFSET 0 FOR NO KEY UPDATE
+        ) AS d
+        WHERE d.lease = dropped.lease
+    ))
     """,
 )
 
