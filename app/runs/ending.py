@@ -155,7 +155,7 @@ RECORD = outbox.insert_events(
 # What the end of a run may ask for, of a locked run `r`: most have none of it, and then need none of those statements.
 LEAVES = """
     secret_path IS NOT NULL AS has_secrets, session_id IS NOT NULL AS has_session,
-    EXISTS (SELECT FROM workflows WHERE workflows.id = r.workflow_id AND is_webhooks_enabled) AS is_watched
+    (SELECT is_webhooks_enabled FROM workflows WHERE workflows.id = r.workflow_id) AS is_watched
 """
 
 
