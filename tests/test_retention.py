@@ -7,6 +7,7 @@ import pytest
 from app.runs.retention import WHY
 from tests.support.client import Client, file_input, secret_path
 from tests.support.scene import assert_nothing_lost
+from tests.support.scrapes import scrape
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_database
 from tests.support.waiting import until
@@ -57,6 +58,10 @@ def test_an_old_run_goes_with_all_that_it_names(kept: Client, keeping: Server) -
 
 
 def test_many_old_runs_go_in_bursts(kept: Client, keeping: Server) -> None:
+    def removed(by: str) -> float:
+        return scrape(keeping.url).value("runs_transitions_total", to="deleted", by=by) or 0
+
+    before = removed("service"), removed("caller")
     body = {"workflow_id": kept.workflow(), "count": 250}
     created = kept.json_of(kept.post("/v1/runs/bulk", json=body), 201)["created_runs"]
     keeping.stack.sql(
@@ -65,6 +70,7 @@ def test_many_old_runs_go_in_bursts(kept: Client, keeping: Server) -> None:
     )
     until(lambda: kept.json_of(kept.get("/v1/runs", params={"limit": 1}))["total"] == 0)
     assert all(gone(kept, run["id"]) for run in created[::50])
+    until(lambda: (removed("service") - before[0], removed("caller")) == (250, before[1]))
 
 
 def test_old_attempts_go_and_their_run_stays(kept: Client, keeping: Server) -> None:

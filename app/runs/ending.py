@@ -306,8 +306,8 @@ async def remove_runs(connection: Connection, run_ids: Sequence[UUID], actor: Ac
     await connection.execute(outbox.FORGET_BODIES, run_ids=run_ids)
     await release(connection, run_ids, RELEASE_ACTIVE)
     await connection.execute(DELETE, run_ids=run_ids, **actor.parameters())
-    count = len(run_ids)
-    connection.after_commit(lambda: metrics.transitions.add("deleted", "caller", count=count))
+    count, by = len(run_ids), "service" if actor.key_id is None else "caller"
+    connection.after_commit(lambda: metrics.transitions.add("deleted", by, count=count))
 
 
 async def delete(services: Services, write: WriteRequest, run_id: UUID, reason: str | None) -> Reply:
