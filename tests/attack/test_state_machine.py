@@ -414,8 +414,8 @@ class Model:
 
     # What happens beside requests.
 
-    def given(self, run_id: str, machine_id: str) -> None:
-        run = self.runs[run_id]
+    def given(self, run_id: str, machine_id: str, machine: Machine) -> None:
+        run, self.machines[machine_id] = self.runs[run_id], machine
         run.assigned, run.assignment, run.awaited = machine_id, run.assignment + 1, True
 
     def time_to_begin_is_over(self) -> None:
@@ -804,7 +804,14 @@ class Lifecycle(RuleBasedStateMachine):
             run_id,
             machine_id,
         )
-        self.model.given(run_id, machine_id)
+        # As the last run that began on it has left it.
+        machine = Machine(starts_with_claim=data.draw(st.booleans(), "claims"))
+        self.stack.sql(
+            "UPDATE machines SET starts_with_claim = $2, begun_session_id = NULL WHERE id = $1",
+            machine_id,
+            machine.starts_with_claim,
+        )
+        self.model.given(run_id, machine_id, machine)
 
     is_given = is_given_again = a_run_is_given_to_a_machine
 
