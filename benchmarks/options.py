@@ -13,6 +13,7 @@ from app.auth import digest, new_key
 from benchmarks import load
 from benchmarks.load import Plan, Pressure
 from benchmarks.measure import Case, Group, Round, Sample, Target
+from benchmarks.placing import END_WAITING
 from benchmarks.world import Data, Server, World
 
 FAR = 1_000_000_000  # a quota that is counted and never reached
@@ -42,10 +43,6 @@ OPTIONS: dict[str, dict[str, object]] = {
         "QUOTA_ADDRESS_FAILURES_PER_MINUTE": FAR,
     },
 }
-# So that the next measure finds as few waiting runs as this one did.
-END_WAITING = """
-UPDATE runs SET status = 'cancelled', ended_at = now() WHERE status = 'scheduling' AND assigned_machine_id IS NULL
-"""
 
 
 def options(world: World, pressure: Pressure) -> Group:
@@ -53,7 +50,7 @@ def options(world: World, pressure: Pressure) -> Group:
     data = world.database("options")
 
     def measure(server: Server) -> Sample:
-        data.sql(END_WAITING)
+        data.sql(END_WAITING)  # so that each measure finds as few waiting runs
         data.sql("VACUUM ANALYZE runs")
         return server.retries(pressure)
 

@@ -1,8 +1,11 @@
 """How soon a retried run has its machine, and how many runs are placed in a second."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -10,6 +13,7 @@ import asyncpg
 from app.auth import digest, new_key
 from app.config import Settings
 from app.scheduling.placement import Left, place
+from app.scheduling.rounds import ALL_SLICES
 from app.stores.database import Database
 from benchmarks.measure import Sample
 from benchmarks.world import ORGANIZATION, Data, Server, run_id
@@ -29,8 +33,40 @@ UPDATE runs SET status = 'cancelled', ended_at = now() WHERE status = 'schedulin
 """
 
 
+# The same without any placement: both are ended, so that both pay for it.
+END_WAITING = """
+UPDATE runs SET status = 'cancelled', ended_at = now() WHERE status = 'scheduling' AND assigned_machine_id IS NULL
+"""
+
+# Fewer than one pass looks at, and many more than are taken between two endings.
+IDLE = 900
+ENDING_SECONDS = 0.05
+
 # Whatever still waits for a machine.
 UNPLACED = "SELECT FROM runs WHERE status = 'scheduling' AND assigned_machine_id IS NULL"
+
+
+@contextmanager
+def ending(data: Data, sql: str) -> Iterator[None]:
+    """Meanwhile runs are ended by this, all the time: their machines stay idle, however fast the service is."""
+    stop = threading.Event()
+
+    async def end() -> None:
+        connection = await asyncpg.connect(data.url, timeout=10)
+        try:
+            while not stop.is_set():
+                await connection.execute(sql)
+                await asyncio.sleep(ENDING_SECONDS)
+        finally:
+            await connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(asyncio.run, end())
+        try:
+            yield
+        finally:
+            stop.set()
+            done.result()
 
 
 def soon(server: Server, count: int = 200, before: Callable[[], object] | None = None) -> Sample:
@@ -87,16 +123,20 @@ def many(data: Data, settings: Settings, waiting: int = 10_000, machines: int = 
     async def measure() -> tuple[int, list[float]]:
         database = Database(settings)
         connection = await asyncpg.connect(data.url, timeout=10)
-        placed, took = 0, []
+        placed, slices, took = 0, 1, []
         try:
             while placed < waiting:
-                again = True
+                before, again = placed, True
                 while again:
                     began = time.perf_counter()
-                    one = await place(database, organization)
+                    one = await place(database, organization, slices=slices)
                     took.append((time.perf_counter() - began) * 1000)
                     placed += len(one.placed)
-                    again = one.left is Left.MORE
+                    if one.left is Left.LARGE:
+                        slices = ALL_SLICES  # as the service goes on then
+                    again = one.left in (Left.MORE, Left.LARGE)
+                if placed == before:
+                    raise RuntimeError("Nothing was placed though machines are idle")
                 await connection.execute(END_ASSIGNED)
         finally:
             await connection.close()
