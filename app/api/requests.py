@@ -215,9 +215,9 @@ async def read(request: Request, model: type[Model]) -> tuple[Model, WriteReques
     """The body as `model` (an absent body equals `{}`) and what idempotency needs to know of the request."""
     settings = services(request).settings
     raw = await _read_body(request, _limit(settings, model))
-    if len(raw) <= INLINE_BYTES:
+    if len(raw) <= INLINE_BYTES or "idempotency-key" not in request.headers:
         write = _write(request, settings, raw)
-    else:
+    else:  # the whole body is hashed
         write = await asyncio.to_thread(_write, request, settings, raw)
     return await _parsed(request, raw, model), write
 
