@@ -242,20 +242,22 @@ def test_of_two_processes_on_a_machine_one_begins_a_run_and_none_is_lost(watched
         ending.callback(fleet.end)
         workflow = api.workflow()
         ids = [api.run(workflow_id=workflow, input_values={"number": number})["id"] for number in range(runs)]
-        kills, waiting = 0, runs
+        kills, waiting, seen = 0, runs, 0
 
-        def begun_one() -> bool:
-            """They are all at work, so that a kill hits somebody who does something."""
-            return bool(fleet.begun.read_bytes())
+        def began_another() -> bool:
+            """Since the last kill: so that the next one hits those who do something, and they get on on a busy machine, too."""
+            nonlocal seen
+            before, seen = seen, len(fleet.begun.read_bytes())
+            return seen > before
 
-        deadline = time.monotonic() + 60 + runs
+        deadline = time.monotonic() + 60 + 2 * runs
         while waiting:
             assert time.monotonic() < deadline, f"{waiting} runs have not ended"
             waiting = sum(
                 api.json_of(api.get("/v1/runs", params={"status": status, "limit": 1}))["total"]
                 for status in ("scheduling", "running")
             )
-            if waiting > 2 and begun_one():
+            if waiting > 2 and began_another():
                 fleet.kill_one(dice)
                 kills += 1
             time.sleep(dice.uniform(0, 0.5))
