@@ -17,6 +17,18 @@ FREE_BYTES = 16 * 1024
 TURN_SECONDS = 5.0
 
 
+# A reply is in memory as it came from the database, as rows, and as the bytes that are made of them.
+COPIES = 3
+
+
+class NoRoom(Overloaded):
+    """There is no room now for `count` bytes. It can be waited for where no connection to the database is held."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+
 class Budget:
     """`limit` for all parties, and half of it for what each of them begins."""
 
@@ -112,9 +124,7 @@ class Share:
         more = min(count, self._budget.limit) - self.held
         if more <= 0:
             return
-        for meter, party in self.meters:
-            if (standing := meter.refusal(party, more, self.held)) is not None:
-                raise exceeded(standing)
+        self._check_quotas(more)
         self._meter(more)  # while it waits, too
         try:
             await self._budget.take(self.party, more, self.held)
@@ -122,6 +132,23 @@ class Share:
             self._meter(-more)
             raise
         self.held += more
+
+    def hold_at_once(self, count: int) -> None:
+        """As `hold`, without waiting. Raises NoRoom and QuotaExceeded."""
+        more = min(count, self._budget.limit) - self.held
+        if more <= 0:
+            return
+        self._check_quotas(more)
+        if not self._budget.fits(self.party, more, self.held):
+            raise NoRoom(count)
+        self._budget.add(self.party, more)
+        self._meter(more)
+        self.held += more
+
+    def _check_quotas(self, more: int) -> None:
+        for meter, party in self.meters:
+            if (standing := meter.refusal(party, more, self.held)) is not None:
+                raise exceeded(standing)
 
     def _meter(self, count: int) -> None:
         for meter, party in self.meters:
@@ -158,6 +185,13 @@ def hold_at_once(count: int) -> None:
         if not own.fits(count):
             raise Overloaded
         own.note(count)
+
+
+def hold_reply(octets: int) -> None:
+    """Before so many bytes of JSON are read from the database to be sent. Raises NoRoom and QuotaExceeded."""
+    own = share.get()
+    if own is not None and COPIES * octets > FREE_BYTES:
+        own.hold_at_once(COPIES * octets)
 
 
 async def hold(count: int, *, party: str | None = None) -> None:

@@ -504,6 +504,60 @@ class TestBodies:
         seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
 
 
+class TestReplies:
+    """With a key: what a reply takes has room before it is read."""
+
+    @pytest.fixture
+    def api(self, fresh: Server) -> Iterator[Client]:
+        with fresh.client() as client:
+            yield client
+
+    @pytest.fixture
+    def innocent(self, fresh: Server) -> Iterator[Client]:
+        with fresh.client() as client:
+            yield client
+
+    @pytest.mark.parametrize("kind", ["pages", "runs"])
+    def test_large_ones_take_turns(self, fresh: Server, api: Client, innocent: Client, kind: str) -> None:
+        """24 at once of 30 MB each."""
+        runs = [api.run()["id"] for _ in range(10)]
+        size = 3 * MB if kind == "pages" else 30 * MB
+        fresh.stack.sql("UPDATE runs SET main_prompt = repeat('x', $2) WHERE id = ANY($1::uuid[])", runs, size)
+        path = "/v1/runs?limit=10" if kind == "pages" else f"/v1/runs/{runs[0]}"
+        head = (
+            f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {api.headers['authorization']}\r\n"
+            "Connection: close\r\n\r\n"
+        ).encode()
+        lengths = []
+
+        def ask(_: int) -> int:
+            with connect(fresh) as connection:
+                connection.settimeout(60)
+                connection.sendall(head)
+                status, length = 0, 0
+                while piece := connection.recv(2**20):
+                    status = status or int(piece.split(b" ", 2)[1])
+                    length += len(piece)
+            lengths.append(length)
+            return status
+
+        run = innocent.finished()
+        with watched(fresh) as seen, ThreadPoolExecutor(1) as threads:
+            attack = threads.submit(at_once, 24, ask)
+            slowest = 0.0
+            while not attack.done():
+                began = time.monotonic()
+                innocent.json_of(innocent.retry(run["id"]))
+                innocent.report(run["id"], status="cancelled")
+                slowest = max(slowest, time.monotonic() - began)
+            statuses = attack.result()
+        assert 200 in statuses
+        assert set(statuses) <= {200, 503}
+        assert max(lengths) > 30 * MB
+        assert slowest < 10
+        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
+
+
 @pytest.fixture(scope="module")
 def hasty(stack: Stack) -> Iterator[Server]:
     """A server that waits for no body."""

@@ -369,6 +369,7 @@ OWN: dict[str, dict[str, Any]] = {
     "runs.record_ended": {"run_ids": [an_id("run", 30_019)]},
     "runs.ending.retain": {"run_ids": [an_id("run", 10_060)]},
     "runs.ending.secrets_expired": {"paths": ["runs/big/10030", "runs/big/10040"]},
+    "runs.get": {"most": 10**6},
     "runs.lane_reasons": {"run_ids": [POOLED, IN_SESSION, PINNED]},
     "runs.lock_by.assigned_machine_id": {"owner_id": an_id("machine", 2007), "run_id": ENDED},
     "runs.lock_by.pinned_machine_id": {"owner_id": an_id("machine", 10_002), "run_id": ENDED},

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
+from app import in_flight
 from app.errors import Invalid
 from app.models import RunStatus
 from app.runs import projection
@@ -145,10 +146,12 @@ OCTETS = statement(
 
 
 async def read(connection: Connection, ids: Sequence[UUID], max_bytes: int) -> list[dict[str, Any]] | None:
-    """These runs, whole; None if they are more than one and have more bytes."""
+    """These runs, whole; None if they are more than one and have more bytes. Raises NoRoom."""
     names = list(FIELDS)
-    if len(ids) > 1 and await connection.fetchval(OCTETS, ids=ids, fields=names) > max_bytes:
+    octets = await connection.fetchval(OCTETS, ids=ids, fields=names)
+    if len(ids) > 1 and octets > max_bytes:
         return None
+    in_flight.hold_reply(octets)
     return await projection.many(connection, await connection.fetch(ROWS, ids=ids, fields=names))
 
 

@@ -9,10 +9,11 @@ from uuid import UUID
 
 import orjson
 
+from app import in_flight
 from app.auth import SEEN, Principal
 from app.errors import RunNotFound
 from app.scheduling import rules
-from app.stores.database import Connection, Record
+from app.stores.database import Connection, Database, Record
 from app.stores.statements import found, statement
 
 # `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
@@ -156,17 +157,45 @@ def rfc3339(time: str) -> str:
     return f"""replace(to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), '.000000Z', 'Z')"""
 
 
-GET_RUN = statement(
-    "runs.get", f"SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE} WHERE r.id = :run_id AND {SEEN}"
+# About how many bytes of JSON a run takes, without reading what is long.
+_OCTETS = " + ".join(
+    ["1200", *(f"coalesce(octet_length(({RUN_COLUMNS[name]})::text), 0)" for name in (*RUN_JSON, "main_prompt"))]
 )
+_ORDINARY_BYTES = 64 * 1024
+
+GET_RUN = statement(
+    "runs.get",
+    f"""
+    SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE}
+    WHERE r.id = :run_id AND {SEEN} AND {_OCTETS} <= :most::bigint
+    """,
+)
+WEIGH_RUN = statement("runs.weigh", f"SELECT {_OCTETS} FROM runs r WHERE r.id = :run_id AND {SEEN}")
 
 
 async def get(connection: Connection, run_id: UUID, principal: Principal) -> dict[str, Any]:
-    """One run as it is sent. Raises RunNotFound for what the caller may not see."""
-    row = await connection.fetchrow(GET_RUN, run_id=run_id, **principal.sees())
-    if row is None:
-        raise RunNotFound
+    """One run as it is sent. Raises RunNotFound for what the caller may not see, and NoRoom for a long one."""
+    named: dict[str, Any] = {"run_id": run_id, **principal.sees()}
+    row = await connection.fetchrow(GET_RUN, **named, most=_ORDINARY_BYTES)
+    while row is None:  # rarely: it is long, and perhaps longer now
+        octets = await connection.fetchval(WEIGH_RUN, **named)
+        if octets is None:
+            raise RunNotFound
+        in_flight.hold_reply(octets)
+        row = await connection.fetchrow(GET_RUN, **named, most=octets)
     return run(row)
+
+
+async def find(database: Database, run_id: UUID, principal: Principal) -> dict[str, Any]:
+    """The same, and a long one waits for room. Raises RunNotFound and Overloaded."""
+    try:
+        async with database.connection() as connection:
+            return await get(connection, run_id, principal)
+    except in_flight.NoRoom as missing:
+        count = missing.count
+    await in_flight.hold(count)
+    async with database.connection() as connection:
+        return await get(connection, run_id, principal)
 
 
 def run(row: Record) -> dict[str, Any]:

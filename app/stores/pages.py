@@ -17,6 +17,7 @@ from uuid import UUID
 
 import orjson
 
+from app import in_flight
 from app.errors import Invalid
 from app.stores.counts import EXACT, SECONDS, Total
 from app.stores.database import Connection, Database, Record, StatementTimeout
@@ -96,7 +97,8 @@ async def page(
 
     `branches` are conditions that exclude each other, and `values` theirs; `weighed` are those of the listing. `read` reads the
     rows with these keys: a statement with `:ids`, or a function. Raises Invalid for a page of more than one row and more bytes
-    than it may have, for a cursor that is none of this list's, and for a `skip` that takes too long.
+    than it may have, for a cursor that is none of this list's, and for a `skip` that takes too long; Overloaded when there is
+    no room for it in time.
     """
     following = {} if part.after is None else _place(listing, part.after)
     many = _Many(database, listing, tuple(branches), values)
@@ -113,17 +115,29 @@ async def page(
             **{**values, **following, **weighed},
         )
         assert found is not None  # noqa: S101 - it has no FROM
-        if found["over"] is not None:
-            sentence = f"The page would have more than {part.max_bytes} bytes; limit={found['over'] - 1} fits."
+        shown, octets = found["weight"] or (0, 0)
+        if shown > 1 and octets > part.max_bytes:
+            sentence = f"The page would have more than {part.max_bytes} bytes; limit={shown - 1} fits."
             raise Invalid((("query", "limit"), sentence, "page_too_large"))
-        rows: list[Record] = []
-        if keys := found["keys"]:
-            rows = await (
-                connection.fetch(read, ids=keys) if isinstance(read, Statement) else read(connection, list(keys))
-            )
+        keys, rows, no_room = list(found["keys"]), list[Record](), None
+        try:
+            in_flight.hold_reply(octets)
+            rows = await _rows(connection, read, keys)
+        except in_flight.NoRoom as missing:
+            no_room = missing
+    if no_room is not None:  # as above: no connection is held while room is waited for
+        await in_flight.hold(no_room.count)
+        async with database.connection() as connection:
+            rows = await _rows(connection, read, keys)
     # No connection is held while others' counts are waited for.
     total = Total(found["total"]) if not is_long and found["total"] <= EXACT else await many.total()
     return Found(rows, total, None if found["last"] is None else _cursor(listing, found["last"]))
+
+
+async def _rows(connection: Connection, read: Statement | Read, keys: list[Any]) -> list[Record]:
+    if not keys:
+        return []
+    return await (connection.fetch(read, ids=keys) if isinstance(read, Statement) else read(connection, keys))
 
 
 @asynccontextmanager
@@ -231,7 +245,8 @@ def _find(listing: Listing, branches: tuple[str, ...], *, is_after: bool) -> Sta
                 FROM listed
             )
             SELECT CASE WHEN :counts::boolean THEN {total} END AS total, ARRAY(SELECT key FROM listed ORDER BY n) AS keys,
-                   (SELECT n FROM weighed WHERE n > 1 AND octets > :max_bytes::bigint LIMIT 1) AS over,
+                   (SELECT ARRAY[n, octets::bigint] FROM weighed
+                    WHERE (n > 1 AND octets > :max_bytes::bigint) OR n = (SELECT count(*) FROM listed) LIMIT 1) AS weight,
                    (SELECT concat_ws(' ', {written}) FROM listed
                     WHERE n = :limit::bigint AND (SELECT count(*) FROM chosen) > n) AS last
             """

@@ -124,8 +124,7 @@ async def bulk_create_runs(request: Request) -> Response:
 @router.get("/{run_id}", response_model=RunResponse, **operation(RunNotFound, scope="runs:read", bound="runs:read"))
 async def get_run(run_id: UUID, request: Request) -> Response:
     """One run."""
-    async with services(request).database.connection() as connection:
-        return json_reply(await projection.get(connection, run_id, request.state.principal))
+    return json_reply(await projection.find(services(request).database, run_id, request.state.principal))
 
 
 @router.get(
