@@ -555,7 +555,7 @@ class TestReplies:
         assert set(statuses) <= {200, 503}
         assert max(lengths) > 30 * MB
         assert slowest < 10
-        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
+        seen.within(rss=500 * MB, pause=PAUSE_WITH_KEY)  # without turns 750
 
 
 @pytest.fixture(scope="module")

@@ -119,14 +119,14 @@ async def page(
         if shown > 1 and octets > part.max_bytes:
             sentence = f"The page would have more than {part.max_bytes} bytes; limit={shown - 1} fits."
             raise Invalid((("query", "limit"), sentence, "page_too_large"))
-        keys, rows, no_room = list(found["keys"]), list[Record](), None
+        keys, rows, wanted = list(found["keys"]), list[Record](), 0
         try:
             in_flight.hold_reply(octets)
             rows = await _rows(connection, read, keys)
         except in_flight.NoRoom as missing:
-            no_room = missing
-    if no_room is not None:  # as above: no connection is held while room is waited for
-        await in_flight.hold(no_room.count)
+            wanted = missing.count  # not the exception: with its frames it would keep the rows in memory
+    if wanted:  # as above: no connection is held while room is waited for
+        await in_flight.hold(wanted)
         async with database.connection() as connection:
             rows = await _rows(connection, read, keys)
     # No connection is held while others' counts are waited for.
