@@ -1,5 +1,6 @@
 """The real thing: each worker has its own PostgreSQL and OpenBao, and drives the real server process over HTTP."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ from tests.support.stack import Stack, own_stack
 from tests.support.waiting import NEVER
 
 pytest_plugins = ("tests.support.browser",)
+
+# A shell lets what it starts in the background ignore Ctrl-C, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -422,6 +422,7 @@ def test_bursts_beyond_the_quotas_leave_a_quiet_tenant_alone(stack: Stack) -> No
             QUOTA_ADDRESS_FAILURES_PER_MINUTE=50,
         ) as server,
         ThreadPoolExecutor(4) as pool,
+        ExitStack() as opened,
     ):
 
         def crowd(keys: Sequence[str], statuses: list[int], stop: threading.Event) -> None:
@@ -439,7 +440,8 @@ def test_bursts_beyond_the_quotas_leave_a_quiet_tenant_alone(stack: Stack) -> No
         }
         for name, keys in bursts.items():
             organization = f"org-quiet-beside-{name}"
-            clients = [server.client(organization) for _ in range(2)]  # each within its own quota
+            # Each within its own quota.
+            clients = [opened.enter_context(server.client(organization)) for _ in range(2)]
 
             def ask(client: Client) -> None:
                 assert client.get("/v1/whoami").status_code == 200
@@ -465,8 +467,6 @@ def test_bursts_beyond_the_quotas_leave_a_quiet_tenant_alone(stack: Stack) -> No
             # As fast as they are answered: without a hold on them each of the four would be refused a hundred times a second.
             assert statuses.count(429) < 2 * (REFUSED_AT_ONCE + 4 * (time.monotonic() - began) / HELD_SECONDS), name
             assert beside < bound, (name, alone, beside)
-            for client in clients:
-                client.close()
 
 
 # --- the cooldown of a run --------------------------------------------------------------------------------------------

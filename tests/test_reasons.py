@@ -59,11 +59,13 @@ def test_the_reason_of_a_run_in_a_long_session_does_not_depend_on_its_length(api
         "SELECT id::text FROM runs WHERE session_id = $1 ORDER BY queued_at LIMIT 2", session_id
     )
     took: dict[str, list[float]] = {first["id"]: [], second["id"]: []}
-    for _ in range(5):
+    for _ in range(20):  # until other tests have let each be as quick as it is
         for run_id, expected in ((first["id"], "waiting_for_machine"), (second["id"], "waiting_for_session")):
             began = time.monotonic()
             assert reason(api, run_id) == expected
             took[run_id].append(time.monotonic() - began)
+        if min(took[first["id"]]) < 3 * min(took[second["id"]]):
+            break
     assert min(took[first["id"]]) < 3 * min(took[second["id"]]), took
 
 

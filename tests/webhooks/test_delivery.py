@@ -368,7 +368,9 @@ def test_what_was_sent_of_a_run_is_listed_also_when_the_run_is_gone(hooked: Hook
     assert {(one["endpoint_id"], one["attempt"]) for one in items} == {(one, n) for one in endpoints for n in (1, 2)}
     assert [one["attempt"] for one in items] == [2, 2, 1, 1]
     assert all(one in hooked.deliveries(one["endpoint_id"]) for one in items)
-    assert listed(skip=1, limit=2) == {"items": items[1:3], "total": 4, "skip": 1, "limit": 2}
+    page = listed(skip=1, limit=2)
+    assert page.items() >= {"items": items[1:3], "total": 4, "skip": 1, "limit": 2}.items()
+    assert api.json_of(api.get(path, params={"after": page["next"]}))["items"] == items[3:]
     assert foreign.get(path).status_code == 404
     assert api.delete(f"/v1/runs/{run['id']}").status_code == 204
     assert listed()["items"] == items
