@@ -71,10 +71,7 @@ class MakeRun:
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=30, trust_env=False)
 
     def assert_all_gone(self) -> None:
-        def left() -> list[str]:
-            return [process.name() for process in self.tree if _alive(process)]
-
-        until(lambda: not left(), 30, what="the end of every process")
+        until(lambda: not any(map(_alive, self.tree)), 30, what="the end of every process")
         assert self.process.wait(10) != 0
 
     def end(self) -> None:
