@@ -516,7 +516,8 @@ class QuickStack(Stack):
     """The same stack, looked at through one connection, and a collector that runs when it is told to."""
 
     def connect(self) -> None:
-        settings = settings_of(self)
+        # Made once: making them asks Vault, which may be down later.
+        self._settings = settings = settings_of(self)
         self._runner = asyncio.Runner()
         self._connection = self._runner.run(asyncpg.connect(self.postgres.url))
         self._database = Database(settings)
@@ -543,7 +544,7 @@ class QuickStack(Stack):
 
     def silence(self) -> None:
         """Take what was not begun in time from its machine, and disconnect machines that gave no sign of life."""
-        self._runner.run(look_for_silence(self._database, settings_of(self)))
+        self._runner.run(look_for_silence(self._database, self._settings))
 
 
 class Lifecycle(RuleBasedStateMachine):
