@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -159,10 +159,11 @@ def test_bodies_of_a_key_are_held_up_to_its_quota_and_one_is_always_taken(tight:
     @contextmanager
     def sending(api: Client) -> Iterator[None]:
         """A request whose body does not end within the block."""
-        release = threading.Event()
+        begun, release = threading.Event(), threading.Event()
 
         def body() -> Iterator[bytes]:
             yield slow[:50_000]
+            begun.set()
             release.wait(10)
             yield slow[50_000:]
 
@@ -170,6 +171,10 @@ def test_bodies_of_a_key_are_held_up_to_its_quota_and_one_is_always_taken(tight:
             headers = {"Content-Length": str(len(slow)), "Content-Type": "application/json"}
             sent = pool.submit(api.post, "/v1/workflows", content=body(), headers=headers)
             try:
+                # What is sent within the block comes later, else this one might be refused: it is held as soon as its key is
+                # known.
+                assert begun.wait(10)
+                assert not wait([sent], timeout=0.5).done
                 yield
             finally:
                 release.set()
