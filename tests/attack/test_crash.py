@@ -213,7 +213,7 @@ def test_other_writes_killed(attacked: Stack, scene: Callable[[Client], WriteReq
     last = max(point.rpartition("#")[2] for point in every if point.startswith("COMMIT"))
     around = {f"COMMIT {when}#{last}" for when in ("before", "sent", "after")}
     others = sorted(set(every) - around)
-    chosen = others if SOAK else chance(scene.__name__).sample(others, 3)
+    chosen = others if SOAK else chance(scene.__name__).sample(others, 2)
     crash_at(attacked, scene, [*sorted(around), *chosen], every)
 
 
@@ -274,7 +274,7 @@ def test_a_collector_killed_at_its_points(attacked: Stack) -> None:
     every = collect_as_process(attacked, Plan(), ahead=3 * DAY)
     assert {"vault delete after#1", "delete after#1", "deletions.finish after#1"} <= set(every)
     assert any(point.startswith("rmdir") for point in every), "which delete empties the folder is a race"
-    chosen = every if SOAK else chance("collector").sample(every, 6)
+    chosen = every if SOAK else chance("collector").sample(every, 4)
     for point in chosen:
         organization = collector_scene(attacked)
         before = picture(attacked, organization)
