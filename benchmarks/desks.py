@@ -8,18 +8,16 @@ import asyncio
 import base64
 import json
 import pickle
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import orjson
 import uvloop
 
-from benchmarks.load import LoadError, Outcome, Pressure
+from benchmarks.load import LoadError, Outcome, Pressure, apart
 
 FIELDS = "fields=attempt,assignment,assigned_machine_id"
 CONTENT = base64.b64encode(b"receipt " * 128).decode()
@@ -38,16 +36,7 @@ class Desks:
 
 def work(plan: Desks) -> Outcome:
     """Let them work. Raises LoadError for a reply that is not as it should be."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.desks"],
-        input=pickle.dumps(plan),
-        capture_output=True,
-        cwd=Path(__file__).resolve().parent.parent,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise LoadError(done.stderr.decode().strip().rpartition("\n")[2])
-    return Outcome(**json.loads(done.stdout))
+    return apart("benchmarks.desks", plan)
 
 
 class _Desk:

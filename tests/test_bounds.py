@@ -446,8 +446,8 @@ def send_whole(server: Server, head: bytes, body: bytes) -> int:
             return 0
 
 
-class TestBodies:
-    """With a key."""
+class Fresh:
+    """Clients of a server that only one test uses."""
 
     @pytest.fixture
     def api(self, fresh: Server) -> Iterator[Client]:
@@ -458,6 +458,10 @@ class TestBodies:
     def innocent(self, fresh: Server) -> Iterator[Client]:
         with fresh.client() as client:
             yield client
+
+
+class TestBodies(Fresh):
+    """With a key."""
 
     def test_too_many_values_are_refused_before_they_are_parsed(self, fresh: Server, api: Client) -> None:
         body = b'{"input_values":{"a":[' + b"[]," * 13 * MB + b"1]}}"
@@ -504,18 +508,8 @@ class TestBodies:
         seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
 
 
-class TestReplies:
+class TestReplies(Fresh):
     """With a key: what a reply takes has room before it is read."""
-
-    @pytest.fixture
-    def api(self, fresh: Server) -> Iterator[Client]:
-        with fresh.client() as client:
-            yield client
-
-    @pytest.fixture
-    def innocent(self, fresh: Server) -> Iterator[Client]:
-        with fresh.client() as client:
-            yield client
 
     @pytest.mark.parametrize("kind", ["pages", "runs"])
     def test_large_ones_take_turns(self, fresh: Server, api: Client, innocent: Client, kind: str) -> None:

@@ -285,6 +285,15 @@ SAMPLES: dict[str, Any] = {
 }
 
 _FILES = {"ids": some("output", 10_010, 10_020)}
+_NEW_FILE: dict[str, Any] = {
+    "ids": [uuid4()],
+    "filenames": ["a"],
+    "content_types": ["text/plain"],
+    "sizes": [5],
+    "storage_paths": ["big/new"],
+    "target_paths": [None],
+    "cleanups": [False],
+}
 _NEW_RUN = {"run_ids": [uuid4()], "aliases": [None], "secret_paths": [None]}
 _DISPATCHES = {"run_ids": some("run"), "assignments": [1, 1], "kinds": ["cancel", "cancel"]}
 _BEFORE_ALL = {"created_at": LONG_AGO, "id": UUID(int=0)}
@@ -386,26 +395,8 @@ OWN: dict[str, dict[str, Any]] = {
         "starts": True,
         "started_at": datetime.now(UTC),
     },
-    "runs.staging.attach": {
-        "ids": [uuid4()],
-        "run_ids": [WAITING],
-        "filenames": ["a"],
-        "content_types": ["text/plain"],
-        "sizes": [5],
-        "storage_paths": ["big/new"],
-        "target_paths": [None],
-        "cleanups": [False],
-    },
-    "runs.retry.switch_staged": {
-        "ids": [uuid4()],
-        "run_ids": [ENDED],
-        "filenames": ["a"],
-        "content_types": ["text/plain"],
-        "sizes": [5],
-        "storage_paths": ["big/new"],
-        "target_paths": [None],
-        "cleanups": [False],
-    },
+    "runs.staging.attach": {**_NEW_FILE, "run_ids": [WAITING]},
+    "runs.retry.switch_staged": {**_NEW_FILE, "run_ids": [ENDED]},
     "setup.fits": {"names": ["jit"]},
     "signs_of_life.write": {"organization_ids": ["big"] * 2, "ages": [0.0] * 2},
     "silence.disconnect": {"reservations": []},
