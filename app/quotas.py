@@ -104,12 +104,10 @@ class PerMinute:
         left = minute[1]
         return Standing(self.policy, int(left), ceil(minute[0] - now)) if left * 10 < self.policy.quota else None
 
-    def spent(self, party: object, now: float) -> Standing | None:
-        """Where a party stands of which nothing is left; it is not counted."""
+    def is_spent(self, party: object, now: float) -> bool:
+        """Whether a party has nothing left; it is not counted."""
         minute = self._minutes.get(party)
-        if minute is None or minute[0] <= now or minute[1] > 0:
-            return None
-        return Standing(self.policy, int(minute[1]), ceil(minute[0] - now))
+        return minute is not None and minute[0] > now and minute[1] <= 0
 
     def _begin(self, party: object, now: float) -> list[float]:
         minute = [now + MINUTE, self.policy.quota]

@@ -123,7 +123,7 @@ class Strangers:
     def check(self, scope: Scope, key: bytes) -> None:
         """Before the key is looked up. Raises QuotaExceeded."""
         who, now = address(scope), time.monotonic()
-        if self._failures.spent(who, now) is not None and digest(key) not in self._good:
+        if self._failures.is_spent(who, now) and digest(key) not in self._good:
             raise self._refused(who, now)
 
     def knows(self, key: bytes) -> None:
@@ -139,7 +139,7 @@ class Strangers:
         if key is not None:
             self._good.pop(digest(key), None)
         now, who = time.monotonic(), address(scope)
-        if self._failures.spent(who, now) is not None:
+        if self._failures.is_spent(who, now):
             return self._refused(who, now)
         self._failures.count(who, now)
         return Unauthorized()

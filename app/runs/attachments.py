@@ -108,9 +108,13 @@ async def list_attachments(
     database: Database, principal: Principal, run_id: UUID | None, kind: AttachmentType | None, part: Slice
 ) -> dict[str, object]:
     """One page, newest first. Raises Invalid as pages.page does."""
-    condition, values = where("a", organization_id=principal.organization_id, run_id=run_id, attachment_type=kind)
-    if run_id is not None:  # by the run, not along the organization's index because that has the order
-        condition = condition.replace("a.organization_id =", "a.organization_id || '' =")
+    organization_id = principal.organization_id
+    if run_id is None:
+        condition, values = where("a", organization_id=organization_id, attachment_type=kind)
+    else:  # by the run, not along the organization's index because that has the order
+        condition, values = where("a", run_id=run_id, attachment_type=kind)
+        condition += " AND a.organization_id || '' = :organization_id"
+        values["organization_id"] = organization_id
     if principal.machine_id is not None:
         condition, values = f"{condition} AND {OF_MACHINE}", values | {"machine_id": principal.machine_id}
     found = await page(database, ATTACHMENTS, (f"{condition} AND {projection.VISIBLE}",), part, values, ROWS)
