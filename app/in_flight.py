@@ -5,11 +5,14 @@ short while. This module knows names of parties and numbers, not what they stand
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
+from typing import TypeVar
 
 from app.errors import Overloaded
 from app.quotas import AtOnce, exceeded
+
+T = TypeVar("T")
 
 # So little is not counted: connections limit it.
 FREE_BYTES = 16 * 1024
@@ -192,6 +195,19 @@ def hold_reply(octets: int) -> None:
     own = share.get()
     if own is not None and COPIES * octets > FREE_BYTES:
         own.hold_at_once(COPIES * octets)
+
+
+async def with_room(read: Callable[[], Awaitable[T]]) -> T:
+    """What `read` reads; once more after a wait if it found no room. It has given its connection back by then.
+
+    Raises Overloaded when there is no room in time.
+    """
+    try:
+        return await read()
+    except NoRoom as missing:
+        count = missing.count  # not the exception: with its frames it would keep the rows in memory
+    await hold(count)
+    return await read()
 
 
 async def hold(count: int, *, party: str | None = None) -> None:

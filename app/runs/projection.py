@@ -157,20 +157,18 @@ def rfc3339(time: str) -> str:
     return f"""replace(to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), '.000000Z', 'Z')"""
 
 
-# About how many bytes of JSON a run takes, without reading what is long.
+# About how many bytes of JSON a row of RUN_COLUMNS takes.
 _OCTETS = " + ".join(
-    ["1200", *(f"coalesce(octet_length(({RUN_COLUMNS[name]})::text), 0)" for name in (*RUN_JSON, "main_prompt"))]
+    ["1200", *(f"coalesce(octet_length(whole.{name}::text), 0)" for name in (*RUN_JSON, "main_prompt"))]
 )
+# Each column is found once, to be weighed and to be shown.
+_WHOLE = f"""
+    FROM (SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE} WHERE r.id = :run_id AND {SEEN} OFFSET 0) AS whole
+"""
 _ORDINARY_BYTES = 64 * 1024
 
-GET_RUN = statement(
-    "runs.get",
-    f"""
-    SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE}
-    WHERE r.id = :run_id AND {SEEN} AND {_OCTETS} <= :most::bigint
-    """,
-)
-WEIGH_RUN = statement("runs.weigh", f"SELECT {_OCTETS} FROM runs r WHERE r.id = :run_id AND {SEEN}")
+GET_RUN = statement("runs.get", f"SELECT * {_WHOLE} WHERE {_OCTETS} <= :most::bigint")
+WEIGH_RUN = statement("runs.weigh", f"SELECT {_OCTETS} {_WHOLE}")
 
 
 async def get(connection: Connection, run_id: UUID, principal: Principal) -> dict[str, Any]:
@@ -188,14 +186,12 @@ async def get(connection: Connection, run_id: UUID, principal: Principal) -> dic
 
 async def find(database: Database, run_id: UUID, principal: Principal) -> dict[str, Any]:
     """The same, and a long one waits for room. Raises RunNotFound and Overloaded."""
-    try:
+
+    async def read() -> dict[str, Any]:
         async with database.connection() as connection:
             return await get(connection, run_id, principal)
-    except in_flight.NoRoom as missing:
-        count = missing.count
-    await in_flight.hold(count)
-    async with database.connection() as connection:
-        return await get(connection, run_id, principal)
+
+    return await in_flight.with_room(read)
 
 
 def run(row: Record) -> dict[str, Any]:

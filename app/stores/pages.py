@@ -105,30 +105,26 @@ async def page(
     if part.skip > EXACT and (total := await many.total()).rows <= part.skip and not total.is_estimate:
         return Found([], total, None)  # what lies beyond the end is not looked for
     is_long = many.is_long()
-    async with _in_time(database, part) as connection:
-        found = await connection.fetchrow(
-            _find(listing, tuple(branches), is_after=part.after is not None),
-            skip=part.skip,
-            limit=part.limit,
-            max_bytes=part.max_bytes,
-            counts=not is_long,
-            **{**values, **following, **weighed},
-        )
-        assert found is not None  # noqa: S101 - it has no FROM
-        shown, octets = found["weight"] or (0, 0)
-        if shown > 1 and octets > part.max_bytes:
-            sentence = f"The page would have more than {part.max_bytes} bytes; limit={shown - 1} fits."
-            raise Invalid((("query", "limit"), sentence, "page_too_large"))
-        keys, rows, wanted = list(found["keys"]), list[Record](), 0
-        try:
+
+    async def find() -> tuple[Record, list[Record]]:
+        async with _in_time(database, part) as connection:
+            found = await connection.fetchrow(
+                _find(listing, tuple(branches), is_after=part.after is not None),
+                skip=part.skip,
+                limit=part.limit,
+                max_bytes=part.max_bytes,
+                counts=not is_long,
+                **{**values, **following, **weighed},
+            )
+            assert found is not None  # noqa: S101 - it has no FROM
+            shown, octets = found["weight"] or (0, 0)
+            if shown > 1 and octets > part.max_bytes:
+                sentence = f"The page would have more than {part.max_bytes} bytes; limit={shown - 1} fits."
+                raise Invalid((("query", "limit"), sentence, "page_too_large"))
             in_flight.hold_reply(octets)
-            rows = await _rows(connection, read, keys)
-        except in_flight.NoRoom as missing:
-            wanted = missing.count  # not the exception: with its frames it would keep the rows in memory
-    if wanted:  # as above: no connection is held while room is waited for
-        await in_flight.hold(wanted)
-        async with database.connection() as connection:
-            rows = await _rows(connection, read, keys)
+            return found, await _rows(connection, read, list(found["keys"]))
+
+    found, rows = await in_flight.with_room(find)
     # No connection is held while others' counts are waited for.
     total = Total(found["total"]) if not is_long and found["total"] <= EXACT else await many.total()
     return Found(rows, total, None if found["last"] is None else _cursor(listing, found["last"]))
