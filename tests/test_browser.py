@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.browser import Tab, page_of
 from tests.support.stack import Stack
+from tests.support.waiting import until
 
 POLICY = "default-src 'self'"
 
@@ -23,7 +24,7 @@ POLICY = "default-src 'self'"
 def test_what_is_wrong_with_a_page_is_heard(html: str, policy: str, heard: str, tab: Tab) -> None:
     with page_of(html, policy) as url:
         assert tab.open(url) == 200
-        assert any(problem.startswith(heard) for problem in tab.problems()), tab.heard
+        until(lambda: any(problem.startswith(heard) for problem in tab.problems()))  # a breach is told a moment later
     tab.expect("")
     assert tab.problems() == []
 
