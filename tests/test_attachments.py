@@ -299,7 +299,7 @@ def test_an_object_store_signs_its_own_urls(objects: Server, weed: Weed) -> None
             signed = api.json_of(api.get(f"{path}/download-url", params={"expires_in": 60}))
             assert signed["expires_in"] == 60
             assert signed["url"].startswith(f"http://127.0.0.1:{weed.port}/")
-            ours, theirs = api.get(f"{path}/download"), httpx.get(signed["url"], trust_env=False)
+            ours, theirs = api.get(f"{path}/download"), httpx.get(signed["url"], trust_env=False, verify=False)
             assert ours.content == theirs.content == content
             assert ours.headers["content-type"] == theirs.headers["content-type"] == media_type
             assert ours.headers["content-disposition"] == theirs.headers["content-disposition"]
@@ -449,12 +449,12 @@ class TestUrl:
             assert url.startswith(f"{server.url}/downloads/{made['id']}?")
             expires = int(parse_qs(urlsplit(url).query)["expires"][0])
             assert before <= expires - params.get("expires_in", 300) <= time.time()
-            keyless = httpx.get(url, trust_env=False)
+            keyless = httpx.get(url, trust_env=False, verify=False)
             own = api.get(f"/v1/run-attachments/{made['id']}/download")
             assert (keyless.status_code, keyless.content) == (200, b"0123456789")
             for name in ("content-disposition", "content-type", "etag", "x-content-type-options", "cache-control"):
                 assert keyless.headers[name] == own.headers[name]
-            part = httpx.get(url, headers={"Range": "bytes=-2"}, trust_env=False)
+            part = httpx.get(url, headers={"Range": "bytes=-2"}, trust_env=False, verify=False)
             assert (part.status_code, part.content) == (206, b"89")
 
     @pytest.mark.parametrize("expires_in", ["9", "3601", "-1", "x", "1e3", "60.5", ""])
@@ -471,7 +471,7 @@ class TestUrl:
         good = signed(one, later)
         signature = good.rpartition("=")[2]
         same = {"X-Request-ID": "the-same"}  # which a refusal names
-        with httpx.Client(base_url=server.url, trust_env=False, headers=same) as anyone:
+        with httpx.Client(base_url=server.url, trust_env=False, verify=False, headers=same) as anyone:
             assert anyone.get(good).status_code == 200
             bad = [
                 signed(one, past),
@@ -502,13 +502,13 @@ class TestUrl:
         for end in ("deleted", "expired"):
             made = api.upload(run_id)
             urls[end] = self.url(api, made["id"])
-            assert httpx.get(urls[end], trust_env=False).status_code == 200
+            assert httpx.get(urls[end], trust_env=False, verify=False).status_code == 200
             path = f"/v1/run-attachments/{made['id']}"
             if end == "deleted":
                 assert api.delete(path).status_code == 204
             else:
                 api.json_of(api.put(path, json={"expires_at": ago()}))
-            refused(httpx.get(urls[end], trust_env=False), 404, "attachment_not_found")
+            refused(httpx.get(urls[end], trust_env=False, verify=False), 404, "attachment_not_found")
             refused(api.get(f"{path}/download-url"), 404, "attachment_not_found")
 
     def test_keys_rotate_and_the_base_can_be_set(self, stack: Stack, api: Client) -> None:
@@ -521,13 +521,13 @@ class TestUrl:
             PUBLIC_URL="https://files.example/base/",
         )
         try:
-            assert httpx.get(f"{rotated.url}{old.path}?{old.query}", trust_env=False).status_code == 200
+            assert httpx.get(f"{rotated.url}{old.path}?{old.query}", trust_env=False, verify=False).status_code == 200
             key = api.headers["Authorization"].removeprefix("Bearer ")
             with rotated.client(api.organization, key=key) as client:
                 new = self.url(client, made["id"])
             assert new.startswith(f"https://files.example/base/downloads/{made['id']}?")
             own = new.removeprefix("https://files.example/base")
-            assert httpx.get(f"{rotated.url}{own}", trust_env=False).status_code == 200
+            assert httpx.get(f"{rotated.url}{own}", trust_env=False, verify=False).status_code == 200
             refused(api.get(own), 404, "attachment_not_found")  # signed by a key that the first server does not know
         finally:
             rotated.app.stop()

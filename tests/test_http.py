@@ -36,7 +36,9 @@ class TestAuthentication:
     @pytest.mark.parametrize("headers", KEY_ERRORS)
     def test_no_or_bad_key(self, server: Server, headers: dict[str, str]) -> None:
         encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
-        reply = httpx.post(f"{server.url}/v1/runs/{uuid4()}/retry", json={}, headers=encoded, trust_env=False)
+        reply = httpx.post(
+            f"{server.url}/v1/runs/{uuid4()}/retry", json={}, headers=encoded, trust_env=False, verify=False
+        )
         assert reply.status_code == 401
         assert reply.headers["www-authenticate"] == "Bearer"
         assert reply.headers["content-type"] == "application/problem+json"
@@ -65,7 +67,7 @@ class TestAuthentication:
 
     def test_health_needs_none(self, server: Server) -> None:
         for path in ("/v1/health", "/v1/health/db", "/health/live", "/health/ready"):
-            reply = httpx.get(server.url + path, trust_env=False)
+            reply = httpx.get(server.url + path, trust_env=False, verify=False)
             version = {"version": __version__} if path == "/health/live" else {}
             assert (reply.status_code, reply.json()) == (200, {"status": "ok", "down": [], "reasons": {}} | version)
 
@@ -315,9 +317,11 @@ class TestHeadersAndLogs:
         assert "access-control-allow-origin" not in api.get("/v1/runs", headers=origin).headers
         server = start_server(stack, CORS_ORIGINS="https://ui.example, https://other.example")
         try:
-            reply = httpx.options(f"{server.url}/v1/runs/{uuid4()}/retry", headers=origin, trust_env=False)
+            reply = httpx.options(
+                f"{server.url}/v1/runs/{uuid4()}/retry", headers=origin, trust_env=False, verify=False
+            )
             assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "https://ui.example")
-            reply = httpx.post(f"{server.url}/v1/runs", headers=origin, trust_env=False)
+            reply = httpx.post(f"{server.url}/v1/runs", headers=origin, trust_env=False, verify=False)
             assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (401, "https://ui.example")
         finally:
             server.app.stop()

@@ -28,7 +28,7 @@ from app.models import RunStatus
 from app.resources.webhooks import list_deliveries
 from app.runs import queue
 from app.runs.attachments import list_attachments
-from app.runs.listing import FIELDS, RunFilter, list_runs
+from app.runs.listing import FIELDS, RunFilter, bits, list_runs
 from app.scheduling.placement import Pass, place
 from app.stores.database import Database
 from app.stores.pages import Slice
@@ -196,7 +196,6 @@ SAMPLES: dict[str, Any] = {
     "every": 10.0,
     "every_seconds": 60.0,
     "expires_at": None,
-    "fields": sorted(FIELDS),
     "filename": "a.txt",
     "fingerprint": b"x",
     "grace_seconds": 900.0,
@@ -265,6 +264,7 @@ SAMPLES: dict[str, Any] = {
     "session_id": None,
     "silence": 90.0,
     "size_bytes": 5,
+    "shown": bits(FIELDS),
     "skip": 0,
     "started_at": None,
     "starts": False,

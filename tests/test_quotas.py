@@ -372,7 +372,7 @@ def test_an_address_without_a_good_key_is_refused_and_good_keys_go_on(stack: Sta
     with (
         serving(stack, QUOTA_ADDRESS_FAILURES_PER_MINUTE=5) as server,
         server.client() as api,
-        httpx.Client(base_url=server.url, trust_env=False) as stranger,
+        httpx.Client(base_url=server.url, trust_env=False, verify=False) as stranger,
     ):
         assert api.get("/v1/whoami").status_code == 200
         replies = [stranger.get("/v1/whoami", headers=UNKNOWN if n % 2 else {}) for n in range(8)]
@@ -389,7 +389,10 @@ def test_an_address_without_a_good_key_is_refused_and_good_keys_go_on(stack: Sta
 
 def test_a_proxy_that_is_named_says_whose_address_it_is(stack: Stack) -> None:
     settings = {"QUOTA_ADDRESS_FAILURES_PER_MINUTE": 3, "TRUSTED_PROXIES": "127.0.0.0/8"}
-    with serving(stack, **settings) as server, httpx.Client(base_url=server.url, trust_env=False) as proxy:
+    with (
+        serving(stack, **settings) as server,
+        httpx.Client(base_url=server.url, trust_env=False, verify=False) as proxy,
+    ):
 
         def statuses(*forwarded: str) -> list[int]:
             headers = [{"X-Forwarded-For": one} | UNKNOWN for one in forwarded]
@@ -431,7 +434,7 @@ def test_bursts_beyond_the_quotas_leave_a_quiet_tenant_alone(stack: Stack) -> No
     ):
 
         def crowd(keys: Sequence[str], statuses: list[int], stop: threading.Event) -> None:
-            with httpx.Client(base_url=server.url, trust_env=False) as client:
+            with httpx.Client(base_url=server.url, trust_env=False, verify=False) as client:
                 for key in itertools.cycle(keys):
                     if stop.is_set():
                         return

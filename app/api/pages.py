@@ -1,4 +1,4 @@
-"""Files of our pages, served from memory: read and compressed once, at start.
+"""Files of our pages, served from memory: read once at start, and compressed once when one is first asked for.
 
 Browsers keep them and ask each time whether they have changed (ETag): after an upgrade nobody works with files of the
 version before.
@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from starlette.requests import Request
@@ -42,19 +43,23 @@ HEADERS: Final = {
 _GZIP: Final = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PageFile:
     """One file, plain and compressed."""
 
     media_type: str
     plain: bytes
-    packed: bytes
     digest: str
 
     @classmethod
     def of(cls, name: str, content: bytes) -> "PageFile":
         suffix = name[name.rindex(".") :]
-        return cls(TYPES[suffix], content, gzip.compress(content, mtime=0), hashlib.sha256(content).hexdigest()[:32])
+        return cls(TYPES[suffix], content, hashlib.sha256(content).hexdigest()[:32])
+
+    @cached_property
+    def packed(self) -> bytes:
+        """Swagger UI takes 0.1 s, which no start should wait for."""
+        return gzip.compress(self.plain, mtime=0)
 
     def reply(self, request: Request, policy: str = POLICY) -> Response:
         """The file as the browser accepts it, or 304 if it has it."""

@@ -50,7 +50,8 @@ INSERT = statement(
 CREATED = statement(
     "runs.create.created",
     f"""
-    SELECT {projection.columns(projection.MANY_RUNS)} FROM {found("runs", "run_ids")} AS r {projection.RUN_SOURCE}
+    SELECT {projection.columns(projection.MANY_RUNS)} FROM {found("runs", "run_ids")} AS r
+    {projection.RUN_SOURCE} {projection.outputs_source()}
     ORDER BY array_position(:run_ids::uuid[], r.id)
     """,
 )

@@ -126,7 +126,7 @@ RECORD = outbox.insert_events(
     CROSS JOIN LATERAL (
         SELECT FROM webhook_endpoints e WHERE e.organization_id = r.organization_id LIMIT 1
     ) AS listening
-    {projection.RUN_SOURCE}
+    {projection.RUN_SOURCE} {projection.outputs_source()}
     CROSS JOIN LATERAL (SELECT r.id AS run_id, gen_random_uuid() AS id, clock_timestamp() AS at OFFSET 0) AS event
     CROSS JOIN LATERAL (
         SELECT left({projection.json_object({"scheduling_reason": "NULL"}, without=_UNBOUNDED)}::text, -1) AS shown OFFSET 0

@@ -83,39 +83,59 @@ class RunFilter:
 FIELDS = projection.RUN_COLUMNS.keys() | projection.RUN_UNSUPPORTED.keys()
 
 
-def _if_shown(name: str, sql: str) -> str:
-    return f"CASE WHEN '{name}' = ANY(:fields::text[]) THEN {sql} END"
-
-
 # What a run shows that can be long, or costs a look into another table, is read only if it is asked for. One statement for all
-# projections: a connection keeps a hundred prepared statements, and one caller's must not push out everybody's.
-_OCTETS = {
-    "error": "octet_length(to_json(r.error)::text)",
-    "pool_ids": "39 * cardinality(r.pool_ids)",
-    "main_prompt": "octet_length(to_json(r.main_prompt)::text)",
-    "input_attachment_ids": "(SELECT 39 * count(*) FROM run_attachments a WHERE a.run_id = r.id)",
-    "output_attachment_ids": "(SELECT 39 * count(*) FROM run_attachments a WHERE a.run_id = r.id)",
-    **{name: f"octet_length(({projection.RUN_COLUMNS[name]})::text)" for name in projection.RUN_JSON},
+# projections: a connection keeps a hundred prepared statements, and one caller's must not push out everybody's. It is told
+# by a bit for each key: to look for names in a list took longer than the rest of the page.
+_PRODUCED = ("output_data", "run_message_history", "usage_metadata")
+_ATTACHED = ("input_attachment_ids", "output_attachment_ids")
+_TEXTS = ("error", "main_prompt", *(name for name in projection.RUN_JSON if name not in _PRODUCED))
+_BITS = {
+    name: 1 << place for place, name in enumerate((*_TEXTS, *_PRODUCED, *_ATTACHED, "pool_ids", "scheduling_reason"))
 }
-_OPTIONAL = _OCTETS.keys() | {"scheduling_reason"}
+
+
+def bits(fields: Collection[str]) -> int:
+    """What the statements are told of these keys."""
+    return sum(bit for name, bit in _BITS.items() if name in fields)
+
+
+def _shown(*fields: str) -> str:
+    return f"(:shown::bigint & {bits(fields)} <> 0)"
+
+
+def _if_shown(name: str) -> str:
+    column = projection.MANY_RUNS[name]
+    return f"CASE WHEN {_shown(name)} THEN {column} END" if name in _BITS else column
+
+
+def _octets(*names: str) -> str:
+    """About how many bytes of JSON these texts take."""
+    column = projection.RUN_COLUMNS
+    texts = {name: column[name] if name in projection.RUN_JSON else f"to_json({column[name]})" for name in names}
+    each = (f"CASE WHEN {_shown(name)} THEN octet_length({text}::text) END" for name, text in texts.items())
+    return " + ".join(f"coalesce({one}, 0)" for one in each)
+
+
+_ALL = bits(FIELDS)
 
 RUNS = Listing(
     "runs",
     "runs r",
-    octets=" + ".join(["1200", *(f"coalesce({_if_shown(name, sql)}, 0)" for name, sql in _OCTETS.items())]),
+    octets=f"""
+        1200 + {_octets(*_TEXTS)} + CASE WHEN {_shown("pool_ids")} THEN 39 * coalesce(cardinality(r.pool_ids), 0) ELSE 0 END
+        + CASE WHEN {_shown(*_ATTACHED)} THEN
+              (SELECT 39 * count(*) FROM run_attachments a WHERE a.run_id = r.id) ELSE 0 END
+        + CASE WHEN {_shown(*_PRODUCED)} THEN coalesce(
+              (SELECT {_octets(*_PRODUCED)} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt), 0) ELSE 0 END
+    """,
     row="r.id = listed.key",
 )
 
 ROWS = statement(
     "runs.rows",
     f"""
-    SELECT {
-        ", ".join(
-            f"{_if_shown(name, sql) if name in _OPTIONAL else sql} AS {name}"
-            for name, sql in projection.MANY_RUNS.items()
-        )
-    }
-    FROM {in_order("runs r")} {projection.RUN_SOURCE}
+    SELECT {", ".join(f"{_if_shown(name)} AS {name}" for name in projection.MANY_RUNS)}
+    FROM {in_order("runs r")} {projection.RUN_SOURCE} {projection.outputs_source(_shown(*_PRODUCED))}
     ORDER BY page.n
     """,
 )
@@ -124,12 +144,12 @@ ROWS = statement(
 async def list_runs(database: Database, wanted: RunFilter, fields: Collection[str], part: Slice) -> dict[str, object]:
     """One page of runs, with these keys. Raises Invalid as pages.page does."""
     branches, values = wanted.branches()
-    names = list(fields)
+    told = bits(fields)
 
     async def read_runs(connection: Connection, ids: list[UUID]) -> list[dict[str, Any]]:
-        return await projection.many(connection, await connection.fetch(ROWS, ids=ids, fields=names))
+        return await projection.many(connection, await connection.fetch(ROWS, ids=ids, shown=told))
 
-    found = await page(database, RUNS, branches, part, values, read_runs, fields=names)
+    found = await page(database, RUNS, branches, part, values, read_runs, shown=told)
     return part.shown([{name: value for name, value in run.items() if name in fields} for run in found.rows], found)
 
 
@@ -147,12 +167,11 @@ OCTETS = statement(
 
 async def read(connection: Connection, ids: Sequence[UUID], max_bytes: int) -> list[dict[str, Any]] | None:
     """These runs, whole; None if they are more than one and have more bytes. Raises NoRoom."""
-    names = list(FIELDS)
-    octets = await connection.fetchval(OCTETS, ids=ids, fields=names)
+    octets = await connection.fetchval(OCTETS, ids=ids, shown=_ALL)
     if len(ids) > 1 and octets > max_bytes:
         return None
     in_flight.hold_reply(octets)
-    return await projection.many(connection, await connection.fetch(ROWS, ids=ids, fields=names))
+    return await projection.many(connection, await connection.fetch(ROWS, ids=ids, shown=_ALL))
 
 
 def shown_fields(fields: Sequence[str] | None) -> Collection[str]:

@@ -39,9 +39,14 @@ def _attachment_ids(kind: str) -> str:
     )
 
 
-def _produced(column: str) -> str:
-    """Of the current attempt. Not joined: a plan made while the table is nearly empty would read all of it ever after."""
-    return f"(SELECT o.{column} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt)"
+def outputs_source(condition: str = "true") -> str:
+    """A join for `o`: what the current attempt produced, one row at most. The limit keeps the planner from another kind of
+    join, which made while the table is nearly empty would read all of it ever after."""
+    return f"""
+    LEFT JOIN LATERAL (
+        SELECT * FROM run_outputs WHERE {condition} AND run_id = r.id AND attempt = r.attempt LIMIT 1
+    ) AS o ON true
+    """
 
 
 # What keeps a waiting run in a session: one that is at work, or one that is before it in their lane. In the order of the
@@ -87,6 +92,7 @@ END
 """
 
 
+# From `runs r`, RUN_SOURCE and outputs_source.
 RUN_COLUMNS = {
     "id": "r.id::text",
     "workflow_id": "r.workflow_id::text",
@@ -100,9 +106,9 @@ RUN_COLUMNS = {
     "assignment": "r.assignment",
     "is_priority": "r.is_priority",
     "error": "r.error",
-    "output_data": _produced("output_data"),
+    "output_data": "o.output_data",
     "output_attachment_ids": _attachment_ids("output"),
-    "run_message_history": _produced("run_message_history"),
+    "run_message_history": "o.run_message_history",
     "input_attachment_ids": _attachment_ids("input"),
     "input_values": "r.input_values",
     "sensitive_input_aliases": "r.sensitive_input_aliases",
@@ -115,7 +121,7 @@ RUN_COLUMNS = {
     "ended_at": "r.ended_at",
     "main_prompt": "r.main_prompt",
     "model_metadata": "r.model_metadata",
-    "usage_metadata": _produced("usage_metadata"),
+    "usage_metadata": "o.usage_metadata",
     "traceparent": "r.traceparent",
 }
 # For many runs at once: what is to be said of a lane is found out afterwards, by `many`.
@@ -163,7 +169,10 @@ _OCTETS = " + ".join(
 )
 # Each column is found once, to be weighed and to be shown.
 _WHOLE = f"""
-    FROM (SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE} WHERE r.id = :run_id AND {SEEN} OFFSET 0) AS whole
+    FROM (
+        SELECT {columns(RUN_COLUMNS)} FROM runs r {RUN_SOURCE} {outputs_source()}
+        WHERE r.id = :run_id AND {SEEN} OFFSET 0
+    ) AS whole
 """
 _ORDINARY_BYTES = 64 * 1024
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import cache, partial
 from typing import Any, Literal
 from uuid import UUID
 
@@ -313,7 +314,7 @@ class Deliverer:
         self._services = services
         self._database = services.database
         self._allowed = Allowed.parse(settings.webhook_allow)
-        self._context = trust(settings.webhook_cacert)
+        self._context = cache(partial(trust, settings.webhook_cacert))
         self._slots = Slots("webhooks", MAX_SENDING)
         self._ahead = ahead
         self._secrets: dict[str, tuple[str | None, float]] = {}

@@ -66,7 +66,8 @@ def trust(cacert: Path | None) -> ssl.SSLContext:
 class Post:
     """One POST, run in a thread by `send` and given up from another by `abort`."""
 
-    def __init__(self, allowed: Allowed, context: ssl.SSLContext, resolve: Resolve = resolve) -> None:
+    def __init__(self, allowed: Allowed, context: Callable[[], ssl.SSLContext], resolve: Resolve = resolve) -> None:
+        """`context` is asked for in the thread that sends, and only for https: to read all authorities takes 30 ms."""
         self._allowed = allowed
         self._context = context
         self._resolve = resolve
@@ -128,7 +129,7 @@ class Post:
         raise failure
 
     def _open(self, url: Url, address: Address) -> HTTPConnection:
-        kind = partial(HTTPSConnection, ssl_context=self._context) if url.secure else HTTPConnection
+        kind = partial(HTTPSConnection, ssl_context=self._context()) if url.secure else HTTPConnection
         connection = kind(url.host, url.port, timeout=SEND_SECONDS)
 
         def new_socket() -> socket.socket:

@@ -19,7 +19,6 @@ from datetime import timedelta
 from typing import Any, ClassVar, NamedTuple
 from uuid import uuid4
 
-import asyncpg
 import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, note, seed, settings
@@ -513,25 +512,20 @@ def mostly(known: Sequence[str], unknown: str = UNKNOWN) -> st.SearchStrategy[st
 
 
 class QuickStack(Stack):
-    """The same stack, looked at through one connection, and a collector that runs when it is told to."""
+    """The same stack, and a collector that runs when it is told to."""
 
     def connect(self) -> None:
         # Made once: making them asks Vault, which may be down later.
         self._settings = settings = settings_of(self)
         self._runner = asyncio.Runner()
-        self._connection = self._runner.run(asyncpg.connect(self.postgres.url))
         self._database = Database(settings)
         self._vault, self._files = SecretStore(settings), FileStore(settings)
 
     def close(self) -> None:
-        self._runner.run(self._connection.close())
         self._database.close()
         self._runner.run(self._vault.close())
         self._runner.run(self._files.close())
         self._runner.close()
-
-    def sql(self, query: str, *arguments: object) -> list[dict[str, Any]]:
-        return [dict(row) for row in self._runner.run(self._connection.fetch(query, *arguments))]
 
     def collect(self, ahead: float) -> None:
         """All that is due on a clock that is `ahead` seconds later."""
@@ -934,7 +928,8 @@ def ready(server: Server) -> bool:
 def quick(broken: Stack) -> Iterator[QuickStack]:
     stack = QuickStack(broken.folder, broken.postgres, broken.bao)
     stack.connect()
-    yield stack
+    with stack.keeping_connections():
+        yield stack
     stack.close()
 
 

@@ -21,7 +21,7 @@ FILES = sorted(path.name for path in FOLDER.iterdir())
 @pytest.fixture(scope="module")
 def anyone(server: Server) -> Iterator[httpx.Client]:
     """Without a key."""
-    with httpx.Client(base_url=server.url, trust_env=False, timeout=10) as client:
+    with httpx.Client(base_url=server.url, trust_env=False, verify=False, timeout=10) as client:
         yield client
 
 
@@ -110,7 +110,7 @@ def test_can_be_turned_off(stack: Stack) -> None:
     server = start_server(stack, CONSOLE="off")
     try:
         for path in ("/console", "/console/", "/console/main.js"):
-            reply = httpx.get(server.url + path, trust_env=False)
+            reply = httpx.get(server.url + path, trust_env=False, verify=False)
             assert (reply.status_code, reply.json()["code"]) == (404, "route_not_found")
     finally:
         server.app.stop()

@@ -4,7 +4,8 @@ The process wraps asyncpg's statements, hvac's two calls, the file store's put a
 and the reply, and counts each as a named point ("COMMIT after#2": the second COMMIT has been answered). Only points of
 requests that come in after `arm()` count, so setting a scene costs none. At the chosen point the fault happens.
 
-Processes are forked from one that has the application imported, so a start takes a tenth of a second.
+Processes are forked from one that has the application imported and its document made (`forked`), so a start takes a tenth of
+a second.
 """
 
 import asyncio
@@ -30,10 +31,12 @@ import asyncpg
 import httpx
 import hvac.api.secrets_engines.kv_v2
 import uvicorn
+from fastapi import FastAPI
 
+from app import cli
 from app.api.server import Protocol
-from app.cli import application
 from app.config import Settings
+from app.main import create_app
 from app.runs.retry import SWITCH, SWITCH_STAGED
 from app.services import Services
 from app.stores import deletions, files
@@ -210,11 +213,19 @@ def _enter(environment: Mapping[str, str], log: Path) -> None:
 
 def serve(folder: Path, environment: Mapping[str, str], plan: Plan) -> None:
     """A server process: what `python -m app serve` runs, with the faults of the plan."""
+    from tests.support.forked import DOCUMENT  # made before the fork
+
+    def with_document(settings: Settings) -> FastAPI:
+        made = create_app(settings)
+        made.openapi_schema = DOCUMENT
+        return made
+
     _enter(environment, folder / "app.log")
     faults = Faults(folder, plan)
     faults.install()
+    setattr(cli, "create_app", with_document)  # noqa: B010 - it is the application's own name there
     uvicorn.run(
-        faults.serving(application()),
+        faults.serving(cli.application()),
         host="127.0.0.1",
         port=int(environment["PORT"]),
         loop="uvloop",
@@ -304,9 +315,7 @@ async def collect_until_empty(
 
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    ["tests.support.faults", "uvloop", "uvicorn.protocols.http.httptools_impl", "app.handoff.temporal"]
-)
+_forks.set_forkserver_preload(["tests.support.faults", "tests.support.forked"])
 
 
 class FaultyServer(Server):
@@ -326,7 +335,7 @@ class FaultyServer(Server):
     def _answers(self) -> bool:
         assert self._process.is_alive(), self.log()
         try:
-            return httpx.get(f"{self.url}/health/live", trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}/health/live", trust_env=False, verify=False).status_code == 200
         except httpx.TransportError:
             return False
 

@@ -49,7 +49,7 @@ OUTAGES = {
 
 
 def ready(server: Server) -> tuple[int, list[str]]:
-    reply = httpx.get(f"{server.url}/health/ready", timeout=10, trust_env=False)
+    reply = httpx.get(f"{server.url}/health/ready", timeout=10, trust_env=False, verify=False)
     return reply.status_code, reply.json()["down"]
 
 

@@ -16,6 +16,35 @@ from app.config import Settings
 from dev.stack import Bao, Postgres
 
 
+class _Looking:
+    """A connection of ours, with the event loop that it needs."""
+
+    def __init__(self, url: str) -> None:
+        self._runner = asyncio.Runner()
+        try:
+            # No plan is kept: tables change under it.
+            self._connection = self._runner.run(asyncpg.connect(url, timeout=10, statement_cache_size=0))
+        except BaseException:
+            self._runner.close()
+            raise
+
+    def is_open(self) -> bool:
+        """Whether PostgreSQL is still there; else it is closed."""
+        self._runner.run(asyncio.sleep(0.0))  # the loop hears of an end that came meanwhile
+        if self._connection.is_closed():
+            self.close()
+            return False
+        return True
+
+    def rows(self, query: str, *arguments: object) -> list[dict[str, Any]]:
+        return [dict(row) for row in self._runner.run(self._connection.fetch(query, *arguments))]
+
+    def close(self) -> None:
+        self._connection.terminate()
+        self._runner.run(asyncio.sleep(0.0))
+        self._runner.close()
+
+
 class Stack:
     """PostgreSQL, OpenBao and a folder, set up as in production, and ways to look into them by hand."""
 
@@ -31,6 +60,18 @@ class Stack:
         self.bao = bao
         self.files = folder / "files"
         self.files.mkdir(exist_ok=True)
+        self._kept: list[_Looking] | None = None
+
+    @contextmanager
+    def keeping_connections(self) -> Iterator[None]:
+        """Within the block `sql` uses a connection again: to make one takes longer than most statements."""
+        self._kept = []
+        try:
+            yield
+        finally:
+            for one in self._kept:
+                one.close()
+            self._kept = None
 
     def beside(self, url: str) -> "Stack":
         """The same with another database, by its owner's URL."""
@@ -51,16 +92,17 @@ class Stack:
         return {name: str(value) for name, value in (base | self.settings | settings).items()}
 
     def sql(self, query: str, *arguments: object) -> list[dict[str, Any]]:
-        """Rows of one statement, as the database's owner."""
-
-        async def run() -> list[dict[str, Any]]:
-            connection = await asyncpg.connect(self.url, timeout=10)
-            try:
-                return [dict(row) for row in await connection.fetch(query, *arguments)]
-            finally:
-                await connection.close()
-
-        return asyncio.run(run())
+        """Rows of one statement, as the database's owner. Threads may call it side by side."""
+        one = self._kept.pop() if self._kept else None
+        if one is None or not one.is_open():
+            one = _Looking(self.url)
+        try:
+            return one.rows(query, *arguments)
+        finally:
+            if self._kept is None:
+                one.close()
+            else:
+                self._kept.append(one)
 
     @contextmanager
     def held(
@@ -177,7 +219,9 @@ def own_stack(folder: Path, **settings: str) -> Iterator[Stack]:
     """Parts that nobody else uses: for tests that break them, turn their clocks or read all there is."""
     with Postgres(folder, fsync=False) as postgres, Bao(folder) as bao:
         migrate(postgres, **settings)
-        yield Stack(folder, postgres, bao, **settings)
+        made = Stack(folder, postgres, bao, **settings)
+        with made.keeping_connections():
+            yield made
 
 
 @contextmanager
@@ -187,7 +231,8 @@ def own_database(stack: Stack, name: str) -> Iterator[Stack]:
     stack.sql(f"CREATE DATABASE {name}")
     own = Stack(stack.folder, stack.postgres, stack.bao, name, **stack.settings)
     migrate(own.postgres, own.url)
-    yield own
+    with own.keeping_connections():
+        yield own
     stack.sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 

@@ -28,7 +28,7 @@ def send(
     context: ssl.SSLContext | None = None,
     connect_by: float = NEVER,
 ) -> Answer:
-    post = Post(allowed, context or ssl.create_default_context(), lambda *_: addresses)
+    post = Post(allowed, lambda: context or ssl.create_default_context(), lambda *_: addresses)
     return post.send(url, {"Content-Type": "application/json"}, b"{}", connect_by=connect_by)
 
 
@@ -68,7 +68,7 @@ def test_a_name_that_resolves_to_another_address_a_moment_later(
     monkeypatch.setattr(socket, "socket", Refusing)
     port = receiver.server.server_port
     with pytest.raises(Failed) as failed:
-        Post(Allowed(), ssl.create_default_context()).send(
+        Post(Allowed(), ssl.create_default_context).send(
             f"https://rebinding.example:{port}/", {}, b"", connect_by=NEVER
         )
     assert failed.value.code == "connection_failed"
@@ -94,7 +94,7 @@ def test_a_name_without_an_address_is_told_from_nothing_else(receiver: Receiver)
         raise socket.gaierror
 
     with pytest.raises(Failed) as failed:
-        Post(Allowed(), ssl.create_default_context(), unknown).send("https://no.example/", {}, b"", connect_by=NEVER)
+        Post(Allowed(), ssl.create_default_context, unknown).send("https://no.example/", {}, b"", connect_by=NEVER)
     assert failed.value.code == refused("https://internal.example/", "127.0.0.1", allowed=Allowed())
 
 
@@ -160,7 +160,7 @@ class Rude:
 def test_a_receiver_that_never_ends_is_broken_off(pieces: list[bytes]) -> None:
     """Each byte would renew the patience of a socket; giving up does not wait for one."""
     with closing(Rude(*pieces, pause=0.01)) as rude:
-        post = Post(LOOPBACK, ssl.create_default_context())
+        post = Post(LOOPBACK, ssl.create_default_context)
         threading.Timer(0.3, post.abort).start()
         began = time.monotonic()
         with pytest.raises(Failed) as failed:
@@ -170,7 +170,7 @@ def test_a_receiver_that_never_ends_is_broken_off(pieces: list[bytes]) -> None:
 
 
 def test_what_was_given_up_before_it_began_connects_to_nothing(receiver: Receiver) -> None:
-    post = Post(LOOPBACK, ssl.create_default_context())
+    post = Post(LOOPBACK, ssl.create_default_context)
     post.abort()
     with pytest.raises(Failed):
         post.send(f"{receiver.url}/", {}, b"{}", connect_by=NEVER)
@@ -223,7 +223,7 @@ def test_a_certificate_is_checked_for_the_name_and_not_for_the_address(
 
 def test_a_handshake_that_never_ends_is_broken_off(issuer: Authority) -> None:
     with closing(Rude(pause=0.01)) as rude:
-        post = Post(LOOPBACK, trust(issuer.ca))
+        post = Post(LOOPBACK, lambda: trust(issuer.ca))
         threading.Timer(0.3, post.abort).start()
         with pytest.raises(Failed) as failed:
             post.send(rude.url.replace("http:", "https:"), {}, b"{}", connect_by=NEVER)

@@ -29,7 +29,9 @@ def install(app: FastAPI, *, console: bool) -> None:
     async def page(request: Request) -> Response:
         return index.reply(request)
 
-    async def asset(request: Request) -> Response:
+    def asset(
+        request: Request,
+    ) -> Response:  # in a thread: the first one who asks for a file waits until it is compressed
         if (file := assets.get(request.path_params["name"])) is None:
             raise RouteNotFound
         return file.reply(request)
