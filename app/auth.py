@@ -1,4 +1,4 @@
-"""API keys: who is calling, and on behalf of which organization."""
+"""API keys: who is calling, and on behalf of which organization. It makes and changes no keys (keys.py)."""
 
 import hashlib
 import re
@@ -88,7 +88,7 @@ class Actor:
     reason: str | None = None
 
     def parameters(self) -> dict[str, object]:
-        """What a statement with `recording` takes of it."""
+        """The parameters of a statement that contains `events.record`."""
         return {
             "key_id": self.key_id,
             "user_id": self.user_id,

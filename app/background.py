@@ -1,5 +1,7 @@
-"""The loops of a process: what follows a commit, and what time brings. They are woken after commits and also look by
-themselves, so nothing depends on a wake-up; every replica has them, and row locks divide their work.
+"""The loops of a process: the work after a commit, and the work that is due by time.
+
+They are woken after commits and also look by themselves, so nothing depends on a wake-up; every replica has them, and row
+locks divide their work.
 
 What a round does, and its SQL, stand with its subject. Here is only when it is done.
 """

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -41,6 +42,8 @@ from app.telemetry.logs import configure
 
 T = TypeVar("T")
 
+_MOST_TIME = 1_000_000  # days or hours: far more than anybody means, and no date beyond all bounds
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -62,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     create.add_argument("--organization", required=True, help="organization the key belongs to")
     create.add_argument("--user", type=UUID, help="user the key belongs to")
     create.add_argument("--name", help="what the key is for")
-    create.add_argument("--expires-in-days", type=float, help="default: never")
+    create.add_argument("--expires-in-days", type=_span, help="default: never")
     scopes = [*auth.SCOPES, auth.EVERYTHING]
     create.add_argument("--scope", action="append", choices=scopes, help="what it may do; may be repeated; default: *")
     create.add_argument("--machine", type=UUID, help="for an executor: it sees and reports only this machine's runs")
@@ -75,7 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
         "rotate", help="make a key like an old one, which ends after a while; shown on the last line"
     )
     rotate.add_argument("id", type=UUID)
-    rotate.add_argument("--overlap-hours", type=float, default=24, help="how long the old one still works; default: 24")
+    rotate.add_argument(
+        "--overlap-hours", type=_span, default=24, help="how long the old one still works; default: 24"
+    )
     rotate.set_defaults(run=_rotate_key)
     revoke = key.add_parser("revoke", help="make a key useless at once")
     revoke.add_argument("id", type=UUID)
@@ -208,18 +213,31 @@ def _failure(problem: DBAPIError) -> str:
     )
 
 
+def _span(written: str) -> float:
+    """Days or hours. Raises argparse.ArgumentTypeError."""
+    with suppress(ValueError):
+        if abs(float(written)) <= _MOST_TIME:
+            return float(written)
+    raise argparse.ArgumentTypeError(f"must be a number, at most {_MOST_TIME:,}")
+
+
 def _create_key(options: argparse.Namespace) -> int:
     key, key_id = auth.new_key(), uuid4()
     days: float | None = options.expires_in_days
     scopes = options.scope or (["runs:read", "runs:execute"] if options.machine else [auth.EVERYTHING])
     if not re.fullmatch(ORGANIZATION_PATTERN, options.organization):
-        print("An organization's id is 1 to 64 of A-Z a-z 0-9 _ -.")
+        print("An organization's id is 1 to 64 of A-Z a-z 0-9 _ -.", file=sys.stderr)
         return 2
     if options.machine and not auth.EXECUTOR_SCOPES.issuperset(scopes):
-        print("A key that is bound to a machine may have no other scopes than runs:read and runs:execute.")
+        print(
+            "A key that is bound to a machine may have no other scopes than runs:read and runs:execute.",
+            file=sys.stderr,
+        )
         return 2
     if "runs:execute" in scopes and "runs:read" not in scopes and options.machine is None:
-        print("A key with runs:execute and without runs:read must be bound to a machine: give --machine.")
+        print(
+            "A key with runs:execute and without runs:read must be bound to a machine: give --machine.", file=sys.stderr
+        )
         return 2
     new = keys.NewKey(
         id=key_id,
@@ -232,7 +250,7 @@ def _create_key(options: argparse.Namespace) -> int:
         machine_id=options.machine,
     )
     if not _with_database(lambda connection: keys.insert(connection, new)):
-        print("The organization has no machine with this id.")
+        print("The organization has no machine with this id.", file=sys.stderr)
         return 1
     _show_key(key_id, key)
     return 0
@@ -247,7 +265,7 @@ def _rotate_key(options: argparse.Namespace) -> int:
     key, key_id, overlap = auth.new_key(), uuid4(), options.overlap_hours * 3600
     digest = auth.digest(key.encode())
     if not _with_database(lambda connection: keys.rotate(connection, options.id, key_id, digest, overlap)):
-        print("There is no key with this id that still works; see `keys list`.")
+        print("There is no key with this id that still works; see `keys list`.", file=sys.stderr)
         return 1
     print(f"The old key ends in {options.overlap_hours:g} hours.")
     _show_key(key_id, key)
@@ -278,7 +296,7 @@ def _plain(value: object) -> str:
 
 def _revoke_key(options: argparse.Namespace) -> int:
     if not _with_database(lambda connection: keys.revoke(connection, options.id)):
-        print("There is no key with this id; see `keys list`.")
+        print("There is no key with this id; see `keys list`.", file=sys.stderr)
         return 1
     print("Revoked.")
     return 0
@@ -288,7 +306,7 @@ def _delete_organization(options: argparse.Namespace) -> int:
     name: str = options.name
     found = _with_database(lambda connection: organizations.count(connection, name))
     if not found:
-        print("There is nothing of an organization with this name.")
+        print("There is nothing of an organization with this name.", file=sys.stderr)
         return 1
     most = organizations.COUNTED
     had = ", ".join(f"{kind}: {number:,}{' or more' if number == most else ''}" for kind, number in found.items())

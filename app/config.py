@@ -329,6 +329,7 @@ class Settings(DatabaseSettings):
     event_retention_days: int = Field(
         90, ge=0, le=36_500, description="How long events of runs are kept; 0 = for ever."
     )
+    # --- webhooks ---
     webhook_allow: Annotated[list[str], NoDecode] = Field(
         default=[],
         description="Comma-separated networks and host names that webhooks may go to beside public addresses over https.",

@@ -41,9 +41,10 @@ Refusal
     ├── VaultUnavailable       vault_unavailable
     ├── StorageUnavailable     storage_unavailable
     ├── DatabaseUnavailable    database_unavailable
+    │   └── OutcomeUnknown     database_unavailable; the change may have taken effect
     └── Overloaded             overloaded
 
-A sentence here never carries anything a caller sent, except ids and statuses of the caller's own run.
+A sentence here never carries anything a caller sent, except ids, statuses and names of secrets of the caller's own run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -238,7 +239,7 @@ class RetryTooSoon(Conflict):
 
     def __init__(self, seconds: int, from_: str) -> None:
         super().__init__(
-            f"The run has ended too short a time ago to be retried; a retry works from {from_} on, in {seconds} s.",
+            f"The run ended too recently to be retried. Retry it from {from_} on, in {seconds} s.",
             headers={"Retry-After": str(seconds)},
             retry_at=from_,
         )
@@ -253,7 +254,8 @@ class AttemptSuperseded(Conflict):
 
     def __init__(self, current: int) -> None:
         super().__init__(
-            f"This report is for an earlier attempt; the run is at attempt {current}. Stop working on the old one.",
+            f"This report or file is for an earlier attempt; the run is at attempt {current}."
+            " Stop working on the old one.",
             attempt=current,
         )
 
@@ -281,7 +283,9 @@ class TooManyWebhookEndpoints(Conflict):
     code = "too_many_webhook_endpoints"
 
     def __init__(self, most: int) -> None:
-        super().__init__(f"An organization can have {most} webhook endpoints; delete one that is not needed any more.")
+        super().__init__(
+            f"An organization can have at most {most} webhook endpoints; delete one that is not needed any more."
+        )
 
 
 class TooManyWebhookSecrets(Conflict):
@@ -307,7 +311,8 @@ class WebhookBodyDeleted(Conflict):
 class IdempotencyInProgress(Conflict):
     code = "idempotency_in_progress"
     detail = (
-        "Another request is still working on this Idempotency-Key or this run; send the same request again shortly."
+        "Another request still uses this Idempotency-Key or holds what this one changes; send the same request again"
+        " shortly."
     )
 
     def __init__(self) -> None:
@@ -372,7 +377,7 @@ class DatabaseUnavailable(Unavailable):
 
 class Overloaded(Unavailable):
     code = "overloaded"
-    detail = "The service has as many requests or bytes in hand as it may; nothing was changed. Send the request again."
+    detail = "The service is handling as many requests or bytes as it can; nothing was changed. Send the request again."
 
 
 class OutcomeUnknown(DatabaseUnavailable):

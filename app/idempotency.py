@@ -1,7 +1,7 @@
 """Idempotency-Key on every write: the first successful reply is stored with its effect and replayed byte for byte.
 
-A long reply is not stored, nor is any of an organization that has stored its share (stores/replies.py): then only the ids of
-what it showed are, and a replay shows that as it is now. No replay shows anything of a run that is gone.
+A reply is stored unless it is long, or its organization has used up its share (stores/replies.py). Then only the ids of
+what it showed are stored, and a replay shows those as they are now. No replay shows anything of a run that is gone.
 
 No record says "in progress". Twins may both do the work; the primary key decides in the transaction that has the effect, and
 the loser, whose work was rolled back, replays the winner's reply.

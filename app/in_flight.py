@@ -122,8 +122,10 @@ class Share:
         self.meters: Sequence[tuple[AtOnce, object]] = ()  # quotas for which it counts; changed while nothing is held
 
     async def hold(self, count: int) -> None:
-        """Hold so much in all, or more if it does already. Raises Overloaded and QuotaExceeded. Who wants more than there is
-        gets all."""
+        """Hold `count` bytes in all, at most the whole budget; waits up to TURN_SECONDS for room. Gives nothing back.
+
+        Raises Overloaded and QuotaExceeded.
+        """
         more = min(count, self._budget.limit) - self.held
         if more <= 0:
             return
@@ -200,7 +202,7 @@ def hold_reply(octets: int) -> None:
 async def with_room(read: Callable[[], Awaitable[T]]) -> T:
     """What `read` reads; once more after a wait if it found no room. It has given its connection back by then.
 
-    Raises Overloaded when there is no room in time.
+    Raises QuotaExceeded, and Overloaded when there is no room within TURN_SECONDS.
     """
     try:
         return await read()

@@ -1,4 +1,4 @@
-"""API keys as their keeper handles them: made, listed, rotated, revoked. For the command line, in the role that owns the
+"""Make, list, rotate and revoke API keys. For the command line, in the role that owns the
 tables: the service itself may do none of this. Whom a key stands for when it is used is found out in auth.py.
 """
 

@@ -12,7 +12,7 @@ from app.stores.statements import statement
 # A key is written at most so often, whichever replicas it is used with.
 EVERY_SECONDS = 60.0
 
-# A process comes back to a key a little later than that: else the first of two close calls would make the second one a miss.
+# A process notes a key again only a little after that: a little before, the statement would still skip it.
 _COME_BACK_SECONDS = EVERY_SECONDS + 5
 
 # Keys that a process remembers. One that it has forgotten is asked about once more, and no harm done.

@@ -1,4 +1,7 @@
-"""The tables. The migrations are written by hand; `alembic check` proves that they and this file agree."""
+"""The tables. The migrations are written by hand; `alembic check` proves that they and this file agree.
+
+It knows columns, indexes and constraints. What may happen to a row is decided elsewhere.
+"""
 
 import enum
 from datetime import datetime
@@ -152,7 +155,7 @@ class Machine(Base):
     alerts_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
     reserved_session_id: Mapped[UUID | None]
     last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
-    # When it is next looked at whether it has fallen silent; null while it is offline, and as long as it gave no sign of life.
+    # When we next check whether it has fallen silent. Null while it is offline, and until its first sign of life.
     look_at: Mapped[datetime | None]
     silenced_at: Mapped[datetime | None]  # since when it is offline only because it was silent
     starts_with_claim: Mapped[bool] = mapped_column(server_default=text("false"))  # the last run that began on it did
@@ -211,9 +214,9 @@ class Run(Base):
         # Lists, newest first: one index per filter, each enough for an index-only count.
         Index("ix_runs_organization", "organization_id", text("created_at DESC"), text("id DESC")),
         Index("ix_runs_workflow", "workflow_id", "organization_id", text("created_at DESC"), text("id DESC")),
-        # In the database its status has the collation "C", which keeps it from what asks for a state and something else, which
-        # has an index of its own: while statistics know of no run that waits or runs, this one would seem as good, and read
-        # all that do.
+        # In the database this index has the collation "C" on status, so the planner takes it only for conditions that say so
+        # (runs/listing.py). Conditions on status and something else have indexes of their own: with old statistics the
+        # planner could prefer this one for them, and read all runs that wait or run.
         Index("ix_runs_status", "organization_id", "status", text("created_at DESC"), text("id DESC")),
         Index(
             "ix_runs_assigned_machine",

@@ -81,7 +81,7 @@ def exceeded(*standings: Standing, is_too_large: bool = False) -> QuotaExceeded:
     )
     advice = "Ask for fewer at a time." if is_too_large else f"Send the request again in {wait} s."
     return QuotaExceeded(
-        f"That is more than {quota} allow; nothing was changed. {advice}",
+        f"This request goes over the quota {quota}; nothing was changed. {advice}",
         headers=fields(standings) | {"Retry-After": str(wait)},
         **{"violated-policies": [one.policy.name for one in standings]},
     )

@@ -1,6 +1,6 @@
 """What must be right before the service serves: each wrong way to start is one line that names the setting and the fix.
 
-Only what waiting cannot mend ends a start. A store that is down is told by readiness, and the service starts without it.
+Only what waiting cannot mend ends a start. A store that is down shows in readiness; the service starts without it.
 """
 
 import asyncio

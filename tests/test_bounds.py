@@ -479,6 +479,17 @@ class TestBodies(Fresh):
             body = json.dumps({"x": "y" * 3 * MB}).encode()
             assert send_whole(fresh, post(api, path, len(body)), body) == status
 
+    def test_what_can_never_fit_is_not_to_be_sent_again(self, stack: Stack) -> None:
+        """Neither its texts nor its values are too much for themselves."""
+        server = start_server(stack, MAX_IN_FLIGHT_BYTES=10 * MB)
+        try:
+            with server.client() as api:
+                body = json.dumps({"input_values": {"a": "x" * 3_800_000, "b": [0] * 20_000}}).encode()
+                reply = api.patch(f"/v1/runs/{uuid4()}", content=body, headers={"Content-Type": "application/json"})
+                assert reply.status_code == 413, reply.text
+        finally:
+            server.app.stop()
+
     def test_wide_characters_count_for_what_they_take(self, fresh: Server, api: Client) -> None:
         """One of them makes a text take four times as much."""
         values = {"a": "x" * 40 * MB + "\N{GRINNING FACE}"}

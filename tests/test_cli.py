@@ -65,6 +65,21 @@ def test_a_key_that_expires(server: Server, organization: str, capsys: pytest.Ca
             assert api.get("/v1/runs").status_code == status
 
 
+@pytest.mark.parametrize("days", ["nan", "inf", "1e9", "soon"])
+def test_how_long_a_key_lives_must_be_a_number(
+    days: str, organization: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["keys", "create", "--organization", organization, "--expires-in-days", days])
+    assert "argument --expires-in-days: must be a number, at most 1,000,000" in capsys.readouterr().err
+
+
+def test_what_went_wrong_is_not_where_the_key_is_read(organization: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "create", "--organization", organization, "--machine", str(uuid4())]) == 1
+    assert main(["keys", "rotate", str(uuid4())]) == 1
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "a b", "x" * 65, "é", "a\n"])
 def test_an_organization_must_fit_a_path_in_vault(name: str, stack: Stack) -> None:
     assert main(["keys", "create", f"--organization={name}"]) == 2

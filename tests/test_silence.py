@@ -106,6 +106,12 @@ def with_its_key(api: Client, stack: Stack, machine: str) -> None:
     assert api.get("/v1/whoami", headers={"Authorization": f"Bearer {key}"}).is_success
 
 
+def with_another_machines_key(api: Client, stack: Stack, machine: str) -> None:
+    key = stack.new_key(api.organization, scopes=["runs:read", "runs:execute"], machine_id=api.machine())
+    params = {"machine_id": machine, "status": "scheduling"}
+    assert api.get("/v1/runs", params=params, headers={"Authorization": f"Bearer {key}"}).is_success
+
+
 def with_a_readers_key(api: Client, stack: Stack, machine: str) -> None:
     key = stack.new_key(api.organization, scopes=["runs:read"])
     params = {"machine_id": machine, "status": "scheduling"}
@@ -133,6 +139,7 @@ NO_SIGNS: dict[str, Callable[[Client, Stack, str], object]] = {
     "is renamed": lambda api, _, machine: api.patch(f"/v1/machines/{machine}", json={"name": "x"}),
     "a cancel": cancel,
     "a key that executes nothing": with_a_readers_key,
+    "the key of another machine": with_another_machines_key,
     "another organization": of_another_organization,
 }
 
@@ -200,6 +207,17 @@ def test_a_machine_that_never_gave_a_sign_of_life_is_not_missed(api: Client, sta
     stack.sql("UPDATE machines SET last_seen = now() - interval '1 year' WHERE id = $1", machine)
     falls_silent(api, stack, other)
     assert status(api, machine) == "connected"
+
+
+def test_a_clock_that_is_ahead_hides_no_silence(api: Client, stack: Stack) -> None:
+    """An executor may say when it was last heard of."""
+    machine = api.machine()
+    gives_a_sign(api, stack, machine)
+    api.json_of(api.patch(f"/v1/machines/{machine}", json={"last_seen": "2099-01-01T00:00:00Z"}))
+    stack.sql("UPDATE machines SET look_at = now() WHERE id = $1", machine)
+    until(lambda: row(stack, machine)["last_seen"] < datetime.now(UTC) + timedelta(seconds=1))
+    time_passes(stack, machine)
+    until(lambda: status(api, machine) == "disconnected", what="the machine is disconnected")
 
 
 def test_a_machine_that_goes_on_giving_signs_is_not_silent(api: Client, stack: Stack) -> None:

@@ -51,8 +51,8 @@ def requested_range(headers: Headers, size: int, etag: str) -> tuple[int, int] |
 async def respond(services: Services, file: Record, headers: Headers) -> Response:
     """The bytes, or the range that the request asks for, in chunks; no connection to the database is held meanwhile.
 
-    Raises RangeNotSatisfiable, StorageUnavailable, and AttachmentNotFound if the bytes went since the row was read. A file
-    that goes while it is being sent breaks the connection: the caller has less than Content-Length.
+    Raises RangeNotSatisfiable, StorageUnavailable, Overloaded, QuotaExceeded, and AttachmentNotFound if the bytes went since
+    the row was read. A file that goes while it is being sent breaks the connection: the caller has less than Content-Length.
     """
     size = file["size_bytes"]
     etag = f'"{file["id"]}"'  # the bytes of an attachment never change

@@ -1,8 +1,8 @@
 """The quotas that are decided before a body is read: requests, bytes in flight, long polls, and failed authentications.
 
-They are counted in this process: with several, each allows as much. Who is refused here has cost nobody else more than the
-statement that tells whose key it is. Who does not heed a refusal waits for the next ones: others need the time that it takes
-to refuse.
+They are counted in this process: with several processes, each allows the full quota. A refused request has cost only the
+statement that finds its key. A caller that goes on after many refusals gets the next ones late: refusing takes time from
+others.
 """
 
 import asyncio

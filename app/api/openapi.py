@@ -1,4 +1,4 @@
-"""The document at /openapi.json, which tells the truth.
+"""The document at /openapi.json, made from what each route declares.
 
 Bodies are read by requests.py and replies are built as bytes, so FastAPI cannot see them: each route names them with
 `operation()`.

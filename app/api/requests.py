@@ -4,7 +4,6 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from typing import Any, TypeVar
@@ -73,7 +72,7 @@ SENTENCES = {
     "model_type": "Must be an object.",
     "name_too_long": "Names in it may have at most {max_length} characters.",
     "none_required": "Only null is accepted here.",
-    "not_supported": "This service does not support it, and does not ignore it in silence: leave it out.",
+    "not_supported": "Not supported by this service; leave it out.",
     "number_out_of_range": "Integers must fit 64 bits.",
     "string_nul": "The character U+0000 is not allowed.",
     "string_too_long": "May have at most {max_length} characters.",
@@ -199,8 +198,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> 
     finally:
         for one in (task, left):
             one.cancel()
-            with suppress(asyncio.CancelledError):
-                await one
+        await asyncio.gather(task, left, return_exceptions=True)
 
 
 async def still_known(request: Request) -> None:
@@ -212,7 +210,11 @@ async def still_known(request: Request) -> None:
 
 
 async def read(request: Request, model: type[Model]) -> tuple[Model, WriteRequest]:
-    """The body as `model` (an absent body equals `{}`) and what idempotency needs to know of the request."""
+    """The body as `model` (an absent body equals `{}`) and what idempotency needs to know of the request.
+
+    Raises Invalid, PayloadTooLarge, UnsupportedMediaType, RequestTimeout, Unauthorized, QuotaExceeded, Overloaded and
+    ClientDisconnect.
+    """
     settings = services(request).settings
     raw = await _read_body(request, _limit(settings, model))
     if len(raw) <= INLINE_BYTES or "idempotency-key" not in request.headers:
@@ -246,8 +248,8 @@ async def _parsed(request: Request, raw: bytes, model: type[Model]) -> Model:
     else:
         before = await _in_turn(request, weights.before, raw, settings)
         await in_flight.hold(before)
-        parsed, after = await _in_turn(request, _parse_and_weigh, raw, model, settings)
-        in_flight.hold_at_once(before - len(raw) + after)
+        parsed, units = await _in_turn(request, _parse_and_weigh, raw, model, settings, before - len(raw))
+        in_flight.hold_at_once(units)
     await still_known(request)
     return parsed
 
@@ -279,9 +281,9 @@ def _limit(settings: Settings, model: type[BaseModel]) -> int:
     return settings.max_body_bytes if _is_long(model) else min(settings.max_body_bytes, settings.max_small_body_bytes)
 
 
-def _parse_and_weigh(raw: bytes, model: type[Model], settings: Settings) -> tuple[Model, int]:
+def _parse_and_weigh(raw: bytes, model: type[Model], settings: Settings, values: int) -> tuple[Model, int]:
     parsed = _parse(raw, model, settings)
-    return parsed, weights.after(raw, parsed, settings)
+    return parsed, weights.after(raw, parsed, settings, values)
 
 
 def _parse(raw: bytes, model: type[Model], settings: Settings) -> Model:

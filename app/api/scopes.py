@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from app.auth import Principal
 from app.errors import InsufficientScope
 
-# The scope that a key needs here which is bound to a machine; it sees only what is that machine's. Null: no use for it.
+# The scope that a key bound to a machine needs for this route. Such a key sees only its machine's rows. Null: not for it.
 BOUND = "x-machine-keys"
 
 

@@ -27,13 +27,13 @@ def before(raw: bytes, settings: Settings) -> int:
     return len(raw) + _VALUE * values
 
 
-def after(raw: bytes, parsed: BaseModel, settings: Settings) -> int:
-    """Of what was parsed, but for the number of its values. Raises PayloadTooLarge if no request may take so much."""
+def after(raw: bytes, parsed: BaseModel, settings: Settings, values: int) -> int:
+    """Of what was parsed; `values` is the part for their number. Raises PayloadTooLarge if no request may take so much."""
     files = _file_bytes(parsed) * 4 // 3
     documents = max(len(raw) - files, 0)
     # A text takes one, two or four bytes for each of its characters, whatever most of them are.
     texts = documents if raw.isascii() and b"\\u" not in raw else _text_bytes(parsed)
-    units = files + (texts + _COPIES * documents) // _BYTES_PER_UNIT
+    units = values + files + (texts + _COPIES * documents) // _BYTES_PER_UNIT
     if units > settings.max_in_flight_bytes:
         raise PayloadTooLarge(
             "The values in the body take more memory than one request may; send fewer or smaller ones."

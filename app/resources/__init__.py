@@ -1,1 +1,1 @@
-"""Workflows, machines and pools: what runs need of them."""
+"""Workflows, machines, pools and webhook endpoints; for the command line: delete an organization, compare the stores."""

@@ -95,7 +95,10 @@ ENDPOINTS = statement(
     f"""
     SELECT page.id, secret.path AS name, NULL::bigint AS size
     FROM (SELECT id FROM webhook_endpoints WHERE id > :after ORDER BY id LIMIT {PAGE}) AS page
-    LEFT JOIN LATERAL (SELECT path FROM webhook_secrets w WHERE w.endpoint_id = page.id OFFSET 0) AS secret ON true
+    LEFT JOIN LATERAL (
+        SELECT path FROM webhook_secrets w
+        WHERE w.endpoint_id = page.id AND (w.expires_at IS NULL OR w.expires_at > now()) OFFSET 0
+    ) AS secret ON true
     ORDER BY page.id
     """,
 )
@@ -103,7 +106,10 @@ ENDPOINTS_AGAIN = statement(
     "comparison.endpoints_again",
     """
     SELECT wanted.id, secret.path AS name, NULL::bigint AS size FROM unnest(:ids::uuid[]) AS wanted (id),
-         LATERAL (SELECT path FROM webhook_secrets w WHERE w.endpoint_id = wanted.id OFFSET 0) AS secret
+         LATERAL (
+        SELECT path FROM webhook_secrets w
+        WHERE w.endpoint_id = wanted.id AND (w.expires_at IS NULL OR w.expires_at > now()) OFFSET 0
+    ) AS secret
     """,
 )
 FILES = statement(

@@ -146,7 +146,7 @@ async def delete(services: Services, write: WriteRequest, pool_id: UUID) -> Repl
 
 
 async def add_machines(services: Services, write: WriteRequest, pool_id: UUID, options: MachinePoolAssignment) -> Reply:
-    """Add machines; those that are in it stay. Raises PoolNotFound, MachineNotFound; then none was added."""
+    """Add machines; those that are in it stay. Raises PoolNotFound, MachineNotFound, Invalid; then none was added."""
     organization_id = write.principal.organization_id
 
     async def show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:

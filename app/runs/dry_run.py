@@ -1,6 +1,7 @@
 """What a retry would do, decided by the very function that decides the retry, on a plain read.
 
 Nothing is written or locked, and neither Vault nor the file store is asked. A reply has names and counts, never a value.
+Quotas are not counted: what is left of them may be another a moment later.
 """
 
 from typing import Any
@@ -75,7 +76,7 @@ PLACEMENT = statement(
 
 
 async def dry_run(services: Services, principal: Principal, run_id: UUID, options: RunRetry) -> dict[str, Any]:
-    """What the retry would do. Raises RunNotFound, PayloadTooLarge, and Invalid where the retry would first of all."""
+    """What the retry would do. Raises RunNotFound, PayloadTooLarge, and Invalid if that is the retry's first refusal."""
     refuse_contradictions(options.session_id, options.start_session)
     staging.check_sizes(services, options.sensitive_input_values, options.file_inputs)
     named = {"run_id": run_id, "organization_id": principal.organization_id}

@@ -35,7 +35,8 @@ END = statement(
     WITH seen AS (
         SELECT run.* FROM {found("runs", "run_ids")} AS run WHERE run.status IN ('scheduling', 'running')
     ), ended AS (
-        UPDATE runs SET status = :status, error = :error, ended_at = now()
+        UPDATE runs SET status = :status, error = :error,
+                        ended_at = clock_timestamp()  -- now() may be before its start, for which this has waited
         WHERE ctid = ANY (ARRAY(SELECT tid FROM seen))
         RETURNING id, organization_id, attempt, (SELECT seen.status FROM seen WHERE seen.id = runs.id) AS before
     ), recorded AS (
@@ -254,7 +255,7 @@ EXPIRED = statement(
 
 async def note_expired_secrets(connection: Connection, names: Sequence[Name]) -> None:
     """Write an event for each run whose secret is among the names that the collector is about to destroy."""
-    # <prefix>/<organization>/<run>/<uuid>; other secrets than those of runs have other places.
+    # <prefix>/<organization>/<run>/<uuid>. A signing secret's path has four parts too: its endpoint's id matches no run.
     paths = {name.name: name.name.split("/") for name in names if name.store == "vault"}
     of_runs = [(parts[2], path) for path, parts in paths.items() if len(parts) == 4]
     if of_runs:

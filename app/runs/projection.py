@@ -194,7 +194,7 @@ async def get(connection: Connection, run_id: UUID, principal: Principal) -> dic
 
 
 async def find(database: Database, run_id: UUID, principal: Principal) -> dict[str, Any]:
-    """The same, and a long one waits for room. Raises RunNotFound and Overloaded."""
+    """The same, and a long one waits for room. Raises RunNotFound, QuotaExceeded and Overloaded."""
 
     async def read() -> dict[str, Any]:
         async with database.connection() as connection:

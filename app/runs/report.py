@@ -157,12 +157,12 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         return Reply(200, shown, [run_id], has_event=has_event)
 
     reply = await once(services, write, work, replays.RUN)
-    if machine_id is not None and not _only_stops(options):  # anybody may do that
+    if machine_id is not None and not _only_stops(options):  # anybody can cancel: no sign of life
         services.signs_of_life.note(write.principal.organization_id, machine_id)
     return reply
 
 
-# What anybody may send who may create and retry a run: to stop it. Whoever begins it has no say in that.
+# All that a key without runs:execute may send: enough to stop a run. No claim is needed for that.
 _STOPPING = {"status", "reason", "release_session_after"}
 
 

@@ -114,7 +114,7 @@ def _cools_down(run: Record, cooldown_seconds: int) -> RetryTooSoon | None:
         return None
     works_at = run["ended_at"] + timedelta(seconds=cooldown_seconds)
     left = (works_at - run["now"]).total_seconds()
-    # An executor says when it has ended. What lies further ahead than its clock may go wrong is no time to wait for.
+    # ended_at is by the executor's clock. If it is ahead by more than the cooldown, the clock is wrong: nobody waits for it.
     if not 0 < left <= 2 * cooldown_seconds:
         return None
     return RetryTooSoon(ceil(left), f"{works_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z")

@@ -85,7 +85,9 @@ HEADS = statement(
     ), open AS MATERIALIZED (
         SELECT n, lane FROM hops WHERE lane NOT LIKE 'machine:%'
         UNION ALL
-        SELECT 0, unnest(:pinned::text[])
+        SELECT 0, unnest(:pinned::text[]) WHERE EXISTS (  -- any at all: mostly nobody asks for a machine by name
+            SELECT FROM runs r WHERE r.organization_id = :organization_id AND {rules.waits("r")}
+              AND r.lane > 'machine:' AND r.lane < 'machine:~')
     ), reading AS MATERIALIZED (
         SELECT least(:most::bigint, greatest(2, 1000 / greatest(1, count(*)))) AS depth FROM open
     )

@@ -34,7 +34,7 @@ SILENT = statement(
         SELECT ctid AS tid, id, status = 'connected' AS is_up, last_seen FROM machines
         WHERE look_at <= now() ORDER BY look_at LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
     ), judged AS MATERIALIZED (
-        SELECT tid, CASE WHEN is_up THEN greatest(last_seen, (
+        SELECT tid, CASE WHEN is_up THEN greatest(least(last_seen, now()), (
             SELECT CASE WHEN status = 'running' THEN now() END FROM runs
             WHERE assigned_machine_id = due.id AND status IN ('scheduling', 'running') LIMIT 1
         )) + make_interval(secs => :seconds) END AS next
@@ -42,6 +42,7 @@ SILENT = statement(
     ), changed AS (
         UPDATE machines SET
             look_at = CASE WHEN next > now() THEN next END,
+            last_seen = least(last_seen, now()),  -- an executor whose clock is ahead must not be heard of for ever
             status = CASE WHEN next <= now() THEN 'disconnected' ELSE status END,
             silenced_at = CASE WHEN next <= now() THEN now() ELSE silenced_at END
         FROM judged WHERE machines.ctid = judged.tid

@@ -301,7 +301,9 @@ class DryRunResponse(Reply):
 
     run_id: UUID
     attempt: int = Field(description="The number that the next attempt would have.")
-    would_retry: bool = Field(description="Nothing speaks against it.")
+    would_retry: bool = Field(
+        description="Nothing speaks against it but perhaps a quota (429): those are not counted here."
+    )
     refusals: list[DryRunRefusal] = Field(description="All that speaks against it; the retry gives the first.")
     cleared: DryRunCleared = Field(description="What goes.")
     kept: list[str] = Field(description="Names of what the run has and keeps.")

@@ -1,7 +1,7 @@
 """The deletion list and its collector: the only code that deletes from Vault or the file store.
 
-The invariant, true after every commit: everything that exists in Vault or storage is named by a run (or one of its
-attachments) or is on this list; everything that an active run names exists.
+The invariant, true after every commit: everything that exists in Vault or storage is named by a run, one of its attachments
+or a webhook endpoint, or is on this list; everything that an active run names exists.
 
 A name gets on the list
 - before it is first written (staged), due after a grace time, and is taken off by the commit that adopts it;

@@ -1,4 +1,7 @@
-"""Attachment bytes in a folder or an object store: the only file that imports obstore."""
+"""Attachment bytes in a folder or an object store: the only file that imports obstore.
+
+It knows keys and bytes, not whose they are.
+"""
 
 import asyncio
 import errno
@@ -156,7 +159,10 @@ class FileStore:
         return gone
 
     async def signed_url(self, key: str, expires_in: int) -> str | None:
-        """A URL that reads the file for `expires_in` seconds without our help; None if the store is a folder."""
+        """A URL that reads the file for `expires_in` seconds without our help; None if the store is a folder.
+
+        Raises StorageUnavailable.
+        """
         store = self._store
         if not isinstance(store, S3Store | GCSStore | AzureStore):
             return None

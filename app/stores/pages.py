@@ -97,8 +97,8 @@ async def page(
 
     `branches` are conditions that exclude each other, and `values` theirs; `weighed` are those of the listing. `read` reads the
     rows with these keys: a statement with `:ids`, or a function. Raises Invalid for a page of more than one row and more bytes
-    than it may have, for a cursor that is none of this list's, and for a `skip` that takes too long; Overloaded when there is
-    no room for it in time.
+    than it may have, for a cursor that is none of this list's, and for a `skip` that takes too long; QuotaExceeded; Overloaded
+    when there is no room for it in time.
     """
     following = {} if part.after is None else _place(listing, part.after)
     many = _Many(database, listing, tuple(branches), values)

@@ -73,7 +73,7 @@ class StoredReplies:
         if not new and not full:
             return
         try:
-            async with database.connection() as connection:
+            async with database.transaction() as connection:  # what is counted again was not added
                 if new:
                     await connection.execute(
                         ADD, organization_ids=list(new), bytes=list(new.values()), ttl_seconds=self._ttl_seconds

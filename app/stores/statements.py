@@ -1,4 +1,4 @@
-"""Statements: SQLAlchemy writes every one, once, when its module is imported; asyncpg runs it.
+"""Statements: SQL or SQLAlchemy Core, compiled by SQLAlchemy once (those of lists at their first use); asyncpg runs them.
 
 Parameters have names, in the SQL (`:run_id`) and in the call (`run_id=...`), and a missing or unknown one is a TypeError. The
 name of a statement leads its SQL as a comment, so that logs, pg_stat_statements and spans speak of the same thing.

@@ -19,7 +19,10 @@ _ORGANIZATION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def fresh_name(organization_id: str, owner_id: UUID) -> str:
-    """`<organization>/<run or other owner>/<uuid4>`: never used before, and limited to one organization by its first part."""
+    """`<organization>/<run or other owner>/<uuid4>`: never used before, and limited to one organization by its first part.
+
+    Raises ValueError for an id that is none of an organization.
+    """
     if not _ORGANIZATION.fullmatch(organization_id):
         raise ValueError("an organization id is 1 to 64 of A-Z a-z 0-9 _ -")
     return f"{organization_id}/{owner_id}/{uuid4()}"
@@ -53,7 +56,7 @@ class Slots:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix=name)
 
     async def run(self, call: Callable[[], T], *, wait: float, patience: float) -> T:
-        """Raise TimeoutError after `wait` seconds without a free slot, or after `patience` seconds without a result.
+        """Raises TimeoutError after `wait` seconds without a free slot, or after `patience` seconds without a result.
 
         A thread cannot be interrupted: a call whose caller gave up keeps its slot until it really ends.
         """

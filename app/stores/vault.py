@@ -1,4 +1,7 @@
-"""Secrets in Vault or OpenBao, KV version 2: the only file that imports hvac."""
+"""Secrets in Vault or OpenBao, KV version 2: the only file that imports hvac.
+
+It knows paths and values, not when they are written or deleted (stores/deletions.py).
+"""
 
 import json
 import logging
@@ -267,6 +270,8 @@ class SecretStore:
             after = ""
             while True:
                 names = await self._list(folder, after)
+                if names and names[-1] == after:
+                    break  # Vault again: that was the whole folder already
                 folders += [folder + name for name in names if name.endswith("/")]
                 if found := [folder + name for name in names if not name.endswith("/")]:
                     yield found

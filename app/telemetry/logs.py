@@ -1,4 +1,4 @@
-"""Log lines as JSON, one a line, on standard output. Times are ISO 8601, in UTC."""
+"""Log lines as JSON, one a line, on standard output. Times are ISO 8601, in UTC. It knows nothing of what is logged."""
 
 import logging
 import sys

@@ -300,7 +300,7 @@ def _seconds(retry_after: str | None) -> float | None:
         return float(retry_after[:12])
     try:
         date = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):  # no date, or a year or an offset beyond all bounds
         return None
     return (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
 

@@ -136,7 +136,8 @@ def test_retry_after_counts_between_once_and_twice_the_planned_delay() -> None:
     assert delay_after(1, later(-100), spread) == 300
     assert delay_after(1, later(450), spread) == pytest.approx(450, abs=2)
     assert delay_after(1, later(10**6), spread) == 600
-    for nonsense in ("", "-1", "1.5", "soon", "²", "Mon, 99 Foo 2026 00:00:00 GMT"):
+    beyond = ("Mon, 01 Jan 99999999999 00:00:00 GMT", "Mon, 01 Jan 2026 00:00:00 +99999999999999")
+    for nonsense in ("", "-1", "1.5", "soon", "²", "Mon, 99 Foo 2026 00:00:00 GMT", *beyond):
         assert delay_after(1, nonsense, spread) == 300, nonsense
     assert delay_after(len(SCHEDULE), "1", spread) is None
 

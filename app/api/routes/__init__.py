@@ -1,4 +1,4 @@
-"""The routes: one file per resource, and nothing in them but parse, call once, return. `responses=` lists every refusal."""
+"""The routes: one file per resource, and nothing in them but parse, call once, return. `operation()` lists every refusal."""
 
 from app.api.routes import attachments, events, health, machines, pools, queue, runs, webhooks, whoami, workflows
 

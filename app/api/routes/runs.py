@@ -62,7 +62,7 @@ _DRY_RUN = {
     "name": "dry_run",
     "in": "query",
     "required": False,
-    "description": "true: nothing is changed; the reply says what the retry would do, and all that speaks against it.",
+    "description": "true: nothing is changed; the reply says what the retry would do, and what speaks against it (not quotas).",
     "schema": {"type": "boolean", "default": False},
 }
 _RETRY = operation(
@@ -184,7 +184,8 @@ async def list_all(
     )
     own, shown = services(request), shown_fields(fields)
     looking_for_work: AbstractContextManager[None] = nullcontext()
-    if machine_id is not None and status is RunStatus.SCHEDULING and principal.may("runs:execute"):
+    is_own = principal.machine_id in (None, machine_id)
+    if is_own and machine_id is not None and status is RunStatus.SCHEDULING and principal.may("runs:execute"):
         looking_for_work = own.signs_of_life.waits(principal.organization_id, machine_id)
     with looking_for_work:
         if wait:
