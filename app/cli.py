@@ -78,9 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         "rotate", help="make a key like an old one, which ends after a while; shown on the last line"
     )
     rotate.add_argument("id", type=UUID)
-    rotate.add_argument(
-        "--overlap-hours", type=_span, default=24, help="how long the old one still works; default: 24"
-    )
+    rotate.add_argument("--overlap-hours", type=_span, default=24, help="how long the old one still works; default: 24")
     rotate.set_defaults(run=_rotate_key)
     revoke = key.add_parser("revoke", help="make a key useless at once")
     revoke.add_argument("id", type=UUID)

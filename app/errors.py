@@ -43,6 +43,7 @@ Refusal
     ├── DatabaseUnavailable    database_unavailable
     │   └── OutcomeUnknown     database_unavailable; the change may have taken effect
     └── Overloaded             overloaded
+        └── ReplyTooMuch       overloaded; the change has taken effect
 
 A sentence here never carries anything a caller sent, except ids, statuses and names of secrets of the caller's own run.
 """
@@ -378,6 +379,13 @@ class DatabaseUnavailable(Unavailable):
 class Overloaded(Unavailable):
     code = "overloaded"
     detail = "The service is handling as many requests or bytes as it can; nothing was changed. Send the request again."
+
+
+class ReplyTooMuch(Overloaded):
+    detail = (
+        "The change has taken effect; there is no room for its reply now, because others that were asked for are still being"
+        " taken. Read it with GET, or send the same request again with the same Idempotency-Key."
+    )
 
 
 class OutcomeUnknown(DatabaseUnavailable):

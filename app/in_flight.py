@@ -49,12 +49,13 @@ class Budget:
     def fits(self, party: str, count: int, held: int) -> bool:
         """Whether a request of this party, which holds `held`, may have so much more now.
 
-        A quarter is kept for those that have begun: else all of them could wait for each other.
+        A party's only request may have all; several share half. A quarter is kept for requests that have begun: else all of
+        them could wait for each other.
         """
-        if held or not self.used:
-            return self.used + count <= self.limit
         own = self._used_by.get(party, 0)
-        return self.used + count <= self.limit * 3 // 4 and (not own or own + count <= self.limit // 2)
+        if own > held and own + count > self.limit // 2:
+            return False
+        return self.used + count <= (self.limit if held or not self.used else self.limit * 3 // 4)
 
     def add(self, party: str, count: int) -> None:
         """A negative count gives back."""
@@ -159,9 +160,16 @@ class Share:
         for meter, party in self.meters:
             meter.add(party, count)
 
+    def hold_if_it_fits(self, count: int) -> bool:
+        """As `hold_at_once`, whatever quotas say; whether there was room."""
+        fits = count <= self.held or self._budget.fits(self.party, count - self.held, self.held)
+        if fits:
+            self.note(count)
+        return fits
+
     def fits(self, count: int) -> bool:
-        """Whether there is room now for so much in all."""
-        return self._budget.fits(self.party, count - self.held, self.held)
+        """Whether there is room now for so much in all, of a body that has come: its party's half does not matter any more."""
+        return self._budget.used + count - self.held <= self._budget.limit
 
     def note(self, count: int) -> None:
         """It holds so much in all, whether there was room for it or not."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
@@ -26,9 +27,12 @@ import psutil
 import pytest
 
 from tests.support.client import Client
+from tests.support.scene import attempts
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
 from tests.support.waiting import until
+
+T = TypeVar("T")
 
 MB = 1_000_000
 
@@ -175,6 +179,15 @@ class TestWithoutKey:
             refused = [connection for connection in connections if readable(connection)]
         assert len(refused) < 500
         seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+
+    def test_cookies_are_not_read(self, server: Server) -> None:
+        """To read this one takes the standard library of Python 3.11 many seconds."""
+        cookie = {"Cookie": 'a="' + "\\" * 60_000 + '"'}
+        with httpx.Client(base_url=server.url, trust_env=False, verify=False) as client:
+            for path in ("/health/live", "/v1/health", "/metrics", "/docs"):
+                began = time.monotonic()
+                assert client.get(path, headers=cookie).status_code == 200
+                assert time.monotonic() - began < PAUSE_WITHOUT_KEY
 
     def test_many_tiny_headers_are_too_many(self, server: Server) -> None:
         with connect(server) as connection:
@@ -427,8 +440,8 @@ def post(api: Client, path: str, length: int | None, *, content_type: str = "app
     ).encode()
 
 
-def at_once(count: int, attack: Callable[[int], int]) -> list[int]:
-    """The statuses that so many threads got."""
+def at_once(count: int, attack: Callable[[int], T]) -> list[T]:
+    """What so many threads got, mostly statuses."""
     with ThreadPoolExecutor(count) as threads:
         return list(threads.map(attack, range(count)))
 
@@ -490,6 +503,20 @@ class TestBodies(Fresh):
         finally:
             server.app.stop()
 
+    def test_bodies_without_a_length_share_half_of_the_budget(
+        self, fresh: Server, api: Client, innocent: Client
+    ) -> None:
+        """Two that grow on and on, and keep the pace."""
+        head = post(api, "/v1/runs", None)
+        piece = b"10000\r\n" + b" " * 65536 + b"\r\n"
+        shown = innocent.run(input_values={"x": "x" * 100_000})["id"]
+        with ExitStack() as stack:
+            senders = [stack.enter_context(connect(fresh)) for _ in range(2)]
+            for sender in senders:
+                sender.sendall(head)
+            pour(senders, piece, seconds=10, at_most=120 * MB)
+            assert innocent.get_run(shown)["input_values"]
+
     def test_wide_characters_count_for_what_they_take(self, fresh: Server, api: Client) -> None:
         """One of them makes a text take four times as much."""
         values = {"a": "x" * 40 * MB + "\N{GRINNING FACE}"}
@@ -522,17 +549,36 @@ class TestBodies(Fresh):
 class TestReplies(Fresh):
     """With a key: what a reply takes has room before it is read."""
 
-    @pytest.mark.parametrize("kind", ["pages", "runs"])
-    def test_large_ones_take_turns(self, fresh: Server, api: Client, innocent: Client, kind: str) -> None:
-        """24 at once of 30 MB each."""
+    @staticmethod
+    def a_page(api: Client, stack: Stack) -> str:
         runs = [api.run()["id"] for _ in range(10)]
-        size = 3 * MB if kind == "pages" else 30 * MB
-        fresh.stack.sql("UPDATE runs SET main_prompt = repeat('x', $2) WHERE id = ANY($1::uuid[])", runs, size)
-        path = "/v1/runs?limit=10" if kind == "pages" else f"/v1/runs/{runs[0]}"
-        head = (
-            f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {api.headers['authorization']}\r\n"
-            "Connection: close\r\n\r\n"
-        ).encode()
+        stack.sql("UPDATE runs SET main_prompt = repeat('x', $2) WHERE id = ANY($1::uuid[])", runs, 3 * MB)
+        return "/v1/runs?limit=10"
+
+    @staticmethod
+    def a_run(api: Client, stack: Stack) -> str:
+        run_id = api.run()["id"]
+        stack.sql("UPDATE runs SET main_prompt = repeat('x', $2) WHERE id = $1", run_id, 30 * MB)
+        return f"/v1/runs/{run_id}"
+
+    @staticmethod
+    def an_error(api: Client, stack: Stack) -> str:
+        run_id = api.finished("error")["id"]
+        lines = "ARRAY(SELECT repeat('x', 100000) FROM generate_series(1, 300))"
+        stack.sql(f"UPDATE runs SET error = {lines} WHERE id = $1", run_id)
+        return f"/v1/runs/{run_id}"
+
+    @staticmethod
+    def a_pool(api: Client, stack: Stack) -> str:
+        machines = [api.machine() for _ in range(10)]
+        stack.sql("UPDATE machines SET name = repeat('x', $2) WHERE id = ANY($1::uuid[])", machines, 3 * MB)
+        return f"/v1/pools/{api.pool(*machines)}?include_machines=true"
+
+    @pytest.mark.parametrize("scene", ["a_page", "a_run", "an_error", "a_pool"])
+    def test_large_ones_take_turns(self, fresh: Server, api: Client, innocent: Client, scene: str) -> None:
+        """24 at once of 30 MB each."""
+        path = getattr(self, scene)(api, fresh.stack)
+        head = get(api, path, "close")
         lengths = []
 
         def ask(_: int) -> int:
@@ -561,6 +607,50 @@ class TestReplies(Fresh):
         assert max(lengths) > 30 * MB
         assert slowest < 10
         seen.within(rss=500 * MB, pause=PAUSE_WITH_KEY)  # without turns 750
+
+    def test_retries_that_show_long_inputs_take_turns(self, fresh: Server, api: Client) -> None:
+        runs = [api.finished()["id"] for _ in range(24)]
+        inputs = "json_build_object('x', repeat('x', $2::int))"
+        fresh.stack.sql(f"UPDATE runs SET input_values = {inputs} WHERE id = ANY($1::uuid[])", runs, 30 * MB)
+
+        def retry(number: int) -> tuple[int, int]:
+            reply = api.retry(runs[number])
+            return reply.status_code, attempts(api, runs[number])
+
+        with watched(fresh) as seen:
+            done = set(at_once(24, retry))
+        assert (200, 1) in done
+        assert done <= {(200, 1), (503, 0)}
+        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
+
+    def test_what_nobody_takes_is_half_of_the_budget(self, fresh: Server, api: Client, innocent: Client) -> None:
+        """200 readers of 4.7 MB each that do not read; and the change that a refused reply was for has happened."""
+        workflow, wide = api.workflow(), "\x01" * 256 * 1024
+        for name in ("main_prompt", "input_schema", "output_schema"):
+            api.json_of(api.patch(f"/v1/workflows/{workflow}", json={name: wide}))
+        machine = api.machine()
+        pool = {"name": "p", "description": "\x01" * 10_000}
+        pools = [api.json_of(api.post("/v1/pools", json=pool), 201)["id"] for _ in range(100)]
+        api.json_of(api.put(f"/v1/machines/{machine}/pools", json={"pool_ids": pools}))
+        head = get(api, f"/v1/workflows/{workflow}")
+        shown = innocent.run(input_values={"x": "x" * 100_000})["id"]
+        with ExitStack() as stack, watched(fresh) as seen:
+            readers = [stack.enter_context(connect(fresh, rcvbuf=4096)) for _ in range(200)]
+            for reader in readers:
+                reader.sendall(head)
+            until(lambda: all(map(readable, readers)), seconds=60)
+            assert innocent.get_run(shown)["input_values"]
+            refused = api.patch(f"/v1/workflows/{workflow}", json={"name": "new"})
+            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+            assert "nothing was changed" in refused.json()["detail"]
+            # Its reply is long because of its pools.
+            refused = api.patch(f"/v1/machines/{machine}", json={"name": "new"})
+            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+            assert "The change has taken effect" in refused.json()["detail"]
+            until(lambda: len(seen.pauses) > 3)
+        seen.within(rss=500 * MB, pause=PAUSE_WITH_KEY)
+        until(lambda: api.get(f"/v1/machines/{machine}").json().get("name") == "new")
+        assert api.json_of(api.get(f"/v1/workflows/{workflow}"))["name"] != "new"
 
 
 @pytest.fixture(scope="module")

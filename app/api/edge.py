@@ -17,7 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import in_flight
 from app.api.limits import Limits
 from app.auth import Principal, authenticate, bearer
-from app.errors import InternalError, QuotaExceeded, Refusal, RequestTimeout, Unauthorized, Unavailable
+from app.errors import (
+    InternalError,
+    Overloaded,
+    QuotaExceeded,
+    Refusal,
+    ReplyTooMuch,
+    RequestTimeout,
+    Unauthorized,
+    Unavailable,
+)
 from app.quotas import Standing, fields
 from app.services import Services
 from app.stores.pool import party
@@ -57,6 +66,8 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # Nothing here uses cookies, and the framework reads them for every route: until Python 3.12.6 in quadratic time.
+        scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         services: Services = scope["app"].state.services
         share = services.in_flight.share("")
         in_flight.share.set(share)
@@ -92,6 +103,7 @@ class Edge:
             if isinstance(refusal, QuotaExceeded):
                 await scope["app"].state.limits.hold_back(refusal)
             await exchange.refuse(refusal)
+        await exchange.begin()  # of a reply that has broken off before its first byte: the server closes on it
         exchange.report()
 
 
@@ -154,6 +166,7 @@ class _Exchange:
             )
             traceparent = self._span.traceparent
         self.state["traceparent"] = traceparent
+        self._start: Message | None = None  # until the body is there
         self._sent: list[tuple[bytes, bytes]] = []
         self._bytes_in = self._bytes_out = 0
 
@@ -173,24 +186,44 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            self.status = message["status"]
-            headers = list(message.get("headers", ()))
-            headers.append((b"x-request-id", self.id.encode()))
-            if not any(name == b"cache-control" for name, _ in headers):
-                headers.append((b"cache-control", b"no-store"))
-            headers.append((b"x-content-type-options", b"nosniff"))
-            if self.standings:
-                headers += [(name.lower().encode(), value.encode()) for name, value in fields(self.standings).items()]
-            if self._body_left:
-                await self._drain(0)  # what has come costs no wait, and if it is all of it the connection lives on
-            if self._body_left:
-                self._lingers = self.status != RequestTimeout.status
-                headers.append((b"connection", b"close"))
-            message["headers"] = self._sent = headers
-            await self._send(message)
+            self._start = message
             return
         more = message.get("more_body", False)
         body = message.get("body", b"")
+        if self._start is not None and not more and not self._has_room(len(body)):
+            is_done = self._start["status"] < 300 and self.scope["method"] != "GET"
+            self._start = None
+            await self.refuse(ReplyTooMuch() if is_done else Overloaded())
+            return
+        await self.begin()
+        await self._send_body(body, more=more)
+
+    def _has_room(self, count: int) -> bool:
+        """What is sent whole stays in memory until its reader has taken it."""
+        return self.principal is None or count <= in_flight.FREE_BYTES or self._share.hold_if_it_fits(count)
+
+    async def begin(self) -> None:
+        """Send the head of the reply, if it waits for the body."""
+        message, self._start = self._start, None
+        if message is None:
+            return
+        self.status = message["status"]
+        headers = list(message.get("headers", ()))
+        headers.append((b"x-request-id", self.id.encode()))
+        if not any(name == b"cache-control" for name, _ in headers):
+            headers.append((b"cache-control", b"no-store"))
+        headers.append((b"x-content-type-options", b"nosniff"))
+        if self.standings:
+            headers += [(name.lower().encode(), value.encode()) for name, value in fields(self.standings).items()]
+        if self._body_left:
+            await self._drain(0)  # what has come costs no wait, and if it is all of it the connection lives on
+        if self._body_left:
+            self._lingers = self.status != RequestTimeout.status
+            headers.append((b"connection", b"close"))
+        message["headers"] = self._sent = headers
+        await self._send(message)
+
+    async def _send_body(self, body: bytes, *, more: bool) -> None:
         self._bytes_out += len(body)
         if len(body) > PIECE_BYTES and self.principal is not None:
             body = await self._send_all_but_the_end(body)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
+from app import in_flight
 from app.auth import Principal
 from app.errors import Invalid, PoolNotFound
 from app.idempotency import Reply, Resource, WriteRequest, once
@@ -28,17 +29,12 @@ MEMBERS = statement(
     """,
 )
 
-# One after the other, and no further than to the first that is too much.
-TOO_LARGE = statement(
-    "pools.too_large",
+# A machine takes more than 500 bytes: no further than to where they are too much.
+WEIGH_MEMBERS = statement(
+    "pools.weigh_members",
     f"""
-    SELECT EXISTS (
-        SELECT FROM (
-            SELECT sum((SELECT {machines.OCTETS} FROM machines WHERE machines.id = member.machine_id))
-                       OVER (ORDER BY member.machine_id ROWS UNBOUNDED PRECEDING) AS octets
-            FROM (SELECT machine_id FROM pool_machines WHERE pool_id = :pool_id OFFSET 0) AS member
-        ) AS weighed
-        WHERE octets > :max_bytes::bigint)
+    SELECT coalesce(sum((SELECT {machines.OCTETS} FROM machines WHERE machines.id = member.machine_id)), 0)::bigint
+    FROM (SELECT machine_id FROM pool_machines WHERE pool_id = :pool_id LIMIT :max_bytes::bigint / 500 + 1) AS member
     """,
 )
 
@@ -79,11 +75,16 @@ async def get(connection: Connection, organization_id: str, pool_id: UUID) -> di
 async def get_with_machines(
     connection: Connection, organization_id: str, pool_id: UUID, *, max_bytes: int, asked_by: tuple[str, str]
 ) -> dict[str, Any]:
-    """One pool and its machines. Raises PoolNotFound, and Invalid for `asked_by` if they would be too large."""
+    """One pool and its machines.
+
+    Raises PoolNotFound, Invalid for `asked_by` if they would be too large, NoRoom and QuotaExceeded.
+    """
     pool = await get(connection, organization_id, pool_id)
-    if await connection.fetchval(TOO_LARGE, pool_id=pool_id, max_bytes=max_bytes):
+    octets = await connection.fetchval(WEIGH_MEMBERS, pool_id=pool_id, max_bytes=max_bytes)
+    if octets > max_bytes:
         sentence = f"The pool with its machines would have more than {max_bytes} bytes; have fewer machines in it."
         raise Invalid((asked_by, sentence, "pool_too_large"))
+    in_flight.hold_reply(octets)
     members = await connection.fetch(MEMBERS, pool_id=pool_id, organization_id=organization_id)
     return pool | {"machines": await machines.show(connection, organization_id, members)}
 

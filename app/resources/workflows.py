@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
+from app import in_flight
 from app.auth import Principal
 from app.errors import WorkflowNotFound
 from app.idempotency import Reply, Resource, WriteRequest, once
@@ -80,10 +81,11 @@ def show(row: Record) -> dict[str, Any]:
 
 
 async def get(connection: Connection, organization_id: str, workflow_id: UUID) -> dict[str, Any]:
-    """One workflow. Raises WorkflowNotFound."""
+    """One workflow. Raises WorkflowNotFound, and NoRoom and QuotaExceeded for a long one."""
     row = await connection.fetchrow(GET, workflow_id=workflow_id, organization_id=organization_id)
     if row is None:
         raise WorkflowNotFound
+    in_flight.hold_reply(sum(len(row[name] or "") for name in ("main_prompt", "input_schema", "output_schema")))
     return show(row)
 
 

@@ -7,6 +7,7 @@ from uuid import UUID, uuid4
 import orjson
 from sqlalchemy import bindparam, literal_column, select
 
+from app import in_flight
 from app.errors import PayloadTooLarge, WorkflowNotFound
 from app.events import record
 from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
@@ -92,7 +93,7 @@ async def _create(
     if len(run_ids) * len(input_values or b"") > services.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal, count = write.principal, len(run_ids)
-    _check_reply(services, principal.organization_id, options, run_ids)
+    await in_flight.hold(in_flight.COPIES * _reply_octets(services, principal.organization_id, options, run_ids))
     if options.sensitive_input_values or options.file_inputs:
 
         async def check(connection: Connection) -> None:
@@ -141,12 +142,12 @@ async def _create(
 _RUN_BYTES, _ID_BYTES = 1500, 39
 
 
-def _check_reply(
+def _reply_octets(
     services: Services, organization_id: str, options: RunCreate | RunBulkCreate, run_ids: Sequence[UUID]
-) -> None:
-    """Raises PayloadTooLarge if the reply of a bulk, which shows every run, would be too large."""
-    if len(run_ids) == 1:
-        return
+) -> int:
+    """About how long the reply of a bulk will be, which shows every run. Raises PayloadTooLarge if it would be too long."""
+    if len(run_ids) == 1:  # as long as its body
+        return 0
     [one] = staging.plan(services, organization_id, run_ids[:1], options.sensitive_input_values, options.file_inputs)
     repeated = [options.input_values, one.aliases, options.main_prompt, options.session_alias, _model_metadata(options)]
     size = _RUN_BYTES + len(projection.encode(repeated)) + _ID_BYTES * (len(one.files) + len(options.pool_ids or ()))
@@ -155,6 +156,7 @@ def _check_reply(
             f"The reply would show count times what was sent, more than {services.settings.max_reply_bytes} bytes; "
             "send fewer runs at a time."
         )
+    return len(run_ids) * size
 
 
 def _model_metadata(options: RunCreate | RunBulkCreate) -> dict[str, Any] | None:

@@ -163,9 +163,15 @@ def rfc3339(time: str) -> str:
     return f"""replace(to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), '.000000Z', 'Z')"""
 
 
-# About how many bytes of JSON a row of RUN_COLUMNS takes.
+# About how many bytes of JSON a row of RUN_COLUMNS takes: 1200 of what is short, and 39 of an id.
+_IDS = ("input_attachment_ids", "output_attachment_ids", "pool_ids")
 _OCTETS = " + ".join(
-    ["1200", *(f"coalesce(octet_length(whole.{name}::text), 0)" for name in (*RUN_JSON, "main_prompt"))]
+    [
+        "1200",
+        *(f"coalesce(octet_length(whole.{name}::text), 0)" for name in RUN_JSON),
+        *(f"coalesce(octet_length(to_json(whole.{name})::text), 0)" for name in ("main_prompt", "error")),
+        *(f"coalesce(39 * cardinality(whole.{name}), 0)" for name in _IDS),
+    ]
 )
 # Each column is found once, to be weighed and to be shown.
 _WHOLE = f"""

@@ -11,6 +11,8 @@ settle   after the commit the background task deletes what was replaced and look
 A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
 """
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, timedelta
@@ -26,6 +28,7 @@ from sqlalchemy import (
     TextClause,
     bindparam,
     case,
+    cast,
     delete,
     exists,
     func,
@@ -37,6 +40,7 @@ from sqlalchemy import (
     update,
 )
 
+from app import in_flight
 from app.errors import (
     InputAttachmentsExpired,
     Invalid,
@@ -163,6 +167,15 @@ _INPUTS = (
     .lateral("inputs")
 )
 
+# What may be long of what the run keeps: the reply shows it.
+_KEPT_OCTETS = functools.reduce(
+    operator.add,
+    (
+        func.coalesce(func.octet_length(cast(column, Text)), literal_column("0"))
+        for column in (Run.input_values, Run.sensitive_input_aliases, Run.main_prompt, Run.model_metadata)
+    ),
+)
+
 # What the rules need to know of a run. Outputs and history are not read: a megabyte is never loaded to be cleared.
 READ = statement(
     "runs.retry.read",
@@ -194,6 +207,7 @@ READ = statement(
         ),
         Run.ended_at,
         func.clock_timestamp().label("now"),
+        _KEPT_OCTETS.label("kept_octets"),
     )
     .select_from(Run)
     .join(_INPUTS, literal_column("true"))
@@ -396,7 +410,11 @@ class _Retry:
         return self.write.principal.organization_id
 
     async def read(self, connection: Connection) -> Record | None:
-        return await connection.fetchrow(READ, run_id=self.run_id, organization_id=self.organization_id)
+        """Raises NoRoom and QuotaExceeded for a run whose reply would be too much now."""
+        row = await connection.fetchrow(READ, run_id=self.run_id, organization_id=self.organization_id)
+        if row is not None:
+            in_flight.hold_reply(row["kept_octets"])
+        return row
 
     def next(self, run: Record | None, missing: Sequence[Refusal] = ()) -> tuple[Record, Next]:
         """The run as it was read and its next attempt. Raises the first of the refusals."""

@@ -1,10 +1,11 @@
 """Pools: create, list, read, change, delete, and which machines are in them."""
 
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 
+from app import in_flight
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
 from app.api.responses import Part, json_reply, send
@@ -45,18 +46,20 @@ async def get_pool(
     """One pool."""
     organization_id = request.state.principal.organization_id
     own = services(request)
-    async with own.database.connection() as connection:
-        if not include_machines:
-            return json_reply(await pools.get(connection, organization_id, pool_id))
-        return json_reply(
-            await pools.get_with_machines(
+
+    async def find() -> dict[str, Any]:
+        async with own.database.connection() as connection:
+            if not include_machines:
+                return await pools.get(connection, organization_id, pool_id)
+            return await pools.get_with_machines(
                 connection,
                 organization_id,
                 pool_id,
                 max_bytes=own.settings.max_reply_bytes,
                 asked_by=("query", "include_machines"),
             )
-        )
+
+    return json_reply(await in_flight.with_room(find))
 
 
 @router.patch(
