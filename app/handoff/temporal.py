@@ -24,6 +24,7 @@ from app.handoff.dispatches import LEASE, POSTPONE, SETTLE, SWEEP
 from app.services import Services
 from app.stores.database import Record
 from app.telemetry import metrics
+from app.telemetry.logs import describe
 
 log = logging.getLogger("app.handoff")
 
@@ -118,6 +119,10 @@ class Dispatcher:
             reason = "TIMEOUT"
         except RuntimeError:  # of the SDK's core: it could not connect
             reason = "CONNECT"
+        except Exception as error:  # noqa: BLE001 - one bad row must not hold up the others
+            line = {"event": "dispatch_broke", "kind": row["kind"], "run_id": str(row["run_id"])}
+            log.error(line | describe(error))
+            return "failed"
         # Never the text: it is not ours.
         log.warning({"event": "dispatch_failed", "kind": row["kind"], "run_id": str(row["run_id"]), "reason": reason})
         return "failed"

@@ -27,7 +27,7 @@ from app.errors import (
 )
 from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.models import RunStatus
-from app.runs import projection
+from app.runs import attempts, projection
 from app.schemas.webhooks import WebhookEndpointCreate, WebhookEndpointUpdate, WebhookRecover
 from app.services import Services
 from app.stores import deletions
@@ -177,7 +177,7 @@ async def list_of_run(database: Database, principal: Principal, run_id: UUID, pa
     found = await page(database, LISTED_DELIVERIES, (_OF_RUN,), part, named, DELIVERY_ROWS)
     if not found.total.rows:
         async with database.connection() as connection:
-            await projection.get(connection, run_id, principal)
+            await attempts.check_known(connection, run_id, principal)
     return part.shown([dict(row.items()) for row in found.rows], found)
 
 

@@ -28,11 +28,16 @@ ROWS = statement(
 )
 
 
+async def check_known(connection: Connection, run_id: UUID, principal: Principal) -> None:
+    """Whether there is such a run, without reading it. Raises RunNotFound for what the caller may not see."""
+    if not await connection.fetchval(KNOWN, run_id=run_id, **principal.sees()):
+        raise RunNotFound
+
+
 async def list_attempts(database: Database, run_id: UUID, principal: Principal, part: Slice) -> dict[str, object]:
     """One page, newest first. Raises RunNotFound, and Invalid as pages.page does."""
     async with database.connection() as connection:
-        if not await connection.fetchval(KNOWN, run_id=run_id, **principal.sees()):
-            raise RunNotFound
+        await check_known(connection, run_id, principal)
 
     async def read(connection: Connection, attempts: list[int]) -> list[Record]:
         return await connection.fetch(ROWS, run_id=run_id, attempts=attempts)

@@ -108,8 +108,8 @@ class WebhookDeliveryResponse(Reply):
     response_body: str | None = Field(description="The first 1,024 bytes of the receiver's last answer, as text.")
     error: str | None = Field(
         description=(
-            "Why nothing was answered: `timeout`, `connection_failed`, `tls_failed`, `no_answer`, `address_not_allowed`; "
-            "or why it is not sent: `endpoint_disabled`, `run_deleted`."
+            "Why nothing was answered: `timeout`, `connection_failed`, `tls_failed`, `no_answer`, `address_not_allowed`, "
+            "`internal_error` (a defect of ours); or why it is not sent: `endpoint_disabled`, `run_deleted`."
         )
     )
     created_at: datetime

@@ -37,5 +37,7 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # It writes down URLs, which can hold a token, and what the other side answered.
+    logging.getLogger("urllib3").propagate = False
     # What no line of ours shows need not be found out for each (Python's logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

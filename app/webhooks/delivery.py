@@ -25,7 +25,7 @@ from functools import cache, partial
 from typing import Any, Literal
 from uuid import UUID
 
-from app.errors import DatabaseUnavailable, VaultUnavailable
+from app.errors import DatabaseUnavailable, InternalError, VaultUnavailable
 from app.services import Services
 from app.stores.database import Database
 from app.stores.statements import statement
@@ -64,6 +64,7 @@ MAX_SLOW = 10_000  # endpoints that are remembered
 
 BATCH = 100  # events in one round of fanning out, endpoints in one claim
 LOOK_AROUND = 1_000  # endpoints looked at in one round
+CLAIMS = 4  # in one round: what is dropped takes no place, and however much it is, what is new is fanned out meanwhile
 CLOSE_SECONDS = 5.0  # how long a stop waits for what is under way
 
 # --- the statements ---------------------------------------------------------------------------------------------------
@@ -133,7 +134,8 @@ CLAIM = statement(
         RETURNING id, lease, tries, event_id, endpoint_id, organization_id
     )
     SELECT leased.id, leased.lease, leased.tries, leased.endpoint_id, leased.organization_id,
-           e.url, e.disabled_at IS NOT NULL AS is_disabled, e.failing_since IS NOT NULL AS is_failing, event.body,
+           e.url, e.disabled_at IS NOT NULL AS is_disabled, e.failing_since IS NOT NULL AS is_failing,
+           CASE WHEN e.url IS NOT NULL AND e.disabled_at IS NULL THEN event.body END AS body,
            ARRAY(SELECT path FROM webhook_secrets
                  WHERE endpoint_id = leased.endpoint_id AND (expires_at IS NULL OR expires_at > now())
                  ORDER BY created_at DESC) AS secret_paths
@@ -340,9 +342,10 @@ class Deliverer:
             self._look_around_at = time.monotonic() + self._services.settings.background_period_seconds
             more = await self._recover()
             await self._look_around()
-        while await self._claim():
-            pass
-        return more
+        for _ in range(CLAIMS):
+            if not await self._claim():
+                return more
+        return True
 
     async def close(self) -> None:
         """Let what is under way end, for a short while; the rest is broken off, and whoever comes next sends it again."""
@@ -486,9 +489,9 @@ class Deliverer:
         self._services.wakeups.deliveries.set()
 
     async def _deliver(self, one: Claimed) -> None:
-        """Send one and settle what became of it. If that fails, the lease runs out and it is sent again."""
+        """Send one and settle what became of it. If that cannot be written, the lease runs out and it is sent again."""
         try:
-            outcome = await self._send(one)
+            outcome = await self._try(one)
             metrics.webhook_deliveries.add(outcome)
             line = {
                 "event": "webhook",
@@ -500,7 +503,21 @@ class Deliverer:
         except DatabaseUnavailable as error:
             log.warning({"event": "webhook_not_settled", "delivery_id": str(one.id), "code": error.code})
         except Exception as error:  # noqa: BLE001 - one bad delivery must not end the others
-            log.error({"event": "webhook_broke", "delivery_id": str(one.id), **describe(error)})
+            self._broke(one, error)
+
+    async def _try(self, one: Claimed) -> Outcome:
+        """A defect of ours is a failed try like any other: else it would be sent again for ever."""
+        began = time.monotonic()
+        try:
+            return await self._send(one)
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            self._broke(one, error)
+            return await self._settle(one, None, InternalError.code, round(1000 * (time.monotonic() - began)))
+
+    def _broke(self, one: Claimed, error: Exception) -> None:
+        log.error({"event": "webhook_broke", "delivery_id": str(one.id), **describe(error)})
 
     async def _send(self, one: Claimed) -> Outcome:
         try:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from ipaddress import ip_address
 from pathlib import Path
+from typing import BinaryIO
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, SSLError
@@ -27,6 +28,7 @@ SEND_SECONDS = 15.0  # from the first look at the name to the last byte of the a
 CONNECT_SECONDS = 5.0  # for one address; there may be another
 MAX_ADDRESSES = 4
 MAX_ANSWER = 1024  # bytes of the receiver's answer that are kept
+MAX_HEAD = 64 * 1024  # bytes before them: status line and headers, with those of interim answers
 
 _FAILURES = (HTTPError, HTTPException, OSError, ValueError)
 
@@ -61,6 +63,37 @@ def resolve(host: str, port: int) -> list[str]:
 def trust(cacert: Path | None) -> ssl.SSLContext:
     """Whose certificates of receivers are believed: the system's authorities, or those of this file."""
     return ssl.create_default_context(cafile=None if cacert is None else str(cacert))
+
+
+class _Head:
+    """The beginning of an answer, line by line. Raises HTTPException for more than MAX_HEAD bytes."""
+
+    def __init__(self, answer: BinaryIO) -> None:
+        self._answer = answer
+        self._left = MAX_HEAD
+
+    def readline(self, most: int) -> bytes:
+        line = self._answer.readline(min(most, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise HTTPException
+        return line
+
+    def close(self) -> None:
+        self._answer.close()
+
+
+class _Response(HTTPResponse):
+    """http.client by itself would read 100 lines of 64 KiB each, and parse them into several times as much."""
+
+    def begin(self) -> None:
+        answer = self.fp
+        self.fp = _Head(answer)  # type: ignore[assignment] # it is all that is used of a file
+        try:
+            super().begin()
+        finally:
+            if self.fp is not None:  # else it was closed
+                self.fp = answer
 
 
 class Post:
@@ -131,6 +164,7 @@ class Post:
     def _open(self, url: Url, address: Address) -> HTTPConnection:
         kind = partial(HTTPSConnection, ssl_context=self._context()) if url.secure else HTTPConnection
         connection = kind(url.host, url.port, timeout=SEND_SECONDS)
+        connection.response_class = _Response
 
         def new_socket() -> socket.socket:
             made = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)

@@ -33,7 +33,7 @@ from tests.support.waiting import until
 LIMITS = {"MAX_BODY_BYTES": 2_000_000, "MAX_FILE_BYTES": 1000, "MAX_FILES": 2, "BODY_TIMEOUT_SECONDS": 0.5}
 # Short, so that an outage is over soon.
 PATIENCE = {"VAULT_TIMEOUT_SECONDS": 0.5, "DATABASE_TIMEOUT_SECONDS": 1.5, "STORAGE_TIMEOUT_SECONDS": 1}
-# The loggers of asyncpg, SQLAlchemy, urllib3 and uvicorn hang on the root: all are at debug, and Python itself too.
+# The loggers of asyncpg, SQLAlchemy and uvicorn hang on the root: all are at debug, and Python itself too.
 LOUD = {"LOG_LEVEL": "debug", "PYTHONDEVMODE": "1", "PYTHONASYNCIODEBUG": "1"}
 # PostgreSQL writes down every statement with all that it carries.
 LOUD_POSTGRES = {

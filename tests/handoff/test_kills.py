@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from temporalio.client import Client as Temporal
 
 from app.handoff import temporal as handing
 from app.handoff.temporal import Dispatcher
@@ -196,3 +197,49 @@ def test_the_dispatcher_at_every_point(handoff: HandOff) -> None:
             own.sql("UPDATE dispatches SET due_at = now()")  # the lease has run out
             dispatch_as_process(own, Plan(), **scene.settings)
             done(run)
+
+
+def test_a_row_that_breaks_holds_up_no_other(handoff: HandOff, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever nobody foresaw happens to one; the other is told, and that one again, later."""
+    with own_database(handoff.stack, "breaking") as own, ExitStack() as parts:
+        server = start_server(own)  # it places runs, and hands nothing over
+        parts.callback(server.app.stop)
+        client = parts.enter_context(server.client())
+        for _ in range(2):
+            client.machine()
+        bad, good = (str(client.run()["id"]) for _ in range(2))
+        for run_id in (bad, good):
+            assigned(client, run_id)
+            own.sql(
+                "INSERT INTO dispatches (run_id, attempt, assignment, kind, machine_id, organization_id)"
+                " SELECT id, attempt, assignment, 'start', assigned_machine_id, organization_id FROM runs"
+                " WHERE id = $1::text::uuid",
+                run_id,
+            )
+        original = Temporal.start_workflow
+        told: list[str] = []
+
+        async def start(*args: Any, **named: Any) -> Any:
+            if bad in named["id"] and not told:
+                raise LookupError
+            handle = await original(*args, **named)
+            told.append(named["id"])
+            return handle
+
+        monkeypatch.setattr(Temporal, "start_workflow", start)
+
+        async def hand_over() -> None:
+            services = Services.open(settings_of(own, **handoff.settings))
+            try:
+                await Dispatcher(services).round()
+            finally:
+                await services.close()
+
+        asyncio.run(hand_over())
+        assert told == [f"run-{good}-1-1"]
+        left = "SELECT run_id::text, failures FROM dispatches"
+        assert own.sql(left) == [{"run_id": bad, "failures": 1}]
+        own.sql("UPDATE dispatches SET due_at = now()")
+        asyncio.run(hand_over())
+        assert told == [f"run-{good}-1-1", f"run-{bad}-1-1"]
+        assert not own.sql(left)

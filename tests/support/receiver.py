@@ -37,6 +37,7 @@ class Answer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    raw: bytes | None = None  # instead of all that: what is written, to the byte
 
 
 Behaviour = Callable[[Message], Answer]
@@ -64,6 +65,9 @@ class Receiver:
                 receiver.messages.append(message)
                 behaviour = receiver.behaviours.get(self.path)
                 answer = Answer() if behaviour is None else behaviour(message)
+                if answer.raw is not None:
+                    self.wfile.write(answer.raw)
+                    return
                 self.send_response(answer.status)
                 for name, value in answer.headers.items():
                     self.send_header(name, value)

@@ -1,6 +1,7 @@
 """How messages are delivered: at least once under one id, in time, again after a failure, and nobody delays another."""
 
 import asyncio
+import secrets
 import time
 from datetime import timedelta
 from email.utils import formatdate
@@ -190,6 +191,44 @@ def test_five_days_of_failures_disable_the_endpoint(hooked: Hooked, stack: Stack
     assert (enabled["disabled"], enabled["disabled_reason"], enabled["failing_since"]) == (False, None, None)
 
 
+def test_a_head_of_two_megabytes_is_no_answer(hooked: Hooked) -> None:
+    endpoint_id = hooked.endpoint()["id"]
+    head = b"HTTP/1.1 200 OK\r\n" + (b"A: " + b"a" * 50_000 + b"\r\n") * 40 + b"\r\n"
+    hooked.receiver.behaviours["/hook"] = lambda _: Answer(raw=head)
+    hooked.ended()
+    delivery(hooked, endpoint_id, tries=1, status="pending", error="no_answer", response_status=None)
+
+
+def test_neither_a_url_nor_what_a_receiver_says_is_in_the_log(hooked: Hooked, hooking_server: Server) -> None:
+    token, echo = secrets.token_hex(16), secrets.token_hex(16)
+    endpoint_id = hooked.endpoint(f"/hook?token={token}")["id"]
+    raw = f"HTTP/1.1 200 OK\r\ngarbage without colon\r\n{echo}\r\n\r\n".encode()
+    hooked.receiver.behaviours[f"/hook?token={token}"] = lambda _: Answer(raw=raw)
+    hooked.ended()
+    shown = delivery(hooked, endpoint_id, status="delivered")
+    log = hooking_server.app.log
+    until(lambda: shown["id"] in log.read_text(), what="the line about it")
+    assert token not in log.read_text()
+    assert echo not in log.read_text()
+
+
+@pytest.mark.parametrize("kept", [{"another": "name"}, {"secret": "whsec_1"}], ids=["before", "in the thread"])
+def test_a_defect_is_a_failed_try(hooked: Hooked, hooking_server: Server, stack: Stack, kept: dict[str, str]) -> None:
+    """Nobody foresaw this. It ends as a failure of the receiver's does, and is told as ours."""
+    endpoint_id = hooked.endpoint()["id"]
+    [row] = stack.sql("SELECT path FROM webhook_secrets WHERE endpoint_id = $1", UUID(endpoint_id))
+    assert stack.bao.call("POST", f"secret/data/{row['path']}", {"data": kept})[0] == 200
+    hooked.ended()
+    for tries in range(1, len(SCHEDULE) + 1):
+        shown = delivery(hooked, endpoint_id, tries=tries, status="pending", error="internal_error")
+        assert seconds_until_next(stack, shown["id"]) >= 0.8 * SCHEDULE[tries - 1] - 0.1
+        make_due(stack, shown["id"])
+    shown = delivery(hooked, endpoint_id, tries=len(SCHEDULE) + 1, status="failed", error="internal_error")
+    assert hooked.receiver.messages == []
+    broke = [line for line in hooking_server.app.log.read_text().splitlines() if '"webhook_broke"' in line]
+    assert sum(shown["id"] in line for line in broke) == len(SCHEDULE) + 1
+
+
 def test_a_receiver_that_says_nothing_is_given_up_after_15_seconds(hooked: Hooked) -> None:
     endpoint_id = hooked.endpoint()["id"]
     hooked.receiver.behaviours["/hook"] = hooked.receiver.hang
@@ -254,6 +293,39 @@ def test_an_endpoint_that_failed_has_one_place(hooked: Hooked, stack: Stack) -> 
     until(lambda: hooked.receiver.of("/healthy"))
     until(lambda: hooked.receiver.of("/dead"))
     assert len(hooked.receiver.of("/dead")) == 1
+
+
+def test_what_is_dropped_delays_nobody(hooked: Hooked, hooking_server: Server, stack: Stack) -> None:
+    """20,000 messages to an endpoint that is disabled, and meanwhile those of another organization."""
+    hooked.endpoint("/healthy")
+    with hooking_server.client() as api:
+        disabled = api.webhook_endpoint(f"{hooked.receiver.url}/disabled")
+        api.json_of(api.patch(f"/v1/webhook-endpoints/{disabled}", json={"disabled": True}))
+        stack.sql(
+            "WITH events AS (INSERT INTO webhook_events"
+            " (id, organization_id, run_id, attempt, event_type, occurred_at, body, is_fanned_out)"
+            " SELECT gen_random_uuid(), $1, gen_random_uuid(), 1, 'run_complete', now(), '{}', true"
+            " FROM generate_series(1, 20000) RETURNING id)"
+            " INSERT INTO webhook_deliveries (id, event_id, endpoint_id, organization_id)"
+            " SELECT gen_random_uuid(), id, $2, $1 FROM events",
+            api.organization,
+            UUID(disabled),
+        )
+    dropped = "SELECT error FROM webhook_deliveries WHERE endpoint_id = $1 AND status = 'failed' LIMIT 1"
+    until(lambda: stack.sql(dropped, UUID(disabled)) == [{"error": "endpoint_disabled"}], what="the first drop")
+    waits: list[float] = []
+    for _ in range(5):
+        run_id = hooked.started()
+        hooked.api.report(run_id, status="success")
+        ended = time.monotonic()
+        until(lambda: len(hooked.receiver.of("/healthy")) > len(waits))
+        waits.append(hooked.receiver.messages[-1].at - ended)
+    pending = "SELECT 1 FROM webhook_deliveries WHERE endpoint_id = $1 AND status = 'pending' LIMIT 1"
+    are_left = stack.sql(pending, UUID(disabled))
+    stack.sql("DELETE FROM webhook_events WHERE organization_id = $1", api.organization)
+    assert max(waits) < 1, waits
+    assert are_left, "it was over too soon to show anything"
+    assert hooked.receiver.of("/disabled") == []
 
 
 # --- leases -----------------------------------------------------------------------------------------------------------
@@ -379,6 +451,19 @@ def test_what_was_sent_of_a_run_is_listed_also_when_the_run_is_gone(hooked: Hook
     assert api.get(f"/v1/runs/{uuid4()}/webhook-deliveries").json()["code"] == "run_not_found"
     api.delete(f"/v1/webhook-endpoints/{items[0]['endpoint_id']}")
     assert listed()["total"] == 2
+
+
+@pytest.mark.parametrize("what", ["webhook-deliveries", "events"])
+def test_whether_there_is_a_run_is_found_out_without_reading_it(hooked: Hooked, stack: Stack, what: str) -> None:
+    """What a run produced can be 100 MB, and an empty page says nothing of it: nobody may look there now."""
+    api = hooked.api
+    run_id = api.finished()["id"]
+    events = "SELECT 1 FROM run_events WHERE run_id = $1::text::uuid"
+    until(lambda: len(stack.sql(events, run_id)) == 3)
+    stack.sql("DELETE FROM run_events WHERE run_id = $1::text::uuid", run_id)
+    with stack.held("LOCK TABLE run_outputs IN ACCESS EXCLUSIVE MODE"):
+        assert api.json_of(api.get(f"/v1/runs/{run_id}/{what}"))["items"] == []
+        assert api.get(f"/v1/runs/{uuid4()}/{what}").json()["code"] == "run_not_found"
 
 
 def test_more_than_a_batch_is_recovered(hooked: Hooked, stack: Stack) -> None:

@@ -4,6 +4,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.webhooks.addresses import Allowed
-from app.webhooks.sending import Answer, Failed, Post, trust
+from app.webhooks.sending import MAX_HEAD, Answer, Failed, Post, trust
 from tests.support.authority import Authority, authority
 from tests.support.receiver import Answer as Said
 from tests.support.receiver import Receiver, receiving
@@ -184,12 +185,36 @@ def test_what_was_given_up_before_it_began_connects_to_nothing(receiver: Receive
         b"HTTP/1.1 abc OK\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000 + b"\r\n",
         b"x" * 200_000,
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 4000 + b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
     ],
-    ids=["no-http", "no-status", "many-headers", "long-line"],
+    ids=["no-http", "no-status", "many-headers", "long-line", "many-interim-answers"],
 )
 def test_what_is_no_answer_fails(piece: bytes) -> None:
     with closing(Rude(piece)) as rude:
         assert refused(rude.url) == "no_answer"
+
+
+def test_the_head_of_an_answer_is_bounded_as_a_whole(receiver: Receiver) -> None:
+    """http.client by itself takes 100 lines of 64 KiB each, and needs several times as much for them."""
+
+    def answer_with(octets: int) -> None:
+        head = b"HTTP/1.1 200 OK\r\nRetry-After: 7\r\n"
+        head += (b"A: " + b"a" * 30_000 + b"\r\n") * ((octets - 100) // 30_005)
+        raw = (head + b"B: ").ljust(octets - 4, b"b") + b"\r\n\r\nbody"
+        receiver.behaviours["/"] = lambda _: Said(raw=raw)
+
+    answer_with(MAX_HEAD)
+    assert send(f"{receiver.url}/") == Answer(200, b"body", "7")
+    answer_with(MAX_HEAD + 1)
+    assert refused(f"{receiver.url}/") == "no_answer"
+    answer_with(2_000_000)
+    tracemalloc.start()
+    try:
+        assert refused(f"{receiver.url}/") == "no_answer"
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1_000_000, "bytes"
 
 
 def test_chunks_that_are_none(receiver: Receiver) -> None:

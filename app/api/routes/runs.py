@@ -150,7 +150,7 @@ async def list_run_events(
     async with services(request).database.connection() as connection:
         page = await events.list_of_run(connection, organization_id, run_id, after, skip, limit)
         if request.state.principal.machine_id is not None or not page["total"]:
-            await projection.get(connection, run_id, request.state.principal)
+            await attempts.check_known(connection, run_id, request.state.principal)
     return json_reply(page)
 
 
