@@ -137,7 +137,11 @@ class Settings(DatabaseSettings):
         None, description="Base of the download URLs we sign; default: the request's own base."
     )
     max_connections: int = Field(
-        2000, ge=16, le=100_000, description="Open connections per process; beyond it the oldest idle one is closed."
+        2000,
+        ge=16,
+        le=100_000,
+        description="Open connections per process; beyond it the oldest idle one is closed. Long polls of one organization"
+        " may take half of them; more is 429.",
     )
     cors_origins: Annotated[list[str], NoDecode] = Field(
         default=[], description="Comma-separated origins that browsers may call from; empty turns CORS off."
@@ -185,7 +189,10 @@ class Settings(DatabaseSettings):
     )
     body_min_bytes_per_second: int = Field(32 * 1024, ge=1, description="The pace that a long body must keep.")
     send_timeout_seconds: float = Field(
-        30, gt=0, description="A reply of which the reader takes nothing for so long is cut off."
+        30,
+        gt=0,
+        description="A reply of which the reader takes nothing for so long is cut off; without a key, one that is not taken by"
+        " then.",
     )
 
     # Quotas; 0 is none. Those that are not on runs are counted in each process.
@@ -208,7 +215,9 @@ class Settings(DatabaseSettings):
         0, ge=0, description="Requests of one key that wait (`wait=`) at once, in each process; more is 429."
     )
     quota_organization_long_polls: int = Field(
-        0, ge=0, description="The same of all keys of one organization: at least one for each of its machines."
+        0,
+        ge=0,
+        description="The same of all keys of one organization: at least one for each of its machines. See MAX_CONNECTIONS.",
     )
     quota_key_waiting_runs: int = Field(
         0,

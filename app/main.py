@@ -33,11 +33,12 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.checks = Checks(services)
         _begin_to_count(services)
         look = asyncio.create_task(app.state.checks.vault())  # the log says at once if Vault refuses our login
-        app.state.limits = Limits(settings)
+        connections = _max_connections(settings)
+        app.state.limits = Limits(settings, connections)
         task = asyncio.create_task(background.run(services))
         _when_told_to_stop(services.wakeups.stop)
         # uvicorn hands it to app.api.server
-        yield {"connections": Connections(_max_connections(settings), settings.send_timeout_seconds)}
+        yield {"connections": Connections(connections, settings.send_timeout_seconds)}
         look.cancel()
         task.cancel()
         with suppress(asyncio.CancelledError):

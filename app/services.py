@@ -14,14 +14,14 @@ from app.signs_of_life import SignsOfLife
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.replies import StoredReplies
-from app.stores.vault import SecretStore
+from app.stores.vault import SHOWING_SLOTS, SecretStore
 from app.wakeups import Wakeups
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse, the keys that they
-    use, how much of their replies is kept, the quotas on runs, and machines' signs of life."""
+    """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse and to see signing
+    secrets, the keys that they use, how much of their replies is kept, the quotas on runs, and machines' signs of life."""
 
     settings: Settings
     database: Database
@@ -30,6 +30,7 @@ class Services:
     wakeups: Wakeups
     in_flight: Budget
     parsing: Budget
+    showing: Budget
     keys_used: KeysUsed
     replies: StoredReplies
     run_quotas: RunQuotas | None
@@ -46,6 +47,7 @@ class Services:
             Wakeups(settles=settings.background != "none"),
             Budget(settings.max_in_flight_bytes),
             Budget(1),
+            Budget(SHOWING_SLOTS),
             KeysUsed(),
             StoredReplies(
                 settings.idempotency_max_reply_bytes,

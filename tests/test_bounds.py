@@ -26,7 +26,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.client import Client
+from tests.support.client import Client, file_input
 from tests.support.scene import attempts
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
@@ -102,11 +102,13 @@ def watched(server: Server) -> Iterator[Seen]:
 
 
 def connect(server: Server, **options: int) -> socket.socket:
-    """A connection; `rcvbuf` makes the window that we offer small."""
+    """A connection; `rcvbuf` makes the window that we offer small, `mss` what the server's kernel takes at once."""
     host, port = server.url.removeprefix("http://").split(":")
     connection = socket.socket()
     if "rcvbuf" in options:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options["rcvbuf"])
+    if "mss" in options:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, options["mss"])
     connection.settimeout(20)
     connection.connect((host, int(port)))
     return connection
@@ -202,6 +204,25 @@ class TestWithoutKey:
             for connection in connections:
                 connection.sendall(head)
             pour(connections, b"1\r\nx\r\n" * 10_000, seconds=4, at_most=200 * MB)
+        seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
+
+    def test_pages_of_metrics_that_nobody_takes_are_few(self, fresh: Server) -> None:
+        """Each is as of the moment when it was made, and there is one a second."""
+        with ExitStack() as stack, watched(fresh) as seen:
+            with fresh.client() as api:  # each route makes the page longer
+                for path, operations in api.get("/openapi.json").json()["paths"].items():
+                    for method in operations:
+                        api.request(method, re.sub(r"\{\w+\}", str(uuid4()), path))
+            began = time.monotonic()
+            connections = []
+            for _ in range(60):
+                connections.append(stack.enter_context(connect(fresh, rcvbuf=4096, mss=536)))
+                connections[-1].sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+                until(lambda: readable(connections[-1]))
+            seconds = time.monotonic() - began
+            pages = [reply_of(connection)[2] for connection in connections]
+        print(f"{len(set(pages))} pages of {len(pages[0])} bytes in {seconds:.1f} s")  # noqa: T201 - for the record
+        assert len(set(pages)) <= 2 + seconds
         seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
 
     def test_replies_that_nobody_takes_are_few(self, fresh: Server) -> None:
@@ -361,6 +382,32 @@ class TestSending:
             port = connection.getsockname()[1]
             until(lambda: connected(narrow, port))
             until(lambda: not connected(narrow, port))
+
+    def test_a_stranger_who_takes_it_drop_by_drop_is_cut_off(self, narrow: Server) -> None:
+        with connect(narrow, rcvbuf=4096, mss=536) as connection:
+            connection.sendall(b"GET /docs-assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n")
+            port = connection.getsockname()[1]
+
+            def is_gone_while_read() -> bool:
+                with suppress(OSError):
+                    connection.recv(2000)
+                return not connected(narrow, port)
+
+            assert connection.recv(100)
+            assert connected(narrow, port)
+            until(is_gone_while_read, 10)
+
+    def test_a_slow_one_with_a_signed_url_gets_everything(self, narrow: Server) -> None:
+        content = os.urandom(3 * MB)
+        with narrow.client() as api, connect(narrow, rcvbuf=65536) as connection:
+            [file] = api.run(file_inputs=[file_input(content)])["input_attachment_ids"]
+            url = api.json_of(api.get(f"/v1/run-attachments/{file}/download-url"))["url"].removeprefix(narrow.url)
+            connection.sendall(f"GET {url} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            received = b""
+            while piece := connection.recv(65536):
+                received += piece
+                time.sleep(0.05)
+            assert received.partition(b"\r\n\r\n")[2] == content
 
     def test_a_slow_one_gets_everything(self, narrow: Server) -> None:
         with narrow.client() as api, connect(narrow, rcvbuf=65536) as connection:

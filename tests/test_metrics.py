@@ -75,7 +75,9 @@ def test_a_life_cycle_shows_in_every_metric_and_no_id_does(own: Stack) -> None:
             assert api.post(f"/v1/runs/{run}/retry", headers={"Idempotency-Key": "once"}).status_code == 200
             assert api.post(f"/v1/runs/{run}/retry", headers={"Idempotency-Key": "once"}).status_code == 200
             assert api.retry(run).status_code == 409
+            assert api.post(f"/v1/runs/{run}/retry?xdry_run=true").status_code == 409
             assert api.post(f"/v1/runs/{run}/retry?dry_run=true").status_code == 200
+            assert api.post(f"/v1/runs/{run}/retry?dry%5Frun=true").status_code == 200
             assert api.post(f"/v1/runs/{run}/retry", headers={"Authorization": "Bearer nobody"}).status_code == 401
             assert httpx.get(f"{server.url}/nowhere/{run}", trust_env=False, verify=False).status_code == 404
 
@@ -87,11 +89,11 @@ def test_a_life_cycle_shows_in_every_metric_and_no_id_does(own: Stack) -> None:
                 assert family is None or {label for label, _ in labels} - {"le"} == PROMISED[family], name
             assert seen.value("runs_retries_total", outcome="accepted", code="") == 1
             assert seen.value("runs_retries_total", outcome="replayed", code="") == 1
-            assert seen.value("runs_retries_total", outcome="refused", code="run_not_terminal") == 1
+            assert seen.value("runs_retries_total", outcome="refused", code="run_not_terminal") == 2
             assert seen.value("runs_retries_total", outcome="refused", code="unauthorized") == 1
             assert seen.value("runs_idempotency_total", outcome="first") == 1
             assert seen.value("runs_idempotency_total", outcome="replayed") == 1
-            assert seen.total(REQUESTS, http_route=RETRY, http_response_status_code="200") == 3
+            assert seen.total(REQUESTS, http_route=RETRY, http_response_status_code="200") == 4
             assert seen.value("runs_transitions_total", to="scheduling", by="caller") == 2
             assert (
                 seen.total("runs_store_call_duration_seconds_count", store="vault", operation="write", outcome="ok")
@@ -108,6 +110,16 @@ def test_a_life_cycle_shows_in_every_metric_and_no_id_does(own: Stack) -> None:
             assert len(seen.values) < 8000
             for canary in ("hush-hush", run, machine, api.organization, "once"):
                 assert canary not in seen.text
+    finally:
+        server.app.stop()
+
+
+def test_whoever_scrapes_alone_sees_what_happened_just_before(own: Stack) -> None:
+    """A page is shared only while others still take it."""
+    server = start_server(own, BACKGROUND="none")
+    try:
+        counts = [scrape(server.url).total(REQUESTS, http_route="/metrics") for _ in range(20)]
+        assert counts == list(range(20))
     finally:
         server.app.stop()
 

@@ -236,6 +236,32 @@ def test_long_polls_of_a_key_and_of_an_organization_are_counted_while_they_wait(
         assert api.get(query).status_code == 200
 
 
+def test_without_a_quota_long_polls_of_an_organization_leave_half_of_the_connections_to_others(stack: Stack) -> None:
+    with (
+        serving(stack, MAX_CONNECTIONS=20) as started,
+        started.client() as api,
+        started.client() as other,
+        ThreadPoolExecutor(10) as pool,
+    ):
+        workflow, machine_id = api.workflow(), api.machine()
+        own = f"/v1/runs?machine_id={machine_id}&status=scheduling&wait=20"
+
+        def poll() -> httpx.Response:
+            while (found := api.get(own)).status_code == 429:  # a look for a refusal has come between
+                pass
+            return found
+
+        polls = [pool.submit(poll) for _ in range(10)]
+        query = "/v1/runs?status=scheduling&wait=0.05"
+        reply = until(lambda: (found := api.get(query)).status_code == 429 and found)
+        refused(reply, "organization-long-polls")
+        assert 'q=10;qu="concurrent-requests"' in reply.headers["RateLimit-Policy"]
+        assert other.get(query).status_code == 200
+        api.json_of(api.post("/v1/runs", json={"workflow_id": workflow, "machine_id": machine_id}), 201)
+        assert all(one.result().json()["items"] for one in polls)
+        assert api.get(query).status_code == 200
+
+
 # --- quotas on runs ---------------------------------------------------------------------------------------------------
 
 

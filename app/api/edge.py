@@ -225,7 +225,7 @@ class _Exchange:
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         self._bytes_out += len(body)
-        if len(body) > PIECE_BYTES and self.principal is not None:
+        if len(body) > PIECE_BYTES and self._share.party:  # somebody for whom it counts
             body = await self._send_all_but_the_end(body)
         if self._lingers and not more:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
@@ -301,7 +301,7 @@ class _Exchange:
         """A retry or a new run. A dry run is neither."""
         replayed = self.status < 300 and (b"idempotency-status", b"replayed") in self._sent
         if _RETRY.fullmatch(path):
-            if b"dry_run=true" in self.scope["query_string"]:
+            if "dry_run" in self.state:  # as the route has read it
                 return
             accepted = self.status == 200
             outcome = "replayed" if replayed else "accepted" if accepted else "refused"

@@ -19,6 +19,9 @@ from app.errors import QuotaExceeded, Unauthorized
 from app.in_flight import Share
 from app.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, Standing, beyond, exceeded, policy
 
+# An organization's long polls may take this part of the connections, so that others always find some.
+LONG_POLLS_PART = 2
+
 # So many refusals of a minute come at once, later ones after so many seconds. Those that wait take up connections, so there
 # may be no more than that; else they come at once, too.
 REFUSED_AT_ONCE = 100
@@ -27,9 +30,9 @@ MOST_HELD = 100
 
 
 class Limits:
-    """The counts of one process. A quota that is not set costs a look at it."""
+    """The counts of one process, which has so many connections. A quota that is not set costs a look at it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, connections: int) -> None:
         self._held = 0
 
         def by_minute(name: str, quota: int, what: str) -> PerMinute | None:
@@ -51,7 +54,13 @@ class Limits:
         unit = "concurrent-requests"
         self._key_polls = at_once(policy("key-long-polls", settings.quota_key_long_polls, "long polls", unit=unit))
         self._organization_polls = at_once(
-            policy("organization-long-polls", settings.quota_organization_long_polls, "long polls", unit=unit)
+            policy(
+                "organization-long-polls",
+                # With no quota too: a connection whose caller has shown a key makes room for nobody.
+                min(settings.quota_organization_long_polls or connections, connections // LONG_POLLS_PART),
+                "long polls",
+                unit=unit,
+            )
         )
         failures = by_minute(
             "address-failures", settings.quota_address_failures_per_minute, "requests without a valid key"

@@ -55,7 +55,7 @@ class Connections:
 
     def __init__(self, limit: int, send_seconds: float) -> None:
         self._limit = limit
-        self.send_seconds = send_seconds  # how long a reader may take nothing of what is sent
+        self.send_seconds = send_seconds  # how long a reader may take nothing of what is sent; a stranger, not all
         self._idle: dict[Protocol, None] = {}  # in the order in which they began to rest
         self._busy: dict[Protocol, None] = {}
         self._turned_away: set[Protocol] = set()
@@ -176,6 +176,7 @@ class Protocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _unsent = 0
+    _is_for_stranger = True  # what waits to be sent
     _long_head = 0  # bytes of its head that are more than ordinary
     # Of the message that is being parsed
     _outside_body = True  # before a head or in it
@@ -203,6 +204,9 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow: _Flow = _Flow(transport)
         transport.set_protocol(_Reader(self))
+        transport.set_write_buffer_limits(
+            0
+        )  # `pause_writing` whenever something waits, `resume_writing` when nothing does
         if self._all.add(self):
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
         elif self._all.may_hear_why(self):
@@ -217,14 +221,6 @@ class Protocol(HttpToolsProtocol):
         self._stop_send_timer()
         self._forget_long_head()
         super().connection_lost(exc)
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        self._watch_sending()
-
-    def timeout_keep_alive_handler(self) -> None:
-        super().timeout_keep_alive_handler()
-        self._watch_sending()
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -350,10 +346,6 @@ class Protocol(HttpToolsProtocol):
         self._lines = 0
         super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        super().send_400_response(msg)
-        self._watch_sending()
-
     # --- answering ----------------------------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
@@ -361,26 +353,27 @@ class Protocol(HttpToolsProtocol):
         self.flow.held = False
         super().on_response_complete()
         if self.transport.is_closing():
-            self._watch_sending()
             return
         self._parse()
         if not self._begun and not self._is_answering():
             self._all.rests(self)
 
     def pause_writing(self) -> None:
+        """Something waits to be sent: what is being written just now is more than the kernel takes at once."""
         super().pause_writing()
+        self._is_for_stranger = self.is_stranger
         self._watch_sending()
 
     def resume_writing(self) -> None:
+        """Nothing waits any more."""
         self._stop_send_timer()
         super().resume_writing()
 
     def _watch_sending(self) -> None:
-        """While nothing more is written: what waits to be sent must become less."""
-        self._stop_send_timer()
-        if self.transport.get_write_buffer_size():
-            self._unsent = self._bytes_not_taken()
-            self._send_timer = self.loop.call_later(self._all.send_seconds, self._send_is_late)
+        """What waits must become less until then. A stranger must take all of it: else many could keep much for as long as they
+        like."""
+        self._unsent = self._bytes_not_taken()
+        self._send_timer = self.loop.call_later(self._all.send_seconds, self._send_is_late)
 
     def _stop_send_timer(self) -> None:
         if self._send_timer is not None:
@@ -395,7 +388,7 @@ class Protocol(HttpToolsProtocol):
         return self.transport.get_write_buffer_size() + int.from_bytes(waiting, sys.byteorder)
 
     def _send_is_late(self) -> None:
-        if self._bytes_not_taken() < self._unsent:
+        if not self._is_for_stranger and self._bytes_not_taken() < self._unsent:
             self._watch_sending()
             return
         log.info({"event": "send_stalled", "bytes": self._unsent})

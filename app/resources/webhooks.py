@@ -370,13 +370,18 @@ FORGET_SECRETS = statement(
 
 
 async def get_secret(services: Services, organization_id: str, endpoint_id: UUID) -> dict[str, Any]:
-    """The current signing secret. Raises WebhookEndpointNotFound, VaultUnavailable."""
+    """The current signing secret; organizations take turns. Raises WebhookEndpointNotFound, VaultUnavailable, Overloaded."""
     async with services.database.connection() as connection:
         await get(connection, organization_id, endpoint_id)
         row = await connection.fetchrow(CURRENT_SECRET, endpoint_id=endpoint_id)
     if row is None:  # deleted between the two
         raise WebhookEndpointNotFound
-    values = await services.secrets.read(row["path"])
+    turn = services.showing.share(organization_id)
+    await turn.hold(1)
+    try:
+        values = await services.secrets.read(row["path"], is_shown=True)
+    finally:
+        turn.close()
     if values is None:
         raise VaultUnavailable("The secret store does not have this endpoint's secret; rotate it to get a new one.")
     return {

@@ -60,9 +60,11 @@ _OUTAGE = (
     HTTPError,
 )
 
-# The collector, webhooks and the health check never take a slot of a request, nor the other way round.
+# The collector, webhooks, callers who want to see a signing secret and the health check never take a slot of a request, nor
+# the other way round.
 _COLLECTOR_SLOTS = 4
 _WEBHOOK_SLOTS = 4
+SHOWING_SLOTS = 4
 _HEALTH_SLOTS = 1
 
 # How long the answer to "does our login work?" holds for the health check, which anybody may poll.
@@ -199,6 +201,7 @@ class SecretStore:
         self._requests = Slots("vault", settings.vault_concurrency)
         self._collector = Slots("vault-collector", _COLLECTOR_SLOTS)
         self._webhooks = Slots("vault-webhooks", _WEBHOOK_SLOTS)
+        self._showing = Slots("vault-showing", SHOWING_SLOTS)
         self._health = Slots("vault-health", _HEALTH_SLOTS)
         self._login_works: bool | None = None  # None: not known
         self._may_sign = True  # until the contrary is known
@@ -228,8 +231,11 @@ class SecretStore:
 
         await self._run(self._requests, "write", write, deadline)
 
-    async def read(self, path: str) -> dict[str, str] | None:
-        """The values of a signing secret, None if there is none. Raises VaultUnavailable, also where the policy forbids it."""
+    async def read(self, path: str, *, is_shown: bool = False) -> dict[str, str] | None:
+        """The values of a signing secret, None if there is none. Raises VaultUnavailable, also where the policy forbids it.
+
+        `is_shown`: to a caller, who must not keep deliveries waiting.
+        """
         found: dict[str, str] | None = None
 
         def read(client: hvac.Client) -> bool:
@@ -244,7 +250,7 @@ class SecretStore:
                 found = reply["data"]["data"]
             return isinstance(reply, dict)
 
-        await self._run(self._webhooks, "read", read, float("inf"))
+        await self._run(self._showing if is_shown else self._webhooks, "read", read, float("inf"))
         return found
 
     async def destroy(self, path: str) -> None:
@@ -420,7 +426,7 @@ class SecretStore:
 
     async def close(self) -> None:
         """Wait for the calls under way and close the connections."""
-        for slots in (self._requests, self._collector, self._webhooks, self._health):
+        for slots in (self._requests, self._collector, self._webhooks, self._showing, self._health):
             await slots.close()
         self._connections.close()
 
@@ -526,7 +532,7 @@ class SecretStore:
 
 def _connections(settings: Settings) -> urllib3.HTTPConnectionPool:
     """As many connections as there are slots. No variable of the environment changes where they go."""
-    slots = settings.vault_concurrency + _COLLECTOR_SLOTS + _WEBHOOK_SLOTS + _HEALTH_SLOTS
+    slots = settings.vault_concurrency + _COLLECTOR_SLOTS + _WEBHOOK_SLOTS + SHOWING_SLOTS + _HEALTH_SLOTS
     # To connect, and between bytes.
     timeout = urllib3.Timeout(connect=settings.vault_timeout_seconds, read=settings.vault_timeout_seconds)
     tls = {}

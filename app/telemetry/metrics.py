@@ -10,6 +10,7 @@ import os
 import platform
 import tempfile
 import time
+import weakref
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 # How long a sum may wait to be written to the shared files. A scrape in another process waits a little longer.
 SHARED_SECONDS = 0.02
 _SETTLED_SECONDS = 2.5 * SHARED_SECONDS
+
+# How long others may be given a page that somebody has not taken yet.
+SHARED_PAGE_SECONDS = 1.0
 
 # Of OpenTelemetry's conventions for HTTP.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -347,33 +351,48 @@ class _Gauges(Collector):
             yield family
 
 
+class _Text(bytearray):
+    """A page; unlike with bytes, it can be seen whether somebody still has it."""
+
+
 class Page:
-    """The text that a scrape gets. Anybody may ask: all who ask at once share one, and it rests after each."""
+    """The text that a scrape gets.
+
+    Anybody may ask, and need not take what comes. So a page that somebody still has to take is for all who ask within a second,
+    and the next one is made after that: however many do not read, there is one page for each second that a reply may wait.
+    Whoever scrapes alone has taken the last page, and always gets a new one.
+    """
 
     def __init__(self) -> None:
-        self._making: asyncio.Task[bytes] | None = None
-        self._next: asyncio.Task[bytes] | None = None
-        self._took = 0.0
+        self._making: asyncio.Task[_Text] | None = None
+        self._last: Callable[[], _Text | None] = lambda: None
+        self._shared_until = self._rests_until = 0.0  # of time.monotonic()
 
-    async def text(self, read: Callable[[], Awaitable[Found]]) -> bytes:
-        """As of now or later: what is being made already may have looked too early."""
-        if self._next is None:
-            self._next = asyncio.create_task(self._after(self._making, read))
-        return await asyncio.shield(self._next)
+    async def text(self, read: Callable[[], Awaitable[Found]]) -> memoryview:
+        """As of now, or what others are being given: that is at most SHARED_PAGE_SECONDS older than it would be."""
+        page = self._last()
+        if page is None or time.monotonic() >= self._shared_until:
+            if self._making is None:
+                self._making = asyncio.create_task(self._make(read))
+            page = await asyncio.shield(self._making)
+        return memoryview(page)
 
-    async def _after(self, earlier: asyncio.Task[bytes] | None, read: Callable[[], Awaitable[Found]]) -> bytes:
-        if earlier is not None:
-            await asyncio.wait([earlier])
-            await asyncio.sleep(2 * self._took)
-        self._making, self._next = self._next, None
-        found = await read()
-        if _shared.folder is not None:
-            await asyncio.sleep(_SETTLED_SECONDS)  # what others counted before is in their files by now
-        began = time.monotonic()
-        take_over()
-        page = await asyncio.to_thread(_page, found)
-        self._took = time.monotonic() - began
-        return page
+    async def _make(self, read: Callable[[], Awaitable[Found]]) -> _Text:
+        try:
+            await asyncio.sleep(self._rests_until - time.monotonic())
+            found = await read()
+            if _shared.folder is not None:
+                await asyncio.sleep(_SETTLED_SECONDS)  # what others counted before is in their files by now
+            began = time.monotonic()
+            take_over()
+            page = _Text(await asyncio.to_thread(_page, found))
+            now = time.monotonic()
+            self._rests_until = now + 2 * (now - began)
+            self._shared_until = now + SHARED_PAGE_SECONDS
+            self._last = weakref.ref(page)
+            return page
+        finally:
+            self._making = None
 
 
 def _page(found: Found) -> bytes:

@@ -2,17 +2,22 @@
 
 import base64
 import re
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from standardwebhooks import Webhook
 
 from app.webhooks.signing import headers
 from tests.support.client import Client
-from tests.support.server import Server
-from tests.support.stack import Stack
+from tests.support.receiver import Receiver
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, own_database
 from tests.support.waiting import until
 from tests.webhooks.conftest import Hooked
 
@@ -138,6 +143,81 @@ def test_a_secret_is_in_vault_and_in_one_reply_alone(hooked: Hooked, stack: Stac
         rows = stack.sql(f'SELECT t::text AS row FROM "{table["table_name"]}" t')
         bare = [secret.removeprefix("whsec_"), shown.json()["secret"].removeprefix("whsec_")]
         assert not any(one in row["row"] for row in rows for one in bare), table
+
+
+class SlowVault(ThreadingHTTPServer):
+    """Hands everything on to Vault, but keeps whoever reads a secret of one organization waiting."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, behind: str) -> None:
+        super().__init__(("127.0.0.1", 0), SlowHandler)
+        self.behind = behind
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.slow_for = ""
+        self.kept = 0
+        self.released = threading.Event()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        pass  # a caller that gave up
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        self.shutdown()
+        self.server_close()
+
+
+class SlowHandler(BaseHTTPRequestHandler):
+    server: SlowVault
+
+    def do_GET(self) -> None:
+        if self.server.slow_for and self.server.slow_for in self.path and self.command == "GET":
+            self.server.kept += 1
+            self.server.released.wait(30)
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        headers = {name: self.headers[name] for name in ("X-Vault-Token", "X-Vault-Request") if name in self.headers}
+        reply = httpx.request(
+            self.command, self.server.behind + self.path, content=body, headers=headers, trust_env=False, verify=False
+        )
+        self.send_response(reply.status_code)
+        self.send_header("Content-Type", reply.headers.get("content-type", "application/json"))
+        self.send_header("Content-Length", str(len(reply.content)))
+        self.end_headers()
+        self.wfile.write(reply.content)
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def do_DELETE(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_whoever_wants_to_see_secrets_keeps_neither_deliveries_nor_others_waiting(
+    stack: Stack, receiver: Receiver
+) -> None:
+    with SlowVault(stack.bao.address) as vault, own_database(stack, "showing") as own:
+        server = start_server(own, WEBHOOK_ALLOW="127.0.0.0/8", VAULT_ADDR=vault.url, VAULT_TIMEOUT_SECONDS=5)
+        try:
+            with server.client() as greedy, server.client() as api, ThreadPoolExecutor(30) as pool:
+                hooked = Hooked(api, receiver)
+                endpoint_id, wanted = hooked.endpoint()["id"], greedy.webhook_endpoint()
+                vault.slow_for = f"/{greedy.organization}/"
+                asked = [pool.submit(greedy.get, f"{PATH}/{wanted}/secret") for _ in range(30)]
+                until(lambda: vault.kept >= 2)
+                began = time.monotonic()
+                hooked.ended()
+                assert hooked.secret(endpoint_id)
+                until(lambda: receiver.messages)
+                assert time.monotonic() - began < 4, "sooner than any of the others gives up"
+                vault.released.set()
+                assert {one.result().status_code for one in asked} <= {200, 503}
+        finally:
+            server.app.stop()
 
 
 def test_an_old_secret_signs_for_a_day_and_is_destroyed_then(hooked: Hooked, stack: Stack) -> None:

@@ -88,6 +88,7 @@ async def retry_run(run_id: UUID, request: Request) -> Response:
     """
     # Not a parameter of the framework's, which would cost every retry.
     if request.scope["query_string"] and is_true(request, "dry_run"):
+        request.state.dry_run = True  # the edge counts no retry
         options = await read_only(request, RunRetry)
         return json_reply(await dry_run(services(request), request.state.principal, run_id, options))
     options, write = await read(request, RunRetry)
