@@ -18,7 +18,7 @@ from tests.support.client import Client, file_input
 from tests.support.server import Server
 
 HERE = Path(__file__).parent
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "40"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "32"))
 SEED = os.environ.get("FUZZ_SEED") or str(secrets.randbelow(2**32))
 
 # Which share of the time each part gets, and what it is. One run of everything would starve the later phases on a busy

@@ -23,7 +23,7 @@ from tests.support.scheduling import FORBIDDEN, Replica
 from tests.support.stack import Stack
 from tests.support.waiting import NEVER
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "16"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))
 ORGANIZATIONS = 2
 MACHINES = 14  # per organization
 QUEUE = 60  # waiting runs per organization that the actions steer to

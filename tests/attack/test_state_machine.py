@@ -47,7 +47,7 @@ from tests.support.stack import Stack, settings_of
 from tests.support.storm import Call, storm
 from tests.support.waiting import NEVER, until
 
-SECONDS = 38 * (1 + SOAK)
+SECONDS = 24 * (1 + SOAK)
 UNKNOWN = str(uuid4())
 MOST_RUNS = 6  # what is looked at after each step grows with them
 
