@@ -53,11 +53,14 @@ def _shorter(wait: Any) -> Any:
 
 
 def _obey(body: dict[str, Any]) -> None:
-    """Rules that the document can only say in words: not both sessions, no alias without one, a run's own outputs."""
+    """Rules that the document can only say in words: not both sessions, no alias without one, no claim without the assignment
+    that it is of, a run's own outputs."""
     if isinstance(body.get("session_id"), str) and body.get("start_session") is True:
         body["start_session"] = False
     if isinstance(body.get("session_alias"), str) and body.get("session_id") is None:
         body["start_session"] = body.get("start_session") or True
+    if isinstance(body.get("claim"), str) and body.get("assignment") is None:
+        body["assignment"] = 0
     if isinstance(body.get("url"), str) and re.fullmatch(URL_PATTERN, body["url"]) and len(body["url"]) <= 2048:
         body["url"] = "https://localhost/"  # it may be registered, but is not connected to: nothing leaves this machine
     if isinstance(body.get("output_attachment_ids"), list):
