@@ -26,6 +26,7 @@ from app.errors import (
     InsufficientScope,
     InternalError,
     Invalid,
+    Overloaded,
     PayloadTooLarge,
     QuotaExceeded,
     Refusal,
@@ -39,7 +40,7 @@ from app.schemas.values import MAX_INTEGER, NO_NUL
 
 _BODIES: dict[str, type[BaseModel]] = {}
 
-_REFUSED_ALWAYS: tuple[type[Refusal], ...] = (Invalid, InternalError, DatabaseUnavailable)
+_REFUSED_ALWAYS: tuple[type[Refusal], ...] = (Invalid, InternalError, DatabaseUnavailable, Overloaded)
 _REFUSED_WRITES = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType, IdempotencyInProgress)
 
 _IDEMPOTENCY_KEY = {
