@@ -304,7 +304,7 @@ def _delete_organization(options: argparse.Namespace) -> int:
     name: str = options.name
     found = _with_database(lambda connection: organizations.count(connection, name))
     if not found:
-        print("There is nothing of an organization with this name.", file=sys.stderr)
+        print("There is nothing of an organization with this name.")
         return 1
     most = organizations.COUNTED
     had = ", ".join(f"{kind}: {number:,}{' or more' if number == most else ''}" for kind, number in found.items())
