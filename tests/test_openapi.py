@@ -122,7 +122,7 @@ def test_the_retry_names_all_of_its_refusals(document: Document) -> None:
         "retry_too_soon",
         "idempotency_in_progress",
     }
-    assert codes(retry, 503) == {"vault_unavailable", "storage_unavailable", "database_unavailable"}
+    assert codes(retry, 503) == {"vault_unavailable", "storage_unavailable", "database_unavailable", "overloaded"}
     assert retry["requestBody"]["required"] is False
 
 
