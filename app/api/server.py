@@ -45,6 +45,8 @@ LONG_HEADS_BYTES = 8 * 1024 * 1024
 BACKLOG = 512
 TURNED_AWAY = 64  # connections at once that are told that there is no room
 
+WRITE_BYTES = 65536  # that may wait to be sent before whoever sends waits too
+
 _END_OF_HEAD = b"\n\r\n"  # no request ends its head otherwise, nor a chunked body its trailers
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 
@@ -204,9 +206,9 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow: _Flow = _Flow(transport)
         transport.set_protocol(_Reader(self))
-        transport.set_write_buffer_limits(
-            0
-        )  # `pause_writing` whenever something waits, `resume_writing` when nothing does
+        # Whoever sends goes on when nothing waits any more. It does not stop at the first byte that waits: then uvloop would
+        # send the head of each reply by itself.
+        transport.set_write_buffer_limits(high=WRITE_BYTES, low=0)
         if self._all.add(self):
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
         elif self._all.may_hear_why(self):
@@ -221,6 +223,14 @@ class Protocol(HttpToolsProtocol):
         self._stop_send_timer()
         self._forget_long_head()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._watch_sending()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_sending()
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -346,6 +356,10 @@ class Protocol(HttpToolsProtocol):
         self._lines = 0
         super().on_message_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        self._watch_sending()
+
     # --- answering ----------------------------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
@@ -353,13 +367,14 @@ class Protocol(HttpToolsProtocol):
         self.flow.held = False
         super().on_response_complete()
         if self.transport.is_closing():
+            self._watch_sending()
             return
         self._parse()
         if not self._begun and not self._is_answering():
             self._all.rests(self)
 
     def pause_writing(self) -> None:
-        """Something waits to be sent: what is being written just now is more than the kernel takes at once."""
+        """More waits to be sent than WRITE_BYTES."""
         super().pause_writing()
         self._is_for_stranger = self.is_stranger
         self._watch_sending()
@@ -370,10 +385,12 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _watch_sending(self) -> None:
-        """What waits must become less until then. A stranger must take all of it: else many could keep much for as long as they
-        like."""
-        self._unsent = self._bytes_not_taken()
-        self._send_timer = self.loop.call_later(self._all.send_seconds, self._send_is_late)
+        """While nothing more is written: what waits must become less until then. A stranger must take all of it: else many
+        could keep much for as long as they like."""
+        self._stop_send_timer()
+        if self.transport.get_write_buffer_size():
+            self._unsent = self._bytes_not_taken()
+            self._send_timer = self.loop.call_later(self._all.send_seconds, self._send_is_late)
 
     def _stop_send_timer(self) -> None:
         if self._send_timer is not None:
