@@ -191,7 +191,8 @@ class _Exchange:
         more = message.get("more_body", False)
         body = message.get("body", b"")
         if self._start is not None and not more and not self._has_room(len(body)):
-            is_done = self._start["status"] < 300 and self.scope["method"] != "GET"
+            is_question = self.scope["method"] == "GET" or self.state.get("dry_run", False)
+            is_done = self._start["status"] < 300 and not is_question
             self._start = None
             await self.refuse(ReplyTooMuch() if is_done else Overloaded())
             return
