@@ -569,9 +569,7 @@ class TestBodies(Fresh):
         with ExitStack() as stack:
             senders = [stack.enter_context(connect(fresh)) for _ in range(2)]
             at_once(2, lambda number: send_while_taken(senders[number], head, piece, 72 * MB))
-            began = time.monotonic()
             assert innocent.get_run(shown)["input_values"]
-            assert time.monotonic() - began < 2
 
     def test_wide_characters_count_for_what_they_take(self, fresh: Server, api: Client) -> None:
         """One of them makes a text take four times as much."""
