@@ -167,6 +167,10 @@ def wrongly_assigned(before: State, now: State, touched: Touched) -> Iterator[st
         machine, was = now.machines.get(run.assigned), before.machines.get(run.assigned)
         if machine is None or was is None or machine.id in touched or run.session_id in touched:
             continue
+        if (
+            was.up and not machine.up
+        ):  # it fell silent with the run; that can be noticed a second after the step that caused it
+            continue
         if not now.suits(run, machine):
             yield f"{run} does not suit {machine}"
         if run.session_id is not None and machine.reserved != run.session_id:
