@@ -90,26 +90,30 @@ RUNS_AGAIN = statement(
     "comparison.runs_again",
     f"SELECT id, secret_path AS name, NULL::bigint AS size FROM {found('runs', 'ids')} AS run WHERE {_SECRET_NEEDED}",
 )
+
+
+def _signing_secret(endpoint_id: str) -> str:
+    """A lateral subquery: the secrets of an endpoint that still sign."""
+    return f"""(
+        SELECT path FROM webhook_secrets w
+        WHERE w.endpoint_id = {endpoint_id} AND (w.expires_at IS NULL OR w.expires_at > now()) OFFSET 0
+    ) AS secret"""
+
+
 ENDPOINTS = statement(
     "comparison.endpoints",
     f"""
     SELECT page.id, secret.path AS name, NULL::bigint AS size
     FROM (SELECT id FROM webhook_endpoints WHERE id > :after ORDER BY id LIMIT {PAGE}) AS page
-    LEFT JOIN LATERAL (
-        SELECT path FROM webhook_secrets w
-        WHERE w.endpoint_id = page.id AND (w.expires_at IS NULL OR w.expires_at > now()) OFFSET 0
-    ) AS secret ON true
+    LEFT JOIN LATERAL {_signing_secret("page.id")} ON true
     ORDER BY page.id
     """,
 )
 ENDPOINTS_AGAIN = statement(
     "comparison.endpoints_again",
-    """
-    SELECT wanted.id, secret.path AS name, NULL::bigint AS size FROM unnest(:ids::uuid[]) AS wanted (id),
-         LATERAL (
-        SELECT path FROM webhook_secrets w
-        WHERE w.endpoint_id = wanted.id AND (w.expires_at IS NULL OR w.expires_at > now()) OFFSET 0
-    ) AS secret
+    f"""
+    SELECT wanted.id, secret.path AS name, NULL::bigint AS size
+    FROM unnest(:ids::uuid[]) AS wanted (id), LATERAL {_signing_secret("wanted.id")}
     """,
 )
 FILES = statement(

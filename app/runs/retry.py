@@ -11,8 +11,6 @@ settle   after the commit the background task deletes what was replaced and look
 A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
 """
 
-import functools
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, timedelta
@@ -24,6 +22,8 @@ from sqlalchemy import (
     CTE,
     JSON,
     Boolean,
+    ColumnElement,
+    Integer,
     Text,
     TextClause,
     bindparam,
@@ -168,12 +168,12 @@ _INPUTS = (
 )
 
 # What may be long of what the run keeps: the reply shows it.
-_KEPT_OCTETS = functools.reduce(
-    operator.add,
+_KEPT_OCTETS: ColumnElement[int] = sum(
     (
         func.coalesce(func.octet_length(cast(column, Text)), literal_column("0"))
         for column in (Run.input_values, Run.sensitive_input_aliases, Run.main_prompt, Run.model_metadata)
     ),
+    start=literal_column("0", Integer),
 )
 
 # What the rules need to know of a run. Outputs and history are not read: a megabyte is never loaded to be cleared.

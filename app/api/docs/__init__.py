@@ -29,9 +29,8 @@ def install(app: FastAPI, *, console: bool) -> None:
     async def page(request: Request) -> Response:
         return index.reply(request)
 
-    def asset(
-        request: Request,
-    ) -> Response:  # in a thread: the first one who asks for a file waits until it is compressed
+    # In a thread: the first one who asks for a file waits until it is compressed.
+    def asset(request: Request) -> Response:
         if (file := assets.get(request.path_params["name"])) is None:
             raise RouteNotFound
         return file.reply(request)
