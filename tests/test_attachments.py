@@ -26,10 +26,10 @@ from app.runs.attachments import expire_attachments
 from app.stores.database import Database
 from dev.stack import Postgres
 from tests.support.client import Client, file_input
+from tests.support.seaweedfs import SeaweedFS
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, migrate
 from tests.support.waiting import until
-from tests.support.weed import Weed
 
 SERVER_KEY = "a key of the tests, longer than 32 characters"
 HOUR = timedelta(hours=1)
@@ -156,14 +156,14 @@ class TestHandIn:
 
 
 @pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
-    weed = Weed(tmp_path_factory.mktemp("weed"))
-    yield weed
-    weed.stop()
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    seaweedfs = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"))
+    yield seaweedfs
+    seaweedfs.stop()
 
 
 @pytest.fixture(scope="module")
-def objects(stack: Stack, weed: Weed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def objects(stack: Stack, seaweedfs: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose files are in an S3 store; with a database of its own, because a deletion list is for one store."""
     folder = tmp_path_factory.mktemp("objects")
     with Postgres(folder, fsync=False) as postgres:
@@ -171,7 +171,7 @@ def objects(stack: Stack, weed: Weed, tmp_path_factory: pytest.TempPathFactory) 
         server = start_server(
             Stack(folder, postgres, stack.bao),
             STORAGE_URL="s3://files",
-            AWS_ENDPOINT_URL=f"http://127.0.0.1:{weed.port}",
+            AWS_ENDPOINT_URL=f"http://127.0.0.1:{seaweedfs.port}",
             AWS_ACCESS_KEY_ID="key",
             AWS_SECRET_ACCESS_KEY="secret",
             AWS_REGION="us-east-1",
@@ -211,7 +211,7 @@ class TestOvertaken:
         ],
     )
     def test_it_is_refused_and_its_bytes_stay_listed(
-        self, objects: Server, weed: Weed, overtake: Callable[[Client, str], None], status: int, code: str
+        self, objects: Server, seaweedfs: SeaweedFS, overtake: Callable[[Client, str], None], status: int, code: str
     ) -> None:
         with objects.client() as api, ThreadPoolExecutor(1) as uploads:
             run_id = running(api)
@@ -221,29 +221,29 @@ class TestOvertaken:
                     "SELECT due_at > now() AS later FROM deletions WHERE name LIKE $1", f"%/{run_id}/%"
                 )
 
-            weed.process.send_signal(signal.SIGSTOP)
+            seaweedfs.process.send_signal(signal.SIGSTOP)
             try:
                 upload = uploads.submit(api.post, "/v1/run-attachments", json=output(run_id))
                 until(listed, what="the upload is being staged")
                 overtake(api, run_id)
                 assert not upload.done()
             finally:
-                weed.process.send_signal(signal.SIGCONT)
+                seaweedfs.process.send_signal(signal.SIGCONT)
             refused(upload.result(), status, code)
             assert listed() == [{"later": True}]
             assert objects.stack.sql("SELECT 1 FROM run_attachments WHERE run_id = $1", run_id) == []
 
-    def test_staged_bytes_that_are_being_deleted_are_not_used(self, objects: Server, weed: Weed) -> None:
+    def test_staged_bytes_that_are_being_deleted_are_not_used(self, objects: Server, seaweedfs: SeaweedFS) -> None:
         """The upload was stalled for longer than the grace time."""
         with objects.client() as api, ThreadPoolExecutor(1) as uploads:
             run_id = running(api)
             condemn = "UPDATE deletions SET condemned_at = now() WHERE name LIKE $1 RETURNING name"
-            weed.process.send_signal(signal.SIGSTOP)
+            seaweedfs.process.send_signal(signal.SIGSTOP)
             try:
                 upload = uploads.submit(api.post, "/v1/run-attachments", json=output(run_id))
                 until(lambda: objects.stack.sql(condemn, f"%/{run_id}/%"), what="the upload is being staged")
             finally:
-                weed.process.send_signal(signal.SIGCONT)
+                seaweedfs.process.send_signal(signal.SIGCONT)
             refused(upload.result(), 503, "storage_unavailable")
             assert api.get_run(run_id)["output_attachment_ids"] == []
 
@@ -268,11 +268,11 @@ class TestOvertaken:
         refused(reply, 409, "invalid_transition")
 
 
-def test_a_store_that_is_down_is_503_and_nothing_changes(objects: Server, weed: Weed) -> None:
+def test_a_store_that_is_down_is_503_and_nothing_changes(objects: Server, seaweedfs: SeaweedFS) -> None:
     with objects.client() as api, ThreadPoolExecutor(2) as callers:
         run_id = running(api)
         made = api.upload(run_id)
-        weed.process.send_signal(signal.SIGSTOP)
+        seaweedfs.process.send_signal(signal.SIGSTOP)
         try:
             calls = [
                 callers.submit(api.post, "/v1/run-attachments", json=output(run_id)),
@@ -280,14 +280,14 @@ def test_a_store_that_is_down_is_503_and_nothing_changes(objects: Server, weed: 
             ]
             replies = [call.result() for call in calls]
         finally:
-            weed.process.send_signal(signal.SIGCONT)
+            seaweedfs.process.send_signal(signal.SIGCONT)
         for reply in replies:
             refused(reply, 503, "storage_unavailable")
             assert int(reply.headers["retry-after"]) > 0
         assert api.get_run(run_id)["output_attachment_ids"] == [made["id"]]
 
 
-def test_an_object_store_signs_its_own_urls(objects: Server, weed: Weed) -> None:
+def test_an_object_store_signs_its_own_urls(objects: Server, seaweedfs: SeaweedFS) -> None:
     with objects.client() as api:
         made = api.upload(running(api), b"from S3", 'a "b";é.txt')
         run = api.run(file_inputs=[file_input(b"%PDF", "é.pdf")])
@@ -298,7 +298,7 @@ def test_an_object_store_signs_its_own_urls(objects: Server, weed: Weed) -> None
             path = f"/v1/run-attachments/{attachment_id}"
             signed = api.json_of(api.get(f"{path}/download-url", params={"expires_in": 60}))
             assert signed["expires_in"] == 60
-            assert signed["url"].startswith(f"http://127.0.0.1:{weed.port}/")
+            assert signed["url"].startswith(f"http://127.0.0.1:{seaweedfs.port}/")
             ours, theirs = api.get(f"{path}/download"), httpx.get(signed["url"], trust_env=False, verify=False)
             assert ours.content == theirs.content == content
             assert ours.headers["content-type"] == theirs.headers["content-type"] == media_type

@@ -14,10 +14,10 @@ import pytest
 
 from dev.run import ROOT
 from tests.support.client import Client
-from tests.support.scene import SOAK, chance
 from tests.support.scheduling import assigned
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_database
+from tests.support.stored_state import SOAK, chance
 from tests.support.waiting import until
 
 UPLOAD = {"filename": "a", "content": "", "content_type": "a/b", "attachment_type": "output"}
@@ -208,7 +208,10 @@ class Fleet:
             "BEGUN": str(self.begun),
         }
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.support.desk"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "tests.support.executor_process"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
         )
 
     def kill_one(self, dice: random.Random) -> None:

@@ -13,9 +13,9 @@ import pytest
 from app.cli import main
 from dev.run import ROOT
 from tests.support.client import Client, file_input, secret_path
-from tests.support.scene import assert_nothing_lost, picture
 from tests.support.server import Server
 from tests.support.stack import Stack
+from tests.support.stored_state import assert_nothing_lost, read_stored_state
 from tests.support.waiting import until
 
 SECRET = {"password": "canary-of-the-organization"}
@@ -114,7 +114,7 @@ def test_nothing_of_it_is_left_and_others_have_all_of_theirs(
         row["path"] for row in stack.sql("SELECT path FROM webhook_secrets WHERE path LIKE $1", f"%{api.organization}%")
     }
     assert len(secrets) == len(runs) + 1
-    theirs = [picture(stack, foreign.organization), left(stack, foreign.organization)]
+    theirs = [read_stored_state(stack, foreign.organization), left(stack, foreign.organization)]
     assert delete(api.organization) == 0
     shown = capsys.readouterr().out
     assert "runs: 4" in shown
@@ -122,7 +122,7 @@ def test_nothing_of_it_is_left_and_others_have_all_of_theirs(
     assert "canary" not in shown
     assert api.get("/v1/whoami").status_code == 401
     assert_gone(stack, api, secrets)
-    assert [picture(stack, foreign.organization), left(stack, foreign.organization)] == theirs
+    assert [read_stored_state(stack, foreign.organization), left(stack, foreign.organization)] == theirs
     assert {foreign.get_run(run_id)["id"] for run_id in kept} == set(kept)
     assert delete(api.organization) == 1
 

@@ -18,10 +18,10 @@ import pytest
 
 from app.api.limits import HELD_SECONDS, REFUSED_AT_ONCE
 from tests.support.client import Client
+from tests.support.concurrent_requests import Call, finished_runs, send_at_once, tally
 from tests.support.raw_http import raw_exchange
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
-from tests.support.storm import Call, finished_runs, storm, tally
 from tests.support.waiting import until
 
 TYPE = "https://iana.org/assignments/http-problem-types#quota-exceeded"
@@ -113,7 +113,7 @@ def test_who_does_not_heed_refusals_is_refused_slowly_and_nobody_else_waits(narr
         assert {reply.status_code for reply in first} == {429}
         assert min(reply.elapsed.total_seconds() for reply in first) < HELD_SECONDS, "whoever waits then is not kept"
         with ThreadPoolExecutor(1) as pool:
-            held = pool.submit(storm, api, [Call("GET", "/v1/whoami") for _ in range(20)])
+            held = pool.submit(send_at_once, api, [Call("GET", "/v1/whoami") for _ in range(20)])
             assert other.get("/v1/whoami").status_code == 200
             assert all(answer.status == 429 and answer.seconds >= HELD_SECONDS for answer in held.result())
 
@@ -275,7 +275,9 @@ def test_waiting_runs_never_exceed_the_quota_whoever_comes_at_once(stack: Stack)
         while len(ended) < 30:
             ended += finished_runs(api, 10)
         assert [run["status"] for run in api.get("/v1/runs").json()["items"]] == ["success"] * 30
-        answers = storm(api, [Call("POST", f"/v1/runs/{run_id}/retry") for run_id in ended], urls=[one.url, two.url])
+        answers = send_at_once(
+            api, [Call("POST", f"/v1/runs/{run_id}/retry") for run_id in ended], urls=[one.url, two.url]
+        )
         assert tally(answers) == {"200": 10, "429 quota_exceeded": 20}
         near = [answer for answer in answers if answer.status == 200 and "RateLimit" in answer.headers]
         assert len(near) == 1, "the last one leaves less than a tenth"
@@ -322,7 +324,7 @@ def test_runs_created_a_minute_are_counted_for_a_key_and_for_its_organization(st
     ):
         workflow_id = api.workflow()
         body = {"workflow_id": workflow_id}
-        answers = storm(api, [Call("POST", "/v1/runs", body) for _ in range(12)])
+        answers = send_at_once(api, [Call("POST", "/v1/runs", body) for _ in range(12)])
         assert tally(answers) == {"201": 5, "429 quota_exceeded": 7}
         reply = api.post("/v1/runs", json=body)
         assert 1 <= refused(reply, "key-runs") <= 60
@@ -347,12 +349,12 @@ def test_bulks_at_once_never_exceed_a_quota_together(stack: Stack) -> None:
     quotas = {"QUOTA_ORGANIZATION_WAITING_RUNS": 1000, "QUOTA_ORGANIZATION_RUNS_PER_MINUTE": 2000}
     with serving(stack, **quotas) as one, serving(stack, **quotas) as two, one.client() as api:
         body = {"workflow_id": api.workflow(), "count": 400}
-        answers = storm(api, [Call("POST", "/v1/runs/bulk", body) for _ in range(8)], urls=[one.url, two.url])
+        answers = send_at_once(api, [Call("POST", "/v1/runs/bulk", body) for _ in range(8)], urls=[one.url, two.url])
         assert tally(answers) == {"201": 2, "429 quota_exceeded": 6}
         single = {"workflow_id": body["workflow_id"]}
         calls = [Call("POST", "/v1/runs", single) for _ in range(60)]
         calls[30:30] = [Call("POST", "/v1/runs/bulk", single | {"count": 180}) for _ in range(2)]
-        storm(api, calls, urls=[one.url, two.url])
+        send_at_once(api, calls, urls=[one.url, two.url])
         waiting = stack.sql("SELECT count(*) FROM runs WHERE organization_id = $1", api.organization)
         assert waiting[0]["count"] <= 1000
 
@@ -385,7 +387,7 @@ def test_a_large_quota_is_not_counted_for_each_retry_and_ends_exactly(stack: Sta
         workflow_id = UUID(api.workflow())
         stack.sql(RUNS, api.organization, workflow_id, "scheduling", 600)
         ended = [row["id"] for row in stack.sql(RUNS, api.organization, workflow_id, "success", 450)]
-        answers = storm(api, [Call("POST", f"/v1/runs/{run_id}/retry") for run_id in ended])
+        answers = send_at_once(api, [Call("POST", f"/v1/runs/{run_id}/retry") for run_id in ended])
         assert tally(answers) == {"200": 400, "429 quota_exceeded": 50}
 
 

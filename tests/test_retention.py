@@ -6,10 +6,10 @@ import pytest
 
 from app.runs.retention import WHY
 from tests.support.client import Client, file_input, secret_path
-from tests.support.scene import assert_nothing_lost
 from tests.support.scrapes import scrape
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_database
+from tests.support.stored_state import assert_nothing_lost
 from tests.support.waiting import until
 
 

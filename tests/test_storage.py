@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from app.config import MIB, Settings
 from app.errors import StorageUnavailable
 from app.stores.files import CHUNK, FileMissingError, FileStore
-from tests.support.weed import Weed
+from tests.support.seaweedfs import SeaweedFS
 
 pytestmark = pytest.mark.anyio
 
@@ -337,16 +337,16 @@ def test_urls_that_cannot_be_used(url: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
-    weed = Weed(tmp_path_factory.mktemp("weed"))
-    yield weed
-    weed.stop()
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    seaweedfs = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"))
+    yield seaweedfs
+    seaweedfs.stop()
 
 
 @pytest.fixture
-async def bucket(weed: Weed, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FileStore]:
+async def bucket(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FileStore]:
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{weed.port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{seaweedfs.port}",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_REGION": "us-east-1",
@@ -356,7 +356,7 @@ async def bucket(weed: Weed, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[F
     store = FileStore(settings("s3://files/some/prefix"))
     deadline = time.monotonic() + 30
     while not await started(store):
-        assert weed.process.poll() is None, (weed.folder / "log").read_text()
+        assert seaweedfs.process.poll() is None, (seaweedfs.folder / "log").read_text()
         assert time.monotonic() < deadline, "SeaweedFS did not start"
         await asyncio.sleep(0.1)
     yield store
@@ -397,10 +397,10 @@ async def test_s3_roundtrip(bucket: FileStore) -> None:
         await bucket.stream(key, 0, 1)
 
 
-async def test_s3_frozen_then_killed(weed: Weed, bucket: FileStore) -> None:
+async def test_s3_frozen_then_killed(seaweedfs: SeaweedFS, bucket: FileStore) -> None:
     key = bucket.new_key("org", RUN)
     await bucket.put(key, b"before", deadline=soon())
-    weed.process.send_signal(signal.SIGSTOP)
+    seaweedfs.process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     results = await asyncio.gather(
         *(bucket.put(bucket.new_key("org", RUN), b"x", deadline=soon()) for _ in range(64)),
@@ -412,9 +412,9 @@ async def test_s3_frozen_then_killed(weed: Weed, bucket: FileStore) -> None:
     assert time.monotonic() - began < 15
     assert results.pop() is False
     assert {type(result) for result in results} == {StorageUnavailable}
-    weed.process.send_signal(signal.SIGCONT)
+    seaweedfs.process.send_signal(signal.SIGCONT)
     assert await read(bucket, key, 0, 6) == b"before"
-    weed.stop()
+    seaweedfs.stop()
     began = time.monotonic()
     for call in (
         bucket.put(bucket.new_key("org", RUN), b"x", deadline=soon()),

@@ -14,7 +14,7 @@ import pytest
 from app.config import ConfigurationError
 from app.telemetry import tracing
 from tests.support.client import file_input
-from tests.support.collector import Collector
+from tests.support.otlp_collector import Collector
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_stack
 from tests.support.waiting import until

@@ -12,8 +12,17 @@ import pytest
 
 from tests.support.client import Client, file_input
 from tests.support.faults import FaultyServer, Plan, collect_as_process, die_while_writing
-from tests.support.scene import DAY, SOAK, Picture, assert_exactly_named, assert_nothing_lost, chance, gone, picture
 from tests.support.stack import Stack
+from tests.support.stored_state import (
+    DAY,
+    SOAK,
+    StoredState,
+    assert_exactly_named,
+    assert_nothing_lost,
+    chance,
+    gone,
+    read_stored_state,
+)
 from tests.support.waiting import until
 
 OLD, NEW = {"password": "old", "nested": {"a": 1}}, {"password": "new", "pin": 7}
@@ -30,7 +39,7 @@ class WriteRequest:
     path: str
     body: dict[str, Any] | None
     status: int
-    happened: Callable[[Picture], bool]
+    happened: Callable[[StoredState], bool]
 
     def send(self, client: Client) -> httpx.Response:
         return client.request(self.method, self.path, json=self.body, headers={"Idempotency-Key": "the-key"})
@@ -40,7 +49,7 @@ def retry(client: Client, **options: object) -> WriteRequest:
     """With new secrets and files: one statement lists them, and one is the whole switch."""
     run_id = client.finished("error", sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
 
-    def happened(now: Picture) -> bool:
+    def happened(now: StoredState) -> bool:
         run = now.run
         cleared = ("error", "output_data", "run_message_history", "started_at", "ended_at")
         return (
@@ -64,7 +73,7 @@ def plain_retry(client: Client) -> WriteRequest:
     """Without secrets and input files: one statement is the whole switch, and commits by itself."""
     run_id = client.finished("error")["id"]
 
-    def happened(now: Picture) -> bool:
+    def happened(now: StoredState) -> bool:
         run = now.run
         return (
             (run["status"], run["attempt"], run["error"], run["output_data"]) == ("scheduling", 2, None, None)
@@ -76,7 +85,7 @@ def plain_retry(client: Client) -> WriteRequest:
 
 
 def create(client: Client) -> WriteRequest:
-    def happened(now: Picture) -> bool:
+    def happened(now: StoredState) -> bool:
         return (now.run["secrets"], now.files("input")) == (STORED, sorted(NEW_FILES))
 
     body = {"workflow_id": client.workflow(), "sensitive_input_values": NEW, "file_inputs": INPUTS}
@@ -87,7 +96,7 @@ def upload(client: Client) -> WriteRequest:
     run_id = client.run(sensitive_input_values=OLD)["id"]
     client.report(run_id, status="running")
 
-    def happened(now: Picture) -> bool:
+    def happened(now: StoredState) -> bool:
         return now.files("output") == [NEW_FILES[0]] and now.run["status"] == "running"
 
     body = INPUTS[0] | {"run_id": run_id, "content_type": "text/plain", "attachment_type": "output"}
@@ -98,7 +107,7 @@ def finish(client: Client) -> WriteRequest:
     run_id = client.run(sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
     client.report(run_id, status="running")
 
-    def happened(now: Picture) -> bool:
+    def happened(now: StoredState) -> bool:
         return (now.run["status"], now.run["output_data"]) == ("success", '{"answer":42}')
 
     return WriteRequest(
@@ -109,7 +118,7 @@ def finish(client: Client) -> WriteRequest:
 def delete(client: Client) -> WriteRequest:
     run_id = client.finished(sensitive_input_values=OLD, file_inputs=_files(OLD_FILES))["id"]
 
-    def happened(now: Picture) -> bool:
+    def happened(now: StoredState) -> bool:
         return not (now.runs or now.attachments or now.attempts)
 
     return WriteRequest("DELETE", f"/v1/runs/{run_id}", None, 204, happened)
@@ -128,14 +137,14 @@ def points_of(stack: Stack, scene: Callable[[Client], WriteRequest]) -> list[str
         return sorted(server.points())
 
 
-def crash(stack: Stack, scene: Callable[[Client], WriteRequest], plan: Plan, commit: str) -> Picture:
+def crash(stack: Stack, scene: Callable[[Client], WriteRequest], plan: Plan, commit: str) -> StoredState:
     """Kill at the point, look, start again, resend, look again. Returns how it looked after the kill.
 
     `commit` is the statement that makes it happen: "COMMIT {}#2" is "COMMIT after#2" once it has been answered.
     """
     with FaultyServer(stack, plan) as server, server.client() as client:
         write = scene(client)
-        before = picture(stack, client.organization)
+        before = read_stored_state(stack, client.organization)
         server.arm()
         answered = False
         with suppress(httpx.TransportError):
@@ -144,7 +153,7 @@ def crash(stack: Stack, scene: Callable[[Client], WriteRequest], plan: Plan, com
         organization, authorization = client.organization, client.headers["Authorization"]
     until(lambda: gone(stack), what="the end of the dead service's transactions")
 
-    after_kill = picture(stack, organization)
+    after_kill = read_stored_state(stack, organization)
     happened = after_kill != before
     assert not happened or write.happened(after_kill), f"half done: {before} -> {after_kill}"
     committed = plan.point == commit.format("after")
@@ -158,11 +167,11 @@ def crash(stack: Stack, scene: Callable[[Client], WriteRequest], plan: Plan, com
         reply = write.send(client)
         assert reply.status_code == write.status, reply.text
         assert ("Idempotency-Status" in reply.headers) == happened, "replayed only what had happened"
-    now = picture(stack, organization)
+    now = read_stored_state(stack, organization)
     assert write.happened(now), f"the resend did not make it right: {now}"
     assert len(now.keys) == 1
     assert_exactly_named(stack, organization)
-    collected = picture(stack, organization)
+    collected = read_stored_state(stack, organization)
     for run in collected.runs:
         if run["status"] == "success":  # only the secrets of a finished run go with time
             run["secrets"] = now.run["secrets"]
@@ -277,14 +286,14 @@ def test_a_collector_killed_at_its_points(attacked: Stack) -> None:
     chosen = every if SOAK else chance("collector").sample(every, 4)
     for point in chosen:
         organization = collector_scene(attacked)
-        before = picture(attacked, organization)
+        before = read_stored_state(attacked, organization)
         active = [run for run in before.runs if run["status"] == "scheduling"]
         assert active
         collect_as_process(attacked, Plan(point), ahead=3 * DAY)
         until(lambda: gone(attacked))
         assert_nothing_lost(attacked, organization)
         assert_exactly_named(attacked, organization)
-        now = picture(attacked, organization)
+        now = read_stored_state(attacked, organization)
         assert [run for run in now.runs if run["status"] == "scheduling"] == active
         assert [row for row in now.attachments if row["run_id"] in _ids(active)] == [
             row for row in before.attachments if row["run_id"] in _ids(active)

@@ -11,12 +11,12 @@ import httpx
 import pytest
 
 from tests.support.client import Client, file_input
+from tests.support.concurrent_requests import Answer, Call, finished_runs, send_at_once, tally, worst
 from tests.support.faults import FaultyServer, Plan, collect_until_empty, fail_with_everything, lose_answer, wait_for
 from tests.support.outages import FILES, OUTAGES, PLAIN, SECRETS, is_ready, ready
-from tests.support.scene import assert_exactly_named, assert_nothing_lost, attempts, picture
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, settings_of
-from tests.support.storm import Answer, Call, finished_runs, storm, tally, worst
+from tests.support.stored_state import assert_exactly_named, assert_nothing_lost, attempts, read_stored_state
 from tests.support.waiting import until
 
 AT_ONCE = 64
@@ -44,10 +44,10 @@ def retries(run_ids: list[str], body: dict[str, object]) -> list[Call]:
 def test_an_outage_under_load(broken: Stack, server: Server, client: Client, name: str) -> None:
     outage = OUTAGES[name]
     run_ids = finished_runs(client, AT_ONCE, sensitive_input_values={"password": "old"}, file_inputs=[file_input()])
-    before = picture(broken, client.organization)
+    before = read_stored_state(broken, client.organization)
     outage.begin(broken)
     try:
-        answers = storm(client, retries(run_ids, outage.body))
+        answers = send_at_once(client, retries(run_ids, outage.body))
         # An answer of a store is shared for a second.
         health = until(lambda: (found := ready(server))[0] == 503 and found, what="the readiness that says so")
         assert httpx.get(f"{server.url}/health/live", timeout=2, trust_env=False, verify=False).status_code == 200
@@ -58,11 +58,11 @@ def test_an_outage_under_load(broken: Stack, server: Server, client: Client, nam
     assert all(answer.headers["Retry-After"].isdigit() for answer in answers)
     assert worst(answers) < 10
     assert health == (503, [outage.part])
-    assert picture(broken, client.organization) == before
+    assert read_stored_state(broken, client.organization) == before
 
     until(lambda: is_ready(server), what="recovery without a restart")
     assert_nothing_lost(broken, client.organization)
-    answers = storm(client, retries(run_ids, outage.body))
+    answers = send_at_once(client, retries(run_ids, outage.body))
     assert tally(answers) == {"200": AT_ONCE}, tally(answers)
     assert_exactly_named(broken, client.organization)
 
@@ -75,7 +75,7 @@ def test_an_outage_in_the_middle_of_load(broken: Stack, server: Server, client: 
     begin = threading.Timer(0.15, outage.begin, [broken])
     begin.start()
     try:
-        answers = storm(client, retries(run_ids, SECRETS | FILES))
+        answers = send_at_once(client, retries(run_ids, SECRETS | FILES))
         begin.join()
     finally:
         outage.end(broken)
@@ -88,7 +88,7 @@ def test_an_outage_in_the_middle_of_load(broken: Stack, server: Server, client: 
             assert attempts(client, run_id) == (answer.status == 200), answer
     assert_nothing_lost(broken, client.organization)
 
-    resent = storm(client, retries(run_ids, SECRETS | FILES))
+    resent = send_at_once(client, retries(run_ids, SECRETS | FILES))
     assert tally(resent) == {"200": AT_ONCE}
     for first, second in zip(answers, resent, strict=True):
         assert first.status != 200 or first.content == second.content, "not the first reply"
@@ -101,7 +101,7 @@ def test_a_frozen_vault_does_not_slow_what_needs_no_vault(broken: Stack, client:
     plain = finished_runs(client, 80)
 
     def latency(run_ids: list[str]) -> list[float]:
-        answers = [storm(client, retries([run_id], PLAIN))[0] for run_id in run_ids]
+        answers = [send_at_once(client, retries([run_id], PLAIN))[0] for run_id in run_ids]
         assert tally(answers) == {"200": len(run_ids)}
         return [answer.seconds for answer in answers]
 
@@ -109,7 +109,7 @@ def test_a_frozen_vault_does_not_slow_what_needs_no_vault(broken: Stack, client:
     broken.bao.freeze()
     try:
         answers: list[Answer] = []
-        load = threading.Thread(target=lambda: answers.extend(storm(client, retries(secret, SECRETS))))
+        load = threading.Thread(target=lambda: answers.extend(send_at_once(client, retries(secret, SECRETS))))
         load.start()
         frozen = latency(plain[40:])
         load.join()
@@ -123,7 +123,7 @@ def test_a_frozen_vault_does_not_slow_what_needs_no_vault(broken: Stack, client:
 
 def _send(client: Client, call: Call) -> tuple[threading.Thread, list[Answer]]:
     answers: list[Answer] = []
-    thread = threading.Thread(target=lambda: answers.extend(storm(client, [call])))
+    thread = threading.Thread(target=lambda: answers.extend(send_at_once(client, [call])))
     thread.start()
     return thread, answers
 
@@ -147,7 +147,7 @@ def test_postgresql_killed_in_a_transaction(broken: Stack, tmp_path: Path, point
     gate = tmp_path / "gate"
     with FaultyServer(broken, Plan(point, partial(wait_for, gate))) as server, server.client() as client:
         run_id = client.finished("error", sensitive_input_values={"password": "old"}, file_inputs=[file_input()])["id"]
-        before = picture(broken, client.organization)
+        before = read_stored_state(broken, client.organization)
         has_target = point in list(DEATHS)[-3:]
         target = {"machine_id": client.machine(status="disconnected")} if has_target else {}
         [call] = retries([run_id], SECRETS | FILES | target)
@@ -159,7 +159,7 @@ def test_postgresql_killed_in_a_transaction(broken: Stack, tmp_path: Path, point
         thread.join()
         broken.postgres.start()
         [answer] = answers
-        now = picture(broken, client.organization)
+        now = read_stored_state(broken, client.organization)
         happened = (now.run["attempt"], now.run["secrets"]) == (2, {"password": "new"})
         if answer.status == 200:
             assert point in COMMITS
@@ -170,7 +170,7 @@ def test_postgresql_killed_in_a_transaction(broken: Stack, tmp_path: Path, point
             assert now == before or (happened and point in COMMITS)
         assert_nothing_lost(broken, client.organization)
         until(lambda: is_ready(server), what="recovery without a restart")
-        [answer] = storm(client, [call])
+        [answer] = send_at_once(client, [call])
         assert answer.status == 200, answer
         assert attempts(client, run_id) == 1
         assert_exactly_named(broken, client.organization)
@@ -184,11 +184,11 @@ def test_the_answer_to_commit_is_lost(broken: Stack) -> None:
         run_id = client.finished("error", sensitive_input_values={"password": "old"}, file_inputs=[file_input()])["id"]
         [call] = retries([run_id], SECRETS | FILES)
         server.arm()
-        [answer] = storm(client, [call])
+        [answer] = send_at_once(client, [call])
         assert (answer.status, answer.code) == (503, "database_unavailable")
         assert "may have taken effect" in answer.detail
         assert answer.headers["Retry-After"]
-        [resent] = storm(client, [call])
+        [resent] = send_at_once(client, [call])
         assert (resent.status, resent.headers["Idempotency-Status"]) == (200, "replayed")
         assert attempts(client, run_id) == 1
         assert_exactly_named(broken, client.organization)
@@ -202,11 +202,11 @@ def test_a_defect_in_the_middle_of_a_statement(broken: Stack) -> None:
         [call] = retries([run_id], PLAIN)
         server.arm()
         with broken.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
-            [failed] = storm(client, [call])
+            [failed] = send_at_once(client, [call])
             assert (failed.status, failed.code) == (500, "internal_error")
             assert [client.get(f"/v1/runs/{run_id}").status_code for _ in range(3)] == [200] * 3
             assert "unavailable" not in server.log()  # nor the background
-        [answer] = storm(client, [call])
+        [answer] = send_at_once(client, [call])
         assert answer.status == 200
         assert attempts(client, run_id) == 1
 
@@ -234,7 +234,7 @@ def test_a_stage_stalled_beyond_the_grace_time(broken: Stack, tmp_path: Path, po
     with FaultyServer(broken, plan, STAGE_GRACE_SECONDS=1) as server, server.client() as client:
         run_id = client.finished("error", sensitive_input_values={"password": "old"}, file_inputs=[file_input()])["id"]
         assert not _collected(broken, client.organization)
-        before = picture(broken, client.organization)
+        before = read_stored_state(broken, client.organization)
         [call] = retries([run_id], SECRETS | FILES)
         server.arm()
         thread, answers = _send(client, call)
@@ -245,9 +245,9 @@ def test_a_stage_stalled_beyond_the_grace_time(broken: Stack, tmp_path: Path, po
         [answer] = answers
         # A put that finds its folder collected is refused by the file store, all others by the list.
         assert (answer.status, answer.code) in ((503, "vault_unavailable"), (503, "storage_unavailable")), answer
-        assert picture(broken, client.organization) == before
+        assert read_stored_state(broken, client.organization) == before
         assert_nothing_lost(broken, client.organization)
-        [answer] = storm(client, [call])
+        [answer] = send_at_once(client, [call])
         assert answer.status == 200
         assert_nothing_lost(broken, client.organization)
         assert_exactly_named(broken, client.organization)
@@ -259,20 +259,22 @@ def test_a_vault_frozen_beyond_the_grace_time(broken: Stack) -> None:
     try:
         with started.client() as client:
             run_ids = finished_runs(client, 8, sensitive_input_values={"password": "old"})
-            before = picture(broken, client.organization)
+            before = read_stored_state(broken, client.organization)
             broken.bao.freeze()
             try:
                 answers: list[Answer] = []
-                thread = threading.Thread(target=lambda: answers.extend(storm(client, retries(run_ids, SECRETS))))
+                thread = threading.Thread(
+                    target=lambda: answers.extend(send_at_once(client, retries(run_ids, SECRETS)))
+                )
                 thread.start()
                 until(lambda: _condemned(broken, client.organization) == len(run_ids))
             finally:
                 broken.bao.thaw()
             thread.join()
             assert tally(answers) == {"503 vault_unavailable": len(run_ids)}
-            assert picture(broken, client.organization) == before
+            assert read_stored_state(broken, client.organization) == before
             assert_nothing_lost(broken, client.organization)
-            assert tally(storm(client, retries(run_ids, SECRETS))) == {"200": len(run_ids)}
+            assert tally(send_at_once(client, retries(run_ids, SECRETS))) == {"200": len(run_ids)}
             assert_exactly_named(broken, client.organization)
     finally:
         started.app.stop()

@@ -26,8 +26,12 @@ from app.stores import deletions
 from app.stores.database import Database
 from app.stores.vault import SecretStore
 from tests.support.client import Client, file_input
+from tests.support.concurrent_requests import Answer, Call, finished_runs, send_at_once, tally
 from tests.support.faults import FaultyServer, Plan, collect_until_empty, wait_for
-from tests.support.scene import (
+from tests.support.scheduling import FORBIDDEN, Interrupted
+from tests.support.server import Server, start_server
+from tests.support.stack import Stack, settings_of
+from tests.support.stored_state import (
     DAY,
     SOAK,
     assert_exactly_named,
@@ -35,12 +39,8 @@ from tests.support.scene import (
     attempts,
     chance,
     collect_all,
-    picture,
+    read_stored_state,
 )
-from tests.support.scheduling import FORBIDDEN, Interrupted
-from tests.support.server import Server, start_server
-from tests.support.stack import Stack, settings_of
-from tests.support.storm import Answer, Call, finished_runs, storm, tally
 from tests.support.waiting import until
 
 AT_ONCE = 50
@@ -71,7 +71,7 @@ def at_once(replicas: list[Server], client: Client) -> Callable[[Sequence[Call]]
     """Send all at the same moment, to both servers in turn; none may fail."""
 
     def send(calls: Sequence[Call]) -> list[Answer]:
-        answers = storm(client, calls, urls=[server.url for server in replicas])
+        answers = send_at_once(client, calls, urls=[server.url for server in replicas])
         assert max(answer.status for answer in answers) < 500, tally(answers)
         return answers
 
@@ -104,7 +104,7 @@ def stopped(stack: Stack, client: Client, call: Call, point: str, **settings: ob
         ThreadPoolExecutor(1) as threads,
     ):
         server.arm()
-        answer = threads.submit(lambda: storm(own, [call])[0])
+        answer = threads.submit(lambda: send_at_once(own, [call])[0])
         try:
             until(lambda: gate.with_name("gate.reached").exists() or answer.done(), what=point)
             assert not answer.done(), f"{point} was not passed: {answer.result()}"
@@ -116,7 +116,7 @@ def stopped(stack: Stack, client: Client, call: Call, point: str, **settings: ob
 
 def send(client: Client, call: Call) -> Future[Answer]:
     future: Future[Answer] = Future()
-    threading.Thread(target=lambda: future.set_result(storm(client, [call])[0])).start()
+    threading.Thread(target=lambda: future.set_result(send_at_once(client, [call])[0])).start()
     return future
 
 
@@ -176,7 +176,7 @@ def test_of_many_retries_one_wins(
         assert not any("Idempotency-Status" in answer.headers for answer in answers)
         assert attempts(client, run_id) == number
         [winner] = [one for one, answer in enumerate(answers) if answer.status == 200]
-        now = picture(attacked, client.organization)
+        now = read_stored_state(attacked, client.organization)
         sent = STAGES[stage](winner)
         if "sensitive_input_values" in sent:
             assert now.run["secrets"] == sent["sensitive_input_values"]
@@ -230,7 +230,7 @@ def test_a_resend_overtaken_by_the_first_request(attacked: Stack, client: Client
         client.report(run_id, status="running")
         call = upload(run_id)._replace(key="the-key")
     with stopped(attacked, client, call, point) as resend:
-        [first] = storm(client, [call])
+        [first] = send_at_once(client, [call])
         assert first.status < 300
         if what == "upload":
             client.report(run_id, status="success")
@@ -295,7 +295,7 @@ def test_the_report_that_ends_a_run_and_its_retry(attacked: Stack, client: Clien
     # Without a target the retry would be refused at once, on the run as it is committed.
     assert in_order(attacked, client, ended, retry(run_id, machine_id=client.machine())) == ["200", "200"]
     assert client.get_run(run_id)["attempt"] == 2
-    assert picture(attacked, client.organization).run["secrets"] == {"password": "old"}
+    assert read_stored_state(attacked, client.organization).run["secrets"] == {"password": "old"}
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_a_retry_whose_run_changes_between_reading_and_writing(
     now = client.get_run(run_id)
     assert (now["attempt"], now["is_priority"]) == (2, change.startswith("UPDATE"))
     assert json.loads(answer.content) == now
-    seen = picture(attacked, client.organization)
+    seen = read_stored_state(attacked, client.organization)
     assert seen.run["secrets"] == options.get("sensitive_input_values", {})
     assert seen.files("input") == ([b"new 1"] if "file_inputs" in options else [])
 
@@ -327,7 +327,7 @@ def test_a_staged_retry_of_a_run_that_becomes_active_meanwhile(attacked: Stack, 
     with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), "runs.retry.switch_staged before#1") as late:
         client.json_of(client.retry(run_id, **STAGES["both"](2)))
         assert late.go().code == "run_not_terminal"
-    now = picture(attacked, client.organization)
+    now = read_stored_state(attacked, client.organization)
     assert (now.run["attempt"], now.run["secrets"], now.files("input")) == (2, {"password": "new 2"}, [b"new 2"])
 
 
@@ -499,7 +499,7 @@ def test_collectors_of_many_replicas_share_one_list(attacked: Stack, client: Cli
     assert sum(taken) == len(runs), "each name is taken once"
     assert attacked.secret_paths(f"runs/{client.organization}/") == set()
     assert attacked.sql("SELECT * FROM deletions") == []
-    assert tally(storm(client, [retry(run_id) for run_id in runs[:20]])) == {"409 sensitive_inputs_expired": 20}
+    assert tally(send_at_once(client, [retry(run_id) for run_id in runs[:20]])) == {"409 sensitive_inputs_expired": 20}
 
 
 @pytest.mark.parametrize("point", ["deletions.adopt after#1", "COMMIT before#1", None])
@@ -521,7 +521,7 @@ def test_a_collector_passes_over_what_is_being_adopted(attacked: Stack, client: 
             assert condemned(attacked, client.organization) == 0
         assert late.result().status == 200
     collect(attacked, 3600)
-    now = picture(attacked, client.organization)
+    now = read_stored_state(attacked, client.organization)
     assert (now.run["secrets"], now.files("input")) == ({"password": "new 1"}, [b"new 1"])
 
 
@@ -532,13 +532,13 @@ CONDEMN = "UPDATE deletions SET condemned_at = now() WHERE '/' || name LIKE '%/'
 def test_a_switch_that_waits_for_the_collector_adopts_nothing(attacked: Stack, client: Client, which: str) -> None:
     """The collector came first and has not committed yet: whoever waits for it finds names condemned, and takes none."""
     run_id = client.finished("error", file_inputs=[file_input(b"old")])["id"]
-    before = picture(attacked, client.organization)
+    before = read_stored_state(attacked, client.organization)
     with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), "runs.retry.switch_staged before#1") as late:
         with attacked.held(CONDEMN + which, client.organization, commit=True):
             late.gate.touch()
             waits(attacked, late.answer)
         assert tally([late.answer.result()]) == {"503 vault_unavailable": 1}
-    assert picture(attacked, client.organization) == before
+    assert read_stored_state(attacked, client.organization) == before
 
 
 # --- a retention row against a retry that keeps the secret ------------------------------------------------------------
@@ -549,14 +549,14 @@ def test_a_condemned_secret_is_never_kept(attacked: Stack, client: Client) -> No
     with slow_collector(attacked, 2 * DAY) as (go, taken):
         until(lambda: condemned(attacked, client.organization), what="condemning")
         for options in ({}, STAGES["files"](1)):
-            assert tally(storm(client, [retry(run["id"], **options)])) == {"409 sensitive_inputs_expired": 1}
+            assert tally(send_at_once(client, [retry(run["id"], **options)])) == {"409 sensitive_inputs_expired": 1}
         assert client.get_run(run["id"]) == run
-        assert picture(attacked, client.organization).run["secrets"] == {"password": "old"}
+        assert read_stored_state(attacked, client.organization).run["secrets"] == {"password": "old"}
         # One that replaces it goes on meanwhile, and the late delete takes only the old one.
         client.json_of(client.retry(run["id"], **STAGES["secrets"](1)))
         go.set()
         assert taken.result() >= 1
-    assert picture(attacked, client.organization).run["secrets"] == {"password": "new 1"}
+    assert read_stored_state(attacked, client.organization).run["secrets"] == {"password": "new 1"}
 
 
 def test_a_retry_that_waits_for_the_collector_does_not_keep_the_secret(attacked: Stack, client: Client) -> None:
@@ -576,7 +576,7 @@ def test_a_collector_passes_over_a_secret_that_is_being_kept(attacked: Stack, cl
         assert condemned(attacked, client.organization) == 0
         assert keeping.go().status == 200
     collect(attacked, 2 * DAY)
-    assert picture(attacked, client.organization).run["secrets"] == {"password": "old"}
+    assert read_stored_state(attacked, client.organization).run["secrets"] == {"password": "old"}
 
 
 def test_retries_and_collectors_at_random(
@@ -598,7 +598,7 @@ def test_retries_and_collectors_at_random(
         assert set(tally(answers)) <= {"200", "409 sensitive_inputs_expired"}
         outcomes += tally(answers)
         collect(attacked, 2 * DAY)
-        rows = {str(row["id"]): row["secrets"] for row in picture(attacked, client.organization).runs}
+        rows = {str(row["id"]): row["secrets"] for row in read_stored_state(attacked, client.organization).runs}
         for run_id, answer in zip(runs, answers, strict=True):
             assert rows[run_id] == {"password": "old" if answer.status == 200 else None}
     print(f"retries against collectors: {outcomes}")

@@ -41,10 +41,10 @@ from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.vault import SecretStore
 from tests.support.client import Client, file_input
-from tests.support.scene import DAY, SEED, SOAK, assert_exactly_named, assert_nothing_lost, collect_all
+from tests.support.concurrent_requests import Call, send_at_once
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, settings_of
-from tests.support.storm import Call, storm
+from tests.support.stored_state import DAY, SEED, SOAK, assert_exactly_named, assert_nothing_lost, collect_all
 from tests.support.waiting import NEVER, until
 
 SECONDS = 24 * (1 + SOAK)
@@ -661,7 +661,9 @@ class Lifecycle(RuleBasedStateMachine):
     # -- sending
 
     def send(self, *requests: Request) -> None:
-        answers = storm(self.client, [request.call for request in requests], urls=[one.url for one in self.servers])
+        answers = send_at_once(
+            self.client, [request.call for request in requests], urls=[one.url for one in self.servers]
+        )
         done = []
         for request, answer in zip(requests, answers, strict=True):
             replayed = answer.headers.get("Idempotency-Status") == "replayed"

@@ -3,10 +3,10 @@
 from uuid import UUID
 
 from tests.support.faults import FaultyServer, Plan, deliver_as_process
-from tests.support.receiver import Receiver, receiving
-from tests.support.scene import gone
 from tests.support.stack import Stack
+from tests.support.stored_state import gone
 from tests.support.waiting import until
+from tests.support.webhook_receiver import Receiver, receiving
 
 MESSAGES = 3
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from playwright.async_api import Page, async_playwright, expect
 
 from dev.stack import Bao, Postgres
-from tests.console.scene import Scene, night
+from tests.console.sample_data import Scene, night
 from tests.support.browser import FLAGS, chromium
 from tests.support.server import start_server
 from tests.support.stack import Stack, migrate

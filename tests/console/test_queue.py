@@ -3,7 +3,7 @@
 from playwright.async_api import expect
 
 from tests.console.conftest import Console
-from tests.console.scene import night
+from tests.console.sample_data import night
 from tests.support.client import Client
 from tests.support.stack import Stack
 from tests.support.waiting import until

@@ -8,7 +8,7 @@ import pytest
 from playwright.async_api import expect
 
 from tests.console.conftest import Console
-from tests.console.scene import MARKUP, failed_login
+from tests.console.sample_data import MARKUP, failed_login
 from tests.support.client import Client, file_input
 from tests.support.stack import Stack
 from tests.support.waiting import until

@@ -5,7 +5,7 @@ from uuid import UUID, uuid4
 from playwright.async_api import Locator, expect
 
 from tests.console.conftest import Console, body
-from tests.console.scene import night
+from tests.console.sample_data import night
 from tests.support.client import Client
 from tests.support.stack import Stack
 from tests.support.waiting import until

@@ -15,10 +15,10 @@ from app.services import Services
 from tests.support.client import Client
 from tests.support.faults import Plan, dispatch_as_process
 from tests.support.handoff import HEARTBEAT, HandOff
-from tests.support.scene import SOAK
 from tests.support.scheduling import assigned
 from tests.support.server import Server, start_server
 from tests.support.stack import own_database, settings_of
+from tests.support.stored_state import SOAK
 from tests.support.waiting import until
 
 RUNS = 200 if SOAK else 16

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.authority import Authority, authority, tls_in_front_of
+from tests.support.certificate_authority import Authority, authority, tls_in_front_of
 from tests.support.handoff import HandOff
 from tests.support.stack import Stack
 from tests.support.waiting import until

@@ -213,7 +213,7 @@ def _enter(environment: Mapping[str, str], log: Path) -> None:
 
 def serve(folder: Path, environment: Mapping[str, str], plan: Plan) -> None:
     """A server process: what `python -m app serve` runs, with the faults of the plan."""
-    from tests.support.forked import DOCUMENT  # made before the fork
+    from tests.support.fork_preload import DOCUMENT  # made before the fork
 
     def with_document(settings: Settings) -> FastAPI:
         made = create_app(settings)
@@ -315,7 +315,7 @@ async def collect_until_empty(
 
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.support.faults", "tests.support.forked"])
+_forks.set_forkserver_preload(["tests.support.faults", "tests.support.fork_preload"])
 
 
 class FaultyServer(Server):

@@ -83,7 +83,7 @@ class HandOff:
             "AT_ONCE": 4,
             **settings,
         }
-        command = [sys.executable, "-m", "tests.support.desks"]
+        command = [sys.executable, "-m", "tests.support.temporal_executor_process"]
         return self._start("executor", command, {name: str(value) for name, value in environment.items()})
 
     def _start(self, name: str, command: list[str], environment: Mapping[str, str]) -> Program:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from tests.support.client import Client
-from tests.support.receiver import Receiver, receiving
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_database
+from tests.support.webhook_receiver import Receiver, receiving
 
 
 class Hooked:

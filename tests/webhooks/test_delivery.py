@@ -13,10 +13,10 @@ import pytest
 from app.services import Services
 from app.webhooks.delivery import SCHEDULE, Deliverer, delay_after
 from tests.support.client import Client
-from tests.support.receiver import Answer, Message
 from tests.support.server import Server
 from tests.support.stack import Stack, settings_of
 from tests.support.waiting import until
+from tests.support.webhook_receiver import Answer, Message
 from tests.webhooks.conftest import Hooked
 
 

@@ -15,10 +15,10 @@ from standardwebhooks import Webhook
 
 from app.webhooks.signing import headers
 from tests.support.client import Client
-from tests.support.receiver import Receiver
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_database
 from tests.support.waiting import until
+from tests.support.webhook_receiver import Receiver
 from tests.webhooks.conftest import Hooked
 
 PATH = "/v1/webhook-endpoints"

@@ -19,8 +19,8 @@ from dev.stack import free_port
 from tests.sdk import environment
 from tests.sdk.environment import NEEDS_UNKNOWN_KEY, VERSIONS
 from tests.support.client import file_input
-from tests.support.receiver import Message
 from tests.support.waiting import until
+from tests.support.webhook_receiver import Message
 from tests.webhooks.conftest import Hooked
 
 Received = tuple[Message, str]

@@ -13,10 +13,10 @@ import pytest
 
 from app.webhooks.addresses import Allowed
 from app.webhooks.sending import MAX_HEAD, Answer, Failed, Post, trust
-from tests.support.authority import Authority, authority
-from tests.support.receiver import Answer as Said
-from tests.support.receiver import Receiver, receiving
+from tests.support.certificate_authority import Authority, authority
 from tests.support.stack import Stack
+from tests.support.webhook_receiver import Answer as Said
+from tests.support.webhook_receiver import Receiver, receiving
 
 LOOPBACK = Allowed.parse(["127.0.0.0/8"])
 NEVER = float("inf")

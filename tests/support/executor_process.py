@@ -1,6 +1,6 @@
 """An executor process as there may be two of on a machine: it is the example's, and its work is a line in a file.
 
-API_URL=... API_KEY=... MACHINE_ID=... BEGUN=FILE python -m tests.support.desk
+API_URL=... API_KEY=... MACHINE_ID=... BEGUN=FILE python -m tests.support.executor_process
 """
 
 import os

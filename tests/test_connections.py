@@ -1,40 +1,30 @@
-"""No request hurts others: attacks on memory, on the event loop and on connections, while all three are watched.
+"""Connections: what strangers may hold open, who is cut off, and requests that come in pieces.
 
 Each attack is scaled to a few seconds, and to many times what the limit lets through: without the limit the test fails.
 """
 
-import base64
 import json
 import os
 import re
 import resource
-import select
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TypeVar
+from contextlib import ExitStack, suppress
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import httpx
-import psutil
 import pytest
 
 from tests.support.client import Client, file_input
-from tests.support.scene import attempts
+from tests.support.connections import answers, closed, connect, get, post, pour, readable, reply_of
 from tests.support.server import Server, start_server
+from tests.support.server_watch import MB, connected, watched
 from tests.support.stack import Stack
 from tests.support.waiting import until
-
-T = TypeVar("T")
-
-MB = 1_000_000
 
 # What nobody may do without a key, and with one. A busy machine is granted some time, never memory.
 RSS_WITHOUT_KEY = 150 * MB
@@ -42,105 +32,6 @@ RSS_WITH_KEY = 800 * MB
 BUSY = 6 if "PYTEST_XDIST_WORKER" in os.environ else 1  # other tests, each with servers of its own, share the cores
 PAUSE_WITHOUT_KEY = 0.5 * BUSY
 PAUSE_WITH_KEY = 1.0 * BUSY
-
-
-@dataclass
-class Seen:
-    """What was seen of a server while it was watched."""
-
-    rss: int = 0
-    slowest: float = 0.0
-    pauses: list[float] = field(default_factory=list)
-
-    def within(self, *, rss: int, pause: float) -> None:
-        mean = sum(self.pauses) / max(len(self.pauses), 1)
-        print(f"RSS {self.rss / MB:.0f} MB; health {self.slowest:.3f} s at worst, {mean:.3f} s as a rule")  # noqa: T201 - for the record
-        assert self.rss < rss
-        assert len(self.pauses) > 3
-        assert self.slowest < pause
-
-
-def process_of(server: Server) -> psutil.Process:
-    """The one that serves: what started it may still stand above it."""
-    processes = [psutil.Process(server.app.pid), *psutil.Process(server.app.pid).children(recursive=True)]
-    return max(processes, key=lambda process: process.memory_info().rss)
-
-
-@contextmanager
-def watched(server: Server) -> Iterator[Seen]:
-    """Memory, and how long a probe of its own connection waits for an answer, every few milliseconds."""
-    seen, stop, process = Seen(), threading.Event(), process_of(server)
-
-    def memory() -> None:
-        while not stop.wait(0.01):
-            seen.rss = max(seen.rss, process.memory_info().rss)
-
-    def probe() -> None:
-        while not stop.wait(0.02):
-            began = time.monotonic()
-            try:
-                with connect(server) as connection:
-                    connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-                    answered = connection.recv(65536).startswith(b"HTTP/1.1 200 ")
-            except OSError:
-                answered = False
-            seen.pauses.append(time.monotonic() - began if answered else 60.0)
-            seen.slowest = max(seen.pauses)
-
-    threads = [threading.Thread(target=memory), threading.Thread(target=probe)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(0.0005)  # the attack runs in this process too, and must not hold up the probe
-    for thread in threads:
-        thread.start()
-    try:
-        yield seen
-    finally:
-        sys.setswitchinterval(interval)
-        stop.set()
-        for thread in threads:
-            thread.join()
-
-
-def connect(server: Server, **options: int) -> socket.socket:
-    """A connection; `rcvbuf` makes the window that we offer small, `mss` what the server's kernel takes at once."""
-    host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.socket()
-    if "rcvbuf" in options:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options["rcvbuf"])
-    if "mss" in options:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, options["mss"])
-    connection.settimeout(20)
-    connection.connect((host, int(port)))
-    return connection
-
-
-def pour(connections: list[socket.socket], piece: bytes, *, seconds: float, at_most: int) -> int:
-    """Send `piece` on all of them again and again, without reading, as fast as the server takes it; returns the bytes sent.
-
-    The kernel takes some megabytes more for each connection than the server does.
-    """
-    sent, end = 0, time.monotonic() + seconds
-    rest = dict.fromkeys(connections, b"")
-    for connection in connections:
-        connection.setblocking(False)
-    while time.monotonic() < end:
-        moved = False
-        if sent >= at_most:
-            rest.clear()
-        for connection in list(rest):
-            rest[connection] = rest[connection] or piece
-            try:
-                count = connection.send(rest[connection])
-            except BlockingIOError:
-                continue
-            except OSError:
-                del rest[connection]  # the server has closed it
-                continue
-            rest[connection] = rest[connection][count:]
-            sent, moved = sent + count, True
-        if not moved:
-            time.sleep(0.01)
-    return sent
 
 
 @pytest.fixture
@@ -231,41 +122,6 @@ class TestWithoutKey:
             connections = [stack.enter_context(connect(fresh, rcvbuf=4096)) for _ in range(100)]
             pour(connections, request, seconds=4, at_most=20 * MB)
         seen.within(rss=RSS_WITHOUT_KEY, pause=PAUSE_WITHOUT_KEY)
-
-
-def readable(connection: socket.socket) -> bool:
-    """Whether something has come, or the end."""
-    return bool(select.select([connection], [], [], 0)[0])
-
-
-def closed(connection: socket.socket) -> bool:
-    """Whether the server has closed it, and sent nothing before."""
-    try:
-        return readable(connection) and connection.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-ALIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-def reply_of(connection: socket.socket) -> tuple[int, bytes, bytes]:
-    """Status, head and body of the next reply; (0, b"", b"") if there is none."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        if not (piece := connection.recv(65536)):
-            return 0, b"", b""
-        received += piece
-    head, _, body = received.partition(b"\r\n\r\n")
-    [length] = re.findall(rb"(?i)\r\ncontent-length: (\d+)", head)
-    while len(body) < int(length):
-        body += connection.recv(65536)
-    return int(head.split()[1]), head, body
-
-
-def answers(connection: socket.socket) -> bool:
-    connection.sendall(ALIVE)
-    return reply_of(connection)[0] == 200
 
 
 @pytest.fixture(scope="module")
@@ -424,16 +280,6 @@ def large_run(api: Client) -> str:
     return str(api.run(input_values={"x": "y" * 15 * MB})["id"])
 
 
-def get(api: Client, path: str, connection: str = "keep-alive") -> bytes:
-    key = api.headers["authorization"]
-    return f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nConnection: {connection}\r\n\r\n".encode()
-
-
-def connected(server: Server, port: int | None) -> int:
-    """How many connections the server has to this port, whoever opened them."""
-    return sum(bool(one.raddr) and one.raddr.port == port for one in process_of(server).net_connections("tcp"))
-
-
 class TestPipelining:
     def test_requests_are_answered_in_their_order(self, server: Server) -> None:
         paths = ["/health/live", "/nothing", "/v1/runs", "/health/live"] * 50
@@ -476,235 +322,6 @@ class TestPipelining:
         }
         reply = api.post(f"/v1/runs/{run['id']}/retry", json={"input_values": {"a": 1}}, headers=headers)
         assert api.json_of(reply)["input_values"] == {"a": 1}
-
-
-def post(api: Client, path: str, length: int | None, *, content_type: str = "application/json") -> bytes:
-    """The head of a request with a body."""
-    size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-    return (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {api.headers['authorization']}\r\n"
-        f"Content-Type: {content_type}\r\n{size}\r\n\r\n"
-    ).encode()
-
-
-def send_while_taken(connection: socket.socket, head: bytes, piece: bytes, most: int) -> None:
-    """So many bytes, or until none is taken any more."""
-    connection.settimeout(3)
-    with suppress(OSError):
-        connection.sendall(head)
-        for _ in range(most // len(piece)):
-            connection.sendall(piece)
-
-
-def at_once(count: int, attack: Callable[[int], T]) -> list[T]:
-    """What so many threads got, mostly statuses."""
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(attack, range(count)))
-
-
-def send_whole(server: Server, head: bytes, body: bytes) -> int:
-    """The status; 0 for a connection that was closed."""
-    with connect(server) as connection:
-        connection.settimeout(60)
-        with suppress(ConnectionError):
-            connection.sendall(head)
-            connection.sendall(body)
-        try:
-            return reply_of(connection)[0]
-        except ConnectionError:
-            return 0
-
-
-class Fresh:
-    """Clients of a server that only one test uses."""
-
-    @pytest.fixture
-    def api(self, fresh: Server) -> Iterator[Client]:
-        with fresh.client() as client:
-            yield client
-
-    @pytest.fixture
-    def innocent(self, fresh: Server) -> Iterator[Client]:
-        with fresh.client() as client:
-            yield client
-
-
-class TestBodies(Fresh):
-    """With a key."""
-
-    def test_too_many_values_are_refused_before_they_are_parsed(self, fresh: Server, api: Client) -> None:
-        body = b'{"input_values":{"a":[' + b"[]," * 13 * MB + b"1]}}"
-        head = post(api, f"/v1/runs/{uuid4()}/retry", len(body))
-        with watched(fresh) as seen:
-            assert set(at_once(2, lambda _: send_whole(fresh, head, body))) <= {422, 503}
-        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
-
-    def test_commas_in_texts_are_no_values(self, api: Client) -> None:
-        text = ',[{\\"' * 100_000
-        assert api.get_run(api.run(input_values={"x": text})["id"])["input_values"] == {"x": text}
-
-    def test_what_takes_neither_files_nor_a_history_is_small(self, fresh: Server, api: Client) -> None:
-        for path, status in (("/v1/workflows", 413), ("/v1/pools", 413), (f"/v1/runs/{uuid4()}/retry", 404)):
-            body = json.dumps({"x": "y" * 3 * MB}).encode()
-            assert send_whole(fresh, post(api, path, len(body)), body) == status
-
-    def test_what_can_never_fit_is_not_to_be_sent_again(self, stack: Stack) -> None:
-        """Neither its texts nor its values are too much for themselves."""
-        server = start_server(stack, MAX_IN_FLIGHT_BYTES=10 * MB)
-        try:
-            with server.client() as api:
-                body = json.dumps({"input_values": {"a": "x" * 3_800_000, "b": [0] * 20_000}}).encode()
-                reply = api.patch(f"/v1/runs/{uuid4()}", content=body, headers={"Content-Type": "application/json"})
-                assert reply.status_code == 413, reply.text
-        finally:
-            server.app.stop()
-
-    def test_bodies_without_a_length_share_half_of_the_budget(
-        self, fresh: Server, api: Client, innocent: Client
-    ) -> None:
-        """Two that grow on and on, and keep the pace."""
-        head = post(api, "/v1/runs", None)
-        piece = b"10000\r\n" + b" " * 65536 + b"\r\n"
-        shown = innocent.run(input_values={"x": "x" * 100_000})["id"]
-        with ExitStack() as stack:
-            senders = [stack.enter_context(connect(fresh)) for _ in range(2)]
-            at_once(2, lambda number: send_while_taken(senders[number], head, piece, 72 * MB))
-            assert innocent.get_run(shown)["input_values"]
-
-    def test_wide_characters_count_for_what_they_take(self, fresh: Server, api: Client) -> None:
-        """One of them makes a text take four times as much."""
-        values = {"a": "x" * 40 * MB + "\N{GRINNING FACE}"}
-        body = json.dumps({"workflow_id": api.workflow(), "input_values": values}, ensure_ascii=False).encode()
-        head = post(api, "/v1/runs", len(body))
-        with watched(fresh) as seen:
-            assert set(at_once(4, lambda _: send_whole(fresh, head, body))) <= {201, 503}
-        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
-
-    def test_large_ones_take_turns(self, fresh: Server, api: Client, innocent: Client) -> None:
-        """16 at once of 89 MB each, as files."""
-        content = base64.b64encode(bytes(45 * MB)).decode()
-        files = [{"filename": "a", "content": content}, {"filename": "b", "content": content[: 29 * MB // 4 * 4]}]
-        body = json.dumps({"file_inputs": files}).encode()
-        run, head = innocent.finished(), post(api, f"/v1/runs/{uuid4()}/retry", len(body))
-        with watched(fresh) as seen, ThreadPoolExecutor(1) as threads:
-            attack = threads.submit(at_once, 16, lambda _: send_whole(fresh, head, body))
-            slowest = 0.0
-            while not attack.done():
-                began = time.monotonic()
-                innocent.json_of(innocent.retry(run["id"]))
-                innocent.report(run["id"], status="cancelled")
-                slowest = max(slowest, time.monotonic() - began)
-            statuses = attack.result()
-        assert set(statuses) == {404, 503}
-        assert slowest < 10
-        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
-
-
-class TestReplies(Fresh):
-    """With a key: what a reply takes has room before it is read."""
-
-    @staticmethod
-    def a_page(api: Client, stack: Stack) -> str:
-        runs = [api.run()["id"] for _ in range(10)]
-        stack.sql("UPDATE runs SET main_prompt = repeat('x', $2) WHERE id = ANY($1::uuid[])", runs, 3 * MB)
-        return "/v1/runs?limit=10"
-
-    @staticmethod
-    def a_run(api: Client, stack: Stack) -> str:
-        run_id = api.run()["id"]
-        stack.sql("UPDATE runs SET main_prompt = repeat('x', $2) WHERE id = $1", run_id, 30 * MB)
-        return f"/v1/runs/{run_id}"
-
-    @staticmethod
-    def an_error(api: Client, stack: Stack) -> str:
-        run_id = api.finished("error")["id"]
-        lines = "ARRAY(SELECT repeat('x', 100000) FROM generate_series(1, 300))"
-        stack.sql(f"UPDATE runs SET error = {lines} WHERE id = $1", run_id)
-        return f"/v1/runs/{run_id}"
-
-    @staticmethod
-    def a_pool(api: Client, stack: Stack) -> str:
-        machines = [api.machine() for _ in range(10)]
-        stack.sql("UPDATE machines SET name = repeat('x', $2) WHERE id = ANY($1::uuid[])", machines, 3 * MB)
-        return f"/v1/pools/{api.pool(*machines)}?include_machines=true"
-
-    @pytest.mark.parametrize("scene", ["a_page", "a_run", "an_error", "a_pool"])
-    def test_large_ones_take_turns(self, fresh: Server, api: Client, innocent: Client, scene: str) -> None:
-        """24 at once of 30 MB each."""
-        path = getattr(self, scene)(api, fresh.stack)
-        head = get(api, path, "close")
-        lengths = []
-
-        def ask(_: int) -> int:
-            with connect(fresh) as connection:
-                connection.settimeout(60)
-                connection.sendall(head)
-                status, length = 0, 0
-                while piece := connection.recv(2**20):
-                    status = status or int(piece.split(b" ", 2)[1])
-                    length += len(piece)
-            lengths.append(length)
-            return status
-
-        run = innocent.finished()
-        with watched(fresh) as seen, ThreadPoolExecutor(1) as threads:
-            attack = threads.submit(at_once, 24, ask)
-            slowest = 0.0
-            while not attack.done():
-                began = time.monotonic()
-                innocent.json_of(innocent.retry(run["id"]))
-                innocent.report(run["id"], status="cancelled")
-                slowest = max(slowest, time.monotonic() - began)
-            statuses = attack.result()
-        assert 200 in statuses
-        assert set(statuses) <= {200, 503}
-        assert max(lengths) > 30 * MB
-        assert slowest < 10
-        seen.within(rss=500 * MB, pause=PAUSE_WITH_KEY)  # without turns 750
-
-    def test_retries_that_show_long_inputs_take_turns(self, fresh: Server, api: Client) -> None:
-        runs = [api.finished()["id"] for _ in range(24)]
-        inputs = "json_build_object('x', repeat('x', $2::int))"
-        fresh.stack.sql(f"UPDATE runs SET input_values = {inputs} WHERE id = ANY($1::uuid[])", runs, 30 * MB)
-
-        def retry(number: int) -> tuple[int, int]:
-            reply = api.retry(runs[number])
-            return reply.status_code, attempts(api, runs[number])
-
-        with watched(fresh) as seen:
-            done = set(at_once(24, retry))
-        assert (200, 1) in done
-        assert done <= {(200, 1), (503, 0)}
-        seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
-
-    def test_what_nobody_takes_is_half_of_the_budget(self, fresh: Server, api: Client, innocent: Client) -> None:
-        """200 readers of 4.7 MB each that do not read; and the change that a refused reply was for has happened."""
-        workflow, wide = api.workflow(), "\x01" * 256 * 1024
-        for name in ("main_prompt", "input_schema", "output_schema"):
-            api.json_of(api.patch(f"/v1/workflows/{workflow}", json={name: wide}))
-        machine = api.machine()
-        pool = {"name": "p", "description": "\x01" * 10_000}
-        pools = [api.json_of(api.post("/v1/pools", json=pool), 201)["id"] for _ in range(100)]
-        api.json_of(api.put(f"/v1/machines/{machine}/pools", json={"pool_ids": pools}))
-        head = get(api, f"/v1/workflows/{workflow}")
-        shown = innocent.run(input_values={"x": "x" * 100_000})["id"]
-        with ExitStack() as stack, watched(fresh) as seen:
-            readers = [stack.enter_context(connect(fresh, rcvbuf=4096)) for _ in range(200)]
-            for reader in readers:
-                reader.sendall(head)
-            until(lambda: all(map(readable, readers)), seconds=60)
-            assert innocent.get_run(shown)["input_values"]
-            refused = api.patch(f"/v1/workflows/{workflow}", json={"name": "new"})
-            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
-            assert "nothing was changed" in refused.json()["detail"]
-            # Its reply is long because of its pools.
-            refused = api.patch(f"/v1/machines/{machine}", json={"name": "new"})
-            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
-            assert "The change has taken effect" in refused.json()["detail"]
-            until(lambda: len(seen.pauses) > 3)
-        seen.within(rss=500 * MB, pause=PAUSE_WITH_KEY)
-        until(lambda: api.get(f"/v1/machines/{machine}").json().get("name") == "new")
-        assert api.json_of(api.get(f"/v1/workflows/{workflow}"))["name"] != "new"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import expect
 
 from tests.console.conftest import Console
-from tests.console.scene import Scene, night
+from tests.console.sample_data import Scene, night
 from tests.support.client import Client
 from tests.support.stack import Stack
 

@@ -25,9 +25,9 @@ from tests.support.client import Client, file_input
 from tests.support.faults import FaultyServer, Plan, fail_with_everything
 from tests.support.outages import OUTAGES, is_ready
 from tests.support.raw_http import raw_exchange
-from tests.support.scene import SOAK, chance, resolved
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, migrate
+from tests.support.stored_state import SOAK, chance, resolved
 from tests.support.waiting import until
 
 LIMITS = {"MAX_BODY_BYTES": 2_000_000, "MAX_FILE_BYTES": 1000, "MAX_FILES": 2, "BODY_TIMEOUT_SECONDS": 0.5}

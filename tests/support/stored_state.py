@@ -25,7 +25,7 @@ def chance(name: str) -> random.Random:
     return random.Random(f"{SEED} {name}")
 
 
-class Picture(NamedTuple):
+class StoredState(NamedTuple):
     """All rows of an organization, with the secrets and the bytes that they name. Equal pictures: nothing has changed."""
 
     runs: list[Row]
@@ -43,7 +43,7 @@ class Picture(NamedTuple):
         return sorted(row["bytes"] for row in self.attachments if row["attachment_type"] == kind)
 
 
-def picture(stack: Stack, organization: str) -> Picture:
+def read_stored_state(stack: Stack, organization: str) -> StoredState:
     tables = {
         "runs": "SELECT r.*, output_data, run_message_history, sensitive_input_aliases::text AS aliases FROM runs r"
         " LEFT JOIN run_outputs o ON o.run_id = r.id AND o.attempt = r.attempt WHERE organization_id = $1 ORDER BY r.id",
@@ -52,7 +52,7 @@ def picture(stack: Stack, organization: str) -> Picture:
         " ORDER BY t.run_id, t.attempt",
         "keys": "SELECT * FROM idempotency_keys WHERE organization_id = $1 ORDER BY key",
     }
-    seen = Picture(**{name: stack.sql(query, organization) for name, query in tables.items()})
+    seen = StoredState(**{name: stack.sql(query, organization) for name, query in tables.items()})
     for run in seen.runs:
         run["secrets"] = resolved(stack, run)
     for attachment in seen.attachments:
@@ -84,7 +84,7 @@ def named(stack: Stack, organization: str) -> tuple[set[str], set[str]]:
     )
 
 
-def assert_nothing_lost(stack: Stack, organization: str) -> Picture:
+def assert_nothing_lost(stack: Stack, organization: str) -> StoredState:
     """The invariant: what exists is named by a run or on the list, and what an active run names exists."""
     # A collector or a stage may be at work: what exists in between is named before or after.
     earlier = named(stack, organization)
@@ -93,7 +93,7 @@ def assert_nothing_lost(stack: Stack, organization: str) -> Picture:
     vault, storage = earlier[0] | later[0], earlier[1] | later[1]
     assert paths <= vault, f"secrets that nothing names: {paths - vault}"
     assert blobs <= storage, f"blobs that nothing names: {blobs - storage}"
-    seen = picture(stack, organization)
+    seen = read_stored_state(stack, organization)
     active = {run["id"] for run in seen.runs if run["status"] in ("scheduling", "running")}
     for run in seen.runs:
         if run["id"] in active:

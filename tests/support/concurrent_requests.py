@@ -34,12 +34,12 @@ class Answer(NamedTuple):
         return str(httpx.Response(200, content=self.content).json()["detail"])
 
 
-def storm(client: Client, calls: Sequence[Call], *, urls: Sequence[str] = ()) -> list[Answer]:
+def send_at_once(client: Client, calls: Sequence[Call], *, urls: Sequence[str] = ()) -> list[Answer]:
     """Send all at the same moment, each on a connection of its own, to these servers in turn; answers in their order."""
-    return asyncio.run(storming(client, calls, urls))
+    return asyncio.run(sending_at_once(client, calls, urls))
 
 
-async def storming(client: Client, calls: Sequence[Call], urls: Sequence[str] = ()) -> list[Answer]:
+async def sending_at_once(client: Client, calls: Sequence[Call], urls: Sequence[str] = ()) -> list[Answer]:
     targets = urls or [str(client.base_url)]
     limits = httpx.Limits(max_connections=None)
     headers = {"Authorization": client.headers["Authorization"]}
@@ -77,5 +77,7 @@ def finished_runs(client: Client, count: int, **options: object) -> list[str]:
     created = client.json_of(client.post("/v1/runs/bulk", json=body), 201)["created_runs"]
     ids = [run["id"] for run in created]
     for report in ({"status": "running"}, {"status": "success", "output_data": {"answer": 42}}):
-        assert tally(storm(client, [Call("PATCH", f"/v1/runs/{run_id}", report) for run_id in ids])) == {"200": count}
+        assert tally(send_at_once(client, [Call("PATCH", f"/v1/runs/{run_id}", report) for run_id in ids])) == {
+            "200": count
+        }
     return ids

@@ -7,9 +7,9 @@ import pytest
 from dev.stack import free_port
 from tests.sdk import environment
 from tests.sdk.environment import NEWEST
+from tests.support.concurrent_requests import Call, finished_runs, send_at_once, tally
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_database
-from tests.support.storm import Call, finished_runs, storm, tally
 from tests.support.versions import Balancer, NoHistoryError, OlderApp, version_before
 
 INCOMPATIBLE = "incompatible = True"  # what the file of a migration says that older replicas do not bear
@@ -48,10 +48,10 @@ def test_the_version_before_and_this_one_pass_the_sdks_methods_together(stack: S
             with this.client() as api:
                 urls = [this.url, before.url]
                 for run_id in finished_runs(api, 3):
-                    answers = storm(api, [Call("POST", f"/v1/runs/{run_id}/retry")] * 6, urls=urls)
+                    answers = send_at_once(api, [Call("POST", f"/v1/runs/{run_id}/retry")] * 6, urls=urls)
                     assert tally(answers) == {"200": 1, "409 run_not_terminal": 5}
                 [run_id] = finished_runs(api, 1)
-                answers = storm(api, [Call("POST", f"/v1/runs/{run_id}/retry", key="once")] * 6, urls=urls)
+                answers = send_at_once(api, [Call("POST", f"/v1/runs/{run_id}/retry", key="once")] * 6, urls=urls)
                 assert tally(answers) == {"200": 6}
                 assert len({answer.content for answer in answers}) == 1
         finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 from dev.stack import free_port
 
 
-class Weed:
+class SeaweedFS:
     """SeaweedFS's S3 server with its master, volume and filer, all on loopback."""
 
     def __init__(self, folder: Path) -> None:

@@ -1,0 +1,77 @@
+"""Watch a server's memory, and how long others wait for it, while a test sends it too much."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+
+from tests.support.connections import connect
+from tests.support.server import Server
+
+MB = 1_000_000
+
+
+@dataclass
+class Seen:
+    """What was seen of a server while it was watched."""
+
+    rss: int = 0
+    slowest: float = 0.0
+    pauses: list[float] = field(default_factory=list)
+
+    def within(self, *, rss: int, pause: float) -> None:
+        mean = sum(self.pauses) / max(len(self.pauses), 1)
+        print(f"RSS {self.rss / MB:.0f} MB; health {self.slowest:.3f} s at worst, {mean:.3f} s as a rule")
+        assert self.rss < rss
+        assert len(self.pauses) > 3
+        assert self.slowest < pause
+
+
+def process_of(server: Server) -> psutil.Process:
+    """The one that serves: what started it may still stand above it."""
+    processes = [psutil.Process(server.app.pid), *psutil.Process(server.app.pid).children(recursive=True)]
+    return max(processes, key=lambda process: process.memory_info().rss)
+
+
+@contextmanager
+def watched(server: Server) -> Iterator[Seen]:
+    """Memory, and how long a probe of its own connection waits for an answer, every few milliseconds."""
+    seen, stop, process = Seen(), threading.Event(), process_of(server)
+
+    def memory() -> None:
+        while not stop.wait(0.01):
+            seen.rss = max(seen.rss, process.memory_info().rss)
+
+    def probe() -> None:
+        while not stop.wait(0.02):
+            began = time.monotonic()
+            try:
+                with connect(server) as connection:
+                    connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                    answered = connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            except OSError:
+                answered = False
+            seen.pauses.append(time.monotonic() - began if answered else 60.0)
+            seen.slowest = max(seen.pauses)
+
+    threads = [threading.Thread(target=memory), threading.Thread(target=probe)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)  # the attack runs in this process too, and must not hold up the probe
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def connected(server: Server, port: int | None) -> int:
+    """How many connections the server has to this port, whoever opened them."""
+    return sum(bool(one.raddr) and one.raddr.port == port for one in process_of(server).net_connections("tcp"))
