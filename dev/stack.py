@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import psutil
 
@@ -121,6 +121,19 @@ def _guarded(command: list[str], signal_number: signal.Signals, user: str) -> li
     return [sys.executable, "-I", str(child), str(os.getpid()), str(int(signal_number)), user, *command]
 
 
+class Process(Protocol):
+    """What a part needs of its process; `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+
 class Part(ABC):
     """One child process and its descendants. It dies with us; what an earlier start left behind is stopped first."""
 
@@ -131,7 +144,7 @@ class Part(ABC):
         self.folder = folder
         self.log = folder / f"{self.name}.log"
         self._pid_file = folder / f"{self.name}.pid"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     @property
     def pid(self) -> int:

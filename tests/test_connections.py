@@ -21,7 +21,7 @@ import pytest
 
 from tests.support.client import Client, file_input
 from tests.support.connections import answers, closed, connect, get, post, pour, readable, reply_of
-from tests.support.server import Server, start_server
+from tests.support.server import Server, start_interpreter, start_server
 from tests.support.server_watch import MB, connected, watched
 from tests.support.stack import Stack
 from tests.support.waiting import until
@@ -37,7 +37,7 @@ PAUSE_WITH_KEY = 1.0 * BUSY
 @pytest.fixture
 def fresh(stack: Stack) -> Iterator[Server]:
     """A server that nobody has used yet, so that its memory is its own."""
-    started = start_server(stack, LOG_LEVEL="warning")
+    started = start_interpreter(stack, LOG_LEVEL="warning")
     yield started
     started.app.stop()
 

@@ -24,7 +24,7 @@ from tests.support.connections import (
     send_while_taken,
     send_whole,
 )
-from tests.support.server import Server, start_server
+from tests.support.server import Server, start_interpreter, start_server
 from tests.support.server_watch import MB, watched
 from tests.support.stack import Stack
 from tests.support.stored_state import attempts
@@ -41,7 +41,7 @@ PAUSE_WITH_KEY = 1.0 * BUSY
 @pytest.fixture
 def fresh(stack: Stack) -> Iterator[Server]:
     """A server that nobody has used yet, so that its memory is its own."""
-    started = start_server(stack, LOG_LEVEL="warning")
+    started = start_interpreter(stack, LOG_LEVEL="warning")
     yield started
     started.app.stop()
 

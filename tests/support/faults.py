@@ -4,17 +4,14 @@ The process wraps asyncpg's statements, hvac's two calls, the file store's put a
 and the reply, and counts each as a named point ("COMMIT after#2": the second COMMIT has been answered). Only points of
 requests that come in after `arm()` count, so setting a scene costs none. At the chosen point the fault happens.
 
-Processes are forked from one that has the application imported and its document made (`forked`), so a start takes a tenth of
-a second.
+Processes are forked from one that has the application imported and its document made (`fork_server`).
 """
 
 import asyncio
-import multiprocessing
 import os
 import re
 import resource
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -31,12 +28,10 @@ import asyncpg
 import httpx
 import hvac.api.secrets_engines.kv_v2
 import uvicorn
-from fastapi import FastAPI
 
 from app import cli
 from app.api.server import Protocol
 from app.config import Settings
-from app.main import create_app
 from app.runs.retry import SWITCH, SWITCH_STAGED
 from app.services import Services
 from app.stores import deletions, files
@@ -46,6 +41,7 @@ from app.stores.vault import SecretStore
 from app.webhooks import sending
 from app.webhooks.delivery import Deliverer
 from dev.stack import free_port
+from tests.support.fork_server import enter, forks, keep_document
 from tests.support.server import Server
 from tests.support.stack import Stack
 from tests.support.waiting import until
@@ -200,30 +196,12 @@ def _statement(sql: str) -> str:
     return named[1] if named else " ".join(sql.split()[:4])
 
 
-def _enter(environment: Mapping[str, str], log: Path) -> None:
-    """Become a process of this environment; its output goes where a service's would."""
-    os.environ.clear()
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # it is a text stream
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; for die_while_writing
-
-
 def serve(folder: Path, environment: Mapping[str, str], plan: Plan) -> None:
     """A server process: what `python -m app serve` runs, with the faults of the plan."""
-    from tests.support.fork_preload import DOCUMENT  # made before the fork
-
-    def with_document(settings: Settings) -> FastAPI:
-        made = create_app(settings)
-        made.openapi_schema = DOCUMENT
-        return made
-
-    _enter(environment, folder / "app.log")
+    enter(environment, folder / "app.log")
     faults = Faults(folder, plan)
     faults.install()
-    setattr(cli, "create_app", with_document)  # noqa: B010 - it is the application's own name there
+    keep_document()
     uvicorn.run(
         faults.serving(cli.application()),
         host="127.0.0.1",
@@ -240,7 +218,7 @@ def serve(folder: Path, environment: Mapping[str, str], plan: Plan) -> None:
 
 def dispatch(folder: Path, environment: Mapping[str, str], plan: Plan, _: float) -> None:
     """What a replica does to hand runs over, until nothing is due."""
-    _enter(environment, folder / "app.log")
+    enter(environment, folder / "app.log")
     from temporalio.client import Client
 
     from app.handoff.temporal import Dispatcher
@@ -270,7 +248,7 @@ def dispatch(folder: Path, environment: Mapping[str, str], plan: Plan, _: float)
 
 def collect(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: float) -> None:
     """One round of the collector, with the database's clock read that many seconds later."""
-    _enter(environment, folder / "app.log")
+    enter(environment, folder / "app.log")
     faults = Faults(folder, plan)
     faults.install()
     IN_REQUEST.set(True)
@@ -279,7 +257,7 @@ def collect(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: flo
 
 def deliver(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: float) -> None:
     """What a replica does for webhooks, until nothing is due; the database's clock is read that many seconds later."""
-    _enter(environment, folder / "app.log")
+    enter(environment, folder / "app.log")
     faults = Faults(folder, plan)
     faults.install()
     IN_REQUEST.set(True)
@@ -314,10 +292,6 @@ async def collect_until_empty(
         database.close()
 
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.support.faults", "tests.support.fork_preload"])
-
-
 class FaultyServer(Server):
     """A server process of our own making, and clients for it."""
 
@@ -328,7 +302,7 @@ class FaultyServer(Server):
         self.folder = Path(tempfile.mkdtemp(prefix="faulty-", dir=stack.folder))
         quiet = {"BACKGROUND_PERIOD_SECONDS": 3600}  # what it does by itself must not mix with what is counted
         environment = stack.environment(PORT=port, **(quiet | settings))
-        self._process = _forks.Process(target=serve, args=(self.folder, environment, plan or Plan()), daemon=True)
+        self._process = forks.Process(target=serve, args=(self.folder, environment, plan or Plan()), daemon=True)
         self._process.start()
         until(self._answers, what="the faulty server's start")
 
@@ -391,7 +365,7 @@ def _as_process(
     stack: Stack, work: Callable[..., None], environment: Mapping[str, str], plan: Plan, ahead: float
 ) -> tuple[int | None, list[str]]:
     folder = Path(tempfile.mkdtemp(prefix=f"{work.__name__}-", dir=stack.folder))
-    process = _forks.Process(target=work, args=(folder, environment, plan, ahead), daemon=True)
+    process = forks.Process(target=work, args=(folder, environment, plan, ahead), daemon=True)
     process.start()
     process.join(60)
     assert not process.is_alive()
