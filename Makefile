@@ -34,7 +34,7 @@ soak: .venv/dev.stamp ## attack for long: crashes, races, outages, canaries, ran
 fuzz: .venv/dev.stamp ## send what the OpenAPI document allows, and what it does not, for long (FUZZ_SECONDS=1800)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/test_fuzz.py
 
-test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the README's table
+test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the table in docs/coming-from-the-vendor.md
 	SDK_VERSIONS=all $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_sdk.py tests/webhooks/test_receivers.py
 	$(BIN)/python -m tests.sdk.table
 

@@ -91,13 +91,17 @@ class DatabaseSettings(BaseSettings):
         env_ignore_empty=True,  # a compose file passes on what is not set as an empty value
     )
 
-    database_url: SecretStr = Field(description="postgresql://user:password@host:port/database")
+    database_url: SecretStr = Field(description="postgresql://user:password@host:port/database of the service's role.")
     database_owner_url: SecretStr | None = Field(
         None,
-        description="The same as the tables' owner, for `migrate`, `keys` and `organizations`; default: DATABASE_URL.",
+        description="The same database as the owner of the tables, for `migrate`, `keys` and `organizations`. "
+        "Default: DATABASE_URL.",
     )
     database_timeout_seconds: float = Field(
-        3, gt=0, le=5, description="Patience with a connection and with each statement; `migrate` needs it too."
+        3,
+        gt=0,
+        le=5,
+        description="Timeout for connecting to PostgreSQL and for each statement. `migrate` needs the same value.",
     )
 
     @property
@@ -132,277 +136,350 @@ class Settings(DatabaseSettings):
     # HTTP
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
-    workers: int = Field(1, ge=1, le=64, description="Server processes.")
-    public_url: str | None = Field(
-        None, description="Base of the download URLs we sign; default: the request's own base."
-    )
+    workers: int = Field(1, ge=1, le=64, description="Number of server processes.")
+    public_url: str | None = Field(None, description="Base of signed download URLs. Default: the base of the request.")
     max_connections: int = Field(
         2000,
         ge=16,
         le=100_000,
-        description="Open connections per process; beyond it the oldest idle one is closed. Long polls of one organization"
-        " may take half of them; more is 429.",
+        description="Maximum number of open connections of a process. Above it, the oldest idle connection is "
+        "closed. Long polls of one organization may use half of them; more long polls get 429.",
     )
     cors_origins: Annotated[list[str], NoDecode] = Field(
-        default=[], description="Comma-separated origins that browsers may call from; empty turns CORS off."
+        default=[], description="Comma-separated origins that browsers may call from. Empty: CORS is off."
     )
     trusted_proxies: Annotated[list[str], NoDecode] = Field(
         default=[],
-        description="Comma-separated addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are"
-        " believed; empty: nobody's.",
+        description="Comma-separated addresses and networks of proxies. X-Forwarded-For and X-Forwarded-Proto are"
+        " believed only from them. Empty: from no proxy.",
     )
-    metrics: bool = Field(default=True, description="`off`: do not serve /metrics, and count nothing.")
+    metrics: bool = Field(default=True, description="`off`: /metrics is not served and nothing is counted.")
     metrics_token: SecretStr | None = Field(
-        None, min_length=16, description="Whoever reads /metrics must send it as `Authorization: Bearer ...`."
+        None, min_length=16, description="Bearer token that a client must send to read /metrics."
     )
-    console: bool = Field(default=True, description="`off`: do not serve the operator's console at /console/.")
-    shutdown_seconds: int = Field(20, ge=1, description="How long a stop waits for requests under way.")
+    console: bool = Field(default=True, description="`off`: the console for operators at /console/ is not served.")
+    shutdown_seconds: int = Field(
+        20, ge=1, description="Time that a stopping process gives to requests that have begun."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe log line written."
+        "info", description="Lowest severity of log lines that are written."
     )
 
     # Limits on what a caller sends
-    max_body_bytes: int = Field(100 * MIB, ge=1024, description="Largest request body; more is 413.")
-    max_small_body_bytes: int = Field(
-        2 * MIB, ge=1024, description="Largest body of a request that takes neither files nor a history; more is 413."
+    max_body_bytes: int = Field(
+        100 * MIB, ge=1024, description="Maximum size of a request body; larger bodies get 413."
     )
-    max_json_values: int = Field(250_000, ge=1000, description="Most values in the JSON of a body; more is 422.")
+    max_small_body_bytes: int = Field(
+        2 * MIB,
+        ge=1024,
+        description="Maximum size of the body of a request that takes neither files nor a message history; larger"
+        " bodies get 413.",
+    )
+    max_json_values: int = Field(
+        250_000, ge=1000, description="Maximum number of values in the JSON of a body; more get 422."
+    )
     max_in_flight_bytes: int = Field(
         256 * MIB,
         ge=MIB,
-        description="Bytes of bodies and replies that all requests of a process hold at once; an organization gets half of "
-        "it. Beyond it requests wait for a short while, then 503 `overloaded`. Memory in use is up to 2.5 times as much.",
+        description="Maximum number of bytes of request bodies and replies that a process holds at the same time."
+        " One organization may use half of it. Above it, requests wait for a short time and then get "
+        "503 `overloaded`. Expect the process to use up to 2.5 times this much memory.",
     )
-    max_file_bytes: int = Field(50 * MIB, ge=1, description="Largest single file, decoded; more is 413.")
-    max_files: int = Field(100, ge=1, le=1000, description="Most files in one request; more is 413.")
-    max_bulk_files: int = Field(1000, ge=1, description="Most files that one bulk makes, of all its runs; more is 413.")
+    max_file_bytes: int = Field(
+        50 * MIB, ge=1, description="Maximum size of one file after base64 decoding; a larger file gets 413."
+    )
+    max_files: int = Field(100, ge=1, le=1000, description="Maximum number of files in one request; more get 413.")
+    max_bulk_files: int = Field(
+        1000,
+        ge=1,
+        description="Maximum number of files that one bulk creation stores for all its runs together; more get 413.",
+    )
     max_bulk_secret_bytes: int = Field(
-        32 * MIB, ge=1, description="Most bytes of secrets that one bulk writes, of all its runs; more is 413."
+        32 * MIB,
+        ge=1,
+        description="Maximum size of the secrets that one bulk creation writes for all its runs together; more "
+        "get 413.",
     )
     max_reply_bytes: int = Field(
         32 * MIB,
         ge=MIB,
-        description="Largest page of a list (more than one item of it; else 422) and reply of a bulk (else 413).",
+        description="Maximum size of a page of a list (a larger page of several items gets 422) and of the reply "
+        "of a bulk creation (413).",
     )
     body_timeout_seconds: float = Field(
-        10, gt=0, description="A body must be complete in this time, or keep the pace within it; else 408."
+        10,
+        gt=0,
+        description="Time within which a request body must arrive, unless it keeps BODY_MIN_BYTES_PER_SECOND; a "
+        "slower body gets 408.",
     )
-    body_min_bytes_per_second: int = Field(32 * 1024, ge=1, description="The pace that a long body must keep.")
+    body_min_bytes_per_second: int = Field(
+        32 * 1024, ge=1, description="Minimum transfer rate of a body that takes longer than BODY_TIMEOUT_SECONDS."
+    )
     send_timeout_seconds: float = Field(
         30,
         gt=0,
-        description="A reply of which the reader takes nothing for so long is cut off; without a key, one that is not taken by"
-        " then.",
+        description="Close a connection if the client reads nothing for this many seconds. A client without a "
+        "valid key must read the whole reply within this time.",
     )
 
     # Quotas; 0 is none. Those that are not on runs are counted in each process.
     quota_key_requests_per_minute: int = Field(
-        0, ge=0, description="Requests a minute of one key, in each process; more is 429. 0 = no quota, here and below."
+        0,
+        ge=0,
+        description="Maximum number of requests per minute with one key, in each process; more get 429. 0: no "
+        "quota; the same holds for all quotas.",
     )
     quota_organization_requests_per_minute: int = Field(
-        0, ge=0, description="Requests a minute of all keys of one organization, in each process; more is 429."
+        0,
+        ge=0,
+        description="Maximum number of requests per minute with all keys of one organization, in each process; "
+        "more get 429.",
     )
     quota_key_bytes_in_flight: int = Field(
         0,
         ge=0,
-        description="Bytes of bodies and replies that requests of one key hold at once, in each process, if there is more than"
-        " one; more is 429.",
+        description="Maximum number of bytes of bodies and replies that the requests of one key hold at the same "
+        "time, in each process; more get 429. A single request is never refused by it.",
     )
     quota_organization_bytes_in_flight: int = Field(
-        0, ge=0, description="The same of all keys of one organization. See MAX_IN_FLIGHT_BYTES."
+        0, ge=0, description="The same for all keys of one organization. See MAX_IN_FLIGHT_BYTES."
     )
     quota_key_long_polls: int = Field(
-        0, ge=0, description="Requests of one key that wait (`wait=`) at once, in each process; more is 429."
+        0,
+        ge=0,
+        description="Maximum number of requests of one key that wait (`wait=`) at the same time, in each process;"
+        " more get 429.",
     )
     quota_organization_long_polls: int = Field(
         0,
         ge=0,
-        description="The same of all keys of one organization: at least one for each of its machines. See MAX_CONNECTIONS.",
+        description="The same for all keys of one organization. Allow at least one for each of its machines. See "
+        "MAX_CONNECTIONS.",
     )
     quota_key_waiting_runs: int = Field(
         0,
         ge=0,
         le=MAX_RUNS_QUOTA,
-        description="Runs that one key has created or retried and that wait for a machine; more is 429.",
+        description="Maximum number of waiting runs that one key has created or retried; more get 429.",
     )
     quota_organization_waiting_runs: int = Field(
-        0, ge=0, le=MAX_RUNS_QUOTA, description="Runs of one organization that wait for a machine; more is 429."
+        0, ge=0, le=MAX_RUNS_QUOTA, description="Maximum number of waiting runs of one organization; more get 429."
     )
     quota_key_runs_per_minute: int = Field(
-        0, ge=0, le=MAX_RUNS_QUOTA, description="Runs that one key creates a minute; more is 429."
+        0, ge=0, le=MAX_RUNS_QUOTA, description="Maximum number of runs that one key creates per minute; more get 429."
     )
     quota_organization_runs_per_minute: int = Field(
-        0, ge=0, le=MAX_RUNS_QUOTA, description="Runs that all keys of one organization create a minute; more is 429."
+        0,
+        ge=0,
+        le=MAX_RUNS_QUOTA,
+        description="Maximum number of runs that all keys of one organization create per minute; more get 429.",
     )
     quota_address_failures_per_minute: int = Field(
         0,
         ge=0,
-        description="Requests a minute without a valid key from one address (of IPv6: network of 64 bits), in each process;"
-        " then 429 for it, but for keys that were good before.",
+        description="Maximum number of requests per minute without a valid key from one address (IPv6: from one "
+        "/64 network), in each process. Above it, the address gets 429, except for keys that were "
+        "valid before.",
     )
 
     # PostgreSQL
     database_direct_url: SecretStr | None = Field(
         None,
-        description="The same database without a pooler that shares connections between transactions: one connection per"
-        " process, for LISTEN; default: DATABASE_URL.",
+        description="The same database without a connection pooler in transaction mode. Each process opens one "
+        "connection there, for LISTEN. Default: DATABASE_URL.",
     )
     database_pool_size: int = Field(
-        16, ge=2, le=500, description="Connections per process; organizations take turns when they are short."
+        16,
+        ge=2,
+        le=500,
+        description="Number of connections of a process to PostgreSQL. Organizations take turns when all are in use.",
     )
 
     # Vault or OpenBao, KV version 2. One way to log in: token, token file (Vault Agent) or AppRole.
-    vault_addr: str = Field(description="Vault's or OpenBao's address, like https://vault.example.com:8200.")
+    vault_addr: str = Field(description="Address of Vault or OpenBao, like https://vault.example.com:8200.")
     vault_allow_http: bool = Field(
-        default=False, description="Allow http:// to a Vault on another machine: tokens and secrets in clear text."
+        default=False,
+        description="Allow http:// to a Vault on another machine. Tokens and secrets then cross the network in "
+        "clear text.",
     )
-    vault_token: SecretStr | None = Field(None, description="Log in with this token.")
+    vault_token: SecretStr | None = Field(None, description="Log in to Vault with this token.")
     vault_token_file: Path | None = Field(
-        None, description="Log in with the token in this file, read again at each login."
+        None, description="Log in to Vault with the token in this file. The file is read again at each login."
     )
-    vault_role_id: str | None = Field(None, description="Log in by AppRole with this role.")
-    vault_secret_id: SecretStr | None = Field(None, description="AppRole's secret id.")
-    vault_approle_mount: str = Field("approle", description="Where AppRole is mounted.")
+    vault_role_id: str | None = Field(None, description="Log in to Vault by AppRole with this role id.")
+    vault_secret_id: SecretStr | None = Field(None, description="Secret id of the AppRole.")
+    vault_approle_mount: str = Field("approle", description="Mount path of the AppRole login.")
     vault_namespace: str | None = Field(None, description="Vault namespace.")
-    vault_cacert: Path | None = Field(None, description="CA bundle for Vault's certificate.")
-    vault_mount: str = Field("secret", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="KV v2 mount.")
+    vault_cacert: Path | None = Field(None, description="File with the CA certificates that sign Vault's certificate.")
+    vault_mount: str = Field(
+        "secret", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Mount path of the KV version 2 secrets engine."
+    )
     vault_prefix: str = Field(
-        "runs", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="First path segment under the mount."
+        "runs", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="First path segment of all secrets under the mount."
     )
     vault_timeout_seconds: float = Field(
-        2.5, gt=0, le=5, description="Patience with one call to Vault, and with a free slot."
+        2.5, gt=0, le=5, description="Timeout for one call to Vault, and for the wait for a free call slot."
     )
-    vault_concurrency: int = Field(16, ge=1, le=200, description="Calls to Vault at once, per process.")
+    vault_concurrency: int = Field(
+        16, ge=1, le=200, description="Maximum number of calls to Vault at the same time, in each process."
+    )
 
     # Files
     storage_url: str = Field(
-        description="file:///path, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix."
+        description="Where files are stored: file:///path, s3://bucket/prefix, gs://bucket/prefix or "
+        "az://container/prefix."
     )
     storage_timeout_seconds: float = Field(
-        4, gt=0, description="Patience with one call to the file store, plus 1 s per 10 MiB."
+        4, gt=0, description="Timeout for one call to the file store, plus 1 s for each 10 MiB."
     )
-    storage_concurrency: int = Field(16, ge=1, le=200, description="Calls to the file store at once, per process.")
+    storage_concurrency: int = Field(
+        16, ge=1, le=200, description="Maximum number of calls to the file store at the same time, in each process."
+    )
 
     # Retry, retention, background work
-    stage_timeout_seconds: float = Field(60, gt=0, description="Deadline for writing a request's secrets and files.")
-    stage_grace_seconds: int = Field(900, ge=1, description="When names that were staged but never used are deleted.")
+    stage_timeout_seconds: float = Field(
+        60, gt=0, description="Deadline for writing all secrets and files of one request."
+    )
+    stage_grace_seconds: int = Field(
+        900,
+        ge=1,
+        description="Time after which secrets and files that were written, but never used by a run, are deleted.",
+    )
     secret_retention_seconds: int = Field(
-        86_400, ge=0, description="How long a finished run's secrets stay retryable; 0 destroys them when it ends."
+        86_400,
+        ge=0,
+        description="Time for which the secrets of an ended run are kept for a retry. 0: they are destroyed when "
+        "the run ends.",
     )
     retry_cooldown_seconds: int = Field(
         0,
         ge=0,
         le=86_400,
-        description="A run can be retried only so long after its end; before, 409 `retry_too_soon`. Several failed logins in a"
-        " row look like an attack to the application behind.",
+        description="Minimum time between the end of a run and its retry; an earlier retry gets 409 "
+        "`retry_too_soon`. It protects accounts of the automated application: several failed logins "
+        "in a row look like an attack.",
     )
     idempotency_ttl_seconds: int = Field(
-        86_400, ge=1, description="How long a reply is kept under its Idempotency-Key."
+        86_400, ge=1, description="Time for which a reply is kept under its Idempotency-Key."
     )
     idempotency_max_reply_bytes: int = Field(
         64 * 1024,
         ge=0,
         le=MIB,
-        description="Largest reply that is kept under its Idempotency-Key; of a larger one the ids are, and a replay shows what"
-        " it showed as it is now.",
+        description="Maximum size of a reply that is kept under its Idempotency-Key. For a larger reply only the "
+        "ids are kept, and a replay shows the objects as they are now.",
     )
     idempotency_max_stored_bytes: int = Field(
         256 * MIB,
         ge=0,
-        description="Bytes of kept replies that an organization may have; beyond it only the ids of what they showed are kept.",
+        description="Maximum size of all replies that are kept for one organization. Above it, only the ids are kept.",
     )
     run_silence_seconds: int = Field(
-        0, ge=0, description="A running run without a PATCH for longer ends in error; 0 = never."
+        0, ge=0, description="A running run ends with `error` if its executor sends no report for this long. 0: never."
     )
     machine_silence_seconds: int = Field(
         90,
         ge=0,
-        description="A machine that gave signs of life, and none for so long, is disconnected until the next one; not while"
-        " a run is running on it; 0 = never.",
+        description="A machine is marked `disconnected` if it was heard of before and then not for this long; its"
+        " next request connects it again. A machine with a running run is left alone. 0: never.",
     )
     start_timeout_seconds: int = Field(
         120,
         ge=0,
-        description="A run that its machine does not begin in time is placed again, if that machine's executor uses claims;"
-        " 0 = never.",
+        description="An assigned run that its machine does not start within this time is placed again, if the "
+        "executor of that machine uses claims. 0: never.",
     )
     run_retention_days: int = Field(
-        0, ge=0, le=36_500, description="How long ended runs are kept, with all that they have; 0 = for ever."
+        0,
+        ge=0,
+        le=36_500,
+        description="Days for which ended runs are kept, with their outputs, files, secrets and attempts. 0: for ever.",
     )
     attempt_retention_days: int = Field(
         0,
         ge=0,
         le=36_500,
-        description="How long attempts that a retry replaced are kept, at most as long as their run; 0 = as long.",
+        description="Days for which archived attempts are kept, at most as long as their run. 0: as long as their run.",
     )
     event_retention_days: int = Field(
-        90, ge=0, le=36_500, description="How long events of runs are kept; 0 = for ever."
+        90, ge=0, le=36_500, description="Days for which events of runs are kept. 0: for ever."
     )
     # --- webhooks ---
     webhook_allow: Annotated[list[str], NoDecode] = Field(
         default=[],
-        description="Comma-separated networks and host names that webhooks may go to beside public addresses over https.",
+        description="Comma-separated networks and host names that webhooks may go to, in addition to public "
+        "addresses over https.",
     )
     webhook_cacert: Path | None = Field(
-        None, description="CA bundle for certificates of webhook receivers; default: the system's."
+        None,
+        description="File with the CA certificates that sign the certificates of webhook receivers. Default: "
+        "those of the system.",
     )
     webhook_max_bytes: int = Field(
         256 * 1024,
         ge=4096,
         le=MIB,
-        description="Largest webhook body; history, then outputs are left out of a larger one.",
+        description="Maximum size of a webhook body. From a larger body the history is left out, then the outputs.",
     )
     webhook_retention_days: int = Field(
-        7, ge=2, le=90, description="How long webhook events and their deliveries are kept."
+        7, ge=2, le=90, description="Days for which webhook events and their deliveries are kept."
     )
     # Temporal, and what becomes of attempts that are handed over to it
     temporal_address: str | None = Field(
         None,
-        description="Temporal's frontend, host:port. Set on all replicas, attempts are handed over to it (docs/temporal.md);"
-        " empty: executors wait by long poll.",
+        description="Address of Temporal's frontend, host:port. Set it on all replicas to hand attempts over to "
+        "Temporal (docs/temporal.md). Empty: executors wait by long poll.",
     )
     temporal_namespace: str = Field(
-        "default", min_length=1, description="Temporal namespace, one for each installation."
+        "default", min_length=1, description="Temporal namespace; use one for each installation."
     )
-    temporal_api_key: SecretStr | None = Field(None, description="API key for Temporal; turns TLS on.")
+    temporal_api_key: SecretStr | None = Field(None, description="API key for Temporal. It turns TLS on.")
     temporal_tls: bool | None = Field(
-        None, description="Connect to Temporal with TLS; default: with an API key or a TLS file."
+        None, description="Connect to Temporal with TLS. Default: on if an API key or a TLS file is set."
     )
     temporal_tls_server_ca_cert_path: Path | None = Field(
-        None, description="CA bundle for Temporal's certificate; default: the system's."
+        None,
+        description="File with the CA certificates that sign Temporal's certificate. Default: those of the system.",
     )
     temporal_tls_server_name: str | None = Field(
-        None, description="Name in Temporal's certificate, if it is another than the address."
+        None, description="Host name in Temporal's certificate, if it differs from the address."
     )
-    temporal_tls_client_cert_path: Path | None = Field(None, description="Our certificate for Temporal (mTLS).")
-    temporal_tls_client_key_path: Path | None = Field(None, description="The key of that certificate.")
+    temporal_tls_client_cert_path: Path | None = Field(None, description="Client certificate for Temporal (mTLS).")
+    temporal_tls_client_key_path: Path | None = Field(
+        None, description="Private key of the client certificate for Temporal."
+    )
     temporal_task_queue: str = Field(
         "machine-{machine_id}",
         pattern=r"^([A-Za-z0-9_.-]|\{machine_id\}|\{organization_id\}){1,200}$",
-        description="Where executors wait: a queue for each machine, or a name for a fleet; may hold {organization_id}.",
+        description="Task queue that executors poll: one for each machine, or one name for a fleet. It may "
+        "contain {organization_id}.",
     )
     run_heartbeat_seconds: float = Field(
         10,
         ge=0.5,
         le=3600,
-        description="With Temporal: an executor that is silent for longer is dead; its run ends in error.",
+        description="With Temporal: an executor that sends no heartbeat for this long counts as dead, and its run"
+        " ends with `error`.",
     )
     run_timeout_seconds: int = Field(
-        86_400, ge=1, description="With Temporal: an attempt that takes longer ends in error."
+        86_400, ge=1, description="With Temporal: an attempt that takes longer than this ends with `error`."
     )
     background: Literal["all", "none", "only"] = Field(
         "all",
-        description="`none`: this replica only answers, `only`: it serves nothing but health; what follows a commit"
-        " (machines, deletions, webhooks) is then done by those with `all` or `only`.",
+        description="`none`: this replica only answers requests. `only`: it serves nothing but health, and places"
+        " runs, deletes files and secrets, and sends webhooks. `all`: both.",
     )
     background_period_seconds: float = Field(
-        1.0, gt=0, description="How often deletions and assignments are looked for."
+        1.0, gt=0, description="Interval at which the background loops look for work that no wake-up announced."
     )
     server_key: SecretStr = Field(
         min_length=32,
-        description="Key for HMACs of requests and download URLs, the same on all replicas: `openssl rand -hex 32`.",
+        description="Secret key for HMACs of requests and for download URLs, the same on all replicas: `openssl "
+        "rand -hex 32`.",
     )
-    server_key_previous: SecretStr | None = Field(None, min_length=32, description="Accepted beside it while rotating.")
+    server_key_previous: SecretStr | None = Field(
+        None, min_length=32, description="The SERVER_KEY before or after a rotation; it is accepted, too."
+    )
 
     @property
     def hands_over(self) -> bool:

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from app.scheduling.targets import lane
-from dev.readme import README, replaced, settings_table
+from dev import settings_page
 from dev.run import ROOT
 from tests.support.stack import Stack
 
@@ -152,6 +152,6 @@ def test_rows_that_name_something_are_not_removed_by_a_cascade(stack: Stack) -> 
         stack.sql("DELETE FROM workflows WHERE id = $1", workflow)
 
 
-def test_the_readme_lists_every_setting() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert text == replaced(text, "settings", settings_table()), "run `python -m dev.readme`"
+def test_the_settings_page_is_up_to_date() -> None:
+    shown = settings_page.PAGE.read_text(encoding="utf-8")
+    assert shown == settings_page.page(), "run `python -m dev.settings_page`"

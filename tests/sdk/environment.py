@@ -21,7 +21,7 @@ IN_MAKE_TEST = ("2.1.13", "2.1.20", "2.2.69")
 ALL = ("2.1.12", "2.1.13", "2.1.20", "2.2.8", "2.2.22", "2.2.27", "2.2.36", "2.2.59", "2.2.69")
 NEEDS_UNKNOWN_KEY = "2.2.36"
 NEWEST = ALL[-1]
-RENEWING = os.environ.get("SDK_VERSIONS") == "all"  # the README's table is written from this run
+RENEWING = os.environ.get("SDK_VERSIONS") == "all"  # the compatibility table is written from this run
 VERSIONS = ALL if RENEWING else IN_MAKE_TEST
 
 

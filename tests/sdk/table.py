@@ -1,4 +1,4 @@
-"""The README's compatibility table, from what the suite saw. `python -m tests.sdk.table` writes it there."""
+"""The compatibility table of docs/coming-from-the-vendor.md, from what the suite saw. `python -m tests.sdk.table` writes it there."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.sdk.environment import ALL, CACHE, NEEDS_UNKNOWN_KEY
 
-README = Path(__file__).resolve().parent.parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "coming-from-the-vendor.md"
 BLOCK = re.compile(r"(?<=<!-- sdk:begin -->\n).*?(?=<!-- sdk:end -->)", re.DOTALL)
 GROUPS = ("machines", "pools", "workflows", "runs", "retry", "sessions", "run_attachments", "errors")
 HEAD = f"| SDK | {' | '.join(GROUPS)} | Idempotency-Key | note |\n|{'---|' * (len(GROUPS) + 3)}\n".replace("_", " ")
@@ -40,10 +40,10 @@ def _file(version: str) -> Path:
 
 def main() -> None:
     rows = [row(json.loads(_file(version).read_text(encoding="utf-8"))) for version in ALL]
-    text, found = BLOCK.subn(lambda _: HEAD + "".join(rows), README.read_text(encoding="utf-8"))
+    text, found = BLOCK.subn(lambda _: HEAD + "".join(rows), PAGE.read_text(encoding="utf-8"))
     if not found:
-        raise SystemExit("README.md has no line <!-- sdk:begin --> followed by <!-- sdk:end -->.")
-    README.write_text(text, encoding="utf-8")
+        raise SystemExit(f"{PAGE.name} has no line <!-- sdk:begin --> followed by <!-- sdk:end -->.")
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
