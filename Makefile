@@ -16,13 +16,21 @@ INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run test soak fuzz test-sdk example observe screenshots lint fmt bench lock
+.PHONY: help run psql bao keys stop reset test soak fuzz test-sdk example observe screenshots lint fmt bench lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
 
 run: .venv/$(if $(TEMPORAL),dev,run).stamp ## PostgreSQL, OpenBao and the app with demo data on 127.0.0.1:$PORT (8000), state in $DATA_DIR (.data); TEMPORAL=1: Temporal too
 	@MAKE_PID=$$PPID exec $(BIN)/python -m dev.run
+
+psql: .venv/run.stamp ## psql in the database of the stack that runs, as the owner (ARGS="-c 'SELECT ...'")
+bao: .venv/run.stamp ## the bao command on the OpenBao of the stack that runs (ARGS="kv get ...")
+keys: .venv/run.stamp ## make, list and end API keys of the stack that runs (ARGS="create --organization acme")
+stop: .venv/run.stamp ## stop the stack that runs
+reset: .venv/run.stamp ## stop the stack and delete its data
+psql bao keys stop reset:
+	@$(BIN)/python -m dev.running $@ $(ARGS)
 
 test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
 	@# What failed beside the other workers is run once more, alone: its time limits may not have been ours to keep.
@@ -38,7 +46,7 @@ test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the table
 	SDK_VERSIONS=all $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_sdk.py tests/webhooks/test_receivers.py
 	$(BIN)/python -m tests.sdk.table
 
-example: .venv/dev.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
+example: .venv/run.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
 	@$(BIN)/python -m examples.lifecycle
 
 observe: .venv/run.stamp ## Prometheus beside `make run`, on 127.0.0.1:$PROMETHEUS_PORT (9090), with the shipped alerts
@@ -83,4 +91,4 @@ lock: ## renew the locked lists from pyproject.toml (needs uv)
 
 .venv/dev.stamp: .venv/created.stamp requirements-dev.lock
 	@$(INSTALL) requirements-dev.lock
-	@touch $@
+	@touch .venv/run.stamp $@ # the list holds all that `make run` needs

@@ -21,7 +21,6 @@ TERMINAL = {"success", "error", "cancelled"}
 PASSWORD = "demo-password-2"  # noqa: S105 - what the pretended application accepts
 OLD_PASSWORD = "demo-password-1"  # noqa: S105 - what the demo run was created with
 WORK_SECONDS = 3
-WATCH_SECONDS = 6  # longer than placing the run and its work take
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Demo:
     api_key: str = ""
     example_api_key: str = ""
     machine_id: str = ""
+    workflow_id: str = ""
     run_id: str = ""
     executor_key: str = ""  # bound to the machine
 
@@ -79,8 +79,10 @@ def ensure(file: Path, url: str, bao: Bao, *, create_key: Callable[..., str], re
     if not _accepted(Api(url, demo.executor_key)):
         demo = replace(demo, executor_key=create_key(ORGANIZATION, demo.machine_id)).save(file)
     _cancel_leftovers(api, demo)
+    if not demo.workflow_id or api.call("GET", f"/v1/workflows/{demo.workflow_id}")[0] != 200:
+        demo = replace(demo, workflow_id=_workflow(api)).save(file)
     if not _retryable(api, bao, demo.run_id, retention):
-        demo = replace(demo, run_id=_failed_run(api)).save(file)
+        demo = replace(demo, run_id=_failed_run(api, demo.workflow_id)).save(file)
     return demo
 
 
@@ -111,18 +113,19 @@ def _retryable(api: Api, bao: Bao, run_id: str, retention: timedelta) -> bool:
     return all(api.call("GET", f"/v1/run-attachments/{file}")[0] == 200 for file in run["input_attachment_ids"])
 
 
-def _failed_run(api: Api) -> str:
+def _workflow(api: Api) -> str:
+    prompt = "Log in as {user}, open the invoice and post {amount}."
+    workflow = api.must("POST", "/v1/workflows", {"name": "Demo: post an invoice", "main_prompt": prompt})
+    return str(workflow["id"])
+
+
+def _failed_run(api: Api, workflow_id: str) -> str:
     """A run with everything a retry has to clear or keep; it failed because its password was an old one."""
-    workflow = api.must(
-        "POST",
-        "/v1/workflows",
-        {"name": "Demo: post an invoice", "main_prompt": "Log in as {user}, open the invoice and post {amount}."},
-    )
     run = api.must(
         "POST",
         "/v1/runs",
         {
-            "workflow_id": workflow["id"],
+            "workflow_id": workflow_id,
             "input_values": {"user": "ada", "amount": "120.00"},
             "sensitive_input_values": {"password": OLD_PASSWORD},
             "file_inputs": [_file("invoice.txt", "Invoice 1001: 120.00\n")],
@@ -161,17 +164,14 @@ def _file(name: str, content: str) -> dict[str, str]:
     return {"filename": name, "content": base64.b64encode(content.encode()).decode()}
 
 
-def commands(url: str, demo: Demo) -> str:
-    """Lines to paste, again and again: retry the run with the password that is accepted, wait for its end, show it."""
+def command(url: str, demo: Demo) -> str:
+    """Three lines to paste, again and again: retry the demo run with the password that its application accepts."""
     body: Mapping[str, Any] = {
         "input_values": {"user": "ada", "amount": "125.00"},
         "sensitive_input_values": {"password": PASSWORD},
         "file_inputs": [_file("invoice.txt", "Invoice 1001, corrected: 125.00\n")],
     }
-    run, authorization = f"{url}/v1/runs/{demo.run_id}", f"-H 'Authorization: Bearer {demo.api_key}'"
     return f"""\
-curl -sS -X POST {run}/retry \\
-  {authorization} -H 'Content-Type: application/json' \\
-  -d {shlex.quote(json.dumps(body))}
-echo; sleep {WATCH_SECONDS}
-curl -sS {run} {authorization} | python3 -m json.tool"""
+curl -sS -X POST {url}/v1/runs/{demo.run_id}/retry \\
+  -H 'Authorization: Bearer {demo.api_key}' -H 'Content-Type: application/json' \\
+  -d {shlex.quote(json.dumps(body))}"""

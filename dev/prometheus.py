@@ -5,7 +5,6 @@ Needs Prometheus (Debian: apt install prometheus); PROMETHEUS names one that is 
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
+from dev import running
 from dev.stack import Part, StackError, free_port, http, port_problem, private_folder
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
@@ -64,12 +64,11 @@ class Prometheus(Part):
 
 
 def main() -> None:
-    data_dir = Path(os.environ.get("DATA_DIR") or ".data").resolve()
-    facts = data_dir / "dev.env"
-    if not facts.exists():
-        sys.exit("Start `make run` first, in another terminal.")
-    lines = shlex.split(facts.read_text(encoding="utf-8"))
-    target = next(line.partition("=")[2] for line in lines if line.startswith("API_URL="))
+    try:
+        data_dir = running.find()
+    except running.NoStackError as none:
+        sys.exit(str(none))
+    target = running.facts(data_dir)["API_URL"]
     port = int(os.environ.get("PROMETHEUS_PORT") or 9090)
     if problem := port_problem(port):
         sys.exit(f"Port {port} cannot be used: {problem}. Choose another: make observe PROMETHEUS_PORT={free_port()}")

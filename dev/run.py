@@ -3,7 +3,6 @@
 With TEMPORAL=1 the demo's machine gets its runs from Temporal.
 """
 
-import fcntl
 import os
 import shlex
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from app.config import Settings
-from dev import demo
+from dev import demo, running
 from dev.stack import (
     Bao,
     Part,
@@ -92,16 +91,14 @@ class App(Part):
 def main() -> None:
     data_dir = Path(os.environ.get("DATA_DIR") or ".data").resolve()
     port = _port()
-    try:
-        private_folder(data_dir)
-        lock = (data_dir / "lock").open("w")
-    except OSError as problem:
-        sys.exit(f"DATA_DIR cannot be used: {problem}")
-    with lock:
+    with ExitStack() as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            private_folder(data_dir)
+            lock.enter_context(running.held(data_dir))
         except BlockingIOError:
             sys.exit(f"Another `make run` uses {data_dir}. Stop it, or set another DATA_DIR and PORT.")
+        except OSError as problem:
+            sys.exit(f"DATA_DIR cannot be used: {problem}")
         try:
             for number in STOP_SIGNALS:
                 signal.signal(number, _interrupt)
@@ -171,45 +168,47 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
         "API_URL": url,
         "API_KEY": facts.api_key,
         "DEMO_RUN_ID": facts.run_id,
+        "WORKFLOW_ID": facts.workflow_id,
+        "MACHINE_ID": facts.machine_id,
         "EXAMPLE_API_KEY": facts.example_api_key,
         "DATABASE_URL": postgres.app_url,
         "DATABASE_OWNER_URL": postgres.url,
         "VAULT_ADDR": bao.address,
         "VAULT_TOKEN": bao.root_token,
         "STORAGE_URL": environment["STORAGE_URL"],
+        "SERVER_KEY": environment["SERVER_KEY"],
     }
+    tools = {
+        "psql": postgres.binaries / "psql",
+        "pg_dump": postgres.binaries / "pg_dump",
+        "pg_restore": postgres.binaries / "pg_restore",
+        "bao": bao.binary,
+    }
+    path = _path(data_dir / "bin", tools)
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in dev_env.items()]
-    write_private(data_dir / "dev.env", "".join(lines))
-    psql = shlex.join([str(postgres.binaries / "psql"), postgres.url])
-    look = shlex.join([str(bao.binary), "kv", "list", f"secret/runs/{demo.ORGANIZATION}/{facts.run_id}"])
+    write_private(data_dir / "dev.env", "".join(lines) + f'PATH={path}:"$PATH"\n')
     _say(f"""
-Ready: {url}   (docs: {url}/docs   console: {url}/console/)
-
-  API key   {facts.api_key}   (organization {demo.ORGANIZATION})
-  Database  {psql}
-  Vault     VAULT_ADDR={bao.address} VAULT_TOKEN={bao.root_token} {look}
-  Files     {data_dir / "files"}
-  Logs      {"  ".join(str(part.log) for part in started)}
-  Facts     set -a; . {shlex.quote(str(data_dir / "dev.env"))}; set +a
-
-The demo run has ended. Retry it with the password that its application accepts, and look again when it has been worked on.
-Paste this as often as you like:
-
-{demo.commands(url, facts)}
-
-The first reply says `scheduling`: outputs, history and error are gone, the password is an alias. The demo's machine then
-works for {demo.WORK_SECONDS} s (`running`; a retry meanwhile is refused with 409) and reports: the second reply says `success`,
-with a receipt. With any other password it says `error`.
-{"" if temporal is None else _at_temporal(temporal)}
-Ctrl-C stops everything.""")
+Ready. Ctrl-C stops everything. In another terminal: make psql, make bao, make keys, make stop.
+Console   {url}/console/   API key {facts.api_key}
+API       {url}/docs   and in a shell: set -a; . {shlex.quote(str(data_dir / "dev.env"))}; set +a
+{demo.command(url, facts)}{"" if temporal is None else _at_temporal(temporal)}""")
     return started
+
+
+def _path(folder: Path, tools: Mapping[str, Path]) -> str:
+    """What `dev.env` adds to PATH: the interpreter of this checkout, and the stack's own tools under their names."""
+    private_folder(folder)
+    for name, program in tools.items():
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(program))} "$@"\n', encoding="utf-8")
+        script.chmod(0o755)
+    return f"{shlex.quote(str(folder))}:{shlex.quote(str(Path(sys.executable).parent))}"
 
 
 def _at_temporal(temporal: Temporal) -> str:
     return f"""
 Each retry is a workflow, which Temporal's own page shows: {temporal.page}/namespaces/default/workflows
-TEMPORAL_ADDRESS is {temporal.address}.
-"""
+TEMPORAL_ADDRESS is {temporal.address}."""
 
 
 def _watch(parts: Sequence[Part]) -> None:

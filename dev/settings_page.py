@@ -44,10 +44,10 @@ GROUPS = (
 
 HEAD = """# Settings
 
-Every setting is an environment variable. A setting `NAME` can also be given as `NAME_FILE`, the path of a file that contains the
-value: use this for secrets. A wrong or missing setting stops the start with one line that names the setting and the fix.
-`s3://`, `gs://` and `az://` stores read their credentials and endpoints from the usual `AWS_*`, `GOOGLE_*` and `AZURE_*` variables.
-This page is generated from `app/config.py`.
+Every setting is an environment variable. A setting `NAME` can also be given as `NAME_FILE`, the path of a file that contains
+the value: use this for secrets. A wrong or missing setting stops the start with one line that names the setting and the fix.
+`s3://`, `gs://` and `az://` stores read their credentials and endpoints from the usual `AWS_*`, `GOOGLE_*` and `AZURE_*`
+variables. This page is generated from `app/config.py`.
 """
 
 

@@ -11,7 +11,6 @@ its machine, and a token that reads the secrets of one organization and nothing 
 import base64
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from uuid import uuid4
 
 import httpx
 import hvac
+
+from dev import running
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 60
@@ -147,10 +148,10 @@ def settings() -> dict[str, str]:
     names = ("API_URL", "API_KEY", "DATABASE_OWNER_URL", "VAULT_ADDR", "VAULT_TOKEN")
     if all(name in os.environ for name in names):
         return {name: os.environ[name] for name in names}
-    file = Path(os.environ.get("DATA_DIR") or ROOT / ".data") / "dev.env"
-    if not file.exists():
-        sys.exit("Start `make run` first, in another terminal.")
-    written = dict(part.split("=", 1) for part in shlex.split(file.read_text(encoding="utf-8")))
+    try:
+        written = running.facts(running.find())
+    except running.NoStackError as problem:
+        sys.exit(str(problem))
     # An organization of its own: the machine registered here must not be given the demo's runs.
     return {name: written[name] for name in names} | {"API_KEY": written["EXAMPLE_API_KEY"]}
 

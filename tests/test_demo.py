@@ -24,7 +24,7 @@ from dev.stack import free_port, port_problem, usable_port
 from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent
-READY = "Ctrl-C stops everything."
+READY = "Ready. Ctrl-C stops everything."
 SECONDS = 90  # for everything to start, on a machine that does much else
 
 
@@ -106,11 +106,12 @@ class Pasted(NamedTuple):
 
 
 def paste(demo: MakeRun) -> Pasted:
-    """The printed lines in a shell, and the two replies that they show."""
-    [lines] = re.findall(r"^curl -sS -X POST.*json\.tool$", demo.printed, re.MULTILINE | re.DOTALL)
-    done = subprocess.run(["sh", "-e"], input=lines, capture_output=True, text=True, timeout=60, check=True)
-    first, _, second = done.stdout.partition("\n")
-    return Pasted(json.loads(first), json.loads(second))
+    """The printed lines in a shell: the reply, and the run at the end of its attempt."""
+    lines = demo.printed.partition("\ncurl ")[1:]
+    done = subprocess.run(["sh", "-e"], input="".join(lines), capture_output=True, text=True, timeout=60, check=True)
+    run = json.loads(done.stdout)
+    with demo.api() as api:
+        return Pasted(run, until(lambda: _ended(api, run["id"]), 30, what="the end of the attempt"))
 
 
 def retried(demo: MakeRun, password: str) -> dict[str, Any]:
@@ -133,7 +134,8 @@ def test_the_demo_from_its_first_start_to_a_power_cut(tmp_path: Path) -> None:
     demo = MakeRun(tmp_path / "data").wait_for(READY)
     try:
         what_is_printed_can_be_pasted_again_and_again(demo)
-        what_the_readme_shows_works_too(demo)
+        the_readmes_commands_can_be_pasted_in_order(demo)
+        the_tools_of_the_stack_are_at_hand(demo)
         another_password_fails_and_the_printed_one_then_helps(demo)
         no_password_is_in_a_log(demo)
         the_executor_reads_only_the_secrets_of_its_organization(demo)
@@ -184,15 +186,51 @@ def what_is_printed_can_be_pasted_again_and_again(demo: MakeRun) -> None:
     assert len(receipts) == 2
 
 
-def what_the_readme_shows_works_too(demo: MakeRun) -> None:
+def the_readmes_commands_can_be_pasted_in_order(demo: MakeRun) -> None:
+    """All of them into one shell, which ends at the first one that fails."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    [lines] = re.findall(r"^```\n(set -a; \. \.data/dev\.env.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    lines = lines.replace(".data/dev.env", str(demo.data_dir / "dev.env"))
-    done = subprocess.run(["sh", "-e"], input=lines, capture_output=True, text=True, timeout=60, check=True)
-    run = json.loads(done.stdout)
-    assert run["status"] == "scheduling"
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    pasted = "\necho\n".join(blocks).replace(".data/dev.env", str(demo.data_dir / "dev.env"))
+    done = subprocess.run(
+        ["bash", "-e"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "DATA_DIR": str(demo.data_dir)},
+        input=pasted,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    replies = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    retried_demo, dry_run, retried_run, attempts = replies
+    assert (retried_demo["status"], retried_demo["error"]) == ("scheduling", None)
+    assert (dry_run["would_retry"], dry_run["attempt"]) == (True, 2)
+    assert (retried_run["id"], retried_run["attempt"]) == (dry_run["run_id"], 2)
+    assert [one["status"] for one in attempts["items"]] == ["error"]
+    assert "dashboard" in done.stdout, "the new key is in the list of keys"
     with demo.api() as api:
-        assert until(lambda: _ended(api, run["id"]), 30)["output_data"]["amount"] == "130.00"
+        assert until(lambda: _ended(api, retried_run["id"]), 30)["output_data"]["amount"] == "99.00"
+        until(lambda: _ended(api, retried_demo["id"]), 30)
+
+
+def the_tools_of_the_stack_are_at_hand(demo: MakeRun) -> None:
+    def make(*arguments: str) -> str:
+        done = subprocess.run(
+            ["make", "-o", ".venv/run.stamp", *arguments],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], "DATA_DIR": str(demo.data_dir)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert demo.facts()["DEMO_RUN_ID"] in make("psql", "ARGS=-c 'SELECT id FROM runs'")
+    assert demo.facts()["DEMO_RUN_ID"] in make("bao")
 
 
 def another_password_fails_and_the_printed_one_then_helps(demo: MakeRun) -> None:

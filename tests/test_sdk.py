@@ -50,7 +50,9 @@ def test_every_method(version: str, stack: Stack, server: Server) -> None:
             _each_write_under_its_own_key(stack, client, report["writes"][style])
     if not RENEWING:
         rows = table.PAGE.read_text(encoding="utf-8").splitlines(keepends=True)
-        assert table.row(report) in rows, "the table in docs/coming-from-the-vendor.md is not what is seen: make test-sdk renews it"
+        assert table.row(report) in rows, (
+            "the table in docs/coming-from-the-vendor.md is not what is seen: make test-sdk renews it"
+        )
 
 
 def _each_write_under_its_own_key(stack: Stack, client: Client, writes: dict[str, Any]) -> None:

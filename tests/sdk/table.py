@@ -1,4 +1,4 @@
-"""The compatibility table of docs/coming-from-the-vendor.md, from what the suite saw. `python -m tests.sdk.table` writes it there."""
+"""The compatibility table of docs/coming-from-the-vendor.md, from what the suite saw; `python -m tests.sdk.table` writes it."""
 
 import json
 import re
