@@ -1,6 +1,7 @@
 """Every refusal of the service, one class each: HTTP status and a stable code (RFC 9457 problem details).
 
 Refusal
+├── IncompleteRequest          400 incomplete_request
 ├── Unauthorized               401 unauthorized
 ├── InsufficientScope          403 insufficient_scope
 ├── NotFound                   404
@@ -54,6 +55,7 @@ from typing import ClassVar
 import orjson
 
 TITLES = {
+    400: "Bad Request",
     401: "Unauthorized",
     403: "Forbidden",
     404: "Not Found",
@@ -109,6 +111,13 @@ class Refusal(Exception):
                 **self.members,
             }
         )
+
+
+class IncompleteRequest(Refusal):
+    status, code = 400, "incomplete_request"
+    detail = (
+        "The client closed its sending side in the middle of the request; nothing was changed. Send the whole request."
+    )
 
 
 class Unauthorized(Refusal):

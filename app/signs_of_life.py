@@ -7,8 +7,7 @@ to the machine, and `status: connected`. What follows when they stop is in sched
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
@@ -62,7 +61,7 @@ class SignsOfLife:
         self._silence = silence_seconds
         self._every = min(EVERY_SECONDS, silence_seconds / 3) if silence_seconds else EVERY_SECONDS
         self._unwritten: dict[_Sign, float] = {}  # when the last one came, by time.monotonic
-        self._waiting: Counter[_Sign] = Counter()
+        self._waiting: dict[object, tuple[_Sign, Callable[[], bool]]] = {}
         self._counted_at = time.monotonic()
 
     def note(self, organization_id: str, machine_id: UUID) -> None:
@@ -72,25 +71,24 @@ class SignsOfLife:
             self.event.set()
 
     @contextmanager
-    def waits(self, organization_id: str, machine_id: UUID) -> Iterator[None]:
-        """The machine's executor waits for work: one long sign of life."""
-        sign = (organization_id, machine_id)
+    def waits(self, organization_id: str, machine_id: UUID, is_there: Callable[[], bool]) -> Iterator[None]:
+        """The machine's executor waits for work: one long sign of life, while `is_there` says so."""
+        sign, wait = (organization_id, machine_id), object()
         self.note(*sign)
-        self._waiting[sign] += 1
+        self._waiting[wait] = sign, is_there
         try:
             yield
         finally:
-            self._waiting[sign] -= 1
-            if not self._waiting[sign]:
-                del self._waiting[sign]
+            del self._waiting[wait]
 
     async def write(self, database: Database) -> set[str]:
         """Write what has come together; the organizations of machines that are back. Raises DatabaseUnavailable."""
         now = time.monotonic()
         if now - self._counted_at >= self._every:
             self._counted_at = now
-            for sign in self._waiting:
-                self.note(*sign)
+            for sign, is_there in self._waiting.values():
+                if is_there():
+                    self.note(*sign)
         taken, self._unwritten = self._unwritten, {}
         back: set[str] = set()
         try:

@@ -18,6 +18,7 @@ from app import in_flight
 from app.api.limits import Limits
 from app.auth import Principal, authenticate, bearer
 from app.errors import (
+    IncompleteRequest,
     InternalError,
     Overloaded,
     QuotaExceeded,
@@ -177,10 +178,13 @@ class _Exchange:
         return bytes(values[0])
 
     async def receive(self) -> Message:
+        """The next piece of the body. Raises IncompleteRequest if no more of it will come."""
         message = await self._receive()
         self._bytes_in += len(message.get("body", b""))
         if not message.get("more_body", False):
             self._body_left = False
+        elif "body_ended_early" in self.state and not self.started:
+            raise IncompleteRequest
         return message
 
     async def send(self, message: Message) -> None:
@@ -249,7 +253,7 @@ class _Exchange:
             return
         try:
             async with asyncio.timeout(seconds):
-                while self._body_left:
+                while self._body_left and "body_ended_early" not in self.state:
                     if (await self.receive())["type"] == "http.disconnect":
                         return
         except TimeoutError:

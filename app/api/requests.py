@@ -181,6 +181,11 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return buffer.getvalue()  # without a copy, unlike bytes(bytearray)
 
 
+def may_still_send(request: Request) -> bool:
+    """Whether the client's sending side is open. A client that closed it may read on, or may be gone: nothing tells which."""
+    return "client_has_ended" not in request.scope["state"]
+
+
 async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> None:
     """Do something that takes long, as long as somebody is there to be told of it. Raises ClientDisconnect."""
 
@@ -193,6 +198,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> 
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
+            left.result()
             raise ClientDisconnect
         task.result()
     finally:

@@ -19,7 +19,7 @@ from uuid import uuid4
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.errors import HeadTooLarge, HeadTooSlow, Overloaded, Refusal
+from app.errors import HeadTooLarge, HeadTooSlow, IncompleteRequest, Overloaded, Refusal
 from app.telemetry import metrics
 
 log = logging.getLogger("app.request")
@@ -132,8 +132,8 @@ class _Reader(asyncio.BufferedProtocol):
     def buffer_updated(self, count: int) -> None:
         self._connection.has_read(count)
 
-    def eof_received(self) -> None:
-        self._connection.eof_received()
+    def eof_received(self) -> bool:
+        return self._connection.client_ended()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connection.connection_lost(exc)
@@ -173,6 +173,7 @@ class Protocol(HttpToolsProtocol):
 
     # Of the connection
     _silent = True
+    _has_ended = False  # the client has closed its sending side; it may still read
     _deaf = False  # refused: whatever still comes is thrown away
     _unparsed = b""
     _head_timer: asyncio.TimerHandle | None = None
@@ -325,6 +326,34 @@ class Protocol(HttpToolsProtocol):
         else:
             self._refuse(HeadTooSlow())
 
+    def client_ended(self) -> bool:
+        """The client has closed its sending side, as `shutdown(SHUT_WR)` does. True: the connection stays open for replies.
+
+        A client that is gone looks the same until something is sent to it. So each whole request that came before is answered.
+        """
+        self._has_ended = True
+        self.flow.held = True  # there is nothing to read any more
+        if self._deaf or self.transport.is_closing():
+            return False
+        self._finish()
+        return True
+
+    def _finish(self) -> None:
+        """After the client's end: close behind the reply to the last request, and refuse one that is not whole."""
+        if self._is_answering():
+            state = self.cycle.scope["state"]
+            state["client_has_ended"] = True
+            if not self._outside_body:
+                state["body_ended_early"] = True  # the edge finds it when it reads on
+                self.cycle.message_event.set()
+            elif not self._unparsed:
+                self.cycle.keep_alive = False
+        elif self._begun and self._outside_body:
+            self._refuse(IncompleteRequest())
+        else:
+            self.transport.close()
+            self._watch_sending()
+
     # --- what the parser finds ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
@@ -364,13 +393,15 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._forget_long_head()
-        self.flow.held = False
+        self.flow.held = self._has_ended
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_sending()
             return
         self._parse()
-        if not self._begun and not self._is_answering():
+        if self._has_ended and not self.transport.is_closing() and not self._deaf:
+            self._finish()
+        elif not self._begun and not self._is_answering():
             self._all.rests(self)
 
     def pause_writing(self) -> None:

@@ -9,7 +9,16 @@ from pydantic import Field
 
 from app import events
 from app.api.openapi import operation
-from app.api.requests import is_true, read, read_only, read_write, services, still_known, while_connected
+from app.api.requests import (
+    is_true,
+    may_still_send,
+    read,
+    read_only,
+    read_write,
+    services,
+    still_known,
+    while_connected,
+)
 from app.api.responses import ONLY, EventsAfter, Limit, Part, Skip, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
@@ -187,7 +196,9 @@ async def list_all(
     looking_for_work: AbstractContextManager[None] = nullcontext()
     is_own = principal.machine_id in (None, machine_id)
     if is_own and machine_id is not None and status is RunStatus.SCHEDULING and principal.may("runs:execute"):
-        looking_for_work = own.signs_of_life.waits(principal.organization_id, machine_id)
+        looking_for_work = own.signs_of_life.waits(
+            principal.organization_id, machine_id, lambda: may_still_send(request)
+        )
     with looking_for_work:
         if wait:
             with request.app.state.limits.long_poll(principal):
