@@ -37,6 +37,7 @@ LIMITS = [
     "SET statement_timeout = '10min'",
     "SET idle_in_transaction_session_timeout = 0",
     "SET enable_seqscan = on",
+    "SET plan_cache_mode = auto",
 ]
 
 TELL_SECONDS = 5.0

@@ -4,6 +4,8 @@ Connections keep plans. One that was made while the tables were short is still u
 them; and until then a new plan is made for the tables as they were. Every statement is run both ways, with samples, on tables
 of some 20,000 rows, and the blocks are counted that it reads of tables and indexes; those that triggers read for it too. A full
 scan of an index, which `enable_seqscan` does not forbid, takes some hundred and more.
+
+At last the tables are analyzed and every statement is called as the service calls it: none may be planned at each call.
 """
 
 import asyncio
@@ -26,6 +28,7 @@ from app.config import Settings
 from app.errors import Refusal
 from app.models import RunStatus
 from app.resources.webhooks import list_deliveries
+from app.resources.workflows import get_seen
 from app.runs import queue
 from app.runs.attachments import list_attachments
 from app.runs.listing import FIELDS, RunFilter, bits, list_runs
@@ -482,7 +485,7 @@ MORE: dict[str, tuple[int, str]] = {
     "replies.forget": (1_000, "a batch of 1,000"),
     "retention.prune_attempts": (6_500, "a batch of 2,000"),
     "runs.ending.silent": (1_200, "a batch of 100; of all that run, if statistics know of none that runs"),
-    "runs.lock_by.workflow_id": (400, "a batch of 200"),
+    "runs.lock_by.workflow_id": (1_600, "a batch of 200; all 1,300 runs of the workflow, if statistics expect few"),
     "runs.outputs.prune": (1_500, "a batch of 200"),
     "runs.queue.lanes": (15_000, "2,000 lanes, and 200 of them closely"),
     "runs.retry.switch": (150, "a run in nine indexes, its attempt, outputs, files and events"),
@@ -490,6 +493,9 @@ MORE: dict[str, tuple[int, str]] = {
     "webhooks.prune": (700, "a batch of 64, and what belongs to each"),
     "workflows.used": (5_500, "the runs of one machine or of one workflow"),
 }
+
+# Run with `plans_see_values`, and why.
+SEES_VALUES = {"workflows.used": "either the machine or the workflow may have nearly all runs"}
 
 # As ADOPT once was: a plan of an empty table reads all of a full one.
 CONTROL = Statement(
@@ -502,6 +508,7 @@ CONTROL = Statement(
 # --- what composes statements, or many of them ------------------------------------------------------------------------
 
 NOBODY_BOUND = Principal(an_id("key", 1), "big", None)
+BOUND = Principal(an_id("key", 1), "big", None, machine_id=an_id("machine", 1))
 PART = Slice(0, 20, 32 * 2**20)
 SOME_FIELDS = ["id", "status", "scheduling_reason"]
 
@@ -520,6 +527,7 @@ ACTIONS: dict[str, tuple[int, Callable[[Database], Awaitable[object]]]] = {
     "runs of a workflow": (100, _runs(workflow_id=an_id("workflow", 101))),
     "runs of another machine's key": (500, _runs(bound_to=an_id("machine", 15_001))),
     "files of a run": (400, lambda database: list_attachments(database, NOBODY_BOUND, ENDED, None, PART)),
+    "a workflow of a machine's key": (5_500, lambda database: get_seen(database, BOUND, an_id("workflow", 1))),
     "deliveries": (400, lambda database: list_deliveries(database, "big", an_id("endpoint", 3), None, PART)),
     "a pass over few machines": (1_000, lambda database: place(database, "few")),
 }
@@ -558,6 +566,12 @@ class Actions:
             self._stack.sql(insert)
 
     async def end(self) -> list[str]:
+        """Which of them read too much; the last look."""
+        wrong = await self.measure()
+        self._database.close()
+        return wrong
+
+    async def measure(self) -> list[str]:
         """Which of them read too much."""
         await asyncio.to_thread(self.wait_for_machines)
         wrong = []
@@ -570,7 +584,6 @@ class Actions:
                 wrong.append(told(name, self._how, blocks, ""))
             if isinstance(done, Pass) and len(done.placed) != 2:
                 wrong.append(f"{name}: {done}")
-        self._database.close()
         return wrong
 
     async def _read(self) -> dict[str, int]:
@@ -585,8 +598,13 @@ SELECT relname AS name, pg_stat_get_blocks_fetched(oid) AS blocks FROM pg_class
 WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'i')
 """
 
+_PLANNED_FOR_VALUES = """
+SELECT DISTINCT split_part(statement, ' ', 2) AS name FROM pg_prepared_statements WHERE custom_plans > 0
+"""
+CALLS = 8  # after five of them PostgreSQL decides whether it goes on planning for the values
+
 # How a plan was made.
-BEFORE, OLD = "made before", "made from old statistics"
+BEFORE, OLD, FRESH = "made before", "made from old statistics", "made from fresh statistics"
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
@@ -610,6 +628,13 @@ class Planner:
         async with self.rolled_back(statement.name):
             rows = await self.driver.fetch(f"EXPLAIN EXECUTE {name}{values}")
         return "\n".join(row["QUERY PLAN"] for row in rows)
+
+    async def samples_of(self, statement: Statement) -> dict[str, Any]:
+        """A value for each parameter. Raises KeyError for one without."""
+        given = SAMPLES | OWN.get(statement.name, {})
+        if statement.name in ("runs.retry.switch", "runs.retry.switch_staged"):
+            given["version"] = await self.driver.fetchval("SELECT xmin::text FROM runs WHERE id = $1", ENDED)
+        return {name: given[name] for name in statement.parameters}
 
     async def blocks(self, statement: Statement, values: dict[str, Any]) -> tuple[dict[str, int], str]:
         """What it reads of each table and index, and what the server says that it did."""
@@ -668,12 +693,6 @@ def database_of(stack: Stack) -> Database:
     return Database(Settings.model_construct(database_url=url, database_pool_size=1))
 
 
-def samples_of(statement: Statement) -> dict[str, Any]:
-    """A value for each parameter. Raises KeyError for one without."""
-    own = OWN.get(statement.name, {})
-    return {name: own[name] if name in own else SAMPLES[name] for name in statement.parameters}
-
-
 def told(name: str, how: str, blocks: dict[str, int], plan: str) -> str:
     ordered = ", ".join(f"{count} of {where}" for where, count in sorted(blocks.items(), key=lambda one: -one[1])[:6])
     return f"{name}, with a plan {how}, reads {sum(blocks.values())} blocks: {ordered}\n{plan}\n"
@@ -694,18 +713,16 @@ async def attack(stack: Stack, first: int) -> list[str]:
         for name, statement in REGISTRY.items():
             plans[name] = await (owner_kept if name.startswith(OWNERS) else app_kept).prepare(statement)
         await asyncio.to_thread(fill, stack, first)
-        blocks, _ = await app_kept.blocks(CONTROL, samples_of(CONTROL))
+        blocks, _ = await app_kept.blocks(CONTROL, await app_kept.samples_of(CONTROL))
         assert first > 1 or sum(blocks.values()) > MOST_BLOCKS, "what must be found is not"
         for name, statement in REGISTRY.items():
             is_owners = name.startswith(OWNERS)
             kept, new = (owner_kept, owner_new) if is_owners else (app_kept, app_new)
             try:
-                values = samples_of(statement)
+                values = await kept.samples_of(statement)
             except KeyError as missing:
                 wrong.append(f"{name} needs a sample for {missing}")
                 continue
-            if name in ("runs.retry.switch", "runs.retry.switch_staged"):
-                values["version"] = await kept.driver.fetchval("SELECT xmin::text FROM runs WHERE id = $1", ENDED)
             await new.prepare(statement)
             for planned, how in ((kept, BEFORE), (new, OLD)):
                 try:
@@ -721,6 +738,32 @@ async def attack(stack: Stack, first: int) -> list[str]:
                 wrong.append(f"{name}: its plan was not kept")
     new_actions = await Actions.begin(stack, "force_custom_plan", OLD)
     return wrong + await kept_actions.end() + await new_actions.end()
+
+
+async def call_often(stack: Stack) -> list[str]:
+    """What reads too much with a plan from fresh statistics, or is planned for the values of each call."""
+    wrong: list[str] = []
+    database = database_of(stack)
+    actions = Actions(stack, database, FRESH)
+    async with database.connection() as connection:
+        planner = Planner(connection.driver)
+        for name, statement in REGISTRY.items():
+            if name.startswith(OWNERS):
+                continue
+            values = await planner.samples_of(statement)
+            await planner.prepare(statement)
+            for _ in range(CALLS):
+                blocks, _ = await planner.blocks(statement, values)
+            if sum(blocks.values()) > MORE.get(name, (MOST_BLOCKS,))[0]:
+                wrong.append(told(name, FRESH, blocks, await planner.plan(statement)))
+    for _ in range(CALLS):
+        slow = await actions.measure()
+    async with database.connection() as connection:
+        planned = {row["name"] for row in await connection.driver.fetch(_PLANNED_FOR_VALUES)}
+    database.close()
+    if planned != SEES_VALUES.keys():
+        wrong.append(f"planned for the values of a call: {sorted(planned)}, and must be: {sorted(SEES_VALUES)}")
+    return wrong + slow
 
 
 @pytest.fixture
@@ -742,4 +785,7 @@ def test_no_statement_reads_more_than_it_needs(own: Stack, known: str) -> None:
         first = SHORT + 1
     own.sql("VACUUM ANALYZE" if known == "empty" else "ANALYZE")
     wrong = asyncio.run(attack(own, first))
+    if known == "short":
+        own.sql("VACUUM ANALYZE")
+        wrong += asyncio.run(call_often(own))
     assert not wrong, "\n".join(wrong)

@@ -257,6 +257,7 @@ SETTINGS = {
     "idle_in_transaction_session_timeout": "10000",
     "jit": "off",
     "lock_timeout": "2000",
+    "plan_cache_mode": "force_generic_plan",
     "statement_timeout": "2700",
     "TimeZone": "UTC",
 }
@@ -312,6 +313,7 @@ def test_a_role_that_lacks_a_setting_is_refused(url: str, capsys: pytest.Capture
     for name, value in (
         ("enable_seqscan", "on"),
         ("jit", "on"),
+        ("plan_cache_mode", "auto"),
         ("TimeZone", "Europe/Paris"),
         ("lock_timeout", "0"),
         ("lock_timeout", "5s"),

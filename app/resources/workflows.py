@@ -109,14 +109,18 @@ USED = statement(
 )
 
 
-async def get_seen(connection: Connection, principal: Principal, workflow_id: UUID) -> dict[str, Any]:
+async def get_seen(database: Database, principal: Principal, workflow_id: UUID) -> dict[str, Any]:
     """One workflow. Raises WorkflowNotFound for what the caller may not see."""
     organization_id = principal.organization_id
-    if principal.machine_id is not None and not await connection.fetchval(
-        USED, machine_id=principal.machine_id, workflow_id=workflow_id, organization_id=organization_id
-    ):
-        raise WorkflowNotFound
-    return await get(connection, organization_id, workflow_id)
+    if principal.machine_id is not None:
+        # The machine may have many runs and the workflow few, or the reverse.
+        async with database.transaction(plans_see_values=True) as connection:
+            if not await connection.fetchval(
+                USED, machine_id=principal.machine_id, workflow_id=workflow_id, organization_id=organization_id
+            ):
+                raise WorkflowNotFound
+    async with database.connection() as connection:
+        return await get(connection, organization_id, workflow_id)
 
 
 async def list_workflows(database: Database, principal: Principal, part: Slice, **filters: object) -> dict[str, object]:

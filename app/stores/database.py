@@ -86,7 +86,7 @@ async def _run(call: Callable[..., Awaitable[Any]], sql: Statement | str, values
 
 
 # Names of what has none.
-_WORDS = {word: word for word in ("BEGIN", "COMMIT", "ROLLBACK", "SELECT", "INSERT", "UPDATE", "DELETE")}
+_WORDS = {word: word for word in ("BEGIN", "COMMIT", "ROLLBACK", "SET", "SELECT", "INSERT", "UPDATE", "DELETE")}
 
 
 class LockTimeout(DatabaseUnavailable):
@@ -366,14 +366,18 @@ class Database:
                 self._pool.release(connection)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Connection]:
+    async def transaction(self, *, plans_see_values: bool = False) -> AsyncIterator[Connection]:
         """A transaction that commits when the block ends and rolls back when it raises.
 
+        `plans_see_values`: PostgreSQL may plan its statements for the values of a call. This is for statements whose best
+        index depends on the values; it costs a round trip, and often a new plan for each call.
         Raises DatabaseUnavailable (nothing changed), LockTimeout, or OutcomeUnknown when the connection broke in COMMIT.
         """
         async with self.connection() as connection:
             await connection.execute("BEGIN")
             try:
+                if plans_see_values:
+                    await connection.execute("SET LOCAL plan_cache_mode = auto")
                 yield connection
             except _LOST:
                 raise  # the server rolls back when the connection is gone

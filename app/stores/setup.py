@@ -89,6 +89,9 @@ _EXACTLY = {
     # everything here has an index.
     "enable_seqscan": "off",
     "jit": "off",  # short statements: compiling them costs more than it saves
+    # One plan for each statement and connection. With `auto`, a statement with a condition that is switched off (`:quota IS
+    # NULL OR ...`) or with an array is planned anew at each call: PostgreSQL takes the plan for these values for cheaper.
+    "plan_cache_mode": "force_generic_plan",
     "TimeZone": "UTC",  # how times are shown in documents that PostgreSQL makes
 }
 _AT_MOST_MS = {

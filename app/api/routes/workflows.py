@@ -59,8 +59,7 @@ async def list_workflows(
 )
 async def get_workflow(workflow_id: UUID, request: Request) -> Response:
     """One workflow."""
-    async with services(request).database.connection() as connection:
-        return json_reply(await workflows.get_seen(connection, request.state.principal, workflow_id))
+    return json_reply(await workflows.get_seen(services(request).database, request.state.principal, workflow_id))
 
 
 @router.patch(
