@@ -5,7 +5,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from sqlalchemy import bindparam, func, literal_column, or_, select
@@ -80,12 +80,17 @@ SEEN = "r.organization_id = :organization_id AND (:bound_to::uuid IS NULL OR r.a
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who makes a change, and why they say they do; nobody when the service acts by itself."""
+    """Who makes a change, and why they say they do; nobody when the service acts by itself.
+
+    `by` and `bulk_retry_id` are kept with retries only: a request, a bulk retry or a workflow's policy asked for it.
+    """
 
     key_id: UUID | None = None
     user_id: UUID | None = None
     request_id: str | None = None
     reason: str | None = None
+    by: Literal["request", "bulk", "policy"] = "request"
+    bulk_retry_id: UUID | None = None
 
     def parameters(self) -> dict[str, object]:
         """The parameters of a statement that contains `events.record`."""

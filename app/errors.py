@@ -19,6 +19,7 @@ Refusal
 │   └── HeadTooSlow
 ├── Conflict                   409
 │   ├── RunNotTerminal             run_not_terminal
+│   ├── AttemptChanged             attempt_changed
 │   ├── SensitiveInputsExpired     sensitive_inputs_expired
 │   ├── InputAttachmentsExpired    input_attachments_expired
 │   ├── RetryTooSoon               retry_too_soon, with Retry-After
@@ -225,6 +226,16 @@ class RunNotTerminal(Conflict):
             f"The run is {current}; only a run in success, error or cancelled can be retried. "
             "Wait until it ends, or PATCH its status to cancelled if its executor died.",
             current_status=current,
+        )
+
+
+class AttemptChanged(Conflict):
+    code = "attempt_changed"
+
+    def __init__(self, current: int) -> None:
+        super().__init__(
+            f"The run is at attempt {current}, not at expected_attempt; nothing was changed. Read the run and decide again.",
+            current_attempt=current,
         )
 
 

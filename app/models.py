@@ -352,6 +352,8 @@ class RunAttempt(Base):
     retried_at: Mapped[datetime] = mapped_column(server_default=func.now())
     retried_by_key_id: Mapped[UUID | None]
     retried_by_user_id: Mapped[UUID | None]
+    retried_by: Mapped[str | None]  # request, bulk or policy; null: a request, archived by an earlier version
+    bulk_retry_id: Mapped[UUID | None]
     overridden: Mapped[list[str]]
     reason: Mapped[str | None]
 
@@ -385,6 +387,8 @@ class RunEvent(Base):
     request_id: Mapped[str | None]
     reason: Mapped[str | None]
     changed: Mapped[list[str]]
+    by: Mapped[str | None]  # request, bulk or policy; null: a request if there is a key, else the service
+    bulk_retry_id: Mapped[UUID | None]
 
 
 class RunAttachment(Base):

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from app.auth import AUTHENTICATE, digest
 from app.config import MIB, Settings
 from app.models import RunStatus
-from app.runs import projection, retry
+from app.runs import projection, retry_statements
 from app.runs.listing import FIELDS, RunFilter, list_runs
 from app.stores.database import Connection, Database, Record
 from app.stores.pages import Slice
@@ -85,7 +85,7 @@ async def _explain(data: Data) -> str:
         section("authenticate")
         await connection.fetchrow(projection.GET_RUN, run_id=run_id(1), organization_id=ORGANIZATION, bound_to=None)
         section("one run")
-        await connection.fetchrow(retry.READ, run_id=run_id(1), organization_id=ORGANIZATION)
+        await connection.fetchrow(retry_statements.READ, run_id=run_id(1), organization_id=ORGANIZATION)
         section("retry: read")
         first = Slice(0, 100, 32 * MIB)
         await list_runs(database, everything, FIELDS, first)

@@ -117,6 +117,7 @@ def test_the_retry_names_all_of_its_refusals(document: Document) -> None:
     assert codes(retry, 404) == {"run_not_found", "machine_not_found", "pool_not_found", "session_not_found"}
     assert codes(retry, 409) == {
         "run_not_terminal",
+        "attempt_changed",
         "sensitive_inputs_expired",
         "input_attachments_expired",
         "retry_too_soon",

@@ -179,6 +179,8 @@ SAMPLES: dict[str, Any] = {
     "before": "scheduling",
     "body": b"{}",
     "bound_to": None,
+    "bulk_retry_id": None,
+    "by": "request",
     "changed": ["status"],
     "claim": None,
     "cleanup": False,

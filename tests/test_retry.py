@@ -92,6 +92,27 @@ def test_an_active_run_is_refused_and_nothing_changes(api: Client, stack: Stack,
     assert stack.sql("SELECT * FROM deletions WHERE name LIKE '%' || $1 || '%'", api.organization) == []
 
 
+def test_a_retry_of_another_attempt_than_expected_is_refused(api: Client, stack: Stack) -> None:
+    run_id = api.finished()["id"]
+    refused = api.retry(run_id, expected_attempt=2)
+    assert (refused.status_code, refused.json()["code"], refused.json()["current_attempt"]) == (
+        409,
+        "attempt_changed",
+        1,
+    )
+    assert api.get_run(run_id)["attempt"] == 1
+    assert api.json_of(api.retry(run_id, expected_attempt=1))["attempt"] == 2
+    # What has changed since counts more than what the run is doing now.
+    late = api.retry(run_id, expected_attempt=1)
+    assert (late.status_code, late.json()["code"], late.json()["current_attempt"]) == (409, "attempt_changed", 2)
+    dry = api.json_of(api.post(f"/v1/runs/{run_id}/retry?dry_run=true", json={"expected_attempt": 1}))
+    assert [refusal["code"] for refusal in dry["refusals"]] == ["attempt_changed", "run_not_terminal"]
+    [archived] = stack.sql("SELECT overridden, retried_by, bulk_retry_id FROM run_attempts WHERE run_id = $1", run_id)
+    assert archived == {"overridden": [], "retried_by": "request", "bulk_retry_id": None}
+    [event] = stack.sql("SELECT by, bulk_retry_id FROM run_events WHERE run_id = $1 AND event = 'retried'", run_id)
+    assert event == {"by": "request", "bulk_retry_id": None}
+
+
 def test_output_attachments_go_with_their_bytes(api: Client, stack: Stack) -> None:
     run = api.finished(file_inputs=[file_input(b"kept")])
     [output], [kept] = run["output_attachment_ids"], run["input_attachment_ids"]

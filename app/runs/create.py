@@ -131,7 +131,9 @@ async def _create(
             secret_paths=[one.secret_path for one in planned],
             **write.actor().parameters(),
         )
-        await staging.adopt(connection, dict(zip(run_ids, planned, strict=True)), principal)
+        await staging.adopt(
+            connection, dict(zip(run_ids, planned, strict=True)), principal.organization_id, principal.user_id
+        )
         rows = await connection.fetch(CREATED, run_ids=run_ids)
         return Reply(201, show(await projection.many(connection, rows)), run_ids, standings=standings)
 

@@ -12,7 +12,8 @@ import orjson
 from app.auth import Principal
 from app.errors import Invalid, Refusal, RunNotFound
 from app.runs import projection, staging
-from app.runs.retry import READ, Next, decide, overridden, plan
+from app.runs.retry import Next, decide, overridden, plan
+from app.runs.retry_statements import READ
 from app.runs.sessions import refuse_contradictions
 from app.scheduling import rules
 from app.scheduling.targets import missing_targets
@@ -88,7 +89,12 @@ async def dry_run(services: Services, principal: Principal, run_id: UUID, option
         new_session_id = uuid4()
         cooldown_seconds = services.settings.retry_cooldown_seconds
         decided = decide(
-            run, options, new_session_id=new_session_id, cooldown_seconds=cooldown_seconds, missing=missing
+            run,
+            options,
+            new_session_id=new_session_id,
+            expected_attempt=options.expected_attempt,
+            cooldown_seconds=cooldown_seconds,
+            missing=missing,
         )
         refusals = decided if isinstance(decided, list) else []
         if refusals and isinstance(refusals[0], Invalid):

@@ -18,30 +18,12 @@ from math import ceil
 from uuid import UUID, uuid4
 
 import orjson
-from sqlalchemy import (
-    CTE,
-    JSON,
-    Boolean,
-    ColumnElement,
-    Integer,
-    Text,
-    TextClause,
-    bindparam,
-    case,
-    cast,
-    delete,
-    exists,
-    func,
-    insert,
-    literal_column,
-    null,
-    or_,
-    select,
-    update,
-)
 
 from app import in_flight
+from app.auth import Actor, Principal
 from app.errors import (
+    AttemptChanged,
+    IdempotencyInProgress,
     InputAttachmentsExpired,
     Invalid,
     Refusal,
@@ -50,10 +32,11 @@ from app.errors import (
     RunNotTerminal,
     SensitiveInputsExpired,
 )
-from app.events import record
-from app.idempotency import Reply, WriteRequest, attempt_or_replay, check_or_replay, store_reply
-from app.models import TERMINAL, Deletion, Run, RunAttachment, RunAttempt, RunOutput
-from app.runs import projection, quotas, replays, staging
+from app.idempotency import Reply, WriteRequest, attempt_or_replay, check_or_replay
+from app.models import TERMINAL
+from app.quotas import Standing
+from app.runs import quotas, replays, staging
+from app.runs.retry_statements import LOCK, READ, SWITCH, SWITCH_STAGED
 from app.runs.sessions import Session, next_session, refuse_contradictions
 from app.runs.staging import Staged
 from app.scheduling.targets import lane, missing_targets
@@ -62,7 +45,7 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Record, committing
 from app.stores.deletions import Name
-from app.stores.statements import Statement, constant, fragment, json_bytes, statement
+from app.stores.statements import Statement, json_bytes
 
 # --- the rules --------------------------------------------------------------------------------------------------------
 
@@ -84,6 +67,7 @@ def decide(
     options: RunRetry,
     *,
     new_session_id: UUID,
+    expected_attempt: int | None = None,
     cooldown_seconds: int = 0,
     missing: Sequence[Refusal] = (),
 ) -> Next | list[Refusal]:
@@ -95,6 +79,8 @@ def decide(
     if run is None:
         return [RunNotFound()]
     refusals: list[Refusal] = []
+    if expected_attempt not in (None, run["attempt"]):
+        refusals.append(AttemptChanged(run["attempt"]))
     if run["status"] not in TERMINAL:
         refusals.append(RunNotTerminal(run["status"]))
     following: Next | None = None
@@ -148,7 +134,7 @@ def overridden(options: RunRetry) -> list[str]:
         changed.discard("reuse_session")
     if not options.start_session:
         changed.discard("start_session")
-    changed.discard("reason")
+    changed -= {"reason", "expected_attempt"}
     return sorted(changed)
 
 
@@ -156,262 +142,95 @@ def _expired(run: Record) -> SensitiveInputsExpired:
     return SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"])))
 
 
-# --- the statements ---------------------------------------------------------------------------------------------------
-
-_THE_RUN = (Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id"))
-_VERSION = literal_column("runs.xmin::text", Text)  # changes with every UPDATE of the row
-
-_INPUTS = (
-    select(func.count().label("count"), func.min(RunAttachment.expires_at).label("expires_first"))
-    .where(RunAttachment.run_id == Run.id, RunAttachment.attachment_type == constant("input"))
-    .lateral("inputs")
-)
-
-# What may be long of what the run keeps: the reply shows it.
-_KEPT_OCTETS: ColumnElement[int] = sum(
-    (
-        func.coalesce(func.octet_length(cast(column, Text)), literal_column("0"))
-        for column in (Run.input_values, Run.sensitive_input_aliases, Run.main_prompt, Run.model_metadata)
-    ),
-    start=literal_column("0", Integer),
-)
-
-# What the rules need to know of a run. Outputs and history are not read: a megabyte is never loaded to be cleared.
-READ = statement(
-    "runs.retry.read",
-    select(
-        _VERSION.label("version"),
-        Run.status,
-        Run.pinned_machine_id,
-        Run.pool_ids,
-        Run.is_priority,
-        Run.session_id,
-        Run.session_alias,
-        Run.release_session_after,
-        Run.secret_path,
-        case((Run.secret_path.is_not(None), Run.sensitive_input_aliases)).label("sensitive_input_aliases"),
-        (
-            Run.secret_path.is_not(None)
-            & exists()
-            .where(
-                Deletion.store == constant("vault"),
-                Deletion.name == Run.secret_path,
-                Deletion.condemned_at.is_(None),
-                Deletion.due_at > func.clock_timestamp(),
-            )
-            .correlate(Run)
-        ).label("secret_is_kept"),
-        _INPUTS.c.count.label("input_count"),
-        func.coalesce(_INPUTS.c.expires_first <= func.clock_timestamp(), literal_column("false")).label(
-            "input_is_expired"
-        ),
-        Run.ended_at,
-        func.clock_timestamp().label("now"),
-        _KEPT_OCTETS.label("kept_octets"),
-    )
-    .select_from(Run)
-    .join(_INPUTS, literal_column("true"))
-    .where(*_THE_RUN),
-)
-
-# A statement of its own: one that had to wait for a lock sees all other tables as they were when it began to wait.
-LOCK = statement("runs.retry.lock", select(Run.id).where(*_THE_RUN).with_for_update(key_share=True))
-
-# A statement still sees what it removes, and not yet what takes its place.
-_AFTER = {
-    "output_data": "NULL",
-    "run_message_history": "NULL",
-    "usage_metadata": "NULL",
-    "output_attachment_ids": "'[]'::json",
-    "input_attachment_ids": f"coalesce(:input_ids::text[], {projection.RUN_COLUMNS['input_attachment_ids']})",
-}
-
-
-def _part(name: str, written: str) -> CTE:
-    """A part of the statement in SQL, which speaks of the others by their names."""
-    return fragment(written).columns().cte(name)
-
-
-def _switch_statement(name: str, *guards: TextClause, first: Sequence[CTE] = (), also: Sequence[CTE] = ()) -> Statement:
-    """All that a retry always does, in one round trip, if the run is still in the version that the rules saw, and the guards
-    hold, which may look at what comes `first`: archive the attempt, list and remove the attachments that go, leave the outputs
-    behind (a run has those of its own attempt number), clear and requeue the run, record the event, make the reply and store
-    it under the key. What is done `also` must depend on `seen`, which is empty if nothing is to happen.
-    """
-    archive = (
-        Run.id,
-        Run.attempt,
-        Run.status,
-        Run.error,
-        Run.assigned_machine_id,
-        Run.session_id,
-        Run.started_at,
-        Run.ended_at,
-    )
-    seen = (
-        select(*archive, Run.organization_id, Run.secret_path)
-        .where(*_THE_RUN, bindparam("version", type_=Text) == _VERSION, fragment(quotas.ROOM), *guards)
-        .with_for_update(key_share=True)
-        .cte("seen")
-        .prefix_with("MATERIALIZED")
-    )
-    # What follows is looked up by the key that was seen. Joined with it, by a plan that was made while the tables were empty,
-    # they would all be read.
-    run_id = select(seen.c.id).scalar_subquery()
-    attempt = select(seen.c.attempt).scalar_subquery()
-    archived = (
-        insert(RunAttempt)
-        .from_select(
-            [
-                RunAttempt.run_id,
-                RunAttempt.attempt,
-                RunAttempt.status,
-                RunAttempt.error,
-                RunAttempt.machine_id,
-                RunAttempt.session_id,
-                RunAttempt.started_at,
-                RunAttempt.ended_at,
-                RunAttempt.retried_by_key_id,
-                RunAttempt.retried_by_user_id,
-                RunAttempt.overridden,
-                RunAttempt.reason,
-            ],
-            select(
-                *(seen.c[column.key] for column in archive),
-                bindparam("key_id", type_=RunAttempt.retried_by_key_id.type),
-                bindparam("user_id", type_=RunAttempt.retried_by_user_id.type),
-                bindparam("overridden", type_=RunAttempt.overridden.type),
-                bindparam("reason", type_=RunAttempt.reason.type),
-            ),
-        )
-        .cte("archived")
-    )
-    removed = (
-        delete(RunAttachment)
-        .where(
-            RunAttachment.run_id == run_id,
-            or_(RunAttachment.attachment_type == constant("output"), bindparam("replaces_inputs", type_=Boolean)),
-        )
-        .returning(RunAttachment.storage_path)
-        .cte("removed")
-    )
-    listed = (
-        insert(Deletion)
-        .from_select(
-            [Deletion.store, Deletion.name, Deletion.due_at],
-            select(constant("storage"), removed.c.storage_path, func.now()).where(removed.c.storage_path.is_not(None)),
-            include_defaults=False,
-        )
-        .cte("listed")
-    )
-    superseded = (
-        update(RunOutput)
-        .values(is_superseded=literal_column("true"))
-        .where(RunOutput.run_id == run_id, RunOutput.attempt == attempt)
-        .cte("superseded")
-    )
-    recorded = _part(
-        "recorded",
-        record(
-            "seen",
-            "'retried'",
-            attempt="attempt + 1",
-            from_status="status",
-            to_status="'scheduling'",
-            changed=":overridden::text[]",
-        ),
-    )
-    aliases = bindparam("sensitive_input_aliases", type_=JSON)
-    # A null override keeps what the run has.
-    requeued = (
-        update(Run)
-        .where(Run.id == run_id)
-        .values(
-            {
-                Run.status: constant("scheduling"),
-                Run.attempt: Run.attempt + literal_column("1"),
-                Run.queued_at: func.clock_timestamp(),
-                Run.queued_by_key_id: bindparam("key_id"),
-                Run.traceparent: bindparam("traceparent", type_=Run.traceparent.type),
-                Run.lane: bindparam("lane"),
-                Run.queue_rank: bindparam("queue_rank"),
-                Run.error: null(),
-                Run.started_at: null(),
-                Run.ended_at: null(),
-                Run.reported_at: null(),
-                Run.assigned_machine_id: null(),
-                Run.pinned_machine_id: bindparam("pinned_machine_id"),
-                Run.pool_ids: func.coalesce(bindparam("pool_ids", type_=Run.pool_ids.type), Run.pool_ids),
-                Run.is_priority: bindparam("is_priority"),
-                Run.session_id: bindparam("session_id"),
-                Run.session_alias: bindparam("session_alias"),
-                Run.release_session_after: bindparam("release_session_after"),
-                Run.input_values: func.coalesce(bindparam("input_values", type_=JSON), Run.input_values),
-                Run.sensitive_input_aliases: func.coalesce(aliases, Run.sensitive_input_aliases),
-                Run.secret_path: case(
-                    (aliases.is_(None), Run.secret_path), else_=bindparam("secret_path", type_=Run.secret_path.type)
-                ),
-            }
-        )
-        .returning(Run)
-        .cte("r")
-    )
-    # Made here, and not by a statement after it, because it must be stored by the same one.
-    shown = (
-        select(fragment(f"{projection.document(_AFTER)} AS body, ARRAY[r.id] AS ids"))
-        .select_from(fragment(f"r {projection.RUN_SOURCE}"))
-        .add_cte(requeued)
-        .cte("shown")
-        .prefix_with("MATERIALIZED")
-    )
-    parts = [*first, seen, archived, removed, listed, superseded, recorded, *also, store_reply(shown, status=200)]
-    return statement(name, select(literal_column("body")).select_from(shown).add_cte(*parts))
-
-
-SWITCH = _switch_statement("runs.retry.switch")
-
-# The same, and what was staged becomes the run's: its names go off the list, a secret that it had goes on it, and its new files
-# are attached.
-SWITCH_STAGED = _switch_statement(
-    "runs.retry.switch_staged",
-    fragment("(SELECT count(*) FROM held) = cardinality(:names::text[])"),  # all are on the list, and none is condemned
-    first=[_part("held", deletions.HELD)],
-    also=[
-        _part(
-            "adopted",
-            "DELETE FROM deletions WHERE ctid = ANY (ARRAY(SELECT tid FROM held WHERE EXISTS (SELECT FROM seen)))",
-        ),
-        _part(
-            "due",
-            f"""
-            INSERT INTO deletions (store, name, due_at)
-            SELECT 'vault', secret_path, now() FROM seen WHERE secret_path IS NOT NULL {deletions.DUE_EARLIER}
-            """,
-        ),
-        _part("attached", f"{staging.ATTACHED} WHERE EXISTS (SELECT FROM seen)"),
-    ],
-)
-
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Retry:
-    """One request to retry a run; every step decides anew on what it has read."""
+class Retry:
+    """What a request, a bulk retry or a policy asks for: retry this run of this organization, with these options."""
 
-    write: WriteRequest
     run_id: UUID
+    organization_id: str
+    actor: Actor
     options: RunRetry
+    expected_attempt: int | None = None  # if the run is at another attempt, the retry is refused
+    principal: Principal | None = None  # whose quotas on waiting runs count; None: nobody's
+    write: WriteRequest | None = None  # the request whose Idempotency-Key gets the reply; None: the reply is not stored
+    traceparent: str | None = None
+
+    @classmethod
+    def of(cls, write: WriteRequest, run_id: UUID, options: RunRetry) -> "Retry":
+        """What a request asks for."""
+        principal, actor = write.principal, write.actor(options.reason)
+        expected = options.expected_attempt
+        return cls(run_id, principal.organization_id, actor, options, expected, principal, write, write.traceparent)
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Nothing was changed: another transaction held the run, or changed it since it was read. Ask again."""
+
+
+Outcome = Reply | Refusal | Busy
+
+
+def replied(outcome: Outcome) -> Reply:
+    """The reply to a request. Raises its refusal."""
+    if isinstance(outcome, Refusal):
+        raise outcome
+    if isinstance(outcome, Busy):
+        raise IdempotencyInProgress
+    return outcome
+
+
+async def retry_runs(
+    services: Services, retries: Sequence[Retry], *, connection: Connection | None = None
+) -> list[Outcome]:
+    """Retry these runs, each as if it were alone; the outcomes are in the order of `retries`.
+
+    With `connection` all of it happens in the caller's transaction, which the caller commits. Then secrets and files are not
+    possible, no reply is stored under a key, and a run that another transaction holds is Busy.
+    """
+    outcomes: list[Outcome] = []
+    for one in retries:
+        try:
+            if connection is None:
+                outcomes.append(await _retry(services, one))
+            else:
+                outcomes.append(await _retry_within(connection, services, one))
+        except Refusal as refusal:
+            outcomes.append(refusal)
+    return outcomes
+
+
+async def _retry_within(connection: Connection, services: Services, retry: Retry) -> Outcome:
+    asked = _Asked(retry, uuid4(), services.settings.retry_cooldown_seconds)
+    missing = await missing_targets(connection, retry.organization_id, retry.options)
+    run, following = asked.next(await asked.read(connection), missing)
+    if retry.principal is not None:
+        await quotas.admit(connection, services.run_quotas, retry.principal, waiting=1)
+    if run["secret_path"] is not None and not await deletions.reclaim(connection, run["secret_path"]):
+        return Busy()
+    reply = await _write(connection, SWITCH, asked, run, following, Staged(), quotas.NO_QUOTA, input_ids=None)
+    return Busy() if reply is None else reply
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A retry; every step decides anew on what it has read."""
+
+    retry: Retry
     new_session_id: UUID
     cooldown_seconds: int
 
     @property
-    def organization_id(self) -> str:
-        return self.write.principal.organization_id
+    def options(self) -> RunRetry:
+        return self.retry.options
 
     async def read(self, connection: Connection) -> Record | None:
         """Raises NoRoom and QuotaExceeded for a run whose reply would be too much now."""
-        row = await connection.fetchrow(READ, run_id=self.run_id, organization_id=self.organization_id)
+        retry = self.retry
+        row = await connection.fetchrow(READ, run_id=retry.run_id, organization_id=retry.organization_id)
         if row is not None:
             in_flight.hold_reply(row["kept_octets"])
         return row
@@ -422,6 +241,7 @@ class _Retry:
             run,
             self.options,
             new_session_id=self.new_session_id,
+            expected_attempt=self.retry.expected_attempt,
             cooldown_seconds=self.cooldown_seconds,
             missing=missing,
         )
@@ -430,10 +250,12 @@ class _Retry:
         return run, decided
 
 
-async def retry(services: Services, write: WriteRequest, run_id: UUID, options: RunRetry) -> Reply:
+async def _retry(services: Services, retry: Retry) -> Reply:
     """Reset a finished run and requeue it. Raises every refusal of the route; then nothing has changed."""
+    options, principal = retry.options, retry.principal
+    write = retry.write or WriteRequest(Principal(UUID(int=0), retry.organization_id, None), None, (), 0, 0)
     refuse_contradictions(options.session_id, options.start_session)
-    asked = _Retry(write, run_id, options, uuid4(), services.settings.retry_cooldown_seconds)
+    asked = _Asked(retry, uuid4(), services.settings.retry_cooldown_seconds)
     staged = Staged(aliases=None if options.sensitive_input_values is None else {})
     decided: tuple[Record, Next] | None = None
     if options.sensitive_input_values or options.file_inputs:
@@ -442,8 +264,9 @@ async def retry(services: Services, write: WriteRequest, run_id: UUID, options: 
         async def check(connection: Connection) -> tuple[Record, Next]:
             """Refuse before anything is staged. What is decided here holds for as long as the run's row does not change."""
             run = await asked.read(connection)
-            decided = asked.next(run, await missing_targets(connection, asked.organization_id, options))
-            await quotas.check(connection, services.run_quotas, write.principal, waiting=1)
+            decided = asked.next(run, await missing_targets(connection, retry.organization_id, options))
+            if principal is not None:
+                await quotas.check(connection, services.run_quotas, principal, waiting=1)
             return decided
 
         checked = await check_or_replay(services, write, replays.RUN, check)
@@ -451,7 +274,7 @@ async def retry(services: Services, write: WriteRequest, run_id: UUID, options: 
             return checked
         decided = checked
         [staged] = await staging.stage(
-            services, asked.organization_id, [run_id], options.sensitive_input_values, options.file_inputs
+            services, retry.organization_id, [retry.run_id], options.sensitive_input_values, options.file_inputs
         )
 
     async def switch() -> Reply:
@@ -461,7 +284,7 @@ async def retry(services: Services, write: WriteRequest, run_id: UUID, options: 
 
 
 async def _switch_at_once(
-    services: Services, asked: _Retry, staged: Staged, decided: tuple[Record, Next] | None
+    services: Services, asked: _Asked, staged: Staged, decided: tuple[Record, Next] | None
 ) -> Reply | None:
     """The switch without a transaction of several statements, where the rules need nothing but the run's row.
 
@@ -476,12 +299,15 @@ async def _switch_at_once(
         keeps_a_secret = options.sensitive_input_values is None and run["secret_path"] is not None
         if keeps_a_secret or (options.file_inputs is None and run["input_count"]):
             return None
-        room = await quotas.room(connection, services.run_quotas, asked.write.principal)
+        principal = asked.retry.principal
+        room = quotas.NO_QUOTA
+        if principal is not None:
+            room = await quotas.room(connection, services.run_quotas, principal)
         with committing():
             if options.sensitive_input_values is None and options.file_inputs is None:
                 reply = await _write(connection, SWITCH, asked, run, following, staged, room, input_ids=[])
             else:
-                names, files = deletions.columns(staged.names()), staging.columns({asked.run_id: staged})
+                names, files = deletions.columns(staged.names()), staging.columns({asked.retry.run_id: staged})
                 reply = await _write(
                     connection,
                     SWITCH_STAGED,
@@ -494,19 +320,21 @@ async def _switch_at_once(
                     **names,
                     **files,
                 )
-        if reply is None:
-            await quotas.check(connection, services.run_quotas, asked.write.principal, waiting=1)
+        if reply is None and principal is not None:
+            await quotas.check(connection, services.run_quotas, principal, waiting=1)
         return reply
 
 
-async def _switch(services: Services, asked: _Retry, staged: Staged) -> Reply:
+async def _switch(services: Services, asked: _Asked, staged: Staged) -> Reply:
     """Decide every rule on the locked run, and do all that follows from it in the same transaction."""
+    retry, standings = asked.retry, tuple[Standing, ...]()
     async with services.database.transaction() as connection:
-        await connection.execute(LOCK, run_id=asked.run_id, organization_id=asked.organization_id)
+        await connection.execute(LOCK, run_id=retry.run_id, organization_id=retry.organization_id)
         seen = await asked.read(connection)
-        missing = await missing_targets(connection, asked.organization_id, asked.options)
+        missing = await missing_targets(connection, retry.organization_id, retry.options)
         run, following = asked.next(seen, missing)
-        standings = await quotas.admit(connection, services.run_quotas, asked.write.principal, waiting=1)
+        if retry.principal is not None:
+            standings = await quotas.admit(connection, services.run_quotas, retry.principal, waiting=1)
         old_secret: str | None = run["secret_path"]
         if old_secret is not None:
             if staged.aliases is not None:
@@ -517,14 +345,14 @@ async def _switch(services: Services, asked: _Retry, staged: Staged) -> Reply:
         reply = await _write(connection, SWITCH, asked, run, following, staged, quotas.NO_QUOTA, input_ids=new_inputs)
         if reply is None:  # the row is locked
             raise RunNotFound
-        await staging.adopt(connection, {asked.run_id: staged}, asked.write.principal)
+        await staging.adopt(connection, {retry.run_id: staged}, retry.organization_id, retry.actor.user_id)
     return replace(reply, standings=standings)
 
 
 async def _write(
     connection: Connection,
     switch: Statement,
-    asked: _Retry,
+    asked: _Asked,
     run: Record,
     following: Next,
     staged: Staged,
@@ -537,14 +365,17 @@ async def _write(
 
     `input_ids` are those of the reply; None: those that it has.
     """
-    write, options = asked.write, asked.options
+    retry, options, write = asked.retry, asked.options, asked.retry.write
+    key = None if write is None else write.key
     body = await connection.fetchval(
         switch,
-        run_id=asked.run_id,
-        organization_id=asked.organization_id,
+        run_id=retry.run_id,
+        organization_id=retry.organization_id,
         version=run["version"],
         **room,
-        **write.actor(options.reason).parameters(),
+        **retry.actor.parameters(),
+        by=retry.actor.by,
+        bulk_retry_id=retry.actor.bulk_retry_id,
         overridden=overridden(options),
         replaces_inputs=options.file_inputs is not None,
         lane=following.lane,
@@ -559,11 +390,11 @@ async def _write(
         sensitive_input_aliases=json_bytes(staged.aliases),
         secret_path=staged.secret_path,
         input_ids=input_ids,
-        key=write.key,
-        fingerprint=None if write.key is None else write.fingerprints[0],
-        ttl_seconds=write.ttl_seconds,
-        most_bytes=write.most_bytes,
-        traceparent=write.traceparent,
+        key=key,
+        fingerprint=None if write is None or key is None else write.fingerprints[0],
+        ttl_seconds=0 if write is None else write.ttl_seconds,
+        most_bytes=0 if write is None else write.most_bytes,
+        traceparent=retry.traceparent,
         **more,
     )
     return None if body is None else Reply(200, body)

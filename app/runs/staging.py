@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
 
-from app.auth import Principal
 from app.errors import DatabaseUnavailable, OutcomeUnknown, PayloadTooLarge
 from app.schemas.attachments import FileInput, RunAttachmentCreate
 from app.services import Services
@@ -187,7 +186,9 @@ def columns(staged: Mapping[UUID, Staged]) -> dict[str, list[Any]]:
     }
 
 
-async def adopt(connection: Connection, staged: Mapping[UUID, Staged], principal: Principal) -> None:
+async def adopt(
+    connection: Connection, staged: Mapping[UUID, Staged], organization_id: str, user_id: UUID | None
+) -> None:
     """Make runs name what was staged for them, in the transaction that changes or creates them.
 
     Raises VaultUnavailable or StorageUnavailable when staging took so long that a name was condemned.
@@ -195,4 +196,4 @@ async def adopt(connection: Connection, staged: Mapping[UUID, Staged], principal
     await deletions.adopt(connection, [name for one in staged.values() for name in one.names()])
     files = columns(staged)
     if files["ids"]:
-        await connection.execute(ATTACH, organization_id=principal.organization_id, user_id=principal.user_id, **files)
+        await connection.execute(ATTACH, organization_id=organization_id, user_id=user_id, **files)

@@ -23,6 +23,7 @@ class Problem(BaseModel):
         None, description="Of `run_not_terminal` and `invalid_transition`: the run's status."
     )
     attempt: int | None = Field(None, description="Of `attempt_superseded`: the attempt that the run is at.")
+    current_attempt: int | None = Field(None, description="Of `attempt_changed`: the attempt that the run is at.")
     assignment: int | None = Field(None, description="Of `assignment_superseded`: the assignment that the run is at.")
     names: list[str] | None = Field(None, description="Of `sensitive_inputs_expired`: the secrets that are gone.")
     retry_at: AwareDatetime | None = Field(

@@ -69,6 +69,9 @@ class RunRetry(_SessionOverrides):
     reuse_session: bool | None = Field(default=True, description="false drops the session, unless a new one is given.")
     is_priority: bool | None = Field(None, description="Start before runs without priority.")
     reason: Reason | None = Field(None, description="Why; kept with the attempt and the event, never interpreted.")
+    expected_attempt: Attempt | None = Field(
+        None, description="Retry only if the run is at this attempt; else 409 attempt_changed."
+    )
     # A run keeps its own, and a retry cannot replace it.
     main_prompt: NotSupported = None
     main_agent_model_id: NotSupported = None

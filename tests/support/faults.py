@@ -32,7 +32,7 @@ import uvicorn
 from app import cli
 from app.api.server import Protocol
 from app.config import Settings
-from app.runs.retry import SWITCH, SWITCH_STAGED
+from app.runs.retry_statements import SWITCH, SWITCH_STAGED
 from app.services import Services
 from app.stores import deletions, files
 from app.stores.database import Database

@@ -24,6 +24,7 @@ from app.api.scopes import Route
 from app.errors import (
     AlreadyClaimed,
     AssignmentSuperseded,
+    AttemptChanged,
     AttemptSuperseded,
     InputAttachmentsExpired,
     InvalidTransition,
@@ -42,7 +43,7 @@ from app.models import RunStatus
 from app.runs import attempts, create, ending, projection, report
 from app.runs.dry_run import dry_run
 from app.runs.listing import FIELDS, RunFilter, list_runs, shown_fields, wait_for_run
-from app.runs.retry import retry
+from app.runs.retry import Retry, replied, retry_runs
 from app.schemas.runs import (
     DryRunResponse,
     RunAttemptResponse,
@@ -78,6 +79,7 @@ _RETRY = operation(
     RunNotFound,
     *_TARGETS,
     RunNotTerminal,
+    AttemptChanged,
     SensitiveInputsExpired,
     InputAttachmentsExpired,
     RetryTooSoon,
@@ -101,7 +103,8 @@ async def retry_run(run_id: UUID, request: Request) -> Response:
         options = await read_only(request, RunRetry)
         return json_reply(await dry_run(services(request), request.state.principal, run_id, options))
     options, write = await read(request, RunRetry)
-    return send(await retry(services(request), write, run_id, options))
+    [outcome] = await retry_runs(services(request), [Retry.of(write, run_id, options)])
+    return send(replied(outcome))
 
 
 @router.post(
