@@ -72,4 +72,4 @@ def test_says_what_is_missing(tmp_path: object) -> None:
         check=False,
     )
     assert done.returncode != 0
-    assert done.stderr == "Start `make run` first, in another terminal.\n"
+    assert done.stderr.endswith(f"Start it in another terminal: make run DATA_DIR={tmp_path}\n")
