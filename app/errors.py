@@ -33,6 +33,7 @@ Refusal
 │   ├── WebhookBodyDeleted         webhook_body_deleted
 │   └── IdempotencyInProgress      idempotency_in_progress
 ├── PayloadTooLarge            413 payload_too_large
+├── UriTooLong                 414 uri_too_long
 ├── UnsupportedMediaType       415 unsupported_media_type
 ├── RangeNotSatisfiable        416 range_not_satisfiable
 ├── QuotaExceeded              429 quota_exceeded, with Retry-After, RateLimit and RateLimit-Policy
@@ -64,6 +65,7 @@ TITLES = {
     408: "Request Timeout",
     409: "Conflict",
     413: "Content Too Large",
+    414: "URI Too Long",
     415: "Unsupported Media Type",
     416: "Range Not Satisfiable",
     422: "Unprocessable Content",
@@ -207,6 +209,11 @@ class QuotaExceeded(Refusal):
     def problem_type(cls) -> str:
         """Of IANA's registry of problem types, with its member `violated-policies`."""
         return "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+
+class UriTooLong(Refusal):
+    status, code = 414, "uri_too_long"
+    detail = "The path and query of the request are too long; nothing was changed. Send at most 8192 bytes."
 
 
 class HeadTooLarge(Refusal):

@@ -286,6 +286,52 @@ def test_what_json_can_say_is_kept_as_sent(api: Client) -> None:
     assert doubled.json()["input_values"] == {"a": 2}, "the last of equal keys, as everywhere"
 
 
+TEXT = '{"input_values": {"user": "Zoë ☃"}}'
+
+
+def retried(api: Client, body: bytes, **headers: str) -> httpx.Response:
+    run = api.finished()
+    return api.post(f"/v1/runs/{run['id']}/retry", content=body, headers={"Content-Type": "application/json"} | headers)
+
+
+@pytest.mark.parametrize("padding", [0, 200_000])
+def test_a_byte_order_mark_of_utf_8_is_dropped(api: Client, padding: int) -> None:
+    """A short body is parsed at once, a long one in a thread."""
+    body = b"\xef\xbb\xbf" + TEXT.encode() + b" " * padding
+    assert api.json_of(retried(api, body))["input_values"] == {"user": "Zoë ☃"}
+    assert api.json_of(retried(api, b"\xef\xbb\xbf"))["status"] == "scheduling", "an empty body equals {}"
+    twice = api.json_of(retried(api, b"\xef\xbb\xbf" + body), 422)["detail"]
+    assert [error["type"] for error in twice] == ["json_invalid"]
+
+
+def test_a_byte_order_mark_may_come_in_pieces(api: Client) -> None:
+    run = api.finished()
+    pieces = (bytes([byte]) for byte in b"\xef\xbb\xbf" + TEXT.encode())
+    path, headers = f"/v1/runs/{run['id']}/retry", {"Content-Type": "application/json"}
+    assert api.json_of(api.post(path, content=pieces, headers=headers))["input_values"] == {"user": "Zoë ☃"}
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "cp1252", "latin-1"]
+)
+@pytest.mark.parametrize("padding", [0, 200_000])
+def test_another_encoding_has_a_sentence_of_its_own(api: Client, encoding: str, padding: int) -> None:
+    text = TEXT.replace("☃", "€" if encoding == "cp1252" else "é") + " " * padding
+    [error] = api.json_of(retried(api, text.encode(encoding)), 422)["detail"]
+    assert (error["loc"], error["type"]) == (["body"], "json_encoding")
+    assert "UTF-8" in error["msg"]
+    # With its mark, where the codec does not write one by itself.
+    if encoding.startswith("utf-") and encoding[-2:] in ("le", "be"):
+        [error] = api.json_of(retried(api, ("\ufeff" + text).encode(encoding)), 422)["detail"]
+        assert error["type"] == "json_encoding"
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"a": "\\ud800"}', b'{"x": "\xc3\xa9",}', "☃".encode()])
+def test_what_is_utf_8_is_not_called_another_encoding(api: Client, body: bytes) -> None:
+    [error] = api.json_of(retried(api, body), 422)["detail"]
+    assert error["type"] == "json_invalid"
+
+
 class TestHeadersAndLogs:
     def test_every_reply_has_its_headers(self, api: Client) -> None:
         for reply in (api.get("/v1/runs"), api.get(f"/v1/runs/{uuid4()}"), api.get("/v1/runs/x"), api.get("/nothing")):

@@ -178,6 +178,42 @@ def test_what_is_just_within_a_bound_is_accepted(api: Client) -> None:
     assert api.json_of(api.post("/v1/pools", json=pool), 201).items() >= pool.items()
 
 
+LARGEST_ERROR = 256 * 1024
+
+
+def test_the_lines_of_an_error_have_a_bound_in_all(api: Client, stack: Stack) -> None:
+    """In bytes as they are in JSON, so that a default page of the list fits whatever they are."""
+    run = api.run()
+    path = f"/v1/runs/{run['id']}"
+    api.report(run["id"], status="running")
+    most = [["x" * 65_536] * 4, ["é" * 32_768] * 4, ["☃" * 87_381, "x"], ["\x01" * 43_690, "\n\n"], ["x" * 262] * 1000]
+    for lines in most:
+        if len(lines) < 1000:
+            reply = api.patch(path, json={"error": [*lines, "x"]})
+            assert code(reply) == (422, [(["body", "error"], "too_many_bytes_in_all")])
+            assert str(LARGEST_ERROR) in reply.text
+        assert api.report(run["id"], error=lines)["error"] == lines
+    assert code(api.patch(path, json={"error": ["x" * 263] * 1000})) == (
+        422,
+        [(["body", "error"], "too_many_bytes_in_all")],
+    )
+    # What was stored before stays, and can be read.
+    stack.sql("UPDATE runs SET error = ARRAY[repeat('x', 1000000)] WHERE id = $1", run["id"])
+    assert api.get_run(run["id"])["error"] == ["x" * 1_000_000]
+
+
+def test_a_default_page_of_the_longest_errors_fits(api: Client, stack: Stack) -> None:
+    workflow = api.workflow()
+    stack.sql(
+        "INSERT INTO runs (id, organization_id, workflow_id, status, error, created_at, queued_at, lane, queue_rank, ended_at)"
+        " SELECT gen_random_uuid(), $1, $2, 'error', ARRAY[repeat(E'\\x01', 43690)] || array_fill(''::text, ARRAY[999]),"
+        " now(), now(), '', 0, now() FROM generate_series(1, 100)",
+        api.organization,
+        workflow,
+    )
+    assert len(api.json_of(api.get("/v1/runs"))["items"]) == 100
+
+
 # --- bulk -------------------------------------------------------------------------------------------------------------
 
 TOO_MUCH: dict[str, dict[str, Any]] = {
@@ -396,7 +432,7 @@ def test_every_list_has_the_bound(stack: Stack) -> None:
             run_id = api.run()["id"]
             for _ in range(4):
                 api.report(run_id, status="running")
-                api.report(run_id, status="error", error=["\x01" * 100_000])
+                api.report(run_id, status="error", error=["\x01" * 43_690])
                 api.json_of(api.retry(run_id))
             for _ in range(30):
                 api.json_of(api.post("/v1/pools", json={"name": "\x01" * 255, "description": "\x01" * 10_000}), 201)
@@ -405,7 +441,7 @@ def test_every_list_has_the_bound(stack: Stack) -> None:
             for _ in range(4):
                 api.json_of(api.post("/v1/workflows", json={"main_prompt": long, "output_schema": long}), 201)
             assert fits(api.get("/v1/workflows")) == 2
-            assert fits(api.get(f"/v1/runs/{run_id}/attempts")) == 1
+            assert fits(api.get(f"/v1/runs/{run_id}/attempts")) == 3
             assert 10 < fits(api.get("/v1/pools")) < 20
             assert 70 < fits(api.get(f"/v1/run-attachments?run_id={other}")) < 100
             assert api.get(f"/v1/run-attachments?run_id={run_id}").is_success

@@ -20,6 +20,7 @@ from app.auth import Principal, authenticate, bearer
 from app.errors import (
     IncompleteRequest,
     InternalError,
+    Invalid,
     Overloaded,
     QuotaExceeded,
     Refusal,
@@ -46,6 +47,8 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 LINGER_SECONDS = 5.0
 # What a reply that came too late says of itself in logs and metrics: its caller had gone.
 GONE = 499
+# In one query. The framework parses the query of every request, also of one without a key.
+MAX_PARAMETERS = 100
 # A reply that is longer is sent in pieces.
 PIECE_BYTES = 256 * 1024
 
@@ -53,6 +56,12 @@ PIECE_BYTES = 256 * 1024
 def is_public(path: str) -> bool:
     """Everything under /v1 but its health needs a key."""
     return not path.startswith("/v1/") or path == "/v1/health" or path.startswith("/v1/health/")
+
+
+def _refuse_many_parameters(query: bytes) -> None:
+    """Raises Invalid before the query is parsed."""
+    if query.count(b"&") >= MAX_PARAMETERS:
+        raise Invalid((("query",), f"The query may have at most {MAX_PARAMETERS} parameters.", "too_many_parameters"))
 
 
 class Edge:
@@ -76,6 +85,7 @@ class Edge:
         refusal: Refusal | None = None
         self.active += 1
         try:
+            _refuse_many_parameters(scope["query_string"])
             if not is_public(scope["path"]):
                 limits: Limits = scope["app"].state.limits
                 principal = await _authenticate(exchange, services, limits)

@@ -1,12 +1,16 @@
 """From the wire to a checked model: the body with its limits, the Idempotency-Key, and errors that never echo input."""
 
 import asyncio
+import codecs
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from functools import cache
 from io import BytesIO
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+from uuid import UUID
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -14,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from app import in_flight
 from app.api import weights
 from app.auth import still_valid
-from app.config import Settings
+from app.config import MIB, Settings
 from app.errors import Invalid, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from app.idempotency import WriteRequest, fingerprint
 from app.services import Services
@@ -24,6 +28,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _JSON = re.compile(r"\s*application/([A-Za-z0-9.+-]+\+)?json\s*(;.*)?", re.IGNORECASE)
 _KEY = re.compile(r"[!-~]{1,255}")
+
+# What begins a text in UTF-16 or UTF-32.
+_OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+
+_SHORTEST_ID = 32  # characters: hexadecimal digits alone
 
 # A key that was good so long ago is looked up again.
 KNOWN_SECONDS = 1.0
@@ -63,6 +72,7 @@ SENTENCES = {
     "int_parsing": "Must be an integer.",
     "int_parsing_size": "Integers must fit 64 bits.",
     "int_type": "Must be an integer.",
+    "json_encoding": "The body is not UTF-8 (RFC 8259); it may be UTF-16, Latin-1 or Windows-1252. Encode it as UTF-8.",
     "json_invalid": "The body is not valid JSON (RFC 8259), or nested deeper than 200 levels.",
     "less_than_equal": "Must be {le} or less.",
     "list_type": "Must be an array.",
@@ -82,6 +92,7 @@ SENTENCES = {
     "target_path": "Must be a path on the machine without . or .. parts and without control characters.",
     "too_long": "May have at most {max_length} entries.",
     "too_many_bytes": "May have at most {max_bytes} bytes as UTF-8.",
+    "too_many_bytes_in_all": "All entries together may have at most {max_bytes} bytes as JSON.",
     "uuid_parsing": "Must be a UUID.",
     "uuid_type": "Must be a UUID.",
 }
@@ -127,6 +138,14 @@ async def refuse_unsupported_query(request: Request) -> None:
     refused = {name for name, value in given if value.lower() not in _UNSUPPORTED_QUERY.get(name, (value.lower(),))}
     if refused:
         raise Invalid(*((("query", name), SENTENCES["not_supported"], "not_supported") for name in sorted(refused)))
+
+
+def refuse_repeated(query: bytes, names: Collection[str]) -> None:
+    """Raises Invalid for a parameter of these names that the query has more than once: it is not clear which one counts."""
+    given = Counter(name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    repeated = sorted(name for name, count in given.items() if count > 1 and name in names)
+    if repeated:
+        raise Invalid(*((("query", name), "Send this parameter only once.", "repeated") for name in repeated))
 
 
 def services(request: Request) -> Services:
@@ -178,6 +197,12 @@ async def _read_body(request: Request, limit: int) -> bytes:
                     timeout.reschedule(loop.time() + seconds)
     except TimeoutError:
         raise RequestTimeout from None
+    buffer.seek(0)
+    if buffer.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+        if size == len(codecs.BOM_UTF8):
+            return b""
+        buffer.seek(0)
+        buffer.write(b"   ")  # white space means nothing to JSON, and to cut the mark off would copy the body
     return buffer.getvalue()  # without a copy, unlike bytes(bytearray)
 
 
@@ -296,7 +321,35 @@ def _parse(raw: bytes, model: type[Model], settings: Settings) -> Model:
     try:
         return model.model_validate_json(raw, context=settings)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_input=False), ("body",)) from None
+        errors = error.errors(include_url=False, include_input=False)
+        if errors[0]["type"] == "json_invalid" and not _is_utf8(raw):
+            errors[0]["type"] = "json_encoding"
+        raise invalid(errors, ("body",)) from None
+
+
+def _is_utf8(raw: bytes) -> bool:
+    if raw.startswith(_OTHER_MARKS) or b"\0" in raw[:4]:  # JSON begins with two characters of ASCII
+        return False
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for start in range(0, len(raw), MIB):
+            decoder.decode(raw[start : start + MIB])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _one_spelling(path: str) -> str:
+    """The path with its ids in lower case and with dashes: that is how most callers write them."""
+    return "/".join(_one_spelling_of_id(part) if len(part) >= _SHORTEST_ID else part for part in path.split("/"))
+
+
+def _one_spelling_of_id(part: str) -> str:
+    try:
+        return str(UUID(part))
+    except ValueError:
+        return part
 
 
 def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:
@@ -313,7 +366,7 @@ def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:
                     "idempotency_key",
                 )
             )
-        path = request.scope["path"]
+        path = _one_spelling(request.scope["path"])
         if request.state.principal.machine_id is not None:
             path = (
                 f"{request.state.principal.machine_id}{path}"  # a key that is bound to a machine replays only its own

@@ -1,13 +1,17 @@
-"""Which key may use which route, decided before the body is read and before anything is looked for.
+"""Which key may use which route, and which parameters of its query may come once: decided before the body is read.
 
 A route says what it needs in `operation()`; that stands in the OpenAPI document, and here it is enforced.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, get_args, get_origin
 
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
+from app.api.requests import refuse_repeated
 from app.auth import Principal
 from app.errors import InsufficientScope
 
@@ -16,13 +20,32 @@ BOUND = "x-machine-keys"
 
 
 class Route(APIRoute):
-    """A route that a key without its scope cannot use. Raises InsufficientScope."""
+    """A route that a key without its scope cannot use, and whose parameters can be sent only once.
+
+    Raises InsufficientScope and Invalid.
+    """
+
+    @cached_property
+    def _single(self) -> frozenset[str]:
+        """Names of the query's parameters, but for those that are lists."""
+        return frozenset(_single_parameters(self.dependant))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         principal: Principal | None = scope["state"].get("principal")
         if principal is not None:
             _authorize(self.openapi_extra or {}, principal)
+        if b"&" in scope["query_string"]:
+            refuse_repeated(scope["query_string"], self._single)
         await super().handle(scope, receive, send)
+
+
+def _single_parameters(dependant: Dependant) -> Iterator[str]:
+    for field in dependant.query_params:
+        annotation = field.field_info.annotation
+        if not any(get_origin(one) is list for one in (annotation, *get_args(annotation))):
+            yield field.alias
+    for one in dependant.dependencies:
+        yield from _single_parameters(one)
 
 
 def _authorize(described: dict[str, Any], principal: Principal) -> None:

@@ -19,13 +19,14 @@ from uuid import uuid4
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.errors import HeadTooLarge, HeadTooSlow, IncompleteRequest, Overloaded, Refusal
+from app.errors import HeadTooLarge, HeadTooSlow, IncompleteRequest, Overloaded, Refusal, UriTooLong
 from app.telemetry import metrics
 
 log = logging.getLogger("app.request")
 
 MAX_HEAD_BYTES = 65536  # also of the trailers of a body
 MAX_HEAD_LINES = 100  # a header is a line
+MAX_TARGET_BYTES = 8192  # of the path with its query, and of what stands before it in an absolute URL
 HEAD_SECONDS = 10.0  # from the first byte to the last, and from the connection to its first
 # A connection that is closed with unread data loses the reply on its way: what still comes is thrown away for so long.
 LINGER_SECONDS = 1.0
@@ -182,6 +183,7 @@ class Protocol(HttpToolsProtocol):
     _is_for_stranger = True  # what waits to be sent
     _long_head = 0  # bytes of its head that are more than ordinary
     # Of the message that is being parsed
+    url = b""  # the target, as uvicorn puts it together
     _outside_body = True  # before a head or in it
     _begun = False  # its first byte was parsed
     _overhead = 0  # bytes of its head, then of what follows the last piece of its body
@@ -361,6 +363,11 @@ class Protocol(HttpToolsProtocol):
         self._all.began(self)
         super().on_message_begin()
 
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > MAX_TARGET_BYTES:
+            raise ValueError  # the parser gives up, and calls send_400_response
+
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             raise ValueError  # the header that asks for it came in two pieces; see _next_piece
@@ -386,6 +393,9 @@ class Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
+        if len(self.url) > MAX_TARGET_BYTES:
+            self._refuse(UriTooLong())
+            return
         super().send_400_response(msg)
         self._watch_sending()
 

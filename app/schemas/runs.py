@@ -18,7 +18,7 @@ from app.schemas.values import (
     Count,
     Ids,
     JsonObject,
-    Line,
+    Lines,
     Metadata,
     Name,
     NotSupported,
@@ -132,9 +132,7 @@ class RunUpdate(Payload):
         description="Chosen by the executor's process, and sent with all of its reports. The one that began the attempt is "
         "the only one that is accepted.",
     )
-    error: Annotated[list[Line], Field(max_length=1000, fail_fast=True)] | None = Field(
-        None, description="What went wrong."
-    )
+    error: Lines | None = Field(None, description="What went wrong; at most 256 KiB in all, as UTF-8 in JSON.")
     output_data: JsonObject | None = Field(None, description="The result.")
     output_attachment_ids: Ids | None = Field(
         None, description="Checked against the run's output attachments; the attachments themselves are the truth."

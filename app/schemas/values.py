@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_PROMPT_BYTES = 256 * 1024  # of a prompt, a JSON schema, or metadata as JSON; in UTF-8
 MAX_LINE = 100_000  # characters in one line of a run's error
+MAX_ERROR_BYTES = 256 * 1024  # of all lines as JSON, without the quotes: a page of 100 runs fits into a reply
 MAX_DESCRIPTION = 10_000  # characters: a machine shows those of all its pools
 MAX_NAME = 255  # characters in a name, also of a variable: each copy of a run in a bulk repeats it
 MAX_POOLS = 100  # of a run, and of a machine
@@ -99,6 +100,12 @@ def _few_bytes(value: T) -> T:
     return value
 
 
+def _few_bytes_in_all(value: list[str]) -> list[str]:
+    if sum(len(orjson.dumps(line)) - 2 for line in value) > MAX_ERROR_BYTES:
+        raise PydanticCustomError("too_many_bytes_in_all", "too large", {"max_bytes": MAX_ERROR_BYTES})
+    return value
+
+
 def _short_names(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
     if any(len(name) > MAX_NAME for name in value):
         raise PydanticCustomError("name_too_long", "name too long", {"max_length": MAX_NAME})
@@ -118,6 +125,7 @@ Assignment = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
 # A length before a validator, or its error would be the one of a list.
 Line = Annotated[str, Field(max_length=MAX_LINE, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+Lines = Annotated[list[Line], Field(max_length=1000, fail_fast=True), AfterValidator(_few_bytes_in_all)]
 Description = Annotated[
     str, Field(max_length=MAX_DESCRIPTION, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
 ]
