@@ -268,8 +268,8 @@ class Run(Base):
         ),
         # The longest silent running runs.
         Index("ix_runs_reported", "reported_at", postgresql_where=text("status = 'running'")),
-        # Those that have ended, by age.
-        Index("ix_runs_ended", "ended_at", postgresql_where=text("status IN ('success', 'error', 'cancelled')")),
+        # By last change, and ended runs by age. Its status has the collation "C" too.
+        Index("ix_runs_changed", "organization_id", "status", "changed_at", "id"),
         # Those that were given to a machine and are not begun.
         Index(
             "ix_runs_awaited",
@@ -311,6 +311,9 @@ class Run(Base):
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     reported_at: Mapped[datetime | None]
+    # When it was created, retried, started or ended last, by the database's clock. `started_at` and `ended_at` may be by an
+    # executor's: they are shown, and nothing is decided by them.
+    changed_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
 
 
 class RunOutput(Base):

@@ -67,7 +67,7 @@ FILL = (
     """
     INSERT INTO runs (id, organization_id, workflow_id, status, attempt, assigned_machine_id, pinned_machine_id, pool_ids,
         sensitive_input_aliases, secret_path, session_id, release_session_after, lane, created_at, queued_at, queued_by_key_id,
-        started_at, ended_at, reported_at, awaited_since)
+        started_at, ended_at, reported_at, awaited_since, changed_at)
     SELECT md5('run' || n)::uuid, 'big', md5('workflow' || 1 + n % 30)::uuid,
         CASE WHEN kind < 5 THEN (ARRAY['success', 'error', 'cancelled'])[1 + n % 3] WHEN kind < 9 THEN 'scheduling'
              ELSE 'running' END,
@@ -90,7 +90,7 @@ FILL = (
         CASE WHEN kind < 5 OR kind = 9 THEN now() - n * interval '1 s' END,
         CASE WHEN kind < 5 THEN now() - n * interval '1 min' END,
         CASE WHEN kind < 5 OR kind = 9 THEN now() - n * interval '1 s' END,
-        CASE WHEN kind = 8 THEN now() - n * interval '1 s' END
+        CASE WHEN kind = 8 THEN now() - n * interval '1 s' END, now() - n * interval '1 min'
     FROM (SELECT n, {kind} AS kind FROM {runs}) AS numbered
     """,
     "INSERT INTO run_outputs (run_id, attempt, output_data, run_message_history, is_superseded)"

@@ -523,7 +523,7 @@ def test_a_run_cools_down_before_it_is_retried_and_the_refusal_names_the_moment(
             assert int(reply.headers["Retry-After"]) in (1, 2)
             works_at = datetime.fromisoformat(problem["retry_at"])
             assert problem["retry_at"] in problem["detail"]
-            assert (works_at - datetime.fromisoformat(run["ended_at"])).total_seconds() == 2
+            assert (works_at - datetime.fromisoformat(run["changed_at"])).total_seconds() == 2
         assert stack.secret_paths(f"runs/{api.organization}/") == secrets
         assert api.get_run(run["id"])["attempt"] == 1
         until(lambda: datetime.now(UTC) >= works_at)
@@ -533,9 +533,16 @@ def test_a_run_cools_down_before_it_is_retried_and_the_refusal_names_the_moment(
         assert problem["code"] == "run_not_terminal"
 
 
-def test_an_end_in_the_far_future_keeps_nobody_waiting(tight: Server) -> None:
+def test_a_cooldown_begins_at_the_databases_time_of_the_end(tight: Server, stack: Stack) -> None:
+    """Not at the reported one; and a clock of the database that was set back keeps nobody waiting."""
     with tight.client() as api:
-        run_id = api.run()["id"]
-        api.report(run_id, status="running")
-        api.report(run_id, status="error", ended_at="2999-01-01T00:00:00Z")
+        for reported in ("2999-01-01T00:00:00Z", "2000-01-01T00:00:00Z"):
+            run_id = api.run()["id"]
+            api.report(run_id, status="running")
+            ended = api.report(run_id, status="error", ended_at=reported)
+            problem = api.retry(run_id).json()
+            assert problem["code"] == "retry_too_soon"
+            works_at = datetime.fromisoformat(problem["retry_at"])
+            assert (works_at - datetime.fromisoformat(ended["changed_at"])).total_seconds() == 2
+        stack.sql("UPDATE runs SET changed_at = now() + interval '1 hour' WHERE id = $1", run_id)
         assert api.retry(run_id).status_code == 200

@@ -1,6 +1,7 @@
 """How long things stay: what goes by age names nothing twice and leaves nothing behind."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 
@@ -11,6 +12,8 @@ from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_database
 from tests.support.stored_state import assert_nothing_lost
 from tests.support.waiting import until
+
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def kept(keeping: Server) -> Iterator[Client]:
 
 
 def ended_days_ago(stack: Stack, run_id: str, days: int) -> None:
-    stack.sql("UPDATE runs SET ended_at = now() - make_interval(days => $2) WHERE id = $1", run_id, days)
+    stack.sql("UPDATE runs SET changed_at = now() - make_interval(days => $2) WHERE id = $1", run_id, days)
 
 
 def gone(api: Client, run_id: str) -> bool:
@@ -57,6 +60,39 @@ def test_an_old_run_goes_with_all_that_it_names(kept: Client, keeping: Server) -
     assert (events[-1]["event"], events[-1]["reason"], events[-1]["key_id"]) == ("deleted", WHY.format(30), None)
 
 
+def test_a_wrong_clock_of_an_executor_deletes_nothing(kept: Client, keeping: Server) -> None:
+    """Reported times are shown and never trusted: neither early ones, nor late ones that would keep a run for ever."""
+    long_ago, far_ahead = "2000-01-01T00:00:00Z", "2999-01-01T00:00:00Z"
+    early = kept.run()["id"]
+    kept.report(early, status="running", started_at=long_ago)
+    assert kept.report(early, status="success", ended_at=long_ago)["ended_at"] == long_ago
+    assert kept.report(early, ended_at=long_ago)["ended_at"] == long_ago
+    late = kept.run()["id"]
+    kept.report(late, status="running")
+    kept.report(late, status="error", ended_at=far_ahead)
+    keeping.stack.sql("UPDATE runs SET queued_at = $2, reported_at = $2 WHERE id = $1", early, LONG_AGO)
+    ended_days_ago(keeping.stack, late, 31)
+    until(lambda: gone(kept, late), what="rounds of retention went by")
+    assert kept.get_run(early)["status"] == "success"
+
+
+def test_what_the_version_before_changes_is_as_young_as_its_change(kept: Client, keeping: Server) -> None:
+    """It does not know changed_at: a trigger sets it when a statement changes the status and leaves that as it is."""
+    old, control = kept.finished()["id"], kept.finished()["id"]
+    ended_days_ago(keeping.stack, old, 29)
+    for change in (
+        "status = 'scheduling', started_at = NULL, ended_at = NULL, assigned_machine_id = NULL",
+        "status = 'running', started_at = now()",
+        "status = 'error', ended_at = '2000-01-01Z'",
+    ):
+        before = kept.get_run(old)["changed_at"]
+        keeping.stack.sql(f"UPDATE runs SET {change} WHERE id = $1", old)
+        assert kept.get_run(old)["changed_at"] > before
+    ended_days_ago(keeping.stack, control, 31)
+    until(lambda: gone(kept, control), what="rounds of retention went by")
+    assert not gone(kept, old)
+
+
 def test_many_old_runs_go_in_bursts(kept: Client, keeping: Server) -> None:
     def removed(by: str) -> float:
         return scrape(keeping.url).value("runs_transitions_total", to="deleted", by=by) or 0
@@ -65,7 +101,8 @@ def test_many_old_runs_go_in_bursts(kept: Client, keeping: Server) -> None:
     body = {"workflow_id": kept.workflow(), "count": 250}
     created = kept.json_of(kept.post("/v1/runs/bulk", json=body), 201)["created_runs"]
     keeping.stack.sql(
-        "UPDATE runs SET status = 'error', ended_at = now() - interval '31 days' WHERE organization_id = $1",
+        "UPDATE runs SET status = 'error', ended_at = now(), changed_at = now() - interval '31 days'"
+        " WHERE organization_id = $1",
         kept.organization,
     )
     until(lambda: kept.json_of(kept.get("/v1/runs", params={"limit": 1}))["total"] == 0)

@@ -34,8 +34,10 @@ def test_a_finished_run_is_reset_in_place(api: Client, status: str) -> None:
         "output_attachment_ids": [],
         "started_at": None,
         "ended_at": None,
+        "changed_at": after["changed_at"],
         "scheduling_reason": "waiting_for_machine",
     }
+    assert before["changed_at"] < after["changed_at"]
     assert api.get_run(before["id"]) == after
 
 

@@ -80,7 +80,7 @@ def test_null_equals_absent_at_creation(api: Client) -> None:
     names = ("input_values", "sensitive_input_values", "file_inputs", "machine_id", "pool_ids", "session_id")
     more = ("start_session", "session_alias", "release_session_after", "is_priority")
     bare, nulls = api.run(), api.run(**dict.fromkeys((*names, *more)))
-    own = ("id", "workflow_id", "created_at")
+    own = ("id", "workflow_id", "created_at", "changed_at")
     assert {name: bare[name] for name in bare if name not in own} == {
         name: nulls[name] for name in nulls if name not in own
     }
@@ -392,6 +392,7 @@ def test_every_transition(api: Client, before: str, after: str | None) -> None:
         assert api.get_run(run["id"]) == run
 
 
+TIMES = ("started_at", "ended_at")
 PRODUCED: dict[str, Any] = {
     "error": ["it broke", ""],
     "output_data": {"answer": {"": 42}},
@@ -414,7 +415,8 @@ def test_a_scheduling_run_accepts_no_results(api: Client, name: str) -> None:
 def test_results_are_kept_as_reported(api: Client, before: str, after: str | None) -> None:
     run = brought_to(api, before)
     ended = api.report(run["id"], status=after, input_values={"a": 1}, release_session_after=False, **PRODUCED)
-    assert ended == ended | PRODUCED | {"input_values": {"a": 1}, "release_session_after": False}
+    kept = PRODUCED if after else PRODUCED | {name: run[name] for name in TIMES}  # of an ended run, times are ignored
+    assert ended == ended | kept | {"input_values": {"a": 1}, "release_session_after": False}
     # Absent keeps; null empties what may be empty: a terminal run has ended.
     assert api.report(run["id"]) == ended
     values = ("error", "output_data", "run_message_history", "input_values", "release_session_after")
@@ -436,10 +438,51 @@ def test_what_a_report_does_not_name_stays(api: Client) -> None:
 
 def test_a_time_reported_early_is_kept(api: Client) -> None:
     run_id = brought_to(api, "running")["id"]
-    times = {name: PRODUCED[name] for name in ("started_at", "ended_at")}
+    times = {name: PRODUCED[name] for name in TIMES}
     api.report(run_id, **times)
     ended = api.report(run_id, status="success")
     assert {name: ended[name] for name in times} == times
+
+
+def test_an_end_before_the_start_is_refused_or_shown_as_the_start(api: Client) -> None:
+    run = brought_to(api, "running")
+    reply = api.patch(f"/v1/runs/{run['id']}", json={name: PRODUCED[name] for name in TIMES} | {"ended_at": "2026-01-31"})
+    assert reply.status_code == 422
+    early, late = "2026-01-31T11:00:00Z", "2026-01-31T11:00:00.000001Z"
+    for status in ({}, {"status": "success"}):
+        body = {"started_at": late, "ended_at": early, **status}
+        assert code(api.patch(f"/v1/runs/{run['id']}", json=body)) == (422, ["body", "ended_at"])
+    assert api.get_run(run["id"]) == run
+    # Against the start that is stored, and the other way round: the executor's clock is wrong, and its work is not lost.
+    assert api.report(run["id"], ended_at=early)["ended_at"] == run["started_at"]
+    assert api.report(run["id"], started_at="2999-01-01T00:00:00Z")["ended_at"] == "2999-01-01T00:00:00Z"
+    ended = api.report(run["id"], status="success", ended_at=early)
+    assert (ended["started_at"], ended["ended_at"]) == ("2999-01-01T00:00:00Z",) * 2
+    assert ended["changed_at"] < "2999"
+    again = api.report(run["id"], status="success", started_at=early, ended_at=late)
+    assert again == ended, "times of a run that has ended are ignored"
+    # The service's own end, too.
+    other = brought_to(api, "running")["id"]
+    api.report(other, started_at="2999-01-01T00:00:00Z")
+    cancelled = api.report(other, status="cancelled")
+    assert cancelled["ended_at"] == cancelled["started_at"]
+
+
+def test_only_a_new_status_is_a_change(api: Client) -> None:
+    """Created, retried, started, ended: by the database's clock. Not an assignment, and not one more report."""
+    machine_id = api.machine(status="disconnected")
+    run = api.run(machine_id=machine_id)
+    assert run["changed_at"] >= run["created_at"]
+    api.json_of(api.patch(f"/v1/machines/{machine_id}", json={"status": "connected"}))
+    assigned = until(lambda: (found := api.get_run(run["id"]))["assigned_machine_id"] and found)
+    assert assigned["changed_at"] == run["changed_at"]
+    seen = [run["changed_at"]]
+    for change in ({"status": "running"}, {"status": "error"}, None, {"status": "cancelled"}):
+        changed = api.json_of(api.retry(run["id"])) if change is None else api.report(run["id"], **change)
+        seen.append(changed["changed_at"])
+        again = api.report(run["id"], input_values={"a": 1})
+        assert again["changed_at"] == changed["changed_at"]
+    assert seen == sorted(set(seen))
 
 
 BAD_REPORTS: dict[str, list[Any]] = {
@@ -549,7 +592,7 @@ def test_a_run_that_falls_silent_ends_in_error(stack: Stack) -> None:
             until(lambda: api.get_run(silent["id"])["status"] == "error", what="the silent run's end")
             ended = api.get_run(silent["id"])
             assert ["3600 seconds" in sentence for sentence in ended["error"]] == [True]
-            assert ended == silent | {name: ended[name] for name in ("status", "error", "ended_at")}
+            assert ended == silent | {name: ended[name] for name in ("status", "error", "ended_at", "changed_at")}
             assert api.get_run(talking["id"]) == talking
             until(lambda: api.get_run(waiting["id"])["assigned_machine_id"] == machine_id, what="its machine is free")
             until(lambda: stack.secret(secret_path(silent)) is None, what="its secret's retention has begun")

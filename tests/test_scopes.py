@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.client import Client
+from tests.support.client import Client, file_input
 from tests.support.server import Server
 from tests.support.waiting import until
 
@@ -172,7 +172,8 @@ def test_files_of_other_machines_are_hidden_from_an_executor(desk: Desk, api: Cl
     for path in (f"{file}", f"{file}/download", f"{file}/download-url"):
         assert client.get(f"/v1/run-attachments/{path}").json()["code"] == "attachment_not_found"
     assert client.json_of(client.get("/v1/run-attachments"))["items"] == []
-    assert client.put(f"/v1/run-attachments/{file}", json={"expires_at": None}).status_code == 404
+    about: dict[str, Any] = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
+    assert client.put(f"/v1/run-attachments/{file}", json={"expires_at": None, **about}).status_code == 404
     body = {"run_id": desk.foreign, "filename": "a", "content": "", "content_type": "a/b", "attachment_type": "output"}
     assert client.post("/v1/run-attachments", json=body).json()["code"] == "run_not_found"
 
@@ -192,6 +193,44 @@ def test_a_stolen_desktops_key_changes_nothing_but_its_own_run(desk: Desk, api: 
     }
     reply = desk.client.patch(f"/v1/machines/{desk.machine}", json={"reserved_session_id": None})
     assert reply.status_code == 403
+
+
+def test_a_stolen_desktops_key_expires_only_outputs_of_its_running_run(desk: Desk, api: Client) -> None:
+    past = "2000-01-01T00:00:00Z"
+    run = api.run(machine_id=desk.machine, file_inputs=[file_input()])
+    api.report(desk.own, status="cancelled")
+    until(lambda: api.get_run(run["id"])["assigned_machine_id"])
+    [given] = run["input_attachment_ids"]
+    about: dict[str, Any] = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
+    desk.client.report(run["id"], status="running", **about)
+    made = desk.client.upload(run["id"], **about)["id"]
+
+    def expire(client: Client, file: str, **more: object) -> tuple[int, str | None]:
+        reply = client.put(f"/v1/run-attachments/{file}", json={"expires_at": past, **more})
+        return reply.status_code, reply.json().get("code")
+
+    def expire_at_all(**more: object) -> list[tuple[int, str | None]]:
+        return [expire(desk.client, file, **about | more) for file in (given, made)]
+
+    assert [expire(desk.client, file) for file in (given, made)] == [(422, None)] * 2, "it must say what it is about"
+    assert expire_at_all(claim=str(uuid4())) == [(403, "insufficient_scope"), (409, "already_claimed")]
+    assert expire_at_all(attempt=2) == [(403, "insufficient_scope"), (409, "attempt_superseded")]
+    assert expire(api, made, expires_at=None, assignment=2) == (409, "assignment_superseded")
+    assert expire(desk.client, made, **about | {"expires_at": None}) == (200, None)
+    desk.client.report(run["id"], status="error", **about)
+    assert expire_at_all() == [(403, "insufficient_scope"), (409, "invalid_transition")]
+    assert api.retry(run["id"]).status_code == 200, "its owner's retry has its files"
+    assert expire(api, given) == (200, None), "the owner may"
+
+
+def test_a_stolen_desktops_key_changes_nothing_of_a_run_that_it_never_began(desk: Desk, api: Client) -> None:
+    api.report(desk.own, status="cancelled")
+    about: dict[str, Any] = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
+    ended = api.get_run(desk.own)
+    for change in ({"input_values": {"account": "mine"}}, {"output_data": {}}, {"release_session_after": True}):
+        reply = desk.client.patch(f"/v1/runs/{desk.own}", json={**about, **change})
+        assert (reply.status_code, reply.json()["code"]) == (409, "invalid_transition"), change
+    assert desk.client.report(desk.own, status="cancelled", **about) == ended, "it may say so too"
 
 
 @pytest.mark.parametrize("missing", ["attempt", "assignment", "claim"])

@@ -522,7 +522,7 @@ def _example(event_id: UUID, organization_id: str, occurred_at: datetime) -> dic
         "output_data": {"test": True},
         "input_attachment_ids": [],
         "output_attachment_ids": [],
-        **dict.fromkeys(("created_at", "started_at", "ended_at"), occurred_at),
+        **dict.fromkeys(("created_at", "started_at", "ended_at", "changed_at"), occurred_at),
     }
     return {"event_id": event_id, "event_type": "run_complete", "occurred_at": occurred_at, "run": run}
 

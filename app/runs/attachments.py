@@ -16,6 +16,7 @@ from app.errors import (
     AttachmentNotFound,
     AttemptSuperseded,
     InputAttachmentsExpired,
+    InsufficientScope,
     Invalid,
     InvalidTransition,
     RunNotFound,
@@ -196,7 +197,7 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
     return reply
 
 
-def _accepting(run: Record | None, options: RunAttachmentCreate) -> int:
+def _accepting(run: Record | None, options: fences.Fenced) -> int:
     """The run's attempt if it accepts outputs. Used on a plain read by check, and on the locked row by switch."""
     if run is None:
         raise RunNotFound
@@ -246,10 +247,21 @@ async def _lock(connection: Connection, attachment_id: UUID, principal: Principa
 
 
 async def update(services: Services, write: WriteRequest, attachment_id: UUID, options: RunAttachmentUpdate) -> Reply:
-    """Change when the file expires; a time in the past expires it now. Raises every refusal of the route."""
+    """Change when the file expires; a time in the past expires it now. Raises every refusal of the route.
+
+    A key that is bound to a machine may do so only with outputs of its running run, and says which attempt it is at.
+    """
+    fences.require(write.principal, options)
+    fences.check(options)
 
     async def work(connection: Connection) -> Reply:
         row = await _lock(connection, attachment_id, write.principal)
+        is_bound = write.principal.machine_id is not None
+        if is_bound or not fences.FIELDS.isdisjoint(options.model_fields_set):
+            if is_bound:
+                _refuse_input(row)
+            run = await connection.fetchrow(READ_RUN, run_id=UUID(row["run_id"]), **write.principal.sees())
+            _accepting(run, options)
         if "expires_at" in options.model_fields_set:
             if not row["storage_path"]:
                 raise InputAttachmentsExpired
@@ -257,6 +269,13 @@ async def update(services: Services, write: WriteRequest, attachment_id: UUID, o
         return Reply(200, projection.encode(dict(row)), [attachment_id, UUID(row["run_id"])])
 
     return await once(services, write, work, RESOURCE)
+
+
+def _refuse_input(row: Record) -> None:
+    """Raises InsufficientScope: a retry needs its input files, and an executor has no say in retries."""
+    if row["attachment_type"] != "output":
+        sentence = "A key that is bound to a machine can change only output files of its running run."
+        raise InsufficientScope(["runs:write"], sentence)
 
 
 async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -> Reply:

@@ -35,11 +35,11 @@ INSERT = statement(
         INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
                           input_values, session_id, session_alias, release_session_after, lane, queue_rank,
                           main_prompt, model_metadata, sensitive_input_aliases, secret_path, created_at, queued_at,
-                          queued_by_key_id, traceparent)
+                          changed_at, queued_by_key_id, traceparent)
         SELECT id, :organization_id, :workflow_id, :user_id, 'scheduling', :is_priority, :pinned_machine_id, :pool_ids,
                :input_values::json, :session_id, :session_alias, :release_session_after, :lane, :queue_rank,
                :main_prompt, :model_metadata::json, aliases::json, secret_path, clock_timestamp(), clock_timestamp(),
-               :key_id::uuid, :traceparent::text
+               clock_timestamp(), :key_id::uuid, :traceparent::text
         FROM unnest(:run_ids::uuid[], :aliases::text[], :secret_paths::text[]) AS planned (id, aliases, secret_path)
         RETURNING id, organization_id, attempt
     )

@@ -36,7 +36,8 @@ END = statement(
         SELECT run.* FROM {found("runs", "run_ids")} AS run WHERE run.status IN ('scheduling', 'running')
     ), ended AS (
         UPDATE runs SET status = :status, error = :error,
-                        ended_at = clock_timestamp()  -- now() may be before its start, for which this has waited
+                        -- now() may be before its start, for which this has waited; a reported start may be ahead
+                        ended_at = greatest(clock_timestamp(), started_at), changed_at = clock_timestamp()
         WHERE ctid = ANY (ARRAY(SELECT tid FROM seen))
         RETURNING id, organization_id, attempt, (SELECT seen.status FROM seen WHERE seen.id = runs.id) AS before
     ), recorded AS (

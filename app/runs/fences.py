@@ -10,6 +10,7 @@ Without any of them nothing is fenced, as with the vendor's executors.
 from typing import Protocol
 from uuid import UUID
 
+from app.auth import Principal
 from app.errors import AlreadyClaimed, AssignmentSuperseded, AttemptSuperseded, Invalid
 from app.models import RunStatus
 from app.stores.database import Record
@@ -38,6 +39,13 @@ def check(given: Fenced) -> None:
     """Raises Invalid for a claim without an assignment: it would fence nothing once the run is placed again."""
     if given.claim is not None and given.assignment is None:
         raise Invalid((("body", "assignment"), "This field is required with claim.", "missing"))
+
+
+def require(principal: Principal, given: Fenced) -> None:
+    """Raises Invalid for an executor that is bound to a machine and does not say all of this: it could be late."""
+    if principal.machine_id is not None and (missing := [name for name in NAMES if getattr(given, name) is None]):
+        sentence = "This field is required of a key that is bound to a machine."
+        raise Invalid(*((("body", name), sentence, "missing") for name in missing))
 
 
 def refuse_late(run: Record, given: Fenced, *, only_stops: bool = False) -> None:

@@ -119,6 +119,7 @@ RUN_COLUMNS = {
     "created_at": "r.created_at",
     "started_at": "r.started_at",
     "ended_at": "r.ended_at",
+    "changed_at": "r.changed_at",
     "main_prompt": "r.main_prompt",
     "model_metadata": "r.model_metadata",
     "usage_metadata": "o.usage_metadata",

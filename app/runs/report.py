@@ -6,7 +6,7 @@ It knows which transitions a report may make. What follows when a run ends is in
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Boolean, ColumnElement, Text, bindparam, case, func, literal_column, select, update
+from sqlalchemy import Boolean, ColumnElement, Text, bindparam, case, func, literal_column, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute
 
 from app.auth import SEEN, Principal
@@ -44,7 +44,12 @@ def _if_named(column: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
 
 _status = bindparam("status", type_=Text)
 _starts = bindparam("starts", type_=Boolean)
+_ends = bindparam("ends", type_=Boolean)
 _now = func.clock_timestamp()  # the database's: silence is measured by it, and servers' clocks differ
+_started_at = func.coalesce(
+    bindparam("started_at", type_=Run.started_at.type), case((_starts, _now), else_=Run.started_at)
+)
+_ended_at = func.coalesce(bindparam("ended_at", type_=Run.ended_at.type), Run.ended_at, case((_ends, _now)))
 
 _reported = (
     update(Run)
@@ -55,15 +60,9 @@ _reported = (
             Run.input_values: _if_named(Run.input_values),
             Run.error: _if_named(Run.error),
             Run.release_session_after: _if_named(Run.release_session_after),
-            Run.started_at: func.coalesce(
-                bindparam("started_at", type_=Run.started_at.type),
-                case((_starts, _now), else_=Run.started_at),
-            ),
-            Run.ended_at: func.coalesce(
-                bindparam("ended_at", type_=Run.ended_at.type),
-                Run.ended_at,
-                case((bindparam("ends", type_=Boolean), _now)),
-            ),
+            Run.started_at: _started_at,
+            Run.ended_at: case((_ended_at.is_not(None), func.greatest(_ended_at, _started_at))),
+            Run.changed_at: case((or_(_starts, _ends), _now), else_=Run.changed_at),
             Run.claim: case((_starts, bindparam("claim", type_=Run.claim.type)), else_=Run.claim),
             Run.claim_attempt: case((_starts, Run.attempt), else_=Run.claim_attempt),
             Run.reported_at: case((_status == constant("running"), _now), else_=Run.reported_at),
@@ -114,6 +113,7 @@ PRODUCED = ("error", "output_data", "run_message_history", "output_attachment_id
 async def report(services: Services, write: WriteRequest, run_id: UUID, options: RunUpdate) -> Reply:
     """An executor's PATCH, decided under the row lock. Raises every refusal of the route."""
     _refuse_scope(write.principal, options)
+    _refuse_times(options)
     machine_id: UUID | None = None
 
     async def work(connection: Connection) -> Reply:
@@ -125,6 +125,8 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         current = RunStatus(run["status"])
         status = options.status or current
         _refuse_transition(current, status, options)
+        if write.principal.machine_id is not None and current in TERMINAL and run["claim"] is None:
+            _refuse_more_than_status(current, options)
         if options.output_attachment_ids:
             wanted = set(options.output_attachment_ids)
             if await connection.fetchval(OUTPUTS_OF, run_id=run_id, ids=list(wanted)) != len(wanted):
@@ -171,21 +173,20 @@ def _only_stops(options: RunUpdate) -> bool:
 
 
 def _refuse_scope(principal: Principal, options: RunUpdate) -> None:
-    """Raises InsufficientScope for a report of a key that may only stop runs, and Invalid for one that does not say enough.
-
-    An executor that is bound to a machine must say what its report is about: it could be late.
-    """
+    """Raises InsufficientScope for a report of a key that may only stop runs, and Invalid for one that does not say enough."""
     if not principal.may("runs:execute") and not (_only_stops(options) and options.model_fields_set <= _STOPPING):
         raise InsufficientScope(
             ["runs:execute"],
             "A key without runs:execute may send only status: cancelled, reason and release_session_after.",
         )
-    if principal.machine_id is not None and (
-        missing := [name for name in fences.NAMES if getattr(options, name) is None]
-    ):
-        sentence = "This field is required of a key that is bound to a machine."
-        raise Invalid(*((("body", name), sentence, "missing") for name in missing))
+    fences.require(principal, options)
     fences.check(options)
+
+
+def _refuse_times(options: RunUpdate) -> None:
+    """Raises Invalid for an end before the start in one report."""
+    if options.started_at is not None and options.ended_at is not None and options.ended_at < options.started_at:
+        raise Invalid((("body", "ended_at"), "Must not be before started_at.", "times_contradict"))
 
 
 def _calls_off(current: RunStatus, status: RunStatus) -> bool:
@@ -201,6 +202,15 @@ def _refuse_transition(current: RunStatus, status: RunStatus, options: RunUpdate
     if status is RunStatus.SCHEDULING and any(getattr(options, name) is not None for name in PRODUCED):
         raise InvalidTransition(
             "A scheduling run accepts no outputs, times, errors or history; report `running` first.",
+            current_status=current.value,
+        )
+
+
+def _refuse_more_than_status(current: RunStatus, options: RunUpdate) -> None:
+    """Raises InvalidTransition for an executor that would change a run that has ended and that no executor's claim began."""
+    if options.model_fields_set - fences.FIELDS - {"status", "reason"}:
+        raise InvalidTransition(
+            f"The run ended as {current} before this executor began it, so it accepts no report. Nothing was changed.",
             current_status=current.value,
         )
 
@@ -225,7 +235,8 @@ def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpd
         "release_session_after": options.release_session_after,
         "names_release_session_after": "release_session_after" in given,
         "claim": options.claim,
-        "started_at": options.started_at,
-        "ended_at": options.ended_at,
+        # Executors' clocks may be wrong: they change nothing of a run that has ended.
+        "started_at": None if current in TERMINAL else options.started_at,
+        "ended_at": None if current in TERMINAL else options.ended_at,
         "changed": sorted(given - _NOT_CHANGES),
     }

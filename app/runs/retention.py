@@ -10,13 +10,24 @@ from app.runs.ending import remove_runs
 from app.stores.database import Database
 from app.stores.statements import statement
 
-# What somebody holds is just being retried or deleted.
+# Of each organization, which are found one after the other, until there are enough. By `changed_at`, the database's time of the
+# end: `ended_at` may be by a clock that is wrong. What somebody holds is just being retried or deleted.
 ENDED_LONG_AGO = statement(
     "retention.ended_long_ago",
     """
-    SELECT id FROM runs
-    WHERE status IN ('success', 'error', 'cancelled') AND ended_at <= now() - make_interval(days => :days)
-    ORDER BY ended_at LIMIT :most FOR UPDATE SKIP LOCKED
+    WITH RECURSIVE organization AS (
+        (SELECT organization_id AS id FROM runs ORDER BY organization_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT organization_id FROM runs WHERE organization_id > organization.id ORDER BY organization_id LIMIT 1)
+        FROM organization WHERE organization.id IS NOT NULL
+    )
+    SELECT old.id FROM organization, unnest(ARRAY['success', 'error', 'cancelled']) AS terminal (status), LATERAL (
+        SELECT id FROM runs
+        WHERE organization_id = organization.id AND status COLLATE "C" = terminal.status
+          AND changed_at <= now() - make_interval(days => :days)
+        ORDER BY changed_at LIMIT :most FOR UPDATE SKIP LOCKED
+    ) AS old
+    LIMIT :most
     """,
 )
 

@@ -102,10 +102,9 @@ def _cools_down(run: Record, cooldown_seconds: int) -> RetryTooSoon | None:
     """Why a run that has ended may not be retried yet."""
     if run["status"] not in TERMINAL:
         return None
-    works_at = run["ended_at"] + timedelta(seconds=cooldown_seconds)
+    works_at = run["changed_at"] + timedelta(seconds=cooldown_seconds)
     left = (works_at - run["now"]).total_seconds()
-    # ended_at is by the executor's clock. If it is ahead by more than the cooldown, the clock is wrong: nobody waits for it.
-    if not 0 < left <= 2 * cooldown_seconds:
+    if not 0 < left <= cooldown_seconds:  # more: the database's clock was set back since, and nobody waits for that
         return None
     return RetryTooSoon(ceil(left), f"{works_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z")
 

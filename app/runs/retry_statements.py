@@ -79,7 +79,7 @@ READ = statement(
         func.coalesce(_INPUTS.c.expires_first <= func.clock_timestamp(), literal_column("false")).label(
             "input_is_expired"
         ),
-        Run.ended_at,
+        Run.changed_at,
         func.clock_timestamp().label("now"),
         _KEPT_OCTETS.label("kept_octets"),
     )
@@ -219,6 +219,7 @@ def _switch_statement(name: str, *guards: TextClause, first: Sequence[CTE] = (),
                 Run.started_at: null(),
                 Run.ended_at: null(),
                 Run.reported_at: null(),
+                Run.changed_at: func.clock_timestamp(),
                 Run.assigned_machine_id: null(),
                 Run.pinned_machine_id: bindparam("pinned_machine_id"),
                 Run.pool_ids: func.coalesce(bindparam("pool_ids", type_=Run.pool_ids.type), Run.pool_ids),

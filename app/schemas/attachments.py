@@ -96,6 +96,16 @@ class RunAttachmentUpdate(Payload):
     expires_at: Timestamp | None = Field(
         None, description="When the file is deleted; null keeps it as long as the run."
     )
+    attempt: Attempt | None = Field(
+        None, description="The attempt the file is of; an older one is refused. Required of a key bound to a machine."
+    )
+    assignment: Assignment | None = Field(
+        None, description="The assignment the file is of; an older one is refused. Required with claim."
+    )
+    claim: UUID | None = Field(
+        None,
+        description="The claim that began the attempt; another one is refused. Required of a key bound to a machine.",
+    )
 
 
 class RunAttachmentResponse(Reply):

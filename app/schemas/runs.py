@@ -143,8 +143,14 @@ class RunUpdate(Payload):
     usage_metadata: Metadata | None = Field(None, description="What the attempt used; kept and shown, not interpreted.")
     post_run_checks: NotSupported = None
     input_values: Variables | None = Field(None, description="Values of the workflow's variables.")
-    started_at: Timestamp | None = Field(None, description="When the work began; default: now.")
-    ended_at: Timestamp | None = Field(None, description="When the work ended; default: now.")
+    started_at: Timestamp | None = Field(
+        None, description="When the work began; default: now. Shown, never trusted; ignored once the run has ended."
+    )
+    ended_at: Timestamp | None = Field(
+        None,
+        description="When the work ended, not before started_at; default: now. Shown, never trusted; ignored once the run has"
+        " ended. An end before the start that is known is shown as the start.",
+    )
     reason: Reason | None = Field(None, description="Why it ends; kept with the event, never interpreted.")
     release_session_after: bool | None = Field(None, description="Release the session's machine when this run ends.")
 
@@ -196,8 +202,11 @@ class RunResponse(Reply):
     session_alias: str | None = Field(description="Name of this run within its session.")
     release_session_after: bool | None = Field(description="Release the session's machine when this run ends.")
     created_at: datetime
-    started_at: datetime | None
-    ended_at: datetime | None
+    started_at: datetime | None = Field(description="When the work began, as the executor reported it.")
+    ended_at: datetime | None = Field(description="When the work ended, as the executor reported it.")
+    changed_at: datetime = Field(
+        description="When it was created, retried, started or ended last, by the service's own clock."
+    )
     main_prompt: str | None = Field(description="What the agent is told to do; null: the workflow's prompt.")
     model_metadata: dict[str, Any] | None = Field(description="Which models this run uses, as given.")
     usage_metadata: dict[str, Any] | None = Field(description="What the attempt used, as reported.")

@@ -123,6 +123,10 @@ async def get_run_attachment(attachment_id: UUID, request: Request) -> Response:
         RunNotFound,
         AttachmentNotFound,
         InputAttachmentsExpired,
+        InvalidTransition,
+        AttemptSuperseded,
+        AssignmentSuperseded,
+        AlreadyClaimed,
         body=RunAttachmentUpdate,
         write=True,
         scope=("runs:execute", "runs:write"),
@@ -133,6 +137,7 @@ async def update_run_attachment(attachment_id: UUID, request: Request) -> Respon
     """Change when the file expires; a time in the past expires it now.
 
     An expired input can be kept after all until its bytes are deleted; those of an active run are only deleted when it ends.
+    A key that is bound to a machine can change only outputs of its running run.
     """
     options, write = await read(request, RunAttachmentUpdate)
     return send(await attachments.update(services(request), write, attachment_id, options))
