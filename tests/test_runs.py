@@ -446,7 +446,9 @@ def test_a_time_reported_early_is_kept(api: Client) -> None:
 
 def test_an_end_before_the_start_is_refused_or_shown_as_the_start(api: Client) -> None:
     run = brought_to(api, "running")
-    reply = api.patch(f"/v1/runs/{run['id']}", json={name: PRODUCED[name] for name in TIMES} | {"ended_at": "2026-01-31"})
+    reply = api.patch(
+        f"/v1/runs/{run['id']}", json={name: PRODUCED[name] for name in TIMES} | {"ended_at": "2026-01-31"}
+    )
     assert reply.status_code == 422
     early, late = "2026-01-31T11:00:00Z", "2026-01-31T11:00:00.000001Z"
     for status in ({}, {"status": "success"}):
