@@ -227,7 +227,12 @@ def test_a_stolen_desktops_key_changes_nothing_of_a_run_that_it_never_began(desk
     api.report(desk.own, status="cancelled")
     about: dict[str, Any] = {"attempt": 1, "assignment": 1, "claim": str(uuid4())}
     ended = api.get_run(desk.own)
-    for change in ({"input_values": {"account": "mine"}}, {"output_data": {}}, {"release_session_after": True}):
+    changes: list[dict[str, Any]] = [
+        {"input_values": {"account": "mine"}},
+        {"output_data": {}},
+        {"release_session_after": True},
+    ]
+    for change in changes:
         reply = desk.client.patch(f"/v1/runs/{desk.own}", json={**about, **change})
         assert (reply.status_code, reply.json()["code"]) == (409, "invalid_transition"), change
     assert desk.client.report(desk.own, status="cancelled", **about) == ended, "it may say so too"
