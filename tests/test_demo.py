@@ -55,8 +55,9 @@ class MakeRun:
     def wait_for(self, text: str) -> "MakeRun":
         def said() -> bool:
             assert self.process.poll() is None, self.printed
+            is_printed = text in self.printed  # first: what is printed tells of processes that have started before
             self.tree |= set(self.make.children(recursive=True))
-            return text in self.printed
+            return is_printed
 
         until(said, SECONDS, what=f"{text!r} in the output")
         return self
@@ -85,11 +86,18 @@ class MakeRun:
 
 def part(demo: MakeRun, module: str) -> psutil.Process:
     """The process that runs this module."""
-    found = []
-    for process in demo.tree:
-        with suppress(psutil.NoSuchProcess):  # of the tree, many have lived for a moment only
-            found += [process] if module in process.cmdline() else []
-    [one] = found
+
+    def find() -> list[psutil.Process]:
+        found = []
+        for process in demo.tree:
+            with suppress(psutil.NoSuchProcess):  # of the tree, many have lived for a moment only
+                found += [process] if module in process.cmdline() else []
+        return found
+
+    processes: list[psutil.Process] = until(
+        find, what=f"a process of {module}"
+    )  # it may be about to become that program
+    [one] = processes
     return one
 
 

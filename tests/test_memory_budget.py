@@ -126,7 +126,8 @@ class TestBodies(Fresh):
                 innocent.report(run["id"], status="cancelled")
                 slowest = max(slowest, time.monotonic() - began)
             statuses = attack.result()
-        assert set(statuses) == {404, 503}
+        assert 404 in statuses
+        assert set(statuses) <= {404, 503}  # 503 only if a turn does not come within 5 s
         assert slowest < 10
         seen.within(rss=RSS_WITH_KEY, pause=PAUSE_WITH_KEY)
 

@@ -21,6 +21,7 @@ export function runView(root, first, app) {
   let run = null;
   let text = "";
   let attachments = null; // by id
+  let [historyOf, historyNode] = ["", null]; // the messages as they are drawn, and of which reply
   let attempts = null;
   let events = null;
   let endpoints = new Map(); // of webhooks, by id
@@ -173,7 +174,8 @@ export function runView(root, first, app) {
     if (keepTitle([small, called], drawTitle)) app.titled();
     drawActions();
     const shown = {
-      now: [text, called, [...(attachments?.keys() ?? [])]],
+      // What has ended names no machine and no pool here: it stays as it was unfolded when their names arrive.
+      now: [text, TERMINAL.has(run.status) ? null : [called, run.pool_ids?.map((pool) => names.nameOf("pools", pool))], [...(attachments?.keys() ?? [])]],
       inputs: [small, called, plan?.secrets, [...(attachments?.keys() ?? [])], run.pool_ids?.map((pool) => names.nameOf("pools", pool))],
       attempts: [small, called, attempts, attempts?.map((one) => one.machine_id && names.nameOf("machines", one.machine_id))],
       events: [events === undefined ? "none" : events],
@@ -313,9 +315,15 @@ export function runView(root, first, app) {
     }
     if (run.output_data !== null) parts.push(section("Result", json(run.output_data, "Result")));
     if (outputs.length) parts.push(section(count(outputs.length, "file"), files(outputs)));
-    if (run.run_message_history?.length) parts.push(section(`History, ${count(run.run_message_history.length, "message")}`, historyView(run.run_message_history)));
+    if (run.run_message_history?.length) parts.push(section(`History, ${count(run.run_message_history.length, "message")}`, shownHistory()));
     if (!parts.length) parts.push(notice("info", "Nothing was reported", h("p", null, "No error, no result, no files and no history: its executor sent none.")));
     return parts;
+  }
+
+  /** The same node while the run is the same: messages that were unfolded stay unfolded when its files arrive. */
+  function shownHistory() {
+    if (historyOf !== text) [historyOf, historyNode] = [text, historyView(run.run_message_history)];
+    return historyNode;
   }
 
   function whereto() {

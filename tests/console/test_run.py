@@ -1,11 +1,12 @@
 """One run: what it is now, what it was given, its attempts and events, and strings that would like to be more than text."""
 
+import asyncio
 import base64
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from tests.console.conftest import Console
 from tests.console.sample_data import MARKUP, failed_login
@@ -72,6 +73,31 @@ def test_a_long_history_comes_in_parts(console: Console, api: Client) -> None:
     console.do(expect(items).to_have_count(201))
     console.do(expect(items.first).to_have_text("usermessage 0"))
     console.do(expect(items.first).to_be_focused())
+
+
+def test_what_was_unfolded_stays_so_when_names_and_files_arrive(console: Console, api: Client) -> None:
+    run = api.run()
+    api.json_of(api.patch(f"/v1/workflows/{run['workflow_id']}", json={"name": "Post the invoice"}))
+    api.report(run["id"], status="running")
+    api.upload(run["id"])
+    messages = [{"role": "user", "content": f"message {number}"} for number in range(70)]
+    api.report(run["id"], status="success", run_message_history=messages)
+    release = asyncio.Event()
+
+    async def late(route: Route) -> None:
+        await release.wait()
+        await route.continue_()
+
+    console.intercept(f"**/v1/workflows/{run['workflow_id']}", late)
+    console.intercept("**/v1/run-attachments?*", late)
+    console.sign_in(f"#/runs/{run['id']}")
+    items = console.page.locator(".history > li")
+    console.do(console.page.get_by_role("button", name="Show the 10 before").click())
+    console.do(expect(items).to_have_count(70))
+    release.set()
+    console.reads(console.page.locator(".runhead"), "Post the invoice")
+    console.sees(console.page.get_by_role("button", name="Download out.txt"))
+    console.do(expect(items).to_have_count(70))
 
 
 def test_inputs_show_values_exactly_secrets_by_name_and_files(console: Console, api: Client) -> None:

@@ -86,6 +86,7 @@ def pooler(url: str) -> Iterator[Pooler]:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # connections that were closed are closed in the next round of the loop
 
     stop = loop.create_future()
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
