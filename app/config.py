@@ -13,6 +13,8 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from app.database_url import DatabaseUrl
+
 MIB = 1024 * 1024
 
 # Runs are counted one by one, so far at most.
@@ -111,11 +113,18 @@ class DatabaseSettings(BaseSettings):
             return "DATABASE_URL", self.database_url.get_secret_value()
         return "DATABASE_OWNER_URL", self.database_owner_url.get_secret_value()
 
-    @field_validator("database_url", "database_owner_url")
+    @property
+    def database_urls(self) -> list[tuple[str, DatabaseUrl]]:
+        """All URLs of the database that are set, each after the name of its setting."""
+        names = ("database_url", "database_owner_url", "database_direct_url")
+        found = ((name.upper(), getattr(self, name, None)) for name in names)
+        return [(name, DatabaseUrl.parse(url.get_secret_value())) for name, url in found if url is not None]
+
+    @field_validator("database_url", "database_owner_url", "database_direct_url", check_fields=False)
     @classmethod
     def _is_postgresql(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("must begin with postgresql://, as in postgresql://user:password@host:port/database.")
+        if value is not None:
+            DatabaseUrl.parse(value.get_secret_value())
         return value
 
     @classmethod

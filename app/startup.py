@@ -99,6 +99,10 @@ def _check_files(settings: Settings) -> None:
 
 def check_database(settings: Settings) -> None:
     """Raises ConfigurationError for a database that cannot be used as it is."""
+    for name, url in settings.database_urls:
+        if url.ignored:
+            line = {"event": "database_parameters_ignored", "setting": name, "ignored": url.ignored}
+            log.warning(line | ({"not_enforced": url.not_enforced} if url.not_enforced else {}))
     asyncio.run(_check_database(settings))
 
 

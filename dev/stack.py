@@ -307,6 +307,12 @@ class Postgres(Part):
         self._port = port
 
     @property
+    def port(self) -> int:
+        """Known once it was started."""
+        assert self._port is not None  # noqa: S101 - a mistake of the caller
+        return self._port
+
+    @property
     def url(self) -> str:
         """As the owner, who migrates and makes keys."""
         return self._url(self.user, "password", self.database)
@@ -354,20 +360,14 @@ class Postgres(Part):
         return NOT_ROOT if os.geteuid() == 0 else ""
 
     def _create(self) -> None:
-        """initdb beside the final place, so that a half-made cluster is never started."""
+        """Beside the final place, so that a half-made cluster is never started."""
         private_folder(self.folder)
         fresh = self.folder / "data.new"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(mode=0o700)
-        password = self.folder / "password"
-        private(password, lambda: secrets.token_urlsafe(24))
         if self._not_root():
             shutil.chown(fresh, self._not_root())
-            shutil.chown(password, self._not_root())
-        command = [self._binary("initdb"), "-D", str(fresh), "--username", self.user, "--pwfile", str(password)]
-        command += ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"]
-        command += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"]
-        command += [] if self.fsync else ["--no-sync"]
+        command = self._creating(fresh)
         outcome = subprocess.run(
             _guarded(command, signal.SIGKILL, self._not_root()),
             capture_output=True,
@@ -375,8 +375,19 @@ class Postgres(Part):
             check=False,
         )
         if outcome.returncode != 0:
-            raise StackError(f"initdb failed:\n{outcome.stdout.decode()}{outcome.stderr.decode()}")
+            raise StackError(f"{Path(command[0]).name} failed:\n{outcome.stdout.decode()}{outcome.stderr.decode()}")
         fresh.rename(self._data)
+
+    def _creating(self, folder: Path) -> list[str]:
+        """The command that makes a cluster in this folder."""
+        password = self.folder / "password"
+        private(password, lambda: secrets.token_urlsafe(24))
+        if self._not_root():
+            shutil.chown(password, self._not_root())
+        command = [self._binary("initdb"), "-D", str(folder), "--username", self.user, "--pwfile", str(password)]
+        command += ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"]
+        command += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"]
+        return command if self.fsync else [*command, "--no-sync"]
 
     def _forget_dead_postmaster(self) -> None:
         """It refuses to start if its lock file names a living process: after a restart of a container, any may be."""

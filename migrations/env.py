@@ -187,6 +187,9 @@ async def _carry_settings(settings: DatabaseSettings) -> str:
 
 async def _run() -> None:
     settings = DatabaseSettings()
+    for setting, parsed in settings.database_urls:
+        if parsed.ignored:
+            _say(f"{setting}: these parameters are ignored: {', '.join(parsed.ignored)}.")
     role = await _carry_settings(settings)
     name, url = settings.owner
 

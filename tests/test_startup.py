@@ -1,5 +1,6 @@
 """The first start: each wrong way to start is one line that names the setting and the fix, and never a value."""
 
+import asyncio
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import httpx
@@ -15,6 +18,7 @@ import pytest
 
 from app.cli import main
 from app.config import Settings
+from app.stores.database import connect
 from dev.run import APP, ROOT
 from dev.stack import free_port, http
 from tests.support.client import Client
@@ -292,7 +296,7 @@ class Serving:
         except OSError:
             return 0
 
-    def lines(self, text: str) -> list[dict[str, object]]:
+    def lines(self, text: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines() if text in line]
 
     def stop(self) -> None:
@@ -425,3 +429,114 @@ def test_a_real_start_that_fails_shows_one_line(stack: Stack) -> None:
         [sys.executable, "-m", "app", "serve"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)
+
+
+# --- parameters of the database's URLs --------------------------------------------------------------------------------
+
+# All parameters of libpq 18 (PQconndefaults) but those of the place, the user and files that must exist, with a value each.
+OF_LIBPQ = {
+    "connect_timeout": "5", "channel_binding": "require", "client_encoding": "LATIN1", "options": "-c jit=off",
+    "application_name": "other", "fallback_application_name": "other", "keepalives": "1", "keepalives_idle": "30",
+    "keepalives_interval": "10", "keepalives_count": "3", "tcp_user_timeout": "30000", "sslmode": "prefer",
+    "sslnegotiation": "postgres", "sslcompression": "0", "sslcertmode": "allow", "sslsni": "1", "sslcrldir": "/nowhere",
+    "sslpassword": CANARY, "requirepeer": "postgres", "require_auth": "scram-sha-256", "gssencmode": "disable",
+    "krbsrvname": "postgres", "gsslib": "gssapi", "gssdelegation": "0", "replication": "false",
+    "ssl_min_protocol_version": "TLSv1.2", "ssl_max_protocol_version": "TLSv1.3", "min_protocol_version": "3.0",
+    "max_protocol_version": "latest", "target_session_attrs": "read-write", "load_balance_hosts": "random",
+    "scram_client_key": CANARY, "scram_server_key": CANARY, "oauth_issuer": "https://issuer.example", "oauth_client_id": "id",
+    "oauth_client_secret": CANARY, "oauth_scope": "openid", "sslkeylogfile": f"/nowhere/{CANARY}", "hostaddr": "127.0.0.1",
+}  # fmt: skip
+# And what is no parameter of libpq, and is sent to the server.
+OF_SESSIONS = {"search_path": "public", "statement_timeout": "2000", "TimeZone": "UTC", "my.own": "x"}
+
+
+def test_parameters_that_libpq_knows_do_no_harm(stack: Stack, serve: Callable[[dict[str, str]], Serving]) -> None:
+    url = stack.environment()["DATABASE_URL"]
+
+    async def connect_with_each() -> None:
+        for name, value in (OF_LIBPQ | OF_SESSIONS).items():
+            connection = await connect(f"{url}?{urlencode({name: value})}", 5, 5)
+            assert await connection.fetchval("SELECT 1") == 1, name
+            await connection.close()
+
+    asyncio.run(connect_with_each())
+    whole = f"{url}?{urlencode(OF_LIBPQ)}"
+    serving = serve(stack.environment(PORT=free_port(), DATABASE_URL=whole, DATABASE_DIRECT_URL=whole))
+    until(lambda: serving.status("/health/ready") == 200, what="it serves")
+    lines = serving.lines("database_parameters_ignored")
+    assert [line["setting"] for line in lines] == ["DATABASE_URL", "DATABASE_DIRECT_URL"]
+    assert {"keepalives", "channel_binding", "client_encoding", "hostaddr"} <= set(lines[0]["ignored"])
+    assert lines[0]["not_enforced"] == ["channel_binding", "require_auth", "requirepeer", "sslcrldir"]
+    assert not serving.lines("background_unavailable"), "LISTEN failed"
+    assert CANARY not in serving.log.read_text()
+
+
+async def shown_by(url: str, setting: str) -> str:
+    connection = await connect(url, 5, 5)
+    found: str = await connection.fetchval(f"SHOW {setting}")
+    await connection.close()
+    return found
+
+
+def test_parameters_that_are_translated(stack: Stack) -> None:
+    url = stack.environment()["DATABASE_URL"]
+
+    def shown(query: str, setting: str) -> str:
+        return asyncio.run(shown_by(f"{url}?{query}", setting))
+
+    assert shown("fallback_application_name=spare", "application_name") == "spare"
+    assert shown("application_name=first&fallback_application_name=spare", "application_name") == "first"
+    assert shown("options=-c%20work_mem%3D7MB", "work_mem") == "7MB"
+    assert shown("search_path=elsewhere", "search_path") == "elsewhere"
+    assert shown("client_encoding=LATIN1", "client_encoding") == "UTF8"
+    # Where the server is: in the query, by address, and in second place.
+    before, _, place = url.rpartition("@")
+    port, _, database = place.removeprefix("127.0.0.1:").partition("/")
+    for servers in (
+        f"@/{database}?host=127.0.0.1&port={port}",
+        f"@/{database}?hostaddr=127.0.0.1&port={port}",
+        f"@127.0.0.1:1,127.0.0.1:{port}/{database}",
+        f"@/{database}?host=127.0.0.1,127.0.0.1&port=1,{port}",
+    ):
+        assert asyncio.run(shown_by(before + servers, "port")) == port
+
+
+@pytest.mark.parametrize("setting", ["DATABASE_URL", "DATABASE_OWNER_URL", "DATABASE_DIRECT_URL"])
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [
+        ("pgbouncer=true", "pgbouncer"),
+        ("schema=other", "search_path"),
+        ("connection_limit=5", "DATABASE_POOL_SIZE"),
+        (f"nonsense={CANARY}", "nonsense"),
+        ("ssl=require", "sslmode"),
+        (f"service={CANARY}", "service"),
+        (f"servicefile=/nowhere/{CANARY}", "servicefile"),
+        (f"passfile=/nowhere/{CANARY}", "passfile"),
+        (f"passfile={__file__}", "passfile"),
+        (f"connect_timeout={CANARY}", "connect_timeout"),
+        ("target_session_attrs=standby", "target_session_attrs"),
+        (f"load_balance_hosts={CANARY}", "load_balance_hosts"),
+        (f"host=first,second&port=1,2,{CANARY}", "port"),
+        (f"{CANARY}.%0A=1&sslmode", "parameters"),
+        (f"a%26{CANARY}%3D=1", "no usable name"),
+    ],
+)
+def test_a_parameter_that_cannot_be_used_is_named(
+    environment: pytest.MonkeyPatch, refused: Callable[..., str], setting: str, query: str, named: str
+) -> None:
+    place = "" if query.startswith("host=") else "127.0.0.1"
+    environment.setenv(setting, f"postgresql://runs@{place}/runs?{query}")
+    line = refused("migrate" if setting == "DATABASE_OWNER_URL" else "serve")
+    assert line.startswith(f"{setting}: "), line
+    assert named in line, line
+
+
+def test_a_setting_that_the_server_refuses(
+    environment: pytest.MonkeyPatch, refused: Callable[..., str], stack: Stack
+) -> None:
+    for query in ("options=-c%20nonsense%3D1", "statement_timeout=soon", "sslmode=disable&options=-c%20port%3D1"):
+        environment.setenv("DATABASE_URL", f"{stack.environment()['DATABASE_URL']}?{query}")
+        line = refused("serve")
+        assert line.startswith("DATABASE_URL"), line
+        assert "query" in line, line

@@ -6,17 +6,18 @@ statement, because a retry through SQLAlchemy's own execution costs three to fiv
 
 import asyncio
 import logging
+import random
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
 from time import perf_counter
 from typing import Any
 
 import asyncpg
 
 from app.config import Settings
+from app.database_url import DatabaseUrl
 from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
 from app.stores import setup
 from app.stores.counts import SharedCounts
@@ -120,8 +121,8 @@ _TRANSIENT = (
     asyncpg.IdleInTransactionSessionTimeoutError,
 )
 
-# How often a connection that only listens is tried.
-LISTEN_CHECK_SECONDS = 5.0
+# How often a connection that only listens is tried. With its timeout and a second try it is back within 10 s of a failover.
+LISTEN_CHECK_SECONDS = 3.0
 
 # The schema is not the one that this version needs, or its role lacks rights: not our defect, and not for the caller to mend.
 _UNMIGRATED = (
@@ -154,6 +155,8 @@ def committing() -> Iterator[None]:
         raise OutcomeUnknown from None
 
 
+READ_ONLY = "read_only"  # the kind of a failure: the server takes no writes, as a standby
+
 # Revisions of later versions that this process has warned of.
 _NEWER_TOLD: set[str] = set()
 
@@ -168,12 +171,46 @@ class Unreachable(DatabaseUnavailable):
         self.is_wrong = is_wrong
 
 
-async def connect(url: str, patience: float, statement_patience: float) -> Any:
-    """asyncpg's connection; nothing but role, database and encoding is sent to make it. Raises Unreachable."""
-    try:
-        return await asyncpg.connect(url, timeout=patience, command_timeout=statement_patience)
-    except Exception as error:  # noqa: BLE001 - whatever it is, there is no connection, and its text may show the URL
-        raise _unreachable(error) from None
+class Servers:
+    """The servers that a URL names. The server that was connected to last is tried first."""
+
+    def __init__(self, url: str) -> None:
+        self._url = DatabaseUrl.parse(url)
+        self._order: list[tuple[str, int | None]] = list(self._url.servers)
+
+    async def connect(self, seconds: float, statement_seconds: float) -> Any:
+        """asyncpg's connection to the first server that accepts one. Each server gets an equal part of `seconds`: one that
+        is silent must not use up the time of the others. Raises Unreachable."""
+        each = min(seconds / max(1, len(self._order)), self._url.connect_timeout or seconds)
+        if not self._order:
+            return await self._connect_to(None, None, each, statement_seconds)
+        if self._url.is_balanced:
+            random.shuffle(self._order)
+        failed: list[Unreachable] = []
+        for server in list(self._order):
+            try:
+                connection = await self._connect_to(*server, each, statement_seconds)
+            except Unreachable as problem:
+                failed.append(problem)
+            else:
+                # Another task may have changed the order meanwhile.
+                self._order.sort(key=lambda other, good=server: other != good)  # type: ignore[misc]
+                return connection
+        # A server that will not get better by itself counts only if there is no other.
+        raise min(failed, key=lambda problem: (problem.kind != READ_ONLY, problem.is_wrong))
+
+    async def _connect_to(self, host: str | None, port: int | None, seconds: float, statement_seconds: float) -> Any:
+        try:
+            return await asyncpg.connect(
+                self._url.dsn, host=host, port=port, timeout=seconds, command_timeout=statement_seconds
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is no connection, and its text may show the URL
+            raise _unreachable(error) from None
+
+
+async def connect(url: str, seconds: float, statement_seconds: float) -> Any:
+    """One connection of asyncpg. Raises Unreachable."""
+    return await Servers(url).connect(seconds, statement_seconds)
 
 
 async def is_pooled(connection: Any) -> bool:
@@ -183,9 +220,34 @@ async def is_pooled(connection: Any) -> bool:
     return told != behind
 
 
+def _read_only() -> Unreachable:
+    return Unreachable(READ_ONLY, "the server takes no writes: it is a standby, or default_transaction_read_only is on")
+
+
+async def _must_take_writes(connection: Any) -> None:
+    """Raises Unreachable for a standby and the like."""
+    _check_takes_writes(is_read_only=await connection.fetchval(setup.IS_READ_ONLY.sql))
+
+
+def _check_takes_writes(*, is_read_only: bool) -> None:
+    if is_read_only:
+        raise _read_only()
+
+
 def _unreachable(error: Exception) -> Unreachable:
     """The class of the cause. Never the driver's text, which can hold parts of the URL."""
     match error:
+        case asyncpg.TargetServerAttributeNotMatched():
+            return _read_only()
+        case (
+            asyncpg.UndefinedObjectError()
+            | asyncpg.InvalidParameterValueError()
+            | asyncpg.CantChangeRuntimeParamError()
+            | asyncpg.ProtocolViolationError()
+        ):
+            return Unreachable(
+                "parameters", "the server refuses a setting in the parameters of its query; look at them", is_wrong=True
+            )
         case asyncpg.InvalidAuthorizationSpecificationError():
             return Unreachable("authentication", "the server refuses the role or its password", is_wrong=True)
         case asyncpg.InvalidCatalogNameError():
@@ -229,7 +291,7 @@ def _unavailable(error: BaseException) -> DatabaseUnavailable:
         case asyncpg.OperatorInterventionError():
             failed.kind = "stopping"
         case asyncpg.ReadOnlySQLTransactionError():
-            failed.kind = "read_only"
+            failed.kind = READ_ONLY
         case asyncpg.TransactionRollbackError():
             failed.kind = "rolled_back"
         case _:
@@ -244,11 +306,12 @@ class Database:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._url = settings.database_url.get_secret_value()
+        self._servers = Servers(settings.database_url.get_secret_value())
         self._patience = settings.database_timeout_seconds
         self._told: str | None = None  # why it is unfit, if that has been said and nothing has been better since
         direct_url = settings.database_direct_url or settings.database_url
-        self._connect_directly = partial(connect, direct_url.get_secret_value(), self._patience, self._patience)
+        self._listening_servers = Servers(direct_url.get_secret_value())
+        self._listening_lost = asyncio.Event()
         self._pool = Pool(self._connect, settings.database_pool_size, self._patience)
         self.counts = SharedCounts()
 
@@ -261,7 +324,7 @@ class Database:
 
     async def _connect(self) -> Any:
         """A connection to a database that fits, with the settings that its role carries. Raises DatabaseUnavailable."""
-        driver = await connect(self._url, self._patience, self._patience)
+        driver = await self._servers.connect(self._patience, self._patience)
         try:
             try:
                 rows = await driver.fetch(setup.FITS.sql, *setup.FITS.arguments({"names": setup.CHECKED}))
@@ -269,6 +332,7 @@ class Database:
                 raise setup.NotMigrated("the database has not been migrated") from None
             except asyncpg.InsufficientPrivilegeError:
                 raise setup.NotMigrated("the role may not read the tables") from None
+            _check_takes_writes(is_read_only=rows[0]["is_read_only"])
             revision = setup.check_schema(rows[0])
             setup.check_session(rows, self._patience)
             # JSON comes and goes as bytes: as text it would take up to four times as much memory.
@@ -287,6 +351,34 @@ class Database:
         if unfit.reason != self._told:
             log.error({"event": "database_unfit", "reason": unfit.reason, "fix": unfit.line})
         self._told = unfit.reason
+
+    async def ready(self) -> None:
+        """Whether a connection of the pool can read and may write. Raises DatabaseUnavailable, with Unfit."""
+        try:
+            await self._ask_ready()
+        except DatabaseUnavailable as failed:
+            if failed.kind != READ_ONLY:
+                raise
+            await self._ask_ready()  # of a new connection: the old one may have been to another server
+
+    async def _ask_ready(self) -> None:
+        async with self.connection() as connection:
+            await connection.fetch(setup.READABLE)
+            if await connection.fetchval(setup.IS_READ_ONLY):
+                raise asyncpg.ReadOnlySQLTransactionError
+
+    def _give_up_read_only(self) -> None:
+        """The server of a connection takes no writes any more. All other connections may be to the same one."""
+        self._pool.renew()
+        self._listening_lost.set()
+        if self._told != READ_ONLY:
+            log.error(
+                {
+                    "event": "database_read_only",
+                    "effect": "connections are given up, and made again until one leads to a server that takes writes",
+                }
+            )
+        self._told = READ_ONLY
 
     def at_most_ms(self, seconds: float) -> int:
         """A statement_timeout of so many seconds, or of what all statements have if that is less."""
@@ -307,16 +399,17 @@ class Database:
         """
         connection = None
         try:
-            connection = await self._connect_directly()
-            lost = asyncio.Event()
+            self._listening_lost = lost = asyncio.Event()
+            connection = await self._listening_servers.connect(self._patience, self._patience)
             connection.add_termination_listener(lambda _: lost.set())
+            await _must_take_writes(connection)
             for channel in channels:
                 await connection.add_listener(channel, lambda _, __, name, told: heard(name, told.split(",")))
             while not lost.is_set():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LISTEN_CHECK_SECONDS):
                         await lost.wait()
-                await connection.execute("SELECT 1")  # whoever is silent may be gone
+                await _must_take_writes(connection)  # a server that is silent may be gone, and a standby tells nothing
         except (*_LOST, asyncpg.PostgresError) as error:
             raise _unavailable(error) from None
         finally:
@@ -345,6 +438,9 @@ class Database:
             raise
         except asyncpg.DeadlockDetectedError:
             raise Deadlock from None
+        except asyncpg.ReadOnlySQLTransactionError as error:
+            self._give_up_read_only()
+            raise _unavailable(error) from None
         except _TRANSIENT as error:
             raise _unavailable(error) from None
         except (*_LOST, OutcomeUnknown, asyncio.CancelledError) as lost:
@@ -352,6 +448,8 @@ class Database:
             # may never answer.
             if connection is not None:
                 connection.terminate()
+                if isinstance(lost, TimeoutError):
+                    self._pool.drop_idle()  # they may be silent, too: one timeout for all of them is enough
             if isinstance(lost, _LOST):
                 raise _unavailable(lost) from None
             raise

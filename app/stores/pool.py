@@ -38,6 +38,7 @@ class Pool:
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
         self._idle: list[tuple[Any, float]] = []
         self._open: dict[Any, str] = {}  # and for whom each is in use, or was last
+        self._outdated: set[Any] = set()  # in use, and not to be used again
 
     async def acquire(self) -> Any:
         """Raises TimeoutError when none comes free in time, and whatever connecting raises."""
@@ -69,11 +70,21 @@ class Pool:
     def release(self, connection: Any) -> None:
         """Take it back, or throw it away if it is closed or in the middle of something."""
         name = self._open[connection]
-        if connection.is_closed() or connection.is_in_transaction():
+        if connection.is_closed() or connection.is_in_transaction() or connection in self._outdated:
             self._discard(connection)
         else:
             self._idle.append((connection, time.monotonic()))
         self._pass_on(name)
+
+    def drop_idle(self) -> None:
+        """Throw away the connections that nobody uses."""
+        while self._idle:
+            self._discard(self._idle.pop()[0])
+
+    def renew(self) -> None:
+        """No connection that is open now is used again after its present use."""
+        self.drop_idle()
+        self._outdated = set(self._open)
 
     @property
     def idle(self) -> int:
@@ -137,6 +148,7 @@ class Pool:
     def _discard(self, connection: Any) -> None:
         connection.terminate()
         del self._open[connection]
+        self._outdated.discard(connection)
 
     def close(self) -> None:
         """Break every connection off."""

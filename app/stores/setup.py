@@ -131,18 +131,23 @@ _VERSIONS = Path(__file__).resolve().parents[2] / "migrations" / "versions"
 # "needs 0002" as the comment of alembic_version: who does not know migration 0002 must not serve this database.
 _MARK = "needs "
 
+_IS_READ_ONLY = "pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
+
 FITS = statement(
     "setup.fits",
-    """
+    f"""
     SELECT name, setting, (SELECT version_num FROM alembic_version) AS revision,
-           obj_description('alembic_version'::regclass, 'pg_class') AS mark
+           obj_description('alembic_version'::regclass, 'pg_class') AS mark, {_IS_READ_ONLY} AS is_read_only
     FROM pg_settings WHERE name = ANY(:names)
     """,
 )
 
 
+# A standby, and a server or role with default_transaction_read_only.
+IS_READ_ONLY = statement("setup.is_read_only", f"SELECT {_IS_READ_ONLY}")
+
 # Whoever may read this table has been migrated.
-READY = statement("setup.ready", "SELECT 1 FROM runs LIMIT 1")
+READABLE = statement("setup.readable", "SELECT 1 FROM runs LIMIT 1")
 
 
 class Unfit(DatabaseUnavailable):

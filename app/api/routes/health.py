@@ -11,7 +11,8 @@ from app.errors import DatabaseUnavailable
 from app.runs.projection import encode
 from app.schemas.problems import Alive, Health
 from app.services import Services
-from app.stores.setup import READY, Unfit
+from app.stores.database import READ_ONLY
+from app.stores.setup import Unfit
 
 router = APIRouter(tags=["health"])
 
@@ -34,12 +35,11 @@ def _reply(webhooks: str | None = None, **problems: str | None) -> Response:
 
 async def _database_problem(own: Services) -> str | None:
     try:
-        async with own.database.connection() as connection:
-            await connection.fetchval(READY)
+        await own.database.ready()
     except Unfit as unfit:
         return unfit.reason
-    except DatabaseUnavailable:
-        return "unreachable"
+    except DatabaseUnavailable as failed:
+        return READ_ONLY if failed.kind == READ_ONLY else "unreachable"
     return None
 
 
