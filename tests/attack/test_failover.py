@@ -9,12 +9,12 @@ import httpx
 import pytest
 
 from tests.support.client import Client
+from tests.support.concurrent_requests import Answer, Call, finished_runs, send_at_once, tally
 from tests.support.faults import FaultyServer
 from tests.support.outages import is_ready
 from tests.support.server import Server
 from tests.support.stack import Stack
 from tests.support.standby import MovableAddress, Standby
-from tests.support.storm import Answer, Call, finished_runs, storm, tally
 from tests.support.waiting import until
 
 RECOVERY_SECONDS = 10
@@ -36,7 +36,7 @@ def write_until_answered(client: Client, run_id: str) -> tuple[float, list[Answe
     began = time.monotonic()
     refused: list[Answer] = []
     while True:
-        [answer] = storm(client, retries([run_id]))
+        [answer] = send_at_once(client, retries([run_id]))
         if answer.status == 200:
             return time.monotonic() - began, refused
         refused.append(answer)
@@ -73,19 +73,21 @@ def test_a_server_that_takes_no_writes_for_a_while(broken: Stack, server: Faulty
     begin, end = READ_ONLY[name]
     with server.client() as client:
         run_ids = finished_runs(client, 2 * AT_ONCE)
-        assert set(tally(storm(client, retries(run_ids[:AT_ONCE])))) == {"200"}  # the pool is full of connections
+        assert set(tally(send_at_once(client, retries(run_ids[:AT_ONCE])))) == {
+            "200"
+        }  # the pool is full of connections
         for statement in begin:
             broken.sql(statement)
         try:
             until(lambda: readiness(server) == (503, {"database": "read_only"}), what="readiness that says it")
-            answers = storm(client, retries(run_ids[AT_ONCE:]))
+            answers = send_at_once(client, retries(run_ids[AT_ONCE:]))
             assert set(tally(answers)) == {"503 database_unavailable"}
             assert all("nothing was changed" in answer.detail for answer in answers)
         finally:
             for statement in end:
                 broken.sql(statement)
         seconds, _ = write_until_answered(client, run_ids[-1])
-        assert set(tally(storm(client, retries(run_ids[AT_ONCE:])))) == {"200"}
+        assert set(tally(send_at_once(client, retries(run_ids[AT_ONCE:])))) == {"200"}
         until(lambda: is_ready(server), what="readiness")
         until(lambda: broken.sql(LISTENERS), RECOVERY_SECONDS, what="LISTEN again")
     print(f"{name}: writes again after {seconds:.1f} s")
@@ -134,7 +136,7 @@ def test_the_primary_dies_under_load_and_its_address_moves_early(broken: Stack, 
             run_ids = finished_runs(client, 4 * AT_ONCE)
             kill = threading.Thread(target=kill_when_retried, args=(broken, client.organization))
             kill.start()
-            answers = storm(client, retries(run_ids))
+            answers = send_at_once(client, retries(run_ids))
             kill.join()
             print(tally(answers))
             assert set(tally(answers)) == {"200", "503 database_unavailable"}
@@ -147,7 +149,7 @@ def test_the_primary_dies_under_load_and_its_address_moves_early(broken: Stack, 
             for run_id, answer in zip(run_ids, answers, strict=True):
                 [run] = new.sql("SELECT attempt FROM runs WHERE id = $1::text::uuid", run_id)
                 assert answer.status != 200 or run["attempt"] == 2, "an answered retry is lost"
-            resent = storm(client, retries(run_ids))
+            resent = send_at_once(client, retries(run_ids))
             assert tally(resent) == {"200": len(run_ids)}
             for first, second in zip(answers, resent, strict=True):
                 assert first.status != 200 or first.content == second.content, "not the first reply"
@@ -163,7 +165,7 @@ def test_the_first_of_two_servers_falls_silent(broken: Stack, standby: Standby) 
         server.client() as client,
     ):
         run_ids = finished_runs(client, AT_ONCE)
-        assert set(tally(storm(client, retries(run_ids[1:])))) == {"200"}  # the pool is full of connections
+        assert set(tally(send_at_once(client, retries(run_ids[1:])))) == {"200"}  # the pool is full of connections
         broken.postgres.freeze()
         new = promoted(broken, standby)
         seconds, refused = write_until_answered(client, run_ids[0])
@@ -171,4 +173,4 @@ def test_the_first_of_two_servers_falls_silent(broken: Stack, standby: Standby) 
         assert len(refused) <= 2, "each connection had a timeout of its own"
         until(lambda: is_ready(server), what="readiness")
         until(lambda: new.sql(LISTENERS), RECOVERY_SECONDS, what="LISTEN again")
-        assert set(tally(storm(client, retries(run_ids)))) == {"200"}
+        assert set(tally(send_at_once(client, retries(run_ids)))) == {"200"}
