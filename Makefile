@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run psql bao keys stop reset test soak fuzz test-sdk example observe screenshots lint fmt bench lock
+.PHONY: help run psql bao keys stop reset test soak fuzz test-sdk example observe containers screenshots lint fmt bench lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,9 @@ example: .venv/run.stamp ## a small executor, and a run that fails, is retried a
 observe: .venv/run.stamp ## Prometheus beside `make run`, on 127.0.0.1:$PROMETHEUS_PORT (9090), with the shipped alerts
 	@exec $(BIN)/python -m dev.prometheus
 
+containers: .venv/run.stamp ## build the images, start docker-compose.yml and try it (needs Docker; says so where there is none)
+	@$(BIN)/python -m dev.containers
+
 screenshots: .venv/dev.stamp ## every screen of the console as docs/console/*.png (needs Chromium)
 	$(BIN)/python -m tests.console.screenshots
 
@@ -77,6 +80,7 @@ lock: ## renew the locked lists from pyproject.toml (needs uv)
 	$(COMPILE) --upgrade pyproject.toml -o requirements.lock
 	$(COMPILE) --upgrade --all-extras pyproject.toml -c requirements.lock -o requirements-extras.lock
 	$(COMPILE) --upgrade --group stack -c requirements-extras.lock -o requirements-stack.lock
+	$(COMPILE) --upgrade --group demo -c requirements-stack.lock -o requirements-demo.lock
 	$(COMPILE) --upgrade --group dev --all-extras pyproject.toml -c requirements-extras.lock -c requirements-stack.lock -o requirements-dev.lock
 	for list in tests/sdk/locks/*.txt; do \
 		grep -oE '^(cyberdesk==[0-9.]+|fastapi|pydantic|python-dateutil)' $$list | $(COMPILE) --upgrade - -o $$list || exit; done

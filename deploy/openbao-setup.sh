@@ -2,7 +2,8 @@
 # Set OpenBao up for the service, once; repeating it changes nothing that works. Needs BAO_ADDR and these folders:
 #   KEYS      the answer of the initialization, with the root token, is kept here
 #   LOGIN     role-id and secret-id for the app are written here, readable by user OWNER only
-#   POLICIES  service.hcl is read from here
+#   POLICIES  service.hcl and executor.hcl are read from here
+#   EXECUTOR  (optional) a token for executors of ORGANIZATION is written here, new each time
 set -eu
 umask 077
 : "${BAO_ADDR:?}" "${KEYS:?}" "${LOGIN:?}" "${POLICIES:?}" "${OWNER:?}"
@@ -34,3 +35,10 @@ if [ ! -s "$LOGIN/secret-id" ]; then
   mv "$LOGIN/secret-id.new" "$LOGIN/secret-id"
 fi
 chown -R "$OWNER" "$LOGIN"
+
+if [ -n "${EXECUTOR:-}" ]; then
+  sed "s/ORGANIZATION/${ORGANIZATION:?}/" "$POLICIES/executor.hcl" | bao policy write "executor-$ORGANIZATION" -
+  bao token create -orphan -period=768h -policy="executor-$ORGANIZATION" -field=token > "$EXECUTOR/token.new"
+  mv "$EXECUTOR/token.new" "$EXECUTOR/token"
+  chown -R "$OWNER" "$EXECUTOR"
+fi

@@ -1,4 +1,4 @@
-# OpenBao of the development profile: durable, and unsealing itself with a key from the environment.
+# OpenBao of the development profile: durable, and unsealing itself with a key from a file.
 # For production use TLS, and a seal backed by a key service or hardware.
 
 storage "raft" {
@@ -15,7 +15,7 @@ listener "tcp" {
 
 seal "static" {
   current_key_id = "development"
-  current_key    = "env://OPENBAO_SEAL_KEY"
+  current_key    = "file:///run/secrets/openbao-seal-key"
 }
 
 api_addr     = "http://openbao:8200"

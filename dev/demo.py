@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from dev.stack import Bao, StackError, http, write_private
+from dev.stack import StackError, http, write_private
 
 ORGANIZATION = "demo"
 EXAMPLE_ORGANIZATION = "example"  # of `make example`, so that its machine gets none of the demo's runs
@@ -60,9 +59,18 @@ class Api:
         return reply
 
 
-def ensure(file: Path, url: str, bao: Bao, *, create_key: Callable[..., str], retention: timedelta) -> Demo:
-    """The demo of the last start where it can be gone on with; what cannot is made afresh. `create_key` takes the organization,
-    and the machine if the key is to be bound to one.
+def ensure(
+    file: Path,
+    url: str,
+    *,
+    has_secret: Callable[[str], bool],
+    create_key: Callable[..., str],
+    retention: timedelta,
+) -> Demo:
+    """The demo of the last start where it can be gone on with; what cannot is made afresh.
+
+    `has_secret` says whether Vault holds the secret of an alias. `create_key` takes the organization, and the machine if the
+    key is to be bound to one.
 
     The run has ended: what the executor of the last start left behind is cancelled.
     """
@@ -81,7 +89,7 @@ def ensure(file: Path, url: str, bao: Bao, *, create_key: Callable[..., str], re
     _cancel_leftovers(api, demo)
     if not demo.workflow_id or api.call("GET", f"/v1/workflows/{demo.workflow_id}")[0] != 200:
         demo = replace(demo, workflow_id=_workflow(api)).save(file)
-    if not _retryable(api, bao, demo.run_id, retention):
+    if not _retryable(api, has_secret, demo.run_id, retention):
         demo = replace(demo, run_id=_failed_run(api, demo.workflow_id)).save(file)
     return demo
 
@@ -97,7 +105,7 @@ def _cancel_leftovers(api: Api, demo: Demo) -> None:
         api.call("PATCH", f"/v1/runs/{run_id}", {"status": "cancelled"})  # 409 if it has ended
 
 
-def _retryable(api: Api, bao: Bao, run_id: str, retention: timedelta) -> bool:
+def _retryable(api: Api, has_secret: Callable[[str], bool], run_id: str, retention: timedelta) -> bool:
     if not run_id:
         return False
     status, run = api.call("GET", f"/v1/runs/{run_id}")
@@ -106,10 +114,8 @@ def _retryable(api: Api, bao: Bao, run_id: str, retention: timedelta) -> bool:
     # A minute's reserve, so that it is still true when the command is pasted.
     if datetime.fromisoformat(run["ended_at"]) + retention < datetime.now(UTC) + timedelta(minutes=1):
         return False
-    for alias in (run["sensitive_input_aliases"] or {}).values():
-        place = urlsplit(alias)
-        if bao.call("GET", f"{place.netloc}/metadata{place.path}")[0] != 200:
-            return False
+    if not all(map(has_secret, (run["sensitive_input_aliases"] or {}).values())):
+        return False
     return all(api.call("GET", f"/v1/run-attachments/{file}")[0] == 200 for file in run["input_attachment_ids"])
 
 

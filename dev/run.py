@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from app.config import Settings
 from dev import demo, running
@@ -144,7 +145,7 @@ def _start(data_dir: Path, port: int, parts: ExitStack) -> Sequence[Part]:
     facts = demo.ensure(
         data_dir / "demo.json",
         url,
-        bao,
+        has_secret=partial(_has_secret, bao),
         create_key=partial(_create_key, as_owner),
         retention=timedelta(seconds=int(retention)),
     )
@@ -274,6 +275,11 @@ def _app_command(environment: Mapping[str, str], *arguments: str) -> str:
     if outcome.returncode != 0:
         raise StackError(f"`python -m app {' '.join(arguments)}` failed:\n{outcome.stdout}{outcome.stderr}")
     return (outcome.stdout.strip().splitlines() or [""])[-1].strip()
+
+
+def _has_secret(bao: Bao, alias: str) -> bool:
+    place = urlsplit(alias)
+    return bool(bao.call("GET", f"{place.netloc}/metadata{place.path}")[0] == 200)
 
 
 def _create_key(as_owner: Mapping[str, str], organization: str, machine_id: str | None = None) -> str:

@@ -61,14 +61,29 @@ def test_the_image_runs_without_root_from_hash_locked_packages(dockerfile: str) 
     assert re.search(r"(?m)^USER 10001:10001$", dockerfile)
     assert "--require-hashes" in dockerfile
     entry_points = re.findall(r"(?m)^ENTRYPOINT (.*)$", dockerfile)
-    assert [json.loads(form) for form in entry_points] == [["python", "-m", "app"]]
+    assert [json.loads(form) for form in entry_points] == [
+        ["python", "-m", "dev.compose_demo"],
+        ["python", "-m", "app"],
+    ]
 
 
 def test_the_build_context_holds_what_the_image_copies_and_nothing_else(dockerfile: str) -> None:
-    copied = {source for source, _ in re.findall(r"(?m)^COPY (\S+) (\S+)$", dockerfile)}
+    copies = [line.split()[1:-1] for line in re.findall(r"(?m)^COPY (?!--from).*$", dockerfile)]
+    copied = {source for sources in copies for source in sources}
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == allowed
     assert all((ROOT / source).exists() for source in copied)
+
+
+def test_what_the_image_copies_is_readable_whatever_the_umask_of_the_checkout_was(dockerfile: str) -> None:
+    stages = re.split(r"(?m)^FROM ", dockerfile)[1:]
+    for stage in stages:
+        if into_srv := re.findall(r"(?m)^COPY (?!--from).* /srv/\S+$", stage):
+            assert "chmod -R a+rX /srv" in stage.rpartition(into_srv[-1])[2], stage.splitlines()[0]
+
+
+def test_the_image_has_nothing_to_install_with(dockerfile: str) -> None:
+    assert re.findall(r"-m venv (\S+)", dockerfile) == ["--without-pip"]
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
@@ -111,12 +126,12 @@ def test_every_setting_named_in_image_and_compose_file_exists(compose: dict[str,
 
 def test_no_secret_has_a_default(compose: dict[str, Any]) -> None:
     text = (ROOT / "docker-compose.yml").read_text()
-    for name in ("POSTGRES_PASSWORD", "POSTGRES_APP_PASSWORD", "SERVER_KEY", "VAULT_LOGIN", "VAULT_ADDR"):
+    for name in ("SECRETS", "VAULT_LOGIN", "VAULT_ADDR"):
         uses = re.findall(rf"\$\{{{name}(.*?)\}}", text)
         assert uses, name
         assert all(use.startswith(":?") for use in uses), (name, uses)
     bundled_vault = [name for name, service in compose["services"].items() if service.get("profiles")]
-    assert bundled_vault == ["openbao", "openbao-setup"]
+    assert bundled_vault == ["openbao", "openbao-setup", "demo"]
 
 
 def test_the_development_file_sets_everything_the_compose_file_requires() -> None:
@@ -124,7 +139,44 @@ def test_the_development_file_sets_everything_the_compose_file_requires() -> Non
     given = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
     required = set(re.findall(r"\$\{(\w+):\?", (ROOT / "docker-compose.yml").read_text()))
     assert required <= given
-    assert given - required == {"COMPOSE_PROFILES", "OPENBAO_SEAL_KEY", "VAULT_ALLOW_HTTP"}
+    assert given - required == {"COMPOSE_PROFILES", "VAULT_ALLOW_HTTP"}
+
+
+def test_secrets_are_files_and_no_variables(compose: dict[str, Any]) -> None:
+    """`docker inspect` shows the variables of a container, and its arguments."""
+    folder = ROOT / "deploy/development"
+    files = {path.name for path in folder.iterdir()} - {"README.md"}
+    assert {name: one["file"].rpartition("/")[2] for name, one in compose["secrets"].items()} == {
+        name: name for name in files
+    }
+    values = {(folder / name).read_text() for name in files}
+    assert all(len(value.split()) == 1 and value == value.strip() for value in values)
+    shown = json.dumps(compose) + (ROOT / "development.env").read_text()
+    assert not [value for value in values if value not in "development" and value in shown]
+    for name, service in compose["services"].items():
+        for variable, value in service.get("environment", {}).items():
+            secret = re.search("PASSWORD|DATABASE.*URL|_KEY|TOKEN|SECRET_ID", variable)
+            assert secret is None or (variable.endswith("_FILE") and str(value).startswith("/run/")), (name, variable)
+        for one in service.get("secrets", ()):
+            assert f"/run/secrets/{one}" in str(service.get("environment")) or one == "openbao-seal-key", (name, one)
+
+
+def test_one_service_builds_each_image(compose: dict[str, Any]) -> None:
+    """Two that build the same image at the same time fail with the image store of current engines."""
+    services = compose["services"]
+    builders = [service["image"] for service in services.values() if "build" in service]
+    assert sorted(builders) == ["runs-api", "runs-api-demo"]
+    users = [service for service in services.values() if service["image"] in builders and "build" not in service]
+    assert users
+    assert all(service["pull_policy"] == "never" for service in users)
+
+
+def test_services_have_few_capabilities_and_a_read_only_root(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["memswap_limit"] == service["mem_limit"], name
 
 
 def test_services_wait_for_what_they_need(compose: dict[str, Any]) -> None:
@@ -135,7 +187,9 @@ def test_services_wait_for_what_they_need(compose: dict[str, Any]) -> None:
             ends = services[needed].get("restart") == "no"
             assert condition["condition"] == ("service_completed_successfully" if ends else "service_healthy"), name
             # A service of a profile must not be demanded by one that is always there.
-            assert condition.get("required", True) == (services[needed].get("profiles") == service.get("profiles"))
+            assert condition.get("required", True) == (
+                services[needed].get("profiles") in (None, service.get("profiles"))
+            )
 
 
 def test_every_service_has_limits(compose: dict[str, Any]) -> None:
@@ -144,8 +198,10 @@ def test_every_service_has_limits(compose: dict[str, Any]) -> None:
 
 
 def test_only_the_owner_of_the_tables_gets_the_owners_password(compose: dict[str, Any]) -> None:
-    with_it = {name for name, service in compose["services"].items() if "${POSTGRES_PASSWORD" in str(service)}
-    assert with_it == {"postgres", "postgres-setup", "migrate"}
+    owners = {"postgres-password", "database-owner-url"}
+    with_it = {name for name, service in compose["services"].items() if owners & set(service.get("secrets", ()))}
+    assert with_it == {"postgres", "postgres-setup", "migrate", "demo"}
+    assert compose["services"]["demo"]["profiles"] == ["development"]
 
 
 def test_the_setup_of_the_databases_role(tmp_path: Path) -> None:
@@ -153,7 +209,10 @@ def test_the_setup_of_the_databases_role(tmp_path: Path) -> None:
         place = urlsplit(postgres.url)
         assert place.username
         assert place.password
+        owners, services = tmp_path / "owners-password", tmp_path / "services-password"
+        owners.write_text(place.password)
         for password in ("first", "it's \\ another"):  # a second start changes it
+            services.write_text(password)
             done = run(
                 "/bin/sh",
                 str(ROOT / "deploy" / "postgres-setup.sh"),
@@ -161,9 +220,9 @@ def test_the_setup_of_the_databases_role(tmp_path: Path) -> None:
                 PGHOST="127.0.0.1",
                 PGPORT=str(place.port),
                 PGUSER=place.username,
-                PGPASSWORD=place.password,
+                PGPASSWORD_FILE=str(owners),
                 PGDATABASE="runs",
-                APP_PASSWORD=password,
+                APP_PASSWORD_FILE=str(services),
             )
             assert done.returncode == 0, done.stderr
             psql = (str(postgres.binaries / "psql"), "-X", "-h", "127.0.0.1", "-p", str(place.port), "-d", "runs")
@@ -183,6 +242,7 @@ class ComposeBao(Part):
         data.mkdir(parents=True)
         text = (ROOT / "deploy" / "openbao.hcl").read_text()
         for theirs, ours in {
+            "/run/secrets/openbao-seal-key": str(ROOT / "deploy/development/openbao-seal-key"),
             "/openbao/file": str(data),
             "0.0.0.0:8200": f"127.0.0.1:{port}",
             "127.0.0.1:8201": f"127.0.0.1:{free_port()}",
@@ -191,9 +251,8 @@ class ComposeBao(Part):
             text = text.replace(theirs, ours)
         configuration = self.folder / "openbao.hcl"
         configuration.write_text(text)
-        key = re.findall(r"(?m)^OPENBAO_SEAL_KEY=(.*)$", (ROOT / "development.env").read_text())[0]
         bao = Bao(self.folder)
-        self.launch([str(bao.binary), "server", f"-config={configuration}"], {"OPENBAO_SEAL_KEY": key})
+        self.launch([str(bao.binary), "server", f"-config={configuration}"], {})
         self.wait_until(lambda: self._status() != 1)
         return self
 
@@ -210,8 +269,9 @@ def compose_bao(tmp_path: Path) -> Iterator[ComposeBao]:
 
 def test_the_setup_of_the_development_vault(compose_bao: ComposeBao, tmp_path: Path) -> None:
     keys, login = tmp_path / "keys", tmp_path / "login"
-    keys.mkdir()
-    login.mkdir()
+    executor = tmp_path / "executor"
+    for folder in (keys, login, executor):
+        folder.mkdir()
     binaries = Bao(tmp_path).binary.parent
 
     def set_up() -> tuple[str, str]:
@@ -225,6 +285,8 @@ def test_the_setup_of_the_development_vault(compose_bao: ComposeBao, tmp_path: P
             LOGIN=str(login),
             POLICIES=str(ROOT / "policies"),
             OWNER=str(os.geteuid()),
+            EXECUTOR=str(executor),
+            ORGANIZATION="demo",
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return (login / "role-id").read_text(), (login / "secret-id").read_text()
@@ -238,6 +300,10 @@ def test_the_setup_of_the_development_vault(compose_bao: ComposeBao, tmp_path: P
     token = {"X-Vault-Token": reply["auth"]["client_token"]}
     assert http("POST", f"{url}/secret/data/runs/org/run/1", {"data": {"a": "b"}}, token)[0] == 200
     assert http("GET", f"{url}/secret/data/runs/org/run/1", None, token)[0] == 403
+    assert http("POST", f"{url}/secret/data/runs/demo/run/1", {"data": {"a": "b"}}, token)[0] == 200
+    executors = {"X-Vault-Token": (executor / "token").read_text().strip()}
+    assert http("GET", f"{url}/secret/data/runs/demo/run/1", None, executors)[0] == 200
+    assert http("GET", f"{url}/secret/data/runs/org/run/1", None, executors)[0] == 403
 
 
 # --- Kubernetes -------------------------------------------------------------------------------------------------------
@@ -435,7 +501,7 @@ def test_the_state_is_private(tmp_path: Path) -> None:
 # --- locked lists -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-stack.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize("name", [path.name for path in sorted(ROOT.glob("requirements*.lock"))])
 def test_locked_lists_have_hashes_and_name_no_registry(name: str) -> None:
     text = (ROOT / name).read_text()
     assert "://" not in text
@@ -450,5 +516,5 @@ def test_locked_lists_agree_with_each_other() -> None:
         return {package: version for package, _, version in (shlex.split(line)[0].partition("==") for line in entries)}
 
     everything = versions("requirements-dev.lock")
-    for smaller in ("requirements.lock", "requirements-stack.lock"):
+    for smaller in ("requirements.lock", "requirements-demo.lock", "requirements-stack.lock"):
         assert versions(smaller).items() <= everything.items()
