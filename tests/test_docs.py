@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from playwright.async_api import Locator, expect
 
+from app import __version__
 from tests.support.browser import Tab, page_of
 from tests.support.client import Client
 from tests.support.server import Server
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"get", "post", "put", "patch", "delete"}
 
 
@@ -176,11 +180,28 @@ def test_the_root_tells_programs_where_to_look(server: Server) -> None:
         assert reply.status_code == 200
         assert reply.headers["vary"] == "Accept"
         found = reply.json()
-        assert found.pop("title") == "Runs API"
+        assert (found.pop("title"), found.pop("version")) == ("Runs API", __version__)
         assert found.keys() == {"docs", "openapi", "health", "console"}
         for path in found.values():
             assert client.get(path).status_code == 200
         assert client.post("/").headers["allow"] == "GET, HEAD"
+
+
+def test_the_manual_is_served_as_markdown_and_listed_for_language_models(server: Server) -> None:
+    with httpx.Client(base_url=server.url, trust_env=False, verify=False) as client:
+        overview = client.get("/llms.txt")
+        assert overview.headers["content-type"] == "text/plain; charset=utf-8"
+        listed = dict(re.findall(r"^- \[[^\]]+\]\((\S+)\): (.+)$", overview.text, re.MULTILINE))
+        files = {f"/docs/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+        assert listed.keys() == files.keys() | {"/openapi.json"}
+        for path, text in files.items():
+            page = client.get(path)
+            assert (page.status_code, page.text) == (200, text)
+            assert page.headers["content-type"] == "text/markdown; charset=utf-8"
+        for path in ("/docs/nothing.md", "/docs/..%2FREADME.md", "/docs/console%2Fretry-light.png"):
+            assert client.get(path).status_code == 404
+        icon = client.get("/favicon.ico")
+        assert (icon.status_code, icon.headers["content-type"]) == (200, "image/png")
 
 
 @pytest.mark.parametrize("path", ["/docs", "/docs-assets/swagger-ui-bundle.js", "/docs-assets/start.js"])

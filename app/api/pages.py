@@ -21,6 +21,8 @@ TYPES: Final = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
     ".json": "application/json",
+    ".md": "text/markdown; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
 }
 
 # Nothing from elsewhere, nothing inline, no frame, and no form that is sent. data: is the icons in a style sheet, blob: the
