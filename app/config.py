@@ -164,7 +164,10 @@ class Settings(DatabaseSettings):
     )
     metrics: bool = Field(default=True, description="`off`: /metrics is not served and nothing is counted.")
     metrics_token: SecretStr | None = Field(
-        None, min_length=16, description="Bearer token that a client must send to read /metrics."
+        None,
+        min_length=16,
+        description="Bearer token that a client must send to read /metrics. Empty: only a process"
+        " of the same machine may read it, without a proxy (no Forwarded, no X-Forwarded-* header).",
     )
     console: bool = Field(default=True, description="`off`: the console for operators at /console/ is not served.")
     shutdown_seconds: int = Field(

@@ -9,11 +9,13 @@ from types import FrameType
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from app import __version__, background
 from app.api import console, docs, openapi, refusals
 from app.api.edge import Edge
 from app.api.limits import Limits
+from app.api.methods import Methods
 from app.api.routes import ROUTERS, health, metrics
 from app.api.routes.health import Checks
 from app.api.server import Connections, room_for_connections
@@ -21,6 +23,26 @@ from app.config import Settings
 from app.services import Services
 from app.telemetry import metrics as counted
 from app.telemetry import tracing
+
+# What a page of another origin may send: what the API reads, and what tracing and caching put into each request.
+_ALLOWED_HEADERS = (
+    *("Authorization", "Content-Type", "Idempotency-Key", "X-Request-ID"),
+    *("Range", "If-Range", "If-None-Match", "Cache-Control"),
+    *("traceparent", "tracestate", "baggage"),
+)
+# What it may read beside the headers that every page may read.
+_EXPOSED_HEADERS = (
+    *(
+        "X-Request-ID",
+        "Idempotency-Status",
+        "Retry-After",
+        "RateLimit",
+        "RateLimit-Policy",
+        "WWW-Authenticate",
+        "Allow",
+    ),
+    *("Content-Disposition", "Content-Range", "Accept-Ranges", "ETag"),
+)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -58,35 +80,26 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=openapi.unique_id,
         redirect_slashes=False,  # a redirect would make clients send their key and body twice
     )
-    if settings.background == "only":
-        app.include_router(health.router)
-        metrics.install(app, settings)
-        app.add_middleware(Edge)
-        return app
-    for router in ROUTERS:
+    serves_api = settings.background != "only"
+    routers = (*(ROUTERS if serves_api else (health.router,)), metrics.router(settings))
+    for router in routers:
         app.include_router(router)
-    metrics.install(app, settings)
-    openapi.install(app)
-    docs.install(app, console=settings.console)
-    if settings.console:
-        console.install(app, settings)
+    if serves_api:
+        openapi.install(app)
+        docs.install(app, console=settings.console)
+        if settings.console:
+            console.install(app, settings)
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    app.state.methods = Methods([route for route in routes if isinstance(route, Route)])
     app.add_middleware(Edge)
-    if settings.cors_origins:
+    if settings.cors_origins and serves_api:
         # Outside the edge, so that a browser can read refusals too.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-ID"],
-            expose_headers=[
-                "X-Request-ID",
-                "Idempotency-Status",
-                "Retry-After",
-                "RateLimit",
-                "RateLimit-Policy",
-                "Content-Disposition",
-                "Content-Range",
-            ],
+            allow_methods=["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=_ALLOWED_HEADERS,
+            expose_headers=_EXPOSED_HEADERS,
             max_age=600,
         )
     return app

@@ -585,17 +585,10 @@ def test_methods_that_no_path_has(scene: Scene) -> None:
     paths = [*scene.document["paths"], "/", "/docs", "/openapi.json", "/nothing"]
     for path in paths:
         url = path.format(**scene.ids)
-        for method in ("HEAD", "OPTIONS", "TRACE", "PROPFIND", "SEARCH", "PURGE", "LINK", "M-SEARCH"):
+        for method in ("TRACE", "PROPFIND", "SEARCH", "PURGE", "LINK", "M-SEARCH"):
             reply = scene.client.request(method, url)
-            if method == "HEAD":
-                assert reply.status_code in (200, 404, 405)
-                assert not reply.content
-                assert reply.status_code != 200 or path in ("/", "/docs", "/openapi.json")
-            elif path == "/v1/runs/bulk" or reply.status_code == 404:
-                scene.assert_refused(reply, 404 if path == "/nothing" else 405)
-            else:
-                scene.assert_refused(reply, 405)
-                assert method not in reply.headers["Allow"].split(", ")
+            scene.assert_refused(reply, 404 if path == "/nothing" else 405)
+            assert method not in reply.headers.get("Allow", "").split(", ")
 
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
@@ -768,7 +761,8 @@ HEADS = {
 def test_heads(scene: Scene, name: str) -> None:
     received = raw(scene.server.url, HEADS[name])
     assert statuses(received), received[:200]
-    assert set(statuses(received)) <= {400, 401, 404, 405, 414, 431}, received[:200]
+    allowed = {400, 401, 404, 405, 414, 431} | ({204} if name == "an asterisk" else set())
+    assert set(statuses(received)) <= allowed, received[:200]
     if len(HEADS[name]) > 900_000 and name != "a long method":  # which no parser reads to its end
         assert statuses(received) in ([414], [431]), received[:200]
         assert b"application/problem+json" in received

@@ -382,7 +382,7 @@ def test_settings_in_the_cluster_exist_and_secrets_are_files_of_whom_they_concer
         name.removesuffix("_FILE") for name in (*config, *of_pods["api"], *of_pods["settling"], *of_pods["migrate"])
     }
     assert {name.lower() for name in names} <= Settings.model_fields.keys()
-    secret = {"DATABASE_URL", "DATABASE_OWNER_URL", "SERVER_KEY", "VAULT_ROLE_ID", "VAULT_SECRET_ID"}
+    secret = {"DATABASE_URL", "DATABASE_OWNER_URL", "SERVER_KEY", "METRICS_TOKEN", "VAULT_ROLE_ID", "VAULT_SECRET_ID"}
     assert not secret & {*config, *(name for pod in of_pods.values() for name in pod)}
     assert [pods[name]["containers"][0]["env"][0]["value"] for name in ("api", "settling")] == ["none", "only"]
     assert [name for name, pod in pods.items() if "runs-api-owner" in json.dumps(pod)] == ["migrate"]

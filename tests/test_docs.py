@@ -184,7 +184,7 @@ def test_the_root_tells_programs_where_to_look(server: Server) -> None:
         assert found.keys() == {"docs", "openapi", "health", "console"}
         for path in found.values():
             assert client.get(path).status_code == 200
-        assert client.post("/").headers["allow"] == "GET, HEAD"
+        assert client.post("/").headers["allow"] == "GET, HEAD, OPTIONS"
 
 
 def test_the_manual_is_served_as_markdown_and_listed_for_language_models(server: Server) -> None:

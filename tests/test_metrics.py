@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -122,6 +123,40 @@ def test_whoever_scrapes_alone_sees_what_happened_just_before(own: Stack) -> Non
         assert counts == list(range(20))
     finally:
         server.app.stop()
+
+
+@pytest.mark.parametrize(
+    "name", ["Forwarded", "X-Forwarded-For", "x-forwarded-proto", "X-FORWARDED-HOST", "X-Forwarded-Anything"]
+)
+def test_without_a_token_a_forwarded_request_is_refused(server: Server, name: str) -> None:
+    assert httpx.get(f"{server.url}/metrics", trust_env=False, verify=False).status_code == 200
+    for method in ("GET", "HEAD"):
+        reply = httpx.request(
+            method, f"{server.url}/metrics", headers={name: "127.0.0.1"}, trust_env=False, verify=False
+        )
+        assert reply.status_code == 401
+        assert method == "HEAD" or "METRICS_TOKEN" in reply.json()["detail"]
+
+
+def test_without_a_token_another_machine_is_refused(stack: Stack) -> None:
+    """An address of this machine that is not loopback stands for another machine's."""
+    address = own_address()
+    if address is None:
+        pytest.skip("this machine has no address but loopback")
+    open_to_all = start_server(stack, HOST="0.0.0.0", BACKGROUND="only")
+    try:
+        url = open_to_all.url.replace("127.0.0.1", address)
+        reply = httpx.get(f"{url}/metrics", trust_env=False, verify=False)
+        assert (reply.status_code, reply.json()["code"]) == (401, "unauthorized")
+        assert "METRICS_TOKEN" in reply.json()["detail"]
+        assert httpx.get(f"{open_to_all.url}/metrics", trust_env=False, verify=False).status_code == 200
+    finally:
+        open_to_all.app.stop()
+
+
+def own_address() -> str | None:
+    found = (one.address for some in psutil.net_if_addrs().values() for one in some if one.family is socket.AF_INET)
+    return next((address for address in found if not address.startswith("127.")), None)
 
 
 def test_it_is_off_when_it_is_turned_off_and_asks_for_its_token(stack: Stack) -> None:

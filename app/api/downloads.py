@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from app import in_flight
+from app.api.requests import is_head
 from app.config import Settings
 from app.errors import AttachmentNotFound, RangeNotSatisfiable
 from app.runs.attachments import readable
@@ -48,19 +50,21 @@ def requested_range(headers: Headers, size: int, etag: str) -> tuple[int, int] |
 # --- sending ----------------------------------------------------------------------------------------------------------
 
 
-async def respond(services: Services, file: Record, headers: Headers) -> Response:
+async def respond(services: Services, file: Record, request: Request) -> Response:
     """The bytes, or the range that the request asks for, in chunks; no connection to the database is held meanwhile.
+    Of a HEAD request only one byte is read, to see that there are any.
 
     Raises RangeNotSatisfiable, StorageUnavailable, Overloaded, QuotaExceeded, and AttachmentNotFound if the bytes went since
     the row was read. A file that goes while it is being sent breaks the connection: the caller has less than Content-Length.
     """
     size = file["size_bytes"]
     etag = f'"{file["id"]}"'  # the bytes of an attachment never change
-    wanted = requested_range(headers, size, etag)
+    wanted = requested_range(request.headers, size, etag)
     start, end = wanted or (0, size)
-    await in_flight.hold(min(end - start, 2 * CHUNK), party=file["organization_id"])  # one is sent, the next one read
+    stop = min(end, start + 1) if is_head(request) else end
+    await in_flight.hold(min(stop - start, 2 * CHUNK), party=file["organization_id"])  # one is sent, the next one read
     try:
-        chunks = await services.files.stream(file["storage_path"], start, end)
+        chunks = await services.files.stream(file["storage_path"], start, stop)
     except FileMissingError:
         raise AttachmentNotFound from None
     described = file_headers(file["filename"], file["content_type"]) | {
@@ -70,6 +74,8 @@ async def respond(services: Services, file: Record, headers: Headers) -> Respons
     }
     if wanted is not None:
         described["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    if is_head(request):
+        return Response(None, 200 if wanted is None else 206, described)
     return StreamingResponse(chunks, 200 if wanted is None else 206, described)
 
 

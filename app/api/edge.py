@@ -26,6 +26,7 @@ from app.errors import (
     Refusal,
     ReplyTooMuch,
     RequestTimeout,
+    RouteNotFound,
     Unauthorized,
     Unavailable,
 )
@@ -78,27 +79,24 @@ class Edge:
             return
         # Nothing here uses cookies, and the framework reads them for every route: until Python 3.12.6 in quadratic time.
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
+        method: str = scope["method"]
+        if method == "HEAD":  # a GET of which only the head is sent
+            scope = dict(scope, method="GET")
+            scope["state"]["is_head"] = True
         services: Services = scope["app"].state.services
         share = services.in_flight.share("")
         in_flight.share.set(share)
-        exchange = _Exchange(scope, receive, send, share)
+        exchange = _Exchange(scope, receive, send, share, method)
         refusal: Refusal | None = None
         self.active += 1
         try:
             _refuse_many_parameters(scope["query_string"])
-            if not is_public(scope["path"]):
-                limits: Limits = scope["app"].state.limits
-                principal = await _authenticate(exchange, services, limits)
-                party.set(principal.organization_id)
-                share.party = principal.organization_id
-                exchange.principal = scope["state"]["principal"] = principal
-                now = scope["state"]["known_at"] = time.monotonic()
-                services.keys_used.note(principal.key_id, now)
-                exchange.standings = limits.request(principal)
-                limits.meter(share, principal)
-                if principal.machine_id is not None:
-                    services.signs_of_life.note(principal.organization_id, principal.machine_id)
-            await self.app(scope, exchange.receive, exchange.send)
+            if method == "OPTIONS":
+                await exchange.options()
+            else:
+                if not is_public(scope["path"]):
+                    await _admit(exchange, services, share)
+                await self.app(scope, exchange.receive, exchange.send)
         except Refusal as error:
             refusal = error
         except ClientDisconnect:
@@ -125,6 +123,22 @@ def note(state: dict[str, Any], refusal: Refusal) -> None:
         state["cause"] = refusal.kind
 
 
+async def _admit(exchange: "_Exchange", services: Services, share: in_flight.Share) -> None:
+    """Find out who calls, and count the request for them. Raises Unauthorized and QuotaExceeded."""
+    scope = exchange.scope
+    limits: Limits = scope["app"].state.limits
+    principal = await _authenticate(exchange, services, limits)
+    party.set(principal.organization_id)
+    share.party = principal.organization_id
+    exchange.principal = scope["state"]["principal"] = principal
+    now = scope["state"]["known_at"] = time.monotonic()
+    services.keys_used.note(principal.key_id, now)
+    exchange.standings = limits.request(principal)
+    limits.meter(share, principal)
+    if principal.machine_id is not None and exchange.method != "HEAD":
+        services.signs_of_life.note(principal.organization_id, principal.machine_id)
+
+
 async def _authenticate(exchange: "_Exchange", services: Services, limits: Limits) -> Principal:
     """Who calls. Raises Unauthorized, and QuotaExceeded for an address that has sent too many keys that are not good."""
     strangers, key = limits.strangers, None
@@ -147,8 +161,9 @@ async def _authenticate(exchange: "_Exchange", services: Services, limits: Limit
 class _Exchange:
     """One request and its reply."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, share: in_flight.Share) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, share: in_flight.Share, method: str) -> None:
         self.scope = scope
+        self.method = method  # as it was sent
         self._share = share
         self._receive = receive
         self._send = send
@@ -169,7 +184,7 @@ class _Exchange:
         if tracing.tracer is not None:
             self._span = tracing.Request(
                 tracing.tracer,
-                scope["method"],
+                method,
                 scope["path"],
                 scope["scheme"],
                 scope["http_version"],
@@ -203,7 +218,7 @@ class _Exchange:
             self._start = message
             return
         more = message.get("more_body", False)
-        body = message.get("body", b"")
+        body = b"" if self.method == "HEAD" else message.get("body", b"")
         if self._start is not None and not more and not self._has_room(len(body)):
             is_question = self.scope["method"] == "GET" or self.state.get("dry_run", False)
             is_done = self._start["status"] < 300 and not is_question
@@ -269,6 +284,14 @@ class _Exchange:
         except TimeoutError:
             return  # slow or endless: the connection is closed on it
 
+    async def options(self) -> None:
+        """Answer OPTIONS. Raises RouteNotFound. No key is needed, and no id is looked up: Allow stands in the document, too."""
+        allow = self.scope["app"].state.methods.allow(self.scope)
+        if allow is None:
+            raise RouteNotFound
+        await self.send({"type": "http.response.start", "status": 204, "headers": [(b"allow", allow.encode())]})
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def refuse(self, refusal: Refusal) -> None:
         note(self.state, refusal)
         body = refusal.body(self.id)
@@ -281,7 +304,7 @@ class _Exchange:
         """Count the request, and write its line: the route's template and its ids, never a query, a header or a body."""
         scope, status = self.scope, self.status
         seconds = time.perf_counter() - self._began
-        method: str = scope["method"]
+        method = self.method
         route: str = getattr(scope.get("route"), "path", "")
         metrics.request(method, route, status, seconds)
         if self._span is not None:

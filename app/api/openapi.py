@@ -210,6 +210,9 @@ Runs execute workflows on machines. A run that has ended can be retried in place
 
 Errors are RFC 9457 problem details with a stable `code`; 422 has the list form `{"detail": [{"loc", "msg", "type"}]}`.
 
+Each GET answers HEAD, too: with the same status and headers, without a body, at once (`wait` is ignored). Each path answers
+OPTIONS with 204 and `Allow`, without a key.
+
 Keys and query parameters that this service does not know are ignored. Those of the vendor's API that it knows and does not
 support are refused with 422 `not_supported`: fields marked so, and in queries `search`, `deep_search=true`, `include`,
 `tag_ids`, `include_tags=true` and `sort_mode=activity`.

@@ -6,11 +6,9 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.routing import Match, Route
 
 from app.api.edge import note
 from app.api.requests import invalid
-from app.api.routes import ROUTERS
 from app.errors import InternalError, MethodNotAllowed, Refusal, RouteNotFound
 
 
@@ -30,13 +28,8 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - as above
     if error.status_code != 405:
         return await _refusal(request, RouteNotFound())
-    # Each method of a path is a route of its own, and the framework names those of the first one alone.
-    allowed = {method for method in (error.headers or {}).get("Allow", "").split(", ") if method}
-    for router in ROUTERS:
-        for route in router.routes:
-            if isinstance(route, Route) and route.matches(request.scope)[0] is Match.PARTIAL:
-                allowed |= route.methods or set()
-    return await _refusal(request, MethodNotAllowed(headers={"Allow": ", ".join(sorted(allowed))}))
+    allow = request.app.state.methods.allow(request.scope)
+    return await _refusal(request, MethodNotAllowed(headers={"Allow": allow}))
 
 
 async def _unexpected(request: Request, _: Exception) -> Response:

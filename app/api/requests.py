@@ -206,6 +206,11 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return buffer.getvalue()  # without a copy, unlike bytes(bytearray)
 
 
+def is_head(request: Request) -> bool:
+    """Whether only the head of the reply is wanted; the request's method reads GET."""
+    return "is_head" in request.scope["state"]
+
+
 def may_still_send(request: Request) -> bool:
     """Whether the client's sending side is open. A client that closed it may read on, or may be gone: nothing tells which."""
     return "client_has_ended" not in request.scope["state"]

@@ -162,7 +162,7 @@ async def download_run_attachment(attachment_id: UUID, request: Request) -> Resp
     own = services(request)
     async with own.database.connection() as connection:
         file = await attachments.readable(connection, attachment_id, request.state.principal)
-    return await downloads.respond(own, file, request.headers)
+    return await downloads.respond(own, file, request)
 
 
 @router.get(
@@ -196,4 +196,4 @@ async def download_signed_url(
     """The file's bytes for whoever has the URL, until it expires."""
     own = services(request)
     file = await downloads.redeem(own.database, own.settings, Ticket(attachment_id, expires, signature))
-    return await downloads.respond(own, file, request.headers)
+    return await downloads.respond(own, file, request)

@@ -10,6 +10,7 @@ from pydantic import Field
 from app import events
 from app.api.openapi import operation
 from app.api.requests import (
+    is_head,
     is_true,
     may_still_send,
     read,
@@ -197,6 +198,8 @@ async def list_all(
     )
     own, shown = services(request), shown_fields(fields)
     looking_for_work: AbstractContextManager[None] = nullcontext()
+    if is_head(request):  # a probe: it does not wait, and nobody looks for work with it
+        return json_reply(await list_runs(own.database, wanted, shown, part))
     is_own = principal.machine_id in (None, machine_id)
     if is_own and machine_id is not None and status is RunStatus.SCHEDULING and principal.may("runs:execute"):
         looking_for_work = own.signs_of_life.waits(
