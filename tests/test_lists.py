@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import combinations
 from typing import Any
 from uuid import uuid4
 
@@ -22,7 +23,8 @@ EXACT = 10_000
 
 def page_of(api: Client, path: str, **params: object) -> dict[str, Any]:
     page: dict[str, Any] = api.json_of(api.get(path, params={name: str(value) for name, value in params.items()}))
-    assert page.keys() == {"items", "total", "total_is_estimate", "skip", "limit", "next"}
+    of_runs = {"list_is_partial"} if path == "/v1/runs" else set()
+    assert page.keys() == {"items", "total", "total_is_estimate", "skip", "limit", "next"} | of_runs
     return page
 
 
@@ -32,7 +34,7 @@ def walked(api: Client, path: str, **params: object) -> list[Any]:
     after: dict[str, str] = {}
     while True:
         page = page_of(api, path, **params, **after)
-        assert len(page["items"]) == page["limit"] or page["next"] is None
+        assert len(page["items"]) == page["limit"] or page["next"] is None or page.get("list_is_partial")
         items += page["items"]
         if page["next"] is None:
             return items
@@ -42,9 +44,9 @@ def walked(api: Client, path: str, **params: object) -> list[Any]:
 def add_runs(stack: Stack, api: Client, count: int, age_days: int = 1) -> None:
     """Ended runs, a second apart, of a workflow of this organization."""
     stack.sql(
-        "INSERT INTO runs (id, organization_id, workflow_id, status, lane, ended_at, created_at)"
-        " SELECT gen_random_uuid(), $1, $2::uuid, 'success', 'any', now(),"
-        " now() - make_interval(days => $4) - n * interval '1 s' FROM generate_series(1, $3::int) AS n",
+        "INSERT INTO runs (id, organization_id, workflow_id, status, lane, ended_at, created_at, changed_at)"
+        " SELECT gen_random_uuid(), $1, $2::uuid, 'success', 'any', at, at, at FROM ("
+        "  SELECT now() - make_interval(days => $4) - n * interval '1 s' AS at FROM generate_series(1, $3::int) AS n) AS one",
         api.organization,
         api.workflow(),
         count,
@@ -174,6 +176,118 @@ def test_filters_go_with_cursors(api: Client, stack: Stack) -> None:
             {name: run[name] for name in ("id", "workflow_id", "machine_id", "status", "created_at")}
             for run in whole["items"]
         ]
+
+
+# --- by the last change -----------------------------------------------------------------------------------------------
+
+
+def ids(page: dict[str, Any]) -> list[str]:
+    return [run["id"] for run in page["items"]]
+
+
+@pytest.fixture
+def changed_runs(api: Client) -> list[dict[str, Any]]:
+    """Runs of every status, in sessions, of two workflows and on machines; whole, as they are when all has settled."""
+    machines = [api.machine(), api.machine(status="disconnected")]
+    workflows = [api.workflow(), api.workflow()]
+    made = []
+    for number in range(12):
+        run = api.run(
+            workflow_id=workflows[number % 2],
+            machine_id=machines[1] if number % 3 else None,
+            start_session=number % 6 == 1,
+        )
+        made.append(run["id"])
+        if number % 3 == 0:
+            until(lambda: api.get_run(made[-1])["assigned_machine_id"], what="it is on the machine that is up")
+        if number < 10:
+            api.report(made[-1], status=("running", "cancelled", "error")[number % 3])
+        if number % 3 == 0:
+            api.report(made[-1], status=("success", "error")[number % 2])
+    for number in (1, 6, 0):  # the oldest ones have changed last
+        api.json_of(api.retry(made[number]))
+    api.report(made[6], status="cancelled")
+    until(lambda: api.get_run(made[0])["assigned_machine_id"])
+    return [api.get_run(run_id) for run_id in made]
+
+
+def test_runs_by_their_last_change(api: Client, changed_runs: list[dict[str, Any]]) -> None:
+    made = [run["id"] for run in changed_runs]
+    newest = sorted(changed_runs, key=lambda run: run["changed_at"], reverse=True)
+    assert [made.index(run["id"]) for run in newest[:4]] == [6, 0, 1, 11]
+    page = page_of(api, "/v1/runs", order="changed")
+    assert (page["items"], page["total"], page["list_is_partial"]) == (newest, 12, False)
+    assert walked(api, "/v1/runs", order="changed", limit=5) == newest
+    assert ids(page_of(api, "/v1/runs")) == ids(page_of(api, "/v1/runs", order="created")) == made[::-1]
+    assert api.get("/v1/runs", params={"order": "age"}).status_code == 422
+    first = page_of(api, "/v1/runs", order="changed", limit=1)["next"]
+    for other in ({}, {"order": "changed", "workflow_id": newest[0]["workflow_id"]}):
+        assert api.get("/v1/runs", params={"after": first, **other}).status_code == 422, "a cursor of another list"
+    # A run that changes between two pages comes first, and moves no other.
+    api.report(made[1], status="cancelled")
+    assert page_of(api, "/v1/runs", order="changed", after=first, limit=2)["items"] == newest[1:2] + newest[3:4]
+
+
+def test_every_filter_means_the_same_in_every_order(api: Client, changed_runs: list[dict[str, Any]]) -> None:
+    times = sorted(run["changed_at"] for run in changed_runs)
+    terminal = ("success", "error", "cancelled")
+    some = changed_runs[7]
+    filters: dict[str, tuple[object, Any]] = {
+        "status": ("cancelled", lambda run: run["status"] == "cancelled"),
+        "workflow_id": (some["workflow_id"], lambda run: run["workflow_id"] == some["workflow_id"]),
+        "machine_id": (some["machine_id"], lambda run: run["machine_id"] == some["machine_id"]),
+        "session_id": (some["session_id"], lambda run: run["session_id"] == some["session_id"]),
+        "created_at_to": (
+            changed_runs[8]["created_at"],
+            lambda run: run["created_at"] <= changed_runs[8]["created_at"],
+        ),
+        "changed_from": (times[3], lambda run: run["changed_at"] >= times[3]),
+        "changed_to": (times[9], lambda run: run["changed_at"] <= times[9]),
+        "ended_from": (times[2], lambda run: run["status"] in terminal and run["changed_at"] >= times[2]),
+        "ended_to": (times[8], lambda run: run["status"] in terminal and run["changed_at"] <= times[8]),
+    }
+    seen = 0
+    for names in [*combinations(filters, 1), *combinations(filters, 2), ("workflow_id", "status", "changed_from")]:
+        for order in ("created", "changed"):
+            wanted = {name: filters[name][0] for name in names}
+            expected = [run for run in changed_runs if all(filters[name][1](run) for name in names)]
+            expected.sort(key=lambda run: run[f"{order}_at"], reverse=True)
+            page = page_of(api, "/v1/runs", order=order, **wanted)
+            assert page["items"] == expected, (names, order)
+            assert (page["total"], page["next"], page["list_is_partial"]) == (len(expected), None, False)
+            if len(names) == 1 and len(expected) > 3:
+                assert walked(api, "/v1/runs", order=order, limit=2, **wanted) == expected, (names, order)
+                beyond = page_of(api, "/v1/runs", order=order, skip=2, limit=1, **wanted)
+                assert (beyond["items"], beyond["total"]) == (expected[2:3], len(expected))
+            seen += len(expected)
+    assert seen > 200
+    assert ids(page_of(api, "/v1/runs", status="running", ended_to=times[9])) == []
+
+
+def test_beside_another_filter_the_newest_ten_thousand_changes_are_looked_at(api: Client, stack: Stack) -> None:
+    hidden = api.finished()
+    wanted = {"workflow_id": hidden["workflow_id"]}
+    newer = api.finished(workflow_id=hidden["workflow_id"])["id"]
+    stack.sql("UPDATE runs SET changed_at = now() - interval '2 days' WHERE id = $1", hidden["id"])
+    add_runs(stack, api, EXACT - 2)
+    everything = page_of(api, "/v1/runs", order="changed", **wanted)
+    assert (ids(everything), everything["total"], everything["list_is_partial"]) == ([newer, hidden["id"]], 2, False)
+    add_runs(stack, api, 2)
+    for order, window in (("changed", {}), ("created", {"changed_to": datetime.now(UTC).isoformat()})):
+        page = page_of(api, "/v1/runs", order=order, **wanted, **window)
+        assert (ids(page), page["total"]) == ([newer], 1)
+        assert (page["total_is_estimate"], page["list_is_partial"]) == (True, True)
+    page = page_of(api, "/v1/runs", order="changed", limit=1, **wanted)
+    assert ids(page) == [newer]
+    page = page_of(api, "/v1/runs", order="changed", limit=1, after=page["next"], **wanted)
+    assert (ids(page), page["total"], page["list_is_partial"]) == ([hidden["id"]], 2, False), "from there on it saw all"
+    # An empty page goes on, too.
+    stack.sql(
+        "UPDATE runs SET changed_at = now() - interval '3 days' WHERE workflow_id = $1::uuid", hidden["workflow_id"]
+    )
+    page = page_of(api, "/v1/runs", order="changed", **wanted)
+    assert (page["items"], page["total"], page["list_is_partial"]) == ([], 0, True)
+    assert len(walked(api, "/v1/runs", order="changed", **wanted)) == 2
 
 
 # --- totals -----------------------------------------------------------------------------------------------------------

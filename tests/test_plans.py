@@ -31,7 +31,7 @@ from app.resources.webhooks import list_deliveries
 from app.resources.workflows import get_seen
 from app.runs import queue
 from app.runs.attachments import list_attachments
-from app.runs.listing import FIELDS, RunFilter, bits, list_runs
+from app.runs.listing import FIELDS, Order, RunFilter, bits, list_runs
 from app.scheduling.placement import Pass, place
 from app.stores.database import Database
 from app.stores.pages import Slice
@@ -153,6 +153,7 @@ def fill(stack: Stack, first: int, *, ended: bool = False) -> None:
 
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 FAR_AHEAD = datetime(2100, 1, 1, tzinfo=UTC)
+A_WHILE_AGO = datetime.now(UTC) - timedelta(hours=2)
 NO_TIME = timedelta(0)
 ENDED, WAITING, POOLED, IN_SESSION, PINNED, ASSIGNED, RUNNING = (
     an_id("run", number) for number in (10_010, 10_015, 10_016, 10_017, 10_027, 10_018, 10_019)
@@ -515,8 +516,8 @@ PART = Slice(0, 20, 32 * 2**20)
 SOME_FIELDS = ["id", "status", "scheduling_reason"]
 
 
-def _runs(**wanted: Any) -> Callable[[Database], Awaitable[object]]:
-    return lambda database: list_runs(database, RunFilter("big", **wanted), SOME_FIELDS, PART)
+def _runs(order: Order = "created", **wanted: Any) -> Callable[[Database], Awaitable[object]]:
+    return lambda database: list_runs(database, RunFilter("big", **wanted), SOME_FIELDS, PART, order)
 
 
 # With how many blocks they may read. Lists are of what is narrow: of a whole organization they count all that there is. Some
@@ -526,6 +527,10 @@ ACTIONS: dict[str, tuple[int, Callable[[Database], Awaitable[object]]]] = {
     "runs for a machine": (1_100, _runs(machine_id=an_id("machine", 10_002))),
     "running runs for a machine": (600, _runs(machine_id=an_id("machine", 2_008), status=RunStatus.RUNNING)),
     "waiting runs for a machine": (600, _runs(machine_id=an_id("machine", 2_007), status=RunStatus.SCHEDULING)),
+    "runs by change, in a window of time": (1_000, _runs("changed", changed_from=A_WHILE_AGO)),
+    "runs by change, of a status": (1_500, _runs("changed", status=RunStatus.RUNNING)),
+    "runs by change, of a workflow": (60_000, _runs("changed", workflow_id=an_id("workflow", 1))),
+    "runs by creation, changed in a window of time": (1_000, _runs(changed_from=A_WHILE_AGO)),
     "runs of a workflow": (100, _runs(workflow_id=an_id("workflow", 101))),
     "runs of another machine's key": (500, _runs(bound_to=an_id("machine", 15_001))),
     "files of a run": (400, lambda database: list_attachments(database, NOBODY_BOUND, ENDED, None, PART)),

@@ -1,35 +1,48 @@
-"""The list of runs: filters, projection, paging, and waiting for the list to have something.
+"""The list of runs: filters, orders, projection, paging, and waiting for the list to have something.
 
 No query reads a long column that the reply does not show, and the page's ids are found before any wide row is read.
+
+Two indexes have an order of all of an organization's runs: by creation and, of one status, by the last change. What neither
+serves is found by a scan (stores/scans.py), which looks at the newest 10,000 runs at most.
 """
 
 import asyncio
 import time
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from app import in_flight
 from app.errors import Invalid
-from app.models import RunStatus
+from app.models import TERMINAL, RunStatus
 from app.runs import projection
 from app.services import Services
 from app.stores import pages
 from app.stores.database import Connection, Database
 from app.stores.pages import Listing, Slice, in_order, page
+from app.stores.scans import Scan, scan
 from app.stores.statements import Statement, composed, fragment, statement
+
+# As the index has it that has the order of changes: by the collation, no other index serves a condition on this.
+_STATUS_BY_CHANGE = 'r.status COLLATE "POSIX"'
 
 # How often a caller looks again that waits for anything but an assignment.
 LOOK_AGAIN_SECONDS = 1.0
 
 
+Order = Literal["created", "changed"]
+
+
 @dataclass(frozen=True, slots=True)
 class RunFilter:
-    """What a list is limited to; None means any."""
+    """What a list is limited to; None means any.
+
+    `ended_from` and `ended_to` are times of the end by the database's clock, so only runs that have ended match them.
+    """
 
     organization_id: str
     workflow_id: UUID | None = None
@@ -38,7 +51,64 @@ class RunFilter:
     status: RunStatus | None = None
     created_at_from: datetime | None = None
     created_at_to: datetime | None = None
+    changed_from: datetime | None = None
+    changed_to: datetime | None = None
+    ended_from: datetime | None = None
+    ended_to: datetime | None = None
     bound_to: UUID | None = None  # the caller sees only what is assigned to this machine
+
+    @property
+    def has_window_of_changes(self) -> bool:
+        """Whether it asks for runs by their last change."""
+        return any(at is not None for at in (self.changed_from, self.changed_to, self.ended_from, self.ended_to))
+
+    def by_change(self) -> tuple[tuple[str, ...], str | None, dict[str, object]]:
+        """The same filter for the index that has the order of changes.
+
+        Conditions that this index serves, which exclude each other; what else is asked of each run (None: nothing); and the
+        values of both.
+        """
+        window, values = self._window()
+        statuses = [
+            status
+            for status in RunStatus
+            if self.status in (None, status)
+            and (status in TERMINAL or (self.ended_from, self.ended_to) == (None, None))
+        ]
+        if self.status is None:
+            served = [f"{_STATUS_BY_CHANGE} = '{status}'" for status in statuses]
+        else:
+            served = [f"{_STATUS_BY_CHANGE} = :status" if statuses else "false AND :status::text IS NULL"]
+            values["status"] = self.status.value
+        branches = tuple(f"r.organization_id = :organization_id AND {status}{window}" for status in served)
+        beside, more = self._beside()
+        asked = [beside] if beside else []
+        if self.machine_id is not None:
+            asked.append(f"({' OR '.join(f'({one})' for one in _SHOWS_MACHINE)})")
+            more["machine_id"] = self.machine_id
+        return branches, " AND ".join(asked) or None, values | more | {"organization_id": self.organization_id}
+
+    def _beside(self) -> tuple[str, dict[str, object]]:
+        """A condition for what it asks beside organization, status, machine and last change; and its values."""
+        return pages.where(
+            "r",
+            workflow_id=self.workflow_id,
+            session_id=self.session_id,
+            created_at_from=self.created_at_from,
+            created_at_to=self.created_at_to,
+            assigned_machine_id=self.bound_to,
+        )
+
+    def _window(self) -> tuple[str, dict[str, object]]:
+        """Conditions for what it asks of the last change, each with AND before it, and their values."""
+        bounds = {
+            "changed_from": ("r.changed_at >= :changed_from", self.changed_from),
+            "changed_to": ("r.changed_at <= :changed_to", self.changed_to),
+            "ended_from": ("r.changed_at >= :ended_from", self.ended_from),
+            "ended_to": ("r.changed_at <= :ended_to", self.ended_to),
+        }
+        given: dict[str, object] = {name: value for name, (_, value) in bounds.items() if value is not None}
+        return "".join(f" AND {bounds[name][0]}" for name in given), given
 
     def branches(self) -> tuple[tuple[str, ...], dict[str, object]]:
         """Conditions that exclude each other and together mean the filter, each served by one index; and their values.
@@ -46,15 +116,9 @@ class RunFilter:
         `machine_id` has three sources (assigned, reserved for the session, pinned), so that filter has three branches; they
         say what projection.RUN_SOURCE says.
         """
-        common, values = pages.where(
-            "r",
-            organization_id=self.organization_id,
-            workflow_id=self.workflow_id,
-            session_id=self.session_id,
-            created_at_from=self.created_at_from,
-            created_at_to=self.created_at_to,
-            assigned_machine_id=self.bound_to,
-        )
+        beside, values = self._beside()
+        common = f"r.organization_id = :organization_id{beside and ' AND '}{beside}"
+        values["organization_id"] = self.organization_id
         if self.status is not None:
             # In a whole organization it is found by its index, which has this collation. Of a workflow, session or machine
             # their own index is better than any that speaks of states, which statistics may take for short.
@@ -62,20 +126,26 @@ class RunFilter:
             status = 'r.status COLLATE "C"' if narrow == (None,) * len(narrow) else "r.status || ''"
             common += f" AND {status} = :status"
             values["status"] = self.status.value
+        window, bounds = self._window()
+        if (self.ended_from, self.ended_to) != (None, None):
+            window += f" AND NOT ({projection.IS_ACTIVE})"
+        common, values = f"{common}{window}", values | bounds
         if self.machine_id is None:
             return (common,), values
         values["machine_id"] = self.machine_id
         if self.bound_to is not None:
             return (f"{common} AND r.assigned_machine_id = :machine_id",), values
-        reserved = "(SELECT reserved_session_id FROM machines WHERE id = :machine_id)"
-        unreserved = (
-            f"NOT ({projection.IS_ACTIVE} AND EXISTS (SELECT FROM machines WHERE reserved_session_id = r.session_id))"
-        )
-        return (
-            f"{common} AND r.assigned_machine_id = :machine_id",
-            f"{common} AND r.assigned_machine_id IS NULL AND {projection.IS_ACTIVE} AND r.session_id = {reserved}",
-            f"{common} AND r.assigned_machine_id IS NULL AND r.pinned_machine_id = :machine_id AND {unreserved}",
-        ), values
+        return tuple(f"{common} AND {one}" for one in _SHOWS_MACHINE), values
+
+
+# The three ways in which `machine_id` of a run is :machine_id.
+_SHOWS_MACHINE = (
+    "r.assigned_machine_id = :machine_id",
+    f"r.assigned_machine_id IS NULL AND {projection.IS_ACTIVE}"
+    " AND r.session_id = (SELECT reserved_session_id FROM machines WHERE id = :machine_id)",
+    "r.assigned_machine_id IS NULL AND r.pinned_machine_id = :machine_id"
+    f" AND NOT ({projection.IS_ACTIVE} AND EXISTS (SELECT FROM machines WHERE reserved_session_id = r.session_id))",
+)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -141,16 +211,31 @@ ROWS = statement(
 )
 
 
-async def list_runs(database: Database, wanted: RunFilter, fields: Collection[str], part: Slice) -> dict[str, object]:
-    """One page of runs, with these keys. Raises Invalid as pages.page does."""
-    branches, values = wanted.branches()
+BY_CHANGE = replace(RUNS, name="runs.changed", order=("changed_at", "id"))
+
+
+async def list_runs(
+    database: Database, wanted: RunFilter, fields: Collection[str], part: Slice, order: Order = "created"
+) -> dict[str, object]:
+    """One page of runs, with these keys, newest first by this order. Raises Invalid as pages.page does."""
     told = bits(fields)
 
     async def read_runs(connection: Connection, ids: list[UUID]) -> list[dict[str, Any]]:
         return await projection.many(connection, await connection.fetch(ROWS, ids=ids, shown=told))
 
-    found = await page(database, RUNS, branches, part, values, read_runs, shown=told)
-    return part.shown([{name: value for name, value in run.items() if name in fields} for run in found.rows], found)
+    if order == "created" and not wanted.has_window_of_changes:
+        branches, values = wanted.branches()
+        found = await page(database, RUNS, branches, part, values, read_runs, shown=told)
+    else:
+        branches, beside, values = wanted.by_change()
+        if order == "changed" and beside is None:
+            counted = None if wanted.has_window_of_changes else wanted.branches()[0]
+            found = await page(database, BY_CHANGE, branches, part, values, read_runs, counted=counted, shown=told)
+        else:
+            looks = Scan(BY_CHANGE, branches, beside or "true", values, BY_CHANGE if order == "changed" else RUNS)
+            found = await scan(database, looks, part, read_runs, shown=told)
+    items = [{name: value for name, value in run.items() if name in fields} for run in found.rows]
+    return part.shown(items, found) | {"list_is_partial": found.is_partial}
 
 
 OCTETS = statement(

@@ -23,7 +23,7 @@ ENDED_LONG_AGO = statement(
     )
     SELECT old.id FROM organization, unnest(ARRAY['success', 'error', 'cancelled']) AS terminal (status), LATERAL (
         SELECT id FROM runs
-        WHERE organization_id = organization.id AND status COLLATE "C" = terminal.status
+        WHERE organization_id = organization.id AND status COLLATE "POSIX" = terminal.status
           AND changed_at <= now() - make_interval(days => :days)
         ORDER BY changed_at LIMIT :most FOR UPDATE SKIP LOCKED
     ) AS old

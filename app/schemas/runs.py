@@ -22,6 +22,7 @@ from app.schemas.values import (
     Metadata,
     Name,
     NotSupported,
+    Page,
     Payload,
     PoolIds,
     Prompt,
@@ -218,6 +219,15 @@ class RunProjection(RunResponse):
 
     model_config = ConfigDict(
         json_schema_extra={"required": ["id", "workflow_id", "machine_id", "status", "created_at"]}
+    )
+
+
+class RunPage(Page[RunProjection]):
+    """One page of runs."""
+
+    list_is_partial: bool = Field(
+        description="true: there are more runs than were looked at for this page, which are 10,000 at most where no index"
+        " serves these filters in this order. Go on with `next`, or ask for a shorter time."
     )
 
 

@@ -67,6 +67,7 @@ class Found:
     rows: list[Record]
     total: Total
     next: str | None
+    is_partial: bool = False  # not all rows that the filter leaves were looked at (scans.py)
 
 
 def where(alias: str, **values: object) -> tuple[str, dict[str, object]]:
@@ -91,17 +92,20 @@ async def page(
     part: Slice,
     values: Mapping[str, object],
     read: Statement | Read,
+    *,
+    counted: Sequence[str] | None = None,
     **weighed: object,
 ) -> Found:
     """The rows of a page, and how many there are in all.
 
     `branches` are conditions that exclude each other, and `values` theirs; `weighed` are those of the listing. `read` reads the
-    rows with these keys: a statement with `:ids`, or a function. Raises Invalid for a page of more than one row and more bytes
-    than it may have, for a cursor that is none of this list's, and for a `skip` that takes too long; QuotaExceeded; Overloaded
-    when there is no room for it in time.
+    rows with these keys: a statement with `:ids`, or a function. `counted` are conditions that mean the same and are counted
+    faster. Raises Invalid for a page of more than one row and more bytes than it may have, for a cursor that is none of this
+    list's, and for a `skip` that takes too long; QuotaExceeded; Overloaded when there is no room for it in time.
     """
-    following = {} if part.after is None else _place(listing, part.after)
-    many = _Many(database, listing, tuple(branches), values)
+    counted = tuple(counted or branches)
+    following = {} if part.after is None else place_after(listing.name, listing.order, part.after)
+    many = _Many(database, listing, counted, values)
     if part.skip > EXACT and (total := await many.total()).rows <= part.skip and not total.is_estimate:
         return Found([], total, None)  # what lies beyond the end is not looked for
     is_long = many.is_long()
@@ -109,7 +113,7 @@ async def page(
     async def find() -> tuple[Record, list[Record]]:
         async with _in_time(database, part) as connection:
             found = await connection.fetchrow(
-                _find(listing, tuple(branches), is_after=part.after is not None),
+                _find(listing, tuple(branches), counted, is_after=part.after is not None),
                 skip=part.skip,
                 limit=part.limit,
                 max_bytes=part.max_bytes,
@@ -117,20 +121,26 @@ async def page(
                 **{**values, **following, **weighed},
             )
             assert found is not None  # noqa: S101 - it has no FROM
-            shown, octets = found["weight"] or (0, 0)
-            if shown > 1 and octets > part.max_bytes:
-                sentence = f"The page would have more than {part.max_bytes} bytes; limit={shown - 1} fits."
-                raise Invalid((("query", "limit"), sentence, "page_too_large"))
-            in_flight.hold_reply(octets)
-            return found, await _rows(connection, read, list(found["keys"]))
+            return found, await rows_of(connection, read, list(found["keys"]), found["weight"], part)
 
     found, rows = await in_flight.with_room(find)
     # No connection is held while others' counts are waited for.
     total = Total(found["total"]) if not is_long and found["total"] <= EXACT else await many.total()
-    return Found(rows, total, None if found["last"] is None else _cursor(listing, found["last"]))
+    return Found(rows, total, None if found["last"] is None else cursor(listing.name, found["last"]))
 
 
-async def _rows(connection: Connection, read: Statement | Read, keys: list[Any]) -> list[Record]:
+async def rows_of(
+    connection: Connection, read: Statement | Read, keys: list[Any], weight: Sequence[int] | None, part: Slice
+) -> list[Any]:
+    """The rows with these keys. `weight`: a number of rows from the first on, and their bytes; that of all, or of too many.
+
+    Raises Invalid for a page that would be too large, and NoRoom.
+    """
+    shown, octets = weight or (0, 0)
+    if shown > 1 and octets > part.max_bytes:
+        sentence = f"The page would have more than {part.max_bytes} bytes; limit={shown - 1} fits."
+        raise Invalid((("query", "limit"), sentence, "page_too_large"))
+    in_flight.hold_reply(octets)
     if not keys:
         return []
     return await (connection.fetch(read, ids=keys) if isinstance(read, Statement) else read(connection, keys))
@@ -154,6 +164,12 @@ async def _in_time(database: Database, part: Slice) -> AsyncIterator[Connection]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+def microseconds(moment: object) -> int:
+    """As a cursor has a moment."""
+    assert isinstance(moment, datetime)  # noqa: S101 - what the column of an order holds
+    return (moment - _EPOCH) // timedelta(microseconds=1)
+
+
 def _moment(written: str) -> datetime:
     return _EPOCH + timedelta(microseconds=int(written))
 
@@ -168,32 +184,39 @@ class _Column:
     read: Callable[[str], object]
 
 
+def _time(name: str) -> _Column:
+    return _Column("timestamptz", f"(extract(epoch FROM {name}) * 1000000)::bigint", "-?[0-9]{1,18}", _moment)
+
+
 _COLUMNS = {
-    "created_at": _Column(
-        "timestamptz", "(extract(epoch FROM created_at) * 1000000)::bigint", "-?[0-9]{1,18}", _moment
-    ),
+    "created_at": _time("created_at"),
+    "changed_at": _time("changed_at"),
     "id": _Column("uuid", "id", "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", UUID),
     "attempt": _Column("integer", "attempt", "[0-9]{1,9}", int),
+    "found_before": _Column("bigint", "", "[0-9]{1,9}", int),  # of no table: how many rows the pages before have shown
 }
 
 
-def _cursor(listing: Listing, last: str) -> str:
-    """Opaque: nobody should make one, and one of another list is refused."""
-    return base64.urlsafe_b64encode(f"{listing.name} {last}".encode()).decode().rstrip("=")
+def cursor(name: str, last: str) -> str:
+    """The cursor of the list with this name after its row `last`. Opaque: nobody should make one, and one of another list is
+    refused."""
+    return base64.urlsafe_b64encode(f"{name} {last}".encode()).decode().rstrip("=")
 
 
-def _place(listing: Listing, cursor: str) -> dict[str, object]:
-    """The row that a page begins after. Raises Invalid."""
-    columns = [_COLUMNS[name] for name in listing.order]
-    pattern = " ".join([re.escape(listing.name), *(f"({column.pattern})" for column in columns)])
+def read_place(order: Sequence[str], last: str) -> dict[str, object]:
+    """The parameters of `following` for the rows after this one, as a cursor has it."""
+    return {f"after_{name}": _COLUMNS[name].read(text) for name, text in zip(order, last.split(" "), strict=True)}
+
+
+def place_after(name: str, order: Sequence[str], after: str) -> dict[str, object]:
+    """The row that a page begins after: `after_` and the name of each column of the order. Raises Invalid."""
+    columns = [_COLUMNS[column] for column in order]
+    pattern = " ".join([re.escape(name), *(f"({column.pattern})" for column in columns)])
     try:
-        written = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+        written = base64.b64decode(after + "=" * (-len(after) % 4), altchars=b"-_", validate=True).decode("ascii")
         found = re.fullmatch(pattern, written)
-        if found is not None and _cursor(listing, written.partition(" ")[2]) == cursor:
-            return {
-                f"after_{name}": column.read(text)
-                for name, column, text in zip(listing.order, columns, found.groups(), strict=True)
-            }
+        if found is not None and cursor(name, written.partition(" ")[2]) == after:
+            return read_place(order, " ".join(found.groups()))
     except (binascii.Error, ValueError, OverflowError):
         pass
     sentence = "Must be `next` of an earlier page of this list, or absent for the first."
@@ -203,8 +226,36 @@ def _place(listing: Listing, cursor: str) -> dict[str, object]:
 # --- the statements ---------------------------------------------------------------------------------------------------
 
 
+def written(order: Sequence[str]) -> str:
+    """SQL for the columns of an order as a cursor has them."""
+    return f"concat_ws(' ', {', '.join(f'({_COLUMNS[name].written})::text' for name in order)})"
+
+
+def newest_first(order: Sequence[str]) -> str:
+    """ORDER BY."""
+    return ", ".join(f"{column} DESC" for column in order)
+
+
+def following(listing: Listing, branches: Sequence[str], limit: str, *, is_after: bool) -> str:
+    """SQL for the order's columns of all rows, or of those after a place; without ORDER BY if there is one branch.
+
+    Of several branches each gives its own newest, no more than `limit`, in the order of an index; the list is cut from their
+    merge.
+    """
+    columns, order = ", ".join(listing.order), newest_first(listing.order)
+    after = ""
+    if is_after:
+        place = ", ".join(f":after_{name}::{_COLUMNS[name].type}" for name in listing.order)
+        after = f"AND ({columns}) < ({place})"
+    chosen = [f"SELECT {columns} FROM {listing.source} WHERE {branch} {after}" for branch in branches]
+    if len(chosen) == 1:
+        return chosen[0]
+    merged = " UNION ALL ".join(f"({one} ORDER BY {order} LIMIT {limit})" for one in chosen)
+    return f"SELECT {columns} FROM ({merged}) AS merged"
+
+
 @lru_cache(maxsize=256)
-def _find(listing: Listing, branches: tuple[str, ...], *, is_after: bool) -> Statement:
+def _find(listing: Listing, branches: tuple[str, ...], counted: tuple[str, ...], *, is_after: bool) -> Statement:
     """A statement for each shape of a request, made once.
 
     Keys are found before any row is read that is wide. Then the rows are weighed one after the other, no further than to
@@ -212,29 +263,19 @@ def _find(listing: Listing, branches: tuple[str, ...], *, is_after: bool) -> Sta
     """
     total = " + ".join(
         f"(SELECT count(*) FROM (SELECT FROM {listing.source} WHERE {branch} LIMIT {EXACT + 1}) AS few)"
-        for branch in branches
+        for branch in counted
     )
-    columns, newest_first = ", ".join(listing.order), ", ".join(f"{column} DESC" for column in listing.order)
-    after = ""
-    if is_after:
-        place = ", ".join(f":after_{name}::{_COLUMNS[name].type}" for name in listing.order)
-        after = f"AND ({columns}) < ({place})"
-    chosen = [f"SELECT {columns} FROM {listing.source} WHERE {branch} {after}" for branch in branches]
-    if len(chosen) > 1:
-        # Each branch gives its own newest, in the order of an index; the page is cut from their merge.
-        each = f"ORDER BY {newest_first} LIMIT :skip::bigint + :limit::bigint + 1"
-        merged = " UNION ALL ".join(f"({one} {each})" for one in chosen)
-        chosen = [f"SELECT {columns} FROM ({merged}) AS merged"]
-    written = ", ".join(f"({_COLUMNS[name].written})::text" for name in listing.order)
+    order = newest_first(listing.order)
+    chosen = following(listing, branches, ":skip::bigint + :limit::bigint + 1", is_after=is_after)
     return composed(
         f"{listing.name}.find",
         fragment(
             f"""
             WITH chosen AS MATERIALIZED (  -- and one more, which says whether there is more
-                {chosen[0]} ORDER BY {newest_first} OFFSET :skip::bigint LIMIT :limit::bigint + 1
+                {chosen} ORDER BY {order} OFFSET :skip::bigint LIMIT :limit::bigint + 1
             ), listed AS MATERIALIZED (
-                SELECT *, {listing.order[-1]} AS key, row_number() OVER (ORDER BY {newest_first}) AS n FROM chosen
-                ORDER BY {newest_first} LIMIT :limit::bigint
+                SELECT *, {listing.order[-1]} AS key, row_number() OVER (ORDER BY {order}) AS n FROM chosen
+                ORDER BY {order} LIMIT :limit::bigint
             ), weighed AS (
                 SELECT n, sum((SELECT {listing.octets} FROM {listing.source} WHERE {listing.row}))
                               OVER (ORDER BY n ROWS UNBOUNDED PRECEDING) AS octets
@@ -243,7 +284,7 @@ def _find(listing: Listing, branches: tuple[str, ...], *, is_after: bool) -> Sta
             SELECT CASE WHEN :counts::boolean THEN {total} END AS total, ARRAY(SELECT key FROM listed ORDER BY n) AS keys,
                    (SELECT ARRAY[n, octets::bigint] FROM weighed
                     WHERE (n > 1 AND octets > :max_bytes::bigint) OR n = (SELECT count(*) FROM listed) LIMIT 1) AS weight,
-                   (SELECT concat_ws(' ', {written}) FROM listed
+                   (SELECT {written(listing.order)} FROM listed
                     WHERE n = :limit::bigint AND (SELECT count(*) FROM chosen) > n) AS last
             """
         ),

@@ -43,7 +43,7 @@ from app.errors import (
 from app.models import RunStatus
 from app.runs import attempts, create, ending, projection, report
 from app.runs.dry_run import dry_run
-from app.runs.listing import FIELDS, RunFilter, list_runs, shown_fields, wait_for_run
+from app.runs.listing import FIELDS, Order, RunFilter, list_runs, shown_fields, wait_for_run
 from app.runs.retry import Retry, replied, retry_runs
 from app.schemas.runs import (
     DryRunResponse,
@@ -52,7 +52,7 @@ from app.schemas.runs import (
     RunBulkCreateResponse,
     RunCreate,
     RunEventResponse,
-    RunProjection,
+    RunPage,
     RunResponse,
     RunRetry,
     RunUpdate,
@@ -168,7 +168,7 @@ async def list_run_events(
     return json_reply(page)
 
 
-@router.get("", name="list_runs", response_model=Page[RunProjection], **operation(scope="runs:read", bound="runs:read"))
+@router.get("", name="list_runs", response_model=RunPage, **operation(scope="runs:read", bound="runs:read"))
 async def list_all(
     request: Request,
     part: Part,
@@ -178,13 +178,33 @@ async def list_all(
     status: Annotated[RunStatus | None, ONLY] = None,
     created_at_from: Annotated[Timestamp | None, Query(description="Created at or after.")] = None,
     created_at_to: Annotated[Timestamp | None, Query(description="Created at or before.")] = None,
+    changed_from: Annotated[
+        Timestamp | None,
+        Query(description="Created, retried, started or ended last at or after this, as changed_at says."),
+    ] = None,
+    changed_to: Annotated[Timestamp | None, Query(description="The same, at or before this.")] = None,
+    ended_from: Annotated[
+        Timestamp | None, Query(description="Ended at or after this, by the service's own clock: changed_at.")
+    ] = None,
+    ended_to: Annotated[Timestamp | None, Query(description="The same, at or before this.")] = None,
+    order: Annotated[
+        Order,
+        Query(
+            description="`changed`: those that were created, retried, started or ended last come first. Beside a workflow, a"
+            " machine, a session or a time of creation only the newest 10,000 changes are looked at (`list_is_partial`)."
+        ),
+    ] = "created",
     fields: Annotated[list[_FieldNames] | None, Query(description="Only these keys, and the base fields.")] = None,
     wait: Annotated[
         float,
         Query(ge=0, le=30, description="Seconds to hold the reply until there is a run (assigned to machine_id)."),
     ] = 0,
 ) -> Response:
-    """Runs, newest first."""
+    """Runs, newest first.
+
+    With changed_from, changed_to, ended_from or ended_to beside the order of creation, as with order=changed beside another
+    filter, the newest 10,000 changes are looked at; list_is_partial says whether there are more.
+    """
     principal = request.state.principal
     wanted = RunFilter(
         principal.organization_id,
@@ -194,6 +214,10 @@ async def list_all(
         status,
         created_at_from,
         created_at_to,
+        changed_from,
+        changed_to,
+        ended_from,
+        ended_to,
         bound_to=principal.machine_id,
     )
     own, shown = services(request), shown_fields(fields)
@@ -210,7 +234,7 @@ async def list_all(
             with request.app.state.limits.long_poll(principal):
                 await while_connected(request, wait_for_run(own, wanted, wait))
             await still_known(request)
-    return json_reply(await list_runs(own.database, wanted, shown, part))
+    return json_reply(await list_runs(own.database, wanted, shown, part, order))
 
 
 @router.patch(

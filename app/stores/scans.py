@@ -1,0 +1,189 @@
+"""One page of a list whose filter no index serves: rows are looked at in the order of an index, newest first, one by one.
+
+No more than ROWS rows are looked at for a page, and none after SECONDS. The page says so (`is_partial`), and its cursor goes on
+where the scan stopped, also if the page is empty. The total is what was found so far.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+from uuid import UUID
+
+from app import in_flight
+from app.stores import pages
+from app.stores.counts import Total
+from app.stores.database import Connection, Database, StatementTimeout
+from app.stores.pages import Found, Listing, Read, Slice
+from app.stores.statements import Statement, composed, fragment
+
+ROWS: Final = 10_000
+SECONDS: Final = 1.0
+
+# A page that is full is not kept waiting for a better total for longer than this.
+FULL_SECONDS: Final = 0.2
+
+# How long a slice should take: what is begun is finished.
+SLICE_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Rows in the order of an index, and which of them are wanted; all of this is SQL, and `values` are its parameters.
+
+    `listing` has the order of the scan; `branches` are conditions that exclude each other and that the index serves; `matches`
+    is what each row is asked. `shown` has the order of the list: if that is another one, each page is cut from what a scan
+    from the newest row on finds. `slice` is how many rows are looked at first: few, if looking at one may take long.
+    """
+
+    listing: Listing
+    branches: tuple[str, ...]
+    matches: str
+    values: Mapping[str, object]
+    shown: Listing
+    slice: int = ROWS
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a page's cursor is a place in the scan."""
+        return self.listing.order == self.shown.order
+
+    @property
+    def name(self) -> str:
+        """Of its cursors."""
+        return f"{self.shown.name}.scan"
+
+
+@dataclass(slots=True)
+class _Seen:
+    """How far a scan has come."""
+
+    after: dict[str, object]
+    last: str | None = None  # the last row that was looked at, as a cursor has it
+    rows: int = 0
+    is_all: bool = False
+    found: list[tuple[str, UUID]] = field(default_factory=list)  # with the place of each in the list
+
+
+async def scan(database: Database, wanted: Scan, part: Slice, read: Statement | Read, **weighed: object) -> Found:
+    """The rows of a page. Raises what pages.page raises, but for a `skip` that takes too long."""
+    place = {}
+    if part.after is not None:
+        place = pages.place_after(wanted.name, (*wanted.shown.order, "found_before"), part.after)
+    before = place.pop("after_found_before", 0)
+    assert isinstance(before, int)  # noqa: S101 - what its pattern matches
+    seen = _Seen(place if wanted.goes_on else {})
+    await _look(database, wanted, seen, part.skip + part.limit)
+    found = seen.found
+    if not wanted.goes_on:
+        before, found = 0, sorted(found, key=_newest, reverse=True)
+        if part.after is not None:
+            found = [one for one in found if _newest(one) < tuple(_order(value) for value in place.values())]
+    shown = found[part.skip : part.skip + part.limit]
+
+    async def read_page() -> list[Any]:
+        keys = [key for _, key in shown]
+        async with database.connection() as connection:
+            weight = await connection.fetchval(_weigh(wanted.shown), ids=keys, max_bytes=part.max_bytes, **weighed)
+            return await pages.rows_of(connection, read, keys, weight, part)
+
+    rows = await in_flight.with_room(read_page)
+    following = None
+    if len(found) > part.skip + part.limit:
+        following = pages.cursor(wanted.name, f"{shown[-1][0]} {before + part.skip + part.limit}")
+    elif wanted.goes_on and not seen.is_all and seen.last is not None:
+        following = pages.cursor(wanted.name, f"{seen.last} {before + len(found)}")
+    return Found(rows, Total(before + len(seen.found), not seen.is_all), following, not seen.is_all)
+
+
+def _newest(one: tuple[str, UUID]) -> tuple[int, int]:
+    moment, _, key = one[0].partition(" ")
+    return int(moment), UUID(key).int
+
+
+def _order(value: object) -> int:
+    return value.int if isinstance(value, UUID) else pages.microseconds(value)
+
+
+async def _look(database: Database, wanted: Scan, seen: _Seen, enough: int) -> None:
+    """Look at rows until there are no more, or they were enough, or it took long enough."""
+    began, size = time.monotonic(), wanted.slice
+    try:
+        async with database.transaction() as connection:
+            if size < ROWS:
+                await connection.execute(pages.PATIENCE, milliseconds=str(database.at_most_ms(SECONDS)))
+            while not seen.is_all:
+                started = time.monotonic()
+                await _look_on(connection, wanted, seen, min(size, ROWS - seen.rows) or 1)
+                now = time.monotonic()
+                if seen.rows > ROWS or now - began > (FULL_SECONDS if len(seen.found) > enough else SECONDS):
+                    return
+                size = max(1, min(ROWS, 4 * size, int(size * SLICE_SECONDS / max(now - started, 0.001))))
+    except StatementTimeout:
+        if seen.rows == 0:  # else it would stop at the same row each time
+            async with database.connection() as connection:
+                await _look_on(connection, wanted, seen, 1)
+
+
+async def _look_on(connection: Connection, wanted: Scan, seen: _Seen, size: int) -> None:
+    """Look at so many more rows. One more than ROWS only says that there are more."""
+    statement = _look_at(wanted.listing, wanted.branches, wanted.matches, wanted.shown, is_after=bool(seen.after))
+    row = await connection.fetchrow(statement, slice=size, **wanted.values, **seen.after)
+    assert row is not None  # noqa: S101 - an aggregate
+    seen.is_all = row["seen"] < size
+    if seen.rows == ROWS:
+        seen.rows += row["seen"]
+        return
+    seen.rows += row["seen"]
+    seen.found += zip(row["places"], row["keys"], strict=True)
+    if row["last"] is not None:
+        seen.last = row["last"]
+        seen.after = pages.read_place(wanted.listing.order, row["last"])
+
+
+@lru_cache(maxsize=256)
+def _look_at(listing: Listing, branches: tuple[str, ...], matches: str, shown: Listing, *, is_after: bool) -> Statement:
+    """A statement for each shape of a request, made once."""
+    order, columns = pages.newest_first(listing.order), ", ".join(listing.order)
+    table, _, alias = listing.source.partition(" ")
+    key = listing.order[-1]
+    of_row = ", ".join(f"{alias}.{name}" for name in shown.order)
+    return composed(
+        f"{listing.name}.scan",
+        fragment(
+            f"""
+            SELECT count(*)::integer AS seen, max(place) FILTER (WHERE n = :slice::bigint) AS last,
+                   coalesce(array_agg(key ORDER BY n) FILTER (WHERE is_found), '{{}}') AS keys,
+                   coalesce(array_agg(shown ORDER BY n) FILTER (WHERE is_found), '{{}}') AS places
+            FROM (
+                SELECT looked.n, looked.place, looked.{key} AS key, ({matches}) AS is_found,
+                       (SELECT {pages.written(shown.order)} FROM (SELECT {of_row}) AS one) AS shown
+                FROM (
+                    SELECT {columns}, {pages.written(listing.order)} AS place, row_number() OVER (ORDER BY {order}) AS n
+                    FROM ({pages.following(listing, branches, ":slice::bigint", is_after=is_after)}
+                          ORDER BY {order} LIMIT :slice::bigint) AS chosen
+                ) AS looked
+                CROSS JOIN LATERAL (SELECT * FROM {table} WHERE {key} = looked.{key} LIMIT 1) AS {alias}
+            ) AS asked
+            """
+        ),
+    )
+
+
+@lru_cache(maxsize=16)
+def _weigh(listing: Listing) -> Statement:
+    """What rows_of wants to know of these keys: as with pages, no further than to the first row that is too much."""
+    return composed(
+        f"{listing.name}.weigh",
+        fragment(
+            f"""
+            SELECT ARRAY[n, octets::bigint] FROM (
+                SELECT n, sum((SELECT {listing.octets} FROM {listing.source} WHERE {listing.row}))
+                          OVER (ORDER BY n ROWS UNBOUNDED PRECEDING) AS octets
+                FROM unnest(:ids::uuid[]) WITH ORDINALITY AS listed (key, n)
+            ) AS weighed
+            WHERE (n > 1 AND octets > :max_bytes::bigint) OR n = cardinality(:ids::uuid[]) LIMIT 1
+            """
+        ),
+    )
