@@ -268,8 +268,8 @@ class Run(Base):
         ),
         # The longest silent running runs.
         Index("ix_runs_reported", "reported_at", postgresql_where=text("status = 'running'")),
-        # By last change, and ended runs by age. Its status has the collation "POSIX", which orders as "C" does: a condition says
-        # by its collation which of the two indexes serves it.
+        # By last change, and ended runs by age. Its status has the collation "POSIX", which orders as "C" does: a condition
+        # says by its collation which of the two indexes serves it.
         Index("ix_runs_changed", "organization_id", "status", "changed_at", "id"),
         # Those that were given to a machine and are not begun.
         Index(

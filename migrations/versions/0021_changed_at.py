@@ -60,8 +60,8 @@ NOT_NULL = [
     "ALTER TABLE runs DROP CONSTRAINT ck_runs_changed_at",
 ]
 
-# Its status has a collation of its own, as that of ix_runs_status has ("C", the same order): so a condition says which of the two
-# serves it. Dropped first: one that was interrupted stays behind, and is no index.
+# Its status has a collation of its own, as that of ix_runs_status has ("C", the same order): so a condition says which of the
+# two serves it. Dropped first: one that was interrupted stays behind, and is no index.
 INDEX = [
     "DROP INDEX CONCURRENTLY IF EXISTS ix_runs_changed",
     'CREATE INDEX CONCURRENTLY ix_runs_changed ON runs (organization_id, status COLLATE "POSIX", changed_at, id)',
