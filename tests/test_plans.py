@@ -528,7 +528,10 @@ ACTIONS: dict[str, tuple[int, Callable[[Database], Awaitable[object]]]] = {
     "running runs for a machine": (600, _runs(machine_id=an_id("machine", 2_008), status=RunStatus.RUNNING)),
     "waiting runs for a machine": (600, _runs(machine_id=an_id("machine", 2_007), status=RunStatus.SCHEDULING)),
     "runs by change, in a window of time": (1_000, _runs("changed", changed_from=A_WHILE_AGO)),
-    "runs by change, of a status": (1_500, _runs("changed", status=RunStatus.RUNNING)),
+    "failed runs by change, in a window of time": (
+        1_000,
+        _runs("changed", status=RunStatus.ERROR, changed_from=A_WHILE_AGO),
+    ),
     "runs by change, of a workflow": (60_000, _runs("changed", workflow_id=an_id("workflow", 1))),
     "runs by creation, changed in a window of time": (1_000, _runs(changed_from=A_WHILE_AGO)),
     "runs of a workflow": (100, _runs(workflow_id=an_id("workflow", 101))),
