@@ -26,6 +26,8 @@ COPY alembic.ini /srv/alembic.ini
 COPY docs /srv/docs
 COPY migrations /srv/migrations
 COPY app /srv/app
+ARG REVISION=unknown
+RUN printf '%s' "${REVISION}" > /srv/app/COMMIT
 # Compiled here: at run time nothing can be written. Readable, whatever umask the checkout was made with.
 RUN /opt/venv/bin/python -m compileall -q /srv/app /srv/migrations && chmod -R a+rX /srv
 

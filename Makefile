@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run psql bao keys stop reset test soak fuzz test-sdk example observe containers screenshots lint fmt bench lock
+.PHONY: help run psql bao keys stop reset test soak fuzz test-sdk example observe containers screenshots lint fmt bench release lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -76,11 +76,15 @@ fmt: .venv/dev.stamp ## format, and fix what can be fixed
 bench: .venv/run.stamp ## measure: ratios to the bare framework and the bare database (ARGS="retry --seconds 3")
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+release: .venv/run.stamp ## wheel, sdist, SBOM (CycloneDX) and checksums of the last commit in dist/
+	@$(BIN)/python -m dev.release
+
 lock: ## renew the locked lists from pyproject.toml (needs uv)
 	$(COMPILE) --upgrade pyproject.toml -o requirements.lock
 	$(COMPILE) --upgrade --all-extras pyproject.toml -c requirements.lock -o requirements-extras.lock
 	$(COMPILE) --upgrade --group stack -c requirements-extras.lock -o requirements-stack.lock
 	$(COMPILE) --upgrade --group demo -c requirements-stack.lock -o requirements-demo.lock
+	$(COMPILE) --upgrade --group release -o requirements-release.lock
 	$(COMPILE) --upgrade --group dev --all-extras pyproject.toml -c requirements-extras.lock -c requirements-stack.lock -o requirements-dev.lock
 	for list in tests/sdk/locks/*.txt; do \
 		grep -oE '^(cyberdesk==[0-9.]+|fastapi|pydantic|python-dateutil)' $$list | $(COMPILE) --upgrade - -o $$list || exit; done

@@ -25,7 +25,7 @@ from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
-from app import __version__, auth, keys, startup
+from app import FILES, __version__, auth, commit, keys, startup
 from app.api.server import BACKLOG
 from app.config import ConfigurationError, DatabaseSettings, Settings, lines_of
 from app.errors import Unavailable
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         "worker", help="run Temporal's workflows (docs/temporal.md); only with TEMPORAL_ADDRESS"
     )
     worker.set_defaults(run=_worker)
-    version = commands.add_parser("version", help="print the version")
+    version = commands.add_parser("version", help="print the version and the commit")
     version.set_defaults(run=_version)
     migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
     migrate.set_defaults(run=_migrate)
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _version(_: argparse.Namespace) -> int:
-    print(__version__)
+    print(f"{__version__} (commit {commit()})")
     return 0
 
 
@@ -191,7 +191,7 @@ def _worker(_: argparse.Namespace) -> int:
 
 def _migrate(_: argparse.Namespace) -> int:
     try:
-        command.upgrade(Config(Path(__file__).parent.parent / "alembic.ini"), "head")
+        command.upgrade(Config(FILES / "alembic.ini"), "head")
     except DBAPIError as problem:
         raise ConfigurationError(f"{DatabaseSettings().owner[0]}: {_failure(problem)}") from None
     except CommandError as problem:  # of Alembic: about our own files

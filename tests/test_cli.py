@@ -113,7 +113,7 @@ def test_a_start_that_fails_names_the_settings_and_shows_no_value(
 
 def test_the_version_is_said_everywhere(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
-    assert capsys.readouterr().out.strip() == __version__
+    assert re.fullmatch(rf"{re.escape(__version__)} \(commit [0-9a-f]{{12}}\)", capsys.readouterr().out.strip())
     project = Path(__file__).resolve().parent.parent / "pyproject.toml"
     assert f'version = "{__version__}"' in project.read_text()
     with server.client() as api:

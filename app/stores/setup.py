@@ -6,9 +6,9 @@ replicas may go on beside a migration. It knows SQL and no connections; `migrati
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from app import FILES
 from app.errors import DatabaseUnavailable
 from app.stores.statements import statement
 
@@ -126,7 +126,7 @@ CARRY = statement(
 
 # --- whether it fits --------------------------------------------------------------------------------------------------
 
-_VERSIONS = Path(__file__).resolve().parents[2] / "migrations" / "versions"
+_VERSIONS = FILES / "migrations" / "versions"
 
 # "needs 0002" as the comment of alembic_version: who does not know migration 0002 must not serve this database.
 _MARK = "needs "

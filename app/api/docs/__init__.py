@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
+from app import FILES
 from app.api.pages import PageFile
 from app.errors import RouteNotFound
 
@@ -63,10 +64,8 @@ def install(app: FastAPI, *, console: bool) -> None:
 
 
 def _manual(title: str) -> dict[str, PageFile]:
-    """Every page of docs/, and a list of them for language models (llmstxt.org). A package carries them beside this file."""
-    here = Path(__file__).parent
-    folder = next((one for one in (here.parents[2] / "docs", here / "manual") if one.is_dir()), here)
-    pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
+    """Every page of docs/, and a list of them for language models (llmstxt.org)."""
+    pages = {path.name: path.read_text(encoding="utf-8") for path in sorted((FILES / "docs").glob("*.md"))}
     lines = [
         f"# {title}",
         "",
