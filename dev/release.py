@@ -1,6 +1,6 @@
 """`make release`: wheel, sdist, software bill of materials (CycloneDX) and checksums of the last commit, in dist/.
 
-The tools have an environment of their own below .cache/, from requirements-release.lock. The bill lists what the image installs:
+The tools have an environment of their own below .cache/, from requirements-release.lock. The bill lists what the image has:
 requirements.lock with the hashes of its files. Raises CalledProcessError if a tool fails.
 """
 

@@ -365,7 +365,8 @@ def test_pods_are_restricted_and_have_limits(pods: dict[str, dict[str, Any]]) ->
             "capabilities": {"drop": ["ALL"]},
         }
         assert container["image"] == f"runs-api:{__version__}"
-        assert container["resources"]["limits"].keys() == {"memory"}
+        assert container["resources"]["limits"].keys() == {"memory", "ephemeral-storage"}
+        assert container["resources"]["requests"].keys() == {"cpu", "memory", "ephemeral-storage"}
         if container["args"] == ["serve"]:
             assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
             # The default of SHUTDOWN_SECONDS, after the time in which nobody is sent here any more.
