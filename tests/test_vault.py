@@ -8,11 +8,12 @@ import ssl
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import pytest
@@ -22,6 +23,7 @@ from app.config import Settings
 from app.errors import PayloadTooLarge, VaultUnavailable
 from app.stores.vault import MAX_SECRET_BYTES, MAX_SECRET_NAMES, SecretStore, aliases
 from dev.stack import Bao
+from tests.support.movable_address import MovableAddress
 
 pytestmark = pytest.mark.anyio
 
@@ -384,6 +386,89 @@ async def test_killed_and_back(bao: Bao, store: SecretStore) -> None:
     await asyncio.gather(*(store.write(fresh(store), {"a": "b"}, deadline=soon()) for _ in range(32)))
     await store.destroy(kept)
     assert read(bao, kept) is None
+
+
+# --- the address moves to another node --------------------------------------------------------------------------------
+
+
+@contextmanager
+def node_that_cannot_serve(status: int) -> Iterator[int]:
+    """A node that keeps connections open and answers everything with this status. Its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = b'{"errors":["Vault is sealed"]}'
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Location", "http://127.0.0.1:1/")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def __getattr__(self, name: str) -> Callable[[], None]:
+            if name.startswith("do_"):
+                return self._answer
+            raise AttributeError(name)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    node = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=node.serve_forever, args=(0.05,))
+    thread.start()
+    yield node.server_address[1]
+    node.shutdown()
+    thread.join()
+    node.server_close()
+
+
+async def write_many(store: SecretStore, count: int) -> int:
+    """So many at once; how many of them failed."""
+    writes = (store.write(fresh(store), {"a": "b"}, deadline=soon()) for _ in range(count))
+    return sum(result is not None for result in await asyncio.gather(*writes, return_exceptions=True))
+
+
+@pytest.mark.parametrize("status", [503, 500, 502, 429, 473, 307])
+async def test_connections_to_a_node_that_cannot_serve_are_given_up(bao: Bao, status: int) -> None:
+    with node_that_cannot_serve(status) as broken, MovableAddress(broken) as address:
+        store = SecretStore(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
+        assert await write_many(store, 32) == 32
+        address.move_to(urlsplit(bao.address).port or 0)
+        assert await write_many(store, 32) == 0
+        await store.close()
+
+
+async def test_one_answer_is_enough_for_all_connections(bao: Bao, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node is sealed while connections to it are open, and the address moves: the first failure is the last."""
+    monkeypatch.setattr("app.stores.vault_connections.YOUNG_SECONDS", 0.0)
+    with MovableAddress(urlsplit(bao.address).port or 0) as address:
+        store = SecretStore(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
+        assert await write_many(store, 16) == 0
+        bao.freeze()
+        try:
+            assert await write_many(store, 1) == 1
+        finally:
+            bao.thaw()
+        opened = address.accepted
+        assert await write_many(store, 16) == 0
+        assert address.accepted - opened >= 8, "connections from before were used again"
+        await store.close()
+
+
+async def test_connections_have_an_age(bao: Bao, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MovableAddress(urlsplit(bao.address).port or 0) as address:
+        store = SecretStore(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
+        for _ in range(3):
+            assert await write_many(store, 1) == 0
+        assert address.accepted == 1
+        monkeypatch.setattr("app.stores.vault_connections.MAX_AGE_SECONDS", 0.0)
+        for _ in range(3):
+            assert await write_many(store, 1) == 0
+        assert address.accepted == 4
+        await store.close()
 
 
 async def test_errors_and_logs_tell_nothing(

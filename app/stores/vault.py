@@ -35,6 +35,7 @@ from urllib3.exceptions import HTTPError
 from app.config import Settings
 from app.errors import PayloadTooLarge, VaultUnavailable
 from app.stores.threads import Slots, fresh_name, measured
+from app.stores.vault_connections import open_pool
 
 log = logging.getLogger(__name__)
 
@@ -538,4 +539,4 @@ def _connections(settings: Settings) -> urllib3.HTTPConnectionPool:
     tls = {}
     if urlsplit(settings.vault_addr).scheme == "https":
         tls["ssl_context"] = ssl.create_default_context(cafile=settings.vault_cacert or certifi.where())
-    return urllib3.connection_from_url(settings.vault_addr, maxsize=slots, timeout=timeout, **tls)
+    return open_pool(settings.vault_addr, maxsize=slots, timeout=timeout, **tls)

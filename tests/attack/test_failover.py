@@ -11,10 +11,11 @@ import pytest
 from tests.support.client import Client
 from tests.support.concurrent_requests import Answer, Call, finished_runs, send_at_once, tally
 from tests.support.faults import FaultyServer
+from tests.support.movable_address import MovableAddress
 from tests.support.outages import is_ready
 from tests.support.server import Server
 from tests.support.stack import Stack
-from tests.support.standby import MovableAddress, Standby
+from tests.support.standby import Standby
 from tests.support.waiting import until
 
 RECOVERY_SECONDS = 10
@@ -130,7 +131,7 @@ def promoted(broken: Stack, standby: Standby) -> Stack:
 
 def test_the_primary_dies_under_load_and_its_address_moves_early(broken: Stack, standby: Standby) -> None:
     """The address leads to the standby before that is promoted: connections to it must not be kept."""
-    with MovableAddress(broken.postgres) as address:
+    with MovableAddress(broken.postgres.port) as address:
         url = address.url(broken.postgres.app_url)
         with FaultyServer(broken, DATABASE_URL=url) as server, server.client() as client:
             run_ids = finished_runs(client, 4 * AT_ONCE)
@@ -140,7 +141,7 @@ def test_the_primary_dies_under_load_and_its_address_moves_early(broken: Stack, 
             kill.join()
             print(tally(answers))
             assert set(tally(answers)) == {"200", "503 database_unavailable"}
-            address.move_to(standby)
+            address.move_to(standby.port)
             until(lambda: readiness(server) == (503, {"database": "read_only"}), what="readiness that says it")
             new = promoted(broken, standby)
             seconds, _ = write_until_answered(client, run_ids[0])
