@@ -59,13 +59,22 @@ def test_each_alert_fires_and_clears() -> None:
     assert tested == {alert["alert"] for alert in alerts()}
 
 
-def test_each_row_of_the_runbooks_has_its_alert_and_each_alert_its_row() -> None:
-    runbooks = (ROOT / "docs/runbooks.md").read_text()
-    rows = [line for line in runbooks.splitlines() if line.startswith("| ") and "You see" not in line]
-    anchors = [re.findall(r'<a id="([a-z-]+)"></a>', row) for row in rows]
-    assert all(len(found) == 1 for found in anchors), "each row has an anchor"
-    led_to = {alert["annotations"]["runbook"] for alert in alerts()}
-    assert led_to == {f"docs/runbooks.md#{found[0]}" for found in anchors}
+def test_each_alert_has_its_runbook_and_each_runbook_its_alert() -> None:
+    page = (ROOT / "docs/runbooks.md").read_text(encoding="utf-8")
+    _, *sections = re.split(r"(?m)^### ", page)
+    runbooks = dict(section.split("\n", 1) for section in sections)
+    assert runbooks.keys() == {alert["alert"] for alert in alerts()}
+    for alert in alerts():
+        base, _, anchor = alert["annotations"]["runbook_url"].partition("#")
+        assert (base, anchor) == ("https://runs.example.com/docs/runbooks.md", alert["alert"].lower())
+    for name, text in runbooks.items():
+        order = [text.index(part) for part in ("**Means**: ", "**Hurts**: ", "```\n", "**Ends**: ")]
+        assert order == sorted(order), name
+        commands = text.split("```")[1].strip().splitlines()
+        assert len(commands) == 3, f"{name}: three commands"
+        assert all(re.search(r" {2,}# \S", line) for line in commands), (
+            f"{name}: what to expect stands behind each command"
+        )
 
 
 def test_alerts_and_panels_name_only_metrics_that_there_are(server: Server) -> None:
