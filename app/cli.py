@@ -289,7 +289,12 @@ def _plain(value: object) -> str:
         return "-"
     if isinstance(value, datetime):
         return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return ",".join(value) if isinstance(value, list) else str(value)
+    return _visible(",".join(value) if isinstance(value, list) else str(value))
+
+
+def _visible(text: str) -> str:
+    """The text with escapes for what a terminal would act on: controls, and what turns the direction of text."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _revoke_key(options: argparse.Namespace) -> int:
@@ -343,7 +348,9 @@ def _compare_stores(options: argparse.Namespace) -> int:
                 counts[found.kind] += 1
                 owner = "" if found.owner is None else f"  needed by {found.owner}"
                 print(
-                    json.dumps(asdict(found)) if options.json else f"{found.kind}  {found.store}  {found.name}{owner}"
+                    json.dumps(asdict(found))
+                    if options.json
+                    else _visible(f"{found.kind}  {found.store}  {found.name}{owner}")
                 )
         finally:
             await secrets.close()

@@ -339,6 +339,32 @@ class TestDownload:
         assert reply.headers["content-type"] == "text/html"
         assert reply.headers["content-disposition"].startswith("attachment;")
         assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["content-security-policy"] == "sandbox"
+
+    @pytest.mark.parametrize(
+        "content_type",
+        [
+            *(
+                "text/javascript",
+                "application/javascript",
+                "TEXT/JavaScript; charset=utf-8",
+                "application/x-javascript",
+            ),
+            *("text/ecmascript", "application/x-ecmascript", "text/javascript1.5", "text/jscript", "text/livescript"),
+            *("text/css", "application/wasm"),
+        ],
+    )
+    def test_a_file_is_no_script_and_no_style_of_our_own_pages(self, api: Client, content_type: str) -> None:
+        """Their policies allow what comes from our own origin."""
+        script = output(running(api), b"alert(1)", filename="a.js", content_type=content_type)
+        made = api.json_of(api.post("/v1/run-attachments", json=script), 201)
+        assert made["content_type"] == content_type
+        signed = api.get(f"/v1/run-attachments/{made['id']}/download-url").json()["url"]
+        for url in (f"/v1/run-attachments/{made['id']}/download", signed):
+            for headers in ({}, {"Range": "bytes=0-1"}):
+                reply = api.get(url, headers=headers)
+                assert reply.headers["content-type"] == "application/octet-stream"
+                assert reply.headers["content-security-policy"] == "sandbox"
 
     @pytest.mark.parametrize(
         ("asked", "sent"),

@@ -57,6 +57,19 @@ def test_a_key_from_creation_to_revocation(
     assert main(["keys", "revoke", str(uuid4())]) == 1
 
 
+def test_a_name_acts_on_no_terminal(organization: str, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "x\x1b[2J\x9b31m\x7f\u202egpj.exe\r\nroot"
+    assert main(["keys", "create", "--organization", organization, "--name", evil]) == 0
+    capsys.readouterr()
+    assert main(["keys", "list", "--organization", organization]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) == 2
+    assert all(one.isprintable() or one == "\n" for one in shown)
+    assert "x\\x1b[2J\\x9b31m\\x7f\\u202egpj.exe\\r\\nroot" in shown
+    assert main(["keys", "list", "--organization", organization, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == evil
+
+
 def test_a_key_that_expires(server: Server, organization: str, capsys: pytest.CaptureFixture[str]) -> None:
     for days, status in (("1", 200), ("-1", 401)):
         assert main(["keys", "create", "--organization", organization, f"--expires-in-days={days}"]) == 0

@@ -248,9 +248,21 @@ def test_an_executors_report_must_say_what_it_is_about(desk: Desk, missing: str)
         assert reply.json()["detail"][0]["loc"] == ["body", missing]
 
 
-def test_a_bound_key_replays_only_its_own(desk: Desk, api: Client) -> None:
+def test_idempotency_keys_of_a_bound_key_are_its_own(desk: Desk, api: Client, server: Server) -> None:
+    """An executor neither sees nor takes those of its organization, nor those of another machine's."""
     headers = {"Idempotency-Key": uuid4().hex}
     body = {"status": "running", "attempt": 1, "assignment": 1, "claim": str(uuid4())}
     assert api.patch(f"/v1/runs/{desk.own}", json=body, headers=headers).status_code == 200
-    reply = desk.client.patch(f"/v1/runs/{desk.own}", json=body, headers=headers)
-    assert reply.status_code == 422
+    first = desk.client.patch(f"/v1/runs/{desk.own}", json=body, headers=headers)
+    assert (first.status_code, first.headers.get("Idempotency-Status")) == (200, None)
+    again = desk.client.patch(f"/v1/runs/{desk.own}", json=body, headers=headers)
+    assert (again.content, again.headers["Idempotency-Status"]) == (first.content, "replayed")
+
+    taken = {"Idempotency-Key": uuid4().hex}
+    assert desk.client.patch(f"/v1/runs/{desk.own}", json=body, headers=taken).status_code == 200
+    created = api.post("/v1/pools", json={"name": "pool"}, headers=taken)
+    assert (created.status_code, created.headers.get("Idempotency-Status")) == (201, None)
+    key = server.stack.new_key(api.organization, scopes=["runs:execute"], machine_id=desk.other)
+    with server.client(api.organization, key=key) as other:
+        reply = other.patch(f"/v1/runs/{desk.foreign}", json=body | {"claim": str(uuid4())}, headers=taken)
+        assert (reply.status_code, reply.headers.get("Idempotency-Status")) == (200, None)

@@ -372,10 +372,11 @@ def _write(request: Request, settings: Settings, raw: bytes) -> WriteRequest:
                 )
             )
         path = _one_spelling(request.scope["path"])
-        if request.state.principal.machine_id is not None:
-            path = (
-                f"{request.state.principal.machine_id}{path}"  # a key that is bound to a machine replays only its own
-            )
+        machine_id = request.state.principal.machine_id
+        if machine_id is not None:
+            # Records of its own: an executor can neither see nor take the keys of its organization. No header has a space.
+            path = f"{machine_id}{path}"
+            key = f"{machine_id} {key}"
         keys = [settings.server_key, settings.server_key_previous]
         fingerprints = tuple(
             fingerprint(server_key.get_secret_value(), request.method, path, raw)

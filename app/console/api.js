@@ -183,6 +183,33 @@ export async function call(method, path, { query, body, idempotencyKey, signal, 
   return { data, text, headers: response.headers };
 }
 
+/** What the service said lately of a list whose page was too large: how many of it fit, and since when we know. */
+const fitting = new Map();
+const FITTING_MS = 60_000;
+
+/**
+ * A page of a list, as call() does. When so many of it are too large for one reply, fewer are asked for, as the service says.
+ * `lean` is what `fields` is first: the same rows without their long parts.
+ */
+export async function page(path, { query, lean, signal }) {
+  let known = fitting.get(path);
+  if (known && Date.now() - known.at > FITTING_MS) known = undefined;
+  const wanted = { ...query };
+  if (known?.lean && lean) wanted.fields = lean;
+  if (known?.limit) wanted.limit = Math.min(wanted.limit, known.limit);
+  for (;;) {
+    try {
+      return await call("GET", path, { query: wanted, signal });
+    } catch (error) {
+      const told = error.errors?.find?.((one) => one.type === "page_too_large");
+      if (!told || wanted.limit <= 1) throw error;
+      if (lean && wanted.fields !== lean) wanted.fields = lean;
+      else wanted.limit = Math.max(1, Math.min(Math.floor(wanted.limit / 2), Number(/limit=(\d+) fits/.exec(told.msg)?.[1] ?? Infinity)));
+      fitting.set(path, { at: Date.now(), lean: wanted.fields === lean, limit: wanted.limit < query.limit ? wanted.limit : 0 });
+    }
+  }
+}
+
 export function aborted(error) {
   return error?.name === "AbortError";
 }

@@ -19,7 +19,8 @@ export function h(tag, props, ...children) {
   return node;
 }
 
-function flat(children) {
+/** The nodes and texts among children, in one list. */
+export function flat(children) {
   return children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false && child !== "");
 }
 
@@ -31,7 +32,31 @@ export function fill(node, ...children) {
 
 /** Text that somebody else wrote: kept apart from ours also where it is written from right to left. */
 export function theirs(text, tag = "span") {
-  return h(`${tag}.theirs`, null, String(text));
+  return h(`${tag}.theirs`, null, String(text).replace(TURNING, escaped));
+}
+
+/** What a table of ours has for a key that somebody else wrote: "constructor" is in every object, and in no table. */
+export function entryOf(table, key) {
+  return Object.hasOwn(table, key) ? table[key] : undefined;
+}
+
+// Characters that force a direction on what follows them, and controls.
+const TURNING = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g;
+// The same, and what cannot be seen, or turns its neighbours around.
+const UNSEEN = /[\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|\udb40[\udc00-\udc7f]/g;
+
+function escaped(text) {
+  return Array.from({ length: text.length }, (_, index) => `\\u${text.charCodeAt(index).toString(16).padStart(4, "0")}`).join("");
+}
+
+/** JSON text in which each character can be seen and none turns others around. It means the same. */
+export function visible(json) {
+  return json.replace(UNSEEN, escaped);
+}
+
+/** JSON text in ASCII without controls: no terminal acts on it when it is pasted. It means the same. */
+export function ascii(json) {
+  return json.replace(/[^\x20-\x7e]/g, escaped);
 }
 
 const SHAPES = {
@@ -72,7 +97,7 @@ export function icon(name) {
 
 /** A state in words and colour; `like` is a run's status that looks as it should. */
 export function status(name, like = name) {
-  return h(`span.status.is-${like in SHAPES ? like : "cancelled"}`, null, like in SHAPES ? icon(like) : null, h("span", null, name));
+  return h(`span.status.is-${Object.hasOwn(SHAPES, like) ? like : "cancelled"}`, null, Object.hasOwn(SHAPES, like) ? icon(like) : null, h("span", null, name));
 }
 
 export const REASONS = {
@@ -86,7 +111,7 @@ export const REASONS = {
 };
 
 export function reason(code) {
-  return REASONS[code] ?? String(code).replaceAll("_", " ");
+  return entryOf(REASONS, code) ?? String(code).replaceAll("_", " ");
 }
 
 // --- ids ---------------------------------------------------------------------------------------------------------------

@@ -1,27 +1,64 @@
 // What was said and done in a run, in whatever form the executor's model has: text, pictures, tool calls and their results.
 // What is not understood is shown as JSON, and nothing is left out.
 
-import { fill, h, icon, openDialog, theirs } from "./dom.js";
+import { fill, flat, h, icon, openDialog, theirs, visible } from "./dom.js";
 
 const FIRST = 60; // messages drawn at once, the latest
+const MORE = 500; // that are drawn when more are asked for
+const PIECE = 60; // parts of a message drawn at once
 const LONG = 4000; // characters of a text before it is folded
+const LONGER = 200_000; // characters that are drawn when more are asked for
 const PICTURES = /^image\/(png|jpeg|gif|webp)$/;
 
 /** The messages of a run, the latest last. */
 export function historyView(messages) {
-  const list = h("ol.history", { start: Math.max(1, messages.length - FIRST + 1) });
-  const begin = Math.max(0, messages.length - FIRST);
-  fill(list, messages.slice(begin).map((message, index) => entry(message, begin + index)));
+  let begin = Math.max(0, messages.length - FIRST);
+  const list = h("ol.history", { start: begin + 1 });
+  fill(list, messages.slice(begin).map((message, index) => safely(() => entry(message, begin + index), message, "li.other")));
   if (!begin) return list;
-  const more = h("button", { type: "button" }, `Show the ${begin.toLocaleString()} before`);
+  const more = h("button", { type: "button" });
+  const label = () => fill(more, `Show the ${Math.min(begin, MORE).toLocaleString()} before`, begin > MORE ? ` of ${begin.toLocaleString()}` : "");
+  label();
   more.addEventListener("click", () => {
-    list.prepend(...messages.slice(0, begin).map((message, index) => entry(message, index)));
-    list.start = 1;
+    const from = Math.max(0, begin - MORE);
+    list.prepend(...messages.slice(from, begin).map((message, index) => safely(() => entry(message, from + index), message, "li.other")));
+    begin = from;
+    list.start = begin + 1;
     list.firstElementChild.tabIndex = -1;
     list.firstElementChild.focus();
-    more.remove();
+    if (begin) label();
+    else more.remove();
   });
   return h("div", null, more, list);
+}
+
+/** What `draw` makes of a value; if it fails at it, the value as JSON: an executor may report anything. */
+export function safely(draw, value, tag = "div") {
+  try {
+    return draw();
+  } catch {
+    return h(tag, null, h("p.faint", null, icon("warn"), "This has a form that the console does not know. As JSON:"), json(value));
+  }
+}
+
+/** The first of many things, in an element if `tag` is given, and a button for the next ones: thousands at once freeze the page. */
+export function inPieces(items, draw, tag) {
+  const first = items.slice(0, PIECE).map(draw);
+  const list = tag && h(tag, null, first);
+  let shown = PIECE;
+  if (items.length <= shown) return list ?? first;
+  const more = h("button.quiet", { type: "button" });
+  const label = () => fill(more, `Show ${Math.min(MORE, items.length - shown).toLocaleString()} more of ${items.length.toLocaleString()}`);
+  label();
+  more.addEventListener("click", () => {
+    const next = flat(items.slice(shown, shown + MORE).map(draw));
+    if (list) list.append(...next);
+    else more.before(...next);
+    shown += MORE;
+    if (shown < items.length) label();
+    else more.remove();
+  });
+  return [list ?? first, more];
 }
 
 function entry(message, index) {
@@ -29,7 +66,7 @@ function entry(message, index) {
   const { role: _role, content, tool_calls: calls, ...rest } = message;
   const known = content !== undefined || Array.isArray(calls);
   const parts = known
-    ? [blocks(content, index), Array.isArray(calls) ? calls.map(openAiCall) : null, Object.keys(rest).length ? h("details.more", null, h("summary", null, "More of this message"), json(rest)) : null]
+    ? [blocks(content, index), Array.isArray(calls) ? inPieces(calls, (made) => safely(() => openAiCall(made), made)) : null, Object.keys(rest).length ? h("details.more", null, h("summary", null, "More of this message"), json(rest)) : null]
     : [json(message)];
   return h(`li.${["user", "assistant", "system", "tool"].includes(role) ? role : "other"}`, null, h("span.role", null, theirs(role.slice(0, 60))), h("div.said", null, parts));
 }
@@ -38,7 +75,7 @@ function blocks(content, index) {
   if (content === null || content === undefined) return null;
   if (typeof content === "string") return prose(content);
   if (!Array.isArray(content)) return block(content, index);
-  return content.map((item) => block(item, index));
+  return inPieces(content, (item) => safely(() => block(item, index), item));
 }
 
 function block(item, index) {
@@ -66,7 +103,7 @@ function call(name, input) {
       // it is shown as the text it is
     }
   }
-  return h("div.call", null, h("span.role", null, icon("play"), theirs(String(name ?? "tool").slice(0, 200))), shown === undefined ? null : json(shown));
+  return h("div.call", null, h("span.role", null, icon("play"), theirs(typeof name === "string" ? name.slice(0, 200) : "tool")), typeof name === "string" || name === undefined ? null : json(name), shown === undefined ? null : json(shown));
 }
 
 /** The forms in which models' vendors send pictures; null if it is none. */
@@ -102,11 +139,25 @@ function drawn(blob, alt) {
   return image;
 }
 
-/** Text as it was written, folded if it is long. */
+/** Text as it was written, folded if it is long. What is no text is shown as JSON. */
 export function prose(text) {
-  if (text.length <= LONG) return theirs(text, "p");
-  const node = theirs(`${text.slice(0, LONG)}…`, "p");
-  const more = h("button.quiet", { type: "button", onclick: () => (fill(node, text), more.remove()) }, `Show all ${text.length.toLocaleString()} characters`);
+  if (typeof text !== "string") return json(text);
+  return text.length <= LONG ? theirs(text, "p") : unfolding(theirs(`${text.slice(0, LONG)}…`, "p"), text, LONG, (part) => theirs(part).textContent);
+}
+
+/** The node, and a button that shows more of its text: all, or as much as a browser draws at once. */
+function unfolding(node, text, shown, drawn) {
+  const more = h("button.quiet", { type: "button" });
+  const label = () =>
+    fill(more, text.length - shown <= LONGER ? `Show all ${text.length.toLocaleString()} characters` : `Show ${LONGER.toLocaleString()} more of ${text.length.toLocaleString()} characters`);
+  label();
+  more.addEventListener("click", () => {
+    shown = Math.min(text.length, shown + LONGER);
+    const rest = shown < text.length ? "…" : "";
+    fill(node, drawn(text.slice(0, shown)) + rest);
+    if (rest) label();
+    else more.remove();
+  });
   return [node, more];
 }
 
@@ -114,14 +165,13 @@ const COLOURED = 20_000; // characters: beyond, JSON is one plain text
 
 /** JSON as it came, indented. */
 export function json(value, label = "JSON") {
-  const text = indented(value);
+  const text = visible(indented(value));
   const node = h("pre.code", { tabindex: 0, role: "group", "aria-label": label });
-  if (text.length > 200_000) {
-    fill(node, text.slice(0, 200_000));
-    const more = h("button.quiet", { type: "button", onclick: () => (fill(node, text), more.remove()) }, `Show all ${text.length.toLocaleString()} characters`);
-    return h("div", null, node, more);
-  }
-  return text.length > COLOURED ? fill(node, text) : fill(node, coloured(text));
+  if (text.length <= COLOURED) return fill(node, coloured(text));
+  node.classList.add("plain");
+  if (text.length <= LONGER) return fill(node, text);
+  fill(node, text.slice(0, LONGER));
+  return h("div", null, unfolding(node, text, LONGER, (part) => part));
 }
 
 /** On one line if it is a short one. In JSON text, line breaks stand between values only. */

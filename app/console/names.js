@@ -1,6 +1,6 @@
 // Names for ids: workflows, machines and pools are asked for once and then rarely.
 
-import { aborted, call } from "./api.js";
+import { aborted, call, page } from "./api.js";
 import { short, theirs } from "./dom.js";
 
 // Workflows carry their prompts along: their list is not asked for again soon.
@@ -31,7 +31,7 @@ export function forget() {
 export async function load(kind, signal, now = false) {
   const known = kinds[kind];
   if (!now && Date.now() - known.at < known.fresh) return;
-  const { data } = await call("GET", kind, { query: { limit: kind === "workflows" ? 100 : 1000 }, signal });
+  const { data } = await page(kind, { query: { limit: kind === "workflows" ? 100 : 1000 }, signal });
   known.at = Date.now();
   for (const item of data.items) known.byId.set(item.id, item);
 }

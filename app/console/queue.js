@@ -1,6 +1,6 @@
 // The queue: which machine runs what, and which lanes wait for what, the longest wait first.
 
-import { call, poll } from "./api.js";
+import { call, page, poll } from "./api.js";
 import { bar, count, fill, h, icon, keeping, notice, now, reason, short, skeleton, status, theirs, time } from "./dom.js";
 import * as names from "./names.js";
 
@@ -22,7 +22,7 @@ export function queueView(root) {
   const keepMachines = keeping(machines);
 
   async function round(signal) {
-    const active = (wanted) => call("GET", "runs", { query: { status: wanted, fields: FIELDS, limit: ACTIVE }, signal });
+    const active = (wanted) => page("runs", { query: { status: wanted, fields: FIELDS, limit: ACTIVE }, signal });
     const [queue, running, scheduling] = await Promise.all([loadLanes(signal), active("running"), active("scheduling"), names.load("machines", signal, true), names.load("pools", signal)]);
     lanes = queue;
     doing = new Map([...scheduling.data.items, ...running.data.items].filter((run) => run.assigned_machine_id).map((run) => [run.assigned_machine_id, run]));

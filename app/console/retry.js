@@ -2,7 +2,7 @@
 // sent again because the reply was lost, it is one retry.
 
 import { Unreachable, aborted, call, newIdempotencyKey } from "./api.js";
-import { clock, copy, count, fill, h, icon, notice, openDialog, reason, say, skeleton, span, theirs, time } from "./dom.js";
+import { ascii, clock, copy, count, entryOf, fill, h, icon, notice, openDialog, reason, say, skeleton, span, theirs, time } from "./dom.js";
 import { FieldError, filesField, priorityField, reasonField, secretsField, sessionField, targetField, valuesField } from "./fields.js";
 import * as names from "./names.js";
 
@@ -137,7 +137,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     const placement = answer.placement ?? {};
     const cleared = answer.cleared ?? {};
     const list = (items) => (items.length ? items.map((item, index) => [index ? ", " : "", item]) : h("span.faint", null, "nothing"));
-    const called = (keys) => [...new Set((keys ?? []).map((key) => WORDS[key] ?? theirs(key)))];
+    const called = (keys) => [...new Set((keys ?? []).map((key) => entryOf(WORDS, key) ?? theirs(key)))];
     const text = answer.would_retry ? `Attempt ${answer.attempt} will be queued, under the same id` : "It would be refused";
     if (verdict.textContent !== text) fill(verdict, h(`p.${answer.would_retry ? "good" : "bad"}`, null, icon(answer.would_retry ? "success" : "error"), text));
     fill(
@@ -413,7 +413,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
 
 /** For a shell. */
 function curl(url, body) {
-  const quoted = `'${JSON.stringify(body).replaceAll("'", `'\\''`)}'`;
+  const quoted = `'${ascii(JSON.stringify(body)).replaceAll("'", `'\\''`)}'`;
   return `curl -sS -X POST ${url} \\\n  -H "Authorization: Bearer $API_KEY" -H 'Content-Type: application/json' \\\n  -d ${quoted}\n`;
 }
 
@@ -421,12 +421,17 @@ function python(url, body) {
   return `import os\nimport uuid\n\nimport httpx\n\nreply = httpx.post(\n    "${url}",\n    headers={"Authorization": f"Bearer {os.environ['API_KEY']}", "Idempotency-Key": str(uuid.uuid4())},\n    json=${literal(body)},\n)\nreply.raise_for_status()\nprint(reply.json()["attempt"])\n`;
 }
 
-/** JSON as Python writes it. */
+/** JSON as Python writes it, in ASCII without controls. */
 function literal(value) {
   if (value === null) return "None";
   if (value === true) return "True";
   if (value === false) return "False";
   if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
-  if (typeof value === "object" && !JSON.isRawJSON?.(value)) return `{${Object.entries(value).map(([key, item]) => `${JSON.stringify(key)}: ${literal(item)}`).join(", ")}}`;
-  return JSON.stringify(value);
+  if (typeof value === "object" && !JSON.isRawJSON?.(value)) return `{${Object.entries(value).map(([key, item]) => `${quoted(key)}: ${literal(item)}`).join(", ")}}`;
+  return quoted(value);
+}
+
+/** Python has escapes of its own for what JSON writes as two halves. */
+function quoted(value) {
+  return ascii(JSON.stringify(value).replace(/[\u{10000}-\u{10ffff}]/gu, (one) => `\\U${one.codePointAt(0).toString(16).padStart(8, "0")}`));
 }

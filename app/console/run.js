@@ -1,8 +1,8 @@
 // One run: what it is now, what it was given, its attempts, its events, and the Retry button with what stands in its way.
 
-import { aborted, call, may, me, newIdempotencyKey, poll, save } from "./api.js";
+import { aborted, call, may, me, newIdempotencyKey, page, poll, save } from "./api.js";
 import { bar, bytes, clock, copy, copyButton, count, fill, h, icon, keeping, notice, now, openDialog, reason, say, short, skeleton, span, status, theirs, time, toast, took } from "./dom.js";
-import { historyView, json, prose } from "./history.js";
+import { historyView, inPieces, json, prose, safely } from "./history.js";
 import * as names from "./names.js";
 import { openRetry } from "./retry.js";
 import { deliveryList, loadEndpoints } from "./webhooks.js";
@@ -16,7 +16,7 @@ const EVENTS = 500;
 
 export function runView(root, first, app) {
   const { id } = first;
-  let tab = TABS[first.tab] ? first.tab : "now";
+  let tab = Object.hasOwn(TABS, first.tab) ? first.tab : "now";
   let wantsRetry = first.params.has("retry");
   let run = null;
   let text = "";
@@ -112,12 +112,12 @@ export function runView(root, first, app) {
   async function loadAttachments(signal) {
     const wanted = [...run.input_attachment_ids, ...run.output_attachment_ids];
     if (attachments && wanted.every((one) => attachments.has(one))) return;
-    const { data } = await call("GET", "run-attachments", { query: { run_id: id, limit: 1000 }, signal });
+    const { data } = await page("run-attachments", { query: { run_id: id, limit: 1000 }, signal });
     attachments = new Map(data.items.map((item) => [item.id, item]));
   }
 
   async function loadAttempts(signal) {
-    const { data } = await call("GET", `runs/${id}/attempts`, { query: { limit: 1000 }, signal });
+    const { data } = await page(`runs/${id}/attempts`, { query: { limit: 1000 }, signal });
     attempts = data.items;
     await names.loadMissing("machines", attempts.map((attempt) => attempt.machine_id), signal);
   }
@@ -129,10 +129,10 @@ export function runView(root, first, app) {
 
   /** The latest, newest first; the API has them oldest first. */
   async function loadEvents(signal) {
-    const page = async (skip) => (await call("GET", `runs/${id}/events`, { query: { limit: EVENTS, skip }, signal })).data;
+    const from = async (skip) => (await page(`runs/${id}/events`, { query: { limit: EVENTS, skip }, signal })).data;
     try {
-      let data = await page(0);
-      if (data.total > EVENTS) data = await page(data.total - EVENTS);
+      let data = await from(0);
+      if (data.total > data.items.length) data = await from(data.total - data.items.length);
       events = data.items.reverse();
     } catch (error) {
       if (error.status !== 404) throw error;
@@ -183,7 +183,8 @@ export function runView(root, first, app) {
       json: [text],
     }[tab];
     if (sent) drawDeliveries(sent.items, { of: [run.status, [...endpoints.values()].map((one) => [one.url, one.disabled])], empty: nothingSent() });
-    keepPanel([tab, shown], { now: drawNow, inputs: drawInputs, attempts: drawAttempts, events: drawEvents, webhooks: drawSent, json: drawJson }[tab]);
+    const drawTab = { now: drawNow, inputs: drawInputs, attempts: drawAttempts, events: drawEvents, webhooks: drawSent, json: drawJson }[tab];
+    keepPanel([tab, shown], () => safely(drawTab, run));
   }
 
   function drawTitle() {
@@ -310,7 +311,7 @@ export function runView(root, first, app) {
     if (run.status === "running") parts.push(notice("info", ["Running", run.machine_id ? [" on ", names.named("machines", run.machine_id)] : null], h("p", null, run.started_at ? ["For ", time(run.started_at, "since"), ". "] : null, "What it has reported so far stands below.")));
     if (run.error?.length) {
       parts.push(
-        section("What went wrong", run.error.map((line) => h("div.failure", null, icon("error"), h("div", null, prose(line))))),
+        section("What went wrong", inPieces(run.error, (line) => h("div.failure", null, icon("error"), h("div", null, prose(line))))),
       );
     }
     if (run.output_data !== null) parts.push(section("Result", json(run.output_data, "Result")));
@@ -337,10 +338,9 @@ export function runView(root, first, app) {
   }
 
   function files(ids) {
-    return h(
-      "ul.files",
-      null,
-      ids.map((one) => {
+    return inPieces(
+      ids,
+      (one) => {
         const file = attachments?.get(one);
         if (!file) return h("li", null, icon("file"), short(one));
         const expired = file.expires_at && Date.parse(file.expires_at) <= now();
@@ -353,7 +353,8 @@ export function runView(root, first, app) {
           file.expires_at ? h("span.faint", null, time(file.expires_at, "left")) : null,
           expired ? null : h("button.quiet", { type: "button", onclick: (event) => download(event.currentTarget, file) }, "Download", h("span.unseen", null, " ", file.filename)),
         );
-      }),
+      },
+      "ul.files",
     );
   }
 
@@ -376,7 +377,7 @@ export function runView(root, first, app) {
       section(
         "Values",
         values.length
-          ? h("dl.values", null, values.map(([name, value]) => [h("dt", null, theirs(name)), h("dd", null, typeof value === "string" ? prose(value) : json(value, `Value of ${name}`))]))
+          ? inPieces(values, ([name, value]) => [h("dt", null, theirs(name)), h("dd", null, typeof value === "string" ? prose(value) : json(value, `Value of ${name}`))], "dl.values")
           : h("p.faint", null, "None."),
       ),
       section(
@@ -384,7 +385,7 @@ export function runView(root, first, app) {
         aliases.length
           ? [
               h("p.faint", null, "The service cannot read them: it knows their names and where they are in Vault. ", keptUntil()),
-              h("dl.values", null, aliases.map(([name, alias]) => [h("dt", null, icon("key"), theirs(name)), h("dd", null, h("code.alias", null, alias))])),
+              inPieces(aliases, ([name, alias]) => [h("dt", null, icon("key"), theirs(name)), h("dd", null, h("code.alias", null, theirs(alias)))], "dl.values"),
             ]
           : h("p.faint", null, "None."),
       ),
@@ -538,7 +539,7 @@ export function runView(root, first, app) {
         history.replaceState(null, "", `#/runs/${id}/${tab}`);
         retry();
       }
-      const next = TABS[to.tab] ? to.tab : "now";
+      const next = Object.hasOwn(TABS, to.tab) ? to.tab : "now";
       if (next === tab) return;
       tab = next;
       markTab();

@@ -1,11 +1,12 @@
 // The list of runs. Rows stay where they are: what is new is announced, and comes when it is asked for.
 
-import { aborted, call, may, poll } from "./api.js";
-import { UUID, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, skeleton, status, theirs, time, took } from "./dom.js";
+import { aborted, call, may, page, poll } from "./api.js";
+import { UUID, ascii, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, skeleton, status, theirs, time, took } from "./dom.js";
 import * as names from "./names.js";
 
 const PAGE = 100;
 const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at";
+const LEAN = FIELDS.replace("error,", ""); // when the errors of a page are too long together
 const STATUSES = ["scheduling", "running", "success", "error", "cancelled"];
 const COUNTS_MS = 10_000;
 const PERIODS = { "1h": ["Last hour", 3600], "24h": ["Last 24 hours", 86_400], "7d": ["Last 7 days", 604_800] };
@@ -146,7 +147,7 @@ export function runsView(root, first) {
   async function round(signal) {
     const asked = filter;
     const behind = adopted ? fresh().length : 0;
-    const { data } = await call("GET", "runs", { query: { ...query(asked), fields: FIELDS, limit: Math.min(1000, PAGE + behind) }, signal });
+    const { data } = await page("runs", { query: { ...query(asked), fields: FIELDS, limit: Math.min(1000, PAGE + behind) }, lean: LEAN, signal });
     if (asked !== filter) return;
     latest = data;
     draw();
@@ -394,16 +395,17 @@ function why(run) {
   if (run.status === "scheduling") return run.scheduling_reason ? reason(run.scheduling_reason) : null;
   if (run.status === "running") return run.started_at ? ["for ", time(run.started_at, "since")] : null;
   if (run.error?.length) {
-    const [line] = run.error[0].split("\n", 1);
+    const [line] = String(run.error[0]).split("\n", 1);
     return theirs(line.length > 300 ? `${line.slice(0, 300)}…` : line);
   }
+  if (run.status === "error" && run.error === undefined) return h("span.faint", null, "Too long for this list: open the run");
   if (run.started_at && run.ended_at) return h("span.faint", null, `took ${took(Date.parse(run.ended_at) - Date.parse(run.started_at))}`);
   return null;
 }
 
 function createCurl(workflow) {
   const root = new URL("../v1", location.href.split("#")[0]);
-  const post = (path, body) => `curl -sS -X POST ${root}/${path} \\\n  -H "Authorization: Bearer $API_KEY" -H 'Content-Type: application/json' \\\n  -d '${JSON.stringify(body)}'`;
+  const post = (path, body) => `curl -sS -X POST ${root}/${path} \\\n  -H "Authorization: Bearer $API_KEY" -H 'Content-Type: application/json' \\\n  -d '${ascii(JSON.stringify(body))}'`;
   if (workflow) return post("runs", { workflow_id: workflow.id });
   return `${post("workflows", { name: "Hello", main_prompt: "Open the editor and write hello." })}\n# then, with the id it answers:\n${post("runs", { workflow_id: "ID" })}`;
 }

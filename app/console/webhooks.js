@@ -1,7 +1,7 @@
 // Webhooks: where endings are sent to, what became of each message, and sending again. No secret is shown here, nor asked for.
 
 import { aborted, call, may, newIdempotencyKey, poll } from "./api.js";
-import { clock, copyButton, count, fill, h, icon, keeping, local, notice, now, openDialog, short, skeleton, status, theirs, time, toast, took } from "./dom.js";
+import { clock, copyButton, count, entryOf, fill, h, icon, keeping, local, notice, now, openDialog, short, skeleton, status, theirs, time, toast, took } from "./dom.js";
 
 const PAGE = 50;
 const STATES = { pending: "scheduling", delivered: "success", failed: "error" };
@@ -28,13 +28,13 @@ export async function loadEndpoints(signal) {
 }
 
 function state(endpoint) {
-  if (endpoint.disabled) return h("span.bad", null, DISABLED[endpoint.disabled_reason], ", ", time(endpoint.disabled_at));
+  if (endpoint.disabled) return h("span.bad", null, entryOf(DISABLED, endpoint.disabled_reason), ", ", time(endpoint.disabled_at));
   if (endpoint.is_recovering) return "sends what it has missed";
   return endpoint.failing_since ? h("span.bad", null, "failing for ", time(endpoint.failing_since, "since")) : h("span.good", null, "enabled");
 }
 
 function answer(one) {
-  if (one.error) return `${WHY[one.error] ?? one.error.replaceAll("_", " ")}.`;
+  if (one.error) return `${entryOf(WHY, one.error) ?? one.error.replaceAll("_", " ")}.`;
   return one.response_status ? [h(one.response_status < 300 ? "b" : "b.bad", null, String(one.response_status)), ` after ${one.duration_ms < 1000 ? `${one.duration_ms} ms` : took(one.duration_ms)}`] : "Not sent yet.";
 }
 
@@ -92,7 +92,7 @@ export function deliveryList(node, about, sends) {
     return h(
       "li",
       null,
-      h("header", null, status(one.status, STATES[one.status]), h("span.grow", null, about(one)), mayManage() && sends(one) ? again : null),
+      h("header", null, status(one.status, entryOf(STATES, one.status)), h("span.grow", null, about(one)), mayManage() && sends(one) ? again : null),
       h(
         "p.meta",
         null,
@@ -173,7 +173,7 @@ function endpointView(root, { id, params }) {
   const draw = deliveryList(list, of, () => !endpoint.disabled);
 
   function read(query) {
-    return STATES[query.get("status")] ? query.get("status") : "";
+    return Object.hasOwn(STATES, query.get("status")) ? query.get("status") : "";
   }
 
   function mark() {

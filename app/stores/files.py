@@ -44,14 +44,27 @@ _FOLDER_ATTEMPTS = 10
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
+# What browsers take for a script, whatever else it may be (WHATWG, MIME sniffing, section 4.6), and what styles a page.
+_ACTIVE = re.compile(
+    r"(text|application)/(x-)?(java|ecma)script|text/javascript1\.[0-9]|text/(jscript|livescript|css)|application/wasm"
+    r"|(text|application)/(xsl|xslt\+xml)",
+    re.IGNORECASE,
+)
+
+
 def file_headers(filename: str, content_type: str) -> dict[str, str]:
     """How a file is answered, by us and by a pre-signed URL: as a download, whatever its name and type are."""
     # For clients that do not know filename*: nothing that needs quoting or that a parser could read as syntax.
     plain = re.sub(r"[^A-Za-z0-9 ._()+,=@-]", "_", filename)
     return {
         "Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}",
-        "Content-Type": content_type,
+        "Content-Type": "application/octet-stream" if is_active(content_type) else content_type,
     }
+
+
+def is_active(content_type: str) -> bool:
+    """Whether a page could load a file of this type as its script or its style sheet."""
+    return _ACTIVE.fullmatch(content_type.partition(";")[0].strip()) is not None
 
 
 class FileMissingError(Exception):
