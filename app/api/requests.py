@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -37,8 +37,11 @@ _SHORTEST_ID = 32  # characters: hexadecimal digits alone
 # A key that was good so long ago is looked up again.
 KNOWN_SECONDS = 1.0
 
-# Longer bodies are parsed in a thread.
-INLINE_BYTES = in_flight.FREE_BYTES
+# Shorter bodies are not weighed.
+LIGHT_BYTES = in_flight.FREE_BYTES
+# Bodies of more bytes or values are parsed in a thread, because they may take longer than a few milliseconds.
+QUICK_BYTES = 2 * MIB
+QUICK_VALUES = 2_000
 # Fields that make a body long; without one of them it is refused early.
 _LONG = frozenset({"file_inputs", "content", "run_message_history"})
 
@@ -253,7 +256,7 @@ async def read(request: Request, model: type[Model]) -> tuple[Model, WriteReques
     """
     settings = services(request).settings
     raw = await _read_body(request, _limit(settings, model))
-    if len(raw) <= INLINE_BYTES or "idempotency-key" not in request.headers:
+    if len(raw) <= LIGHT_BYTES or "idempotency-key" not in request.headers:
         write = _write(request, settings, raw)
     else:  # the whole body is hashed
         write = await asyncio.to_thread(_write, request, settings, raw)
@@ -279,12 +282,14 @@ async def _parsed(request: Request, raw: bytes, model: type[Model]) -> Model:
     settings = services(request).settings
     if raw and not _JSON.fullmatch(request.headers.get("content-type", "application/json")):
         raise UnsupportedMediaType
-    if len(raw) <= INLINE_BYTES:
+    if len(raw) <= LIGHT_BYTES:
         parsed = _parse(raw or b"{}", model, settings)
     else:
-        before = await _in_turn(request, weights.before, raw, settings)
+        most = weights.most_values(raw) if len(raw) <= QUICK_BYTES else None
+        run = _at_once if most is not None and most <= QUICK_VALUES else partial(_in_turn, request)
+        before = await run(weights.before, raw, settings, most)
         await in_flight.hold(before)
-        parsed, units = await _in_turn(request, _parse_and_weigh, raw, model, settings, before - len(raw))
+        parsed, units = await run(_parse_and_weigh, raw, model, settings, before - len(raw))
         in_flight.hold_at_once(units)
     await still_known(request)
     return parsed
@@ -296,6 +301,10 @@ def is_true(request: Request, name: str) -> bool:
     if len(given) > 1 or any(value not in ("true", "false") for value in given):
         raise Invalid((("query", name), "Must be true or false, once.", "bool_parsing"))
     return given == ["true"]
+
+
+async def _at_once(work: Callable[..., T], *arguments: object) -> T:
+    return work(*arguments)
 
 
 async def _in_turn(request: Request, work: Callable[..., T], *arguments: object) -> T:

@@ -249,8 +249,13 @@ class Protocol(HttpToolsProtocol):
         """So many bytes are in the buffer."""
         if self._deaf:
             return
-        self._unparsed += bytes(self._all.buffer[:count])
-        self._parse()
+        if self._unparsed or count > self._body_left:
+            self._unparsed += bytes(self._all.buffer[:count])
+            self._parse()
+        else:  # a piece of a body and nothing else: the parser makes the only copy
+            self._feed(self._all.buffer[:count])
+            if not self._deaf:
+                self._wait_for_reader()
         if count == STRANGER_BYTES and not self.flow.read_paused and not self.transport.is_closing():
             # There is probably more. The loop would read it before it does anything else: others come first.
             self.flow.pause_reading()
@@ -265,13 +270,21 @@ class Protocol(HttpToolsProtocol):
                 if self._lines > MAX_HEAD_LINES:
                     self._refuse(HeadTooLarge())
                     return
-            self._got_body = False
-            self.data_received(piece)
-            if not (self._outside_body and self._is_answering()):  # that was not the end of a request
-                self._account(piece)
+            self._feed(piece)
             if self._deaf or self.transport.is_closing():
                 self._unparsed = b""
                 return
+        self._wait_for_reader()
+
+    def _feed(self, piece: bytes | memoryview) -> None:
+        """What the parser makes of a piece, counted."""
+        self._got_body = False
+        self.data_received(piece)  # type: ignore[arg-type] # the parser takes any buffer
+        if not (self._outside_body and self._is_answering()):  # that was not the end of a request
+            self._account(len(piece))
+
+    def _wait_for_reader(self) -> None:
+        """Read no more for now, if somebody has to take first what has come."""
         if self._unparsed:
             self.flow.held = True  # until the request is answered
             self.flow.pause_reading()
@@ -292,12 +305,12 @@ class Protocol(HttpToolsProtocol):
             piece = _UPGRADE.sub(b"\r\nx-not-upgraded:", piece)
         return piece
 
-    def _account(self, piece: bytes) -> None:
+    def _account(self, size: int) -> None:
         """For a head that is not complete yet, and for a body that is not."""
         if self._got_body:
             self._overhead = 0
             return
-        self._overhead += len(piece)
+        self._overhead += size
         if self._overhead > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge())
         elif self._outside_body:
@@ -384,6 +397,9 @@ class Protocol(HttpToolsProtocol):
         self._got_body = True
         if self._body_left:
             self._body_left -= len(body)
+            if not self.cycle.body:
+                # What is added to no bytes is not copied, nor is it when it is taken, unlike with a bytearray.
+                self.cycle.body = b""  # type: ignore[assignment]
         super().on_body(body)
 
     def on_message_complete(self) -> None:

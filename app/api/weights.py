@@ -16,11 +16,17 @@ _VALUE = 100
 # A document is parsed, written as JSON, sent to PostgreSQL, and read and sent again in the reply.
 _COPIES = 4
 _BYTES_PER_UNIT = 2
+_PIECE = 32 * 1024  # is counted at once
 
 
-def before(raw: bytes, settings: Settings) -> int:
-    """Of a body that is going to be parsed. Raises Invalid for too many values in it."""
-    values = count_values(raw, settings.max_json_values)
+def before(raw: bytes, settings: Settings, most: int | None = None) -> int:
+    """Of a body that is going to be parsed; `most` is most_values of it, if that is known.
+
+    Raises Invalid for too many values in it.
+    """
+    values = most_values(raw) if most is None else most
+    if values > settings.max_json_values:
+        values = _count_values(raw, settings.max_json_values)
     if values > settings.max_json_values:
         sentence = f"May have at most {settings.max_json_values} JSON values in all."
         raise Invalid((("body",), sentence, "too_many_values"))
@@ -32,7 +38,7 @@ def after(raw: bytes, parsed: BaseModel, settings: Settings, values: int) -> int
     files = _file_bytes(parsed) * 4 // 3
     documents = max(len(raw) - files, 0)
     # A text takes one, two or four bytes for each of its characters, whatever most of them are.
-    texts = documents if raw.isascii() and b"\\u" not in raw else _text_bytes(parsed)
+    texts = documents if raw.isascii() and not _has_escapes(raw) else _text_bytes(parsed)
     units = values + files + (texts + _COPIES * documents) // _BYTES_PER_UNIT
     if units > settings.max_in_flight_bytes:
         raise PayloadTooLarge(
@@ -61,23 +67,35 @@ def _text_bytes(parsed: BaseModel) -> int:
     return total
 
 
-def count_values(raw: bytes, enough: int) -> int:
-    """About how many values there are, never less than there are; texts are looked at only if there seem to be too many."""
-    pieces = [(start, start + MIB) for start in range(0, len(raw), MIB)]
-    count = 1 + sum(_separators(raw[start:end]) for start, end in pieces)
-    if count <= enough:
-        return count
+def most_values(raw: bytes) -> int:
+    """At least as many as there are values: separators in texts count too. It takes up to 0.5 ms for each MB."""
+    return 1 + sum(_separators(raw, start, start + _PIECE) for start in range(0, len(raw), _PIECE))
+
+
+def _count_values(raw: bytes, enough: int) -> int:
+    """About how many values there are outside of texts, never less than there are; ends when there are more than enough."""
     count, in_text, escaped = 1, False, False
-    for start, end in pieces:
-        piece = raw[start + escaped : end].replace(b"\\\\", b"").replace(b'\\"', b"")
+    for start in range(0, len(raw), MIB):
+        piece = raw[start + escaped : start + MIB].replace(b"\\\\", b"").replace(b'\\"', b"")
         escaped = piece.endswith(b"\\")
         parts = piece.split(b'"')  # every second one is text
-        count += _separators(b"".join(parts[in_text::2]))
+        values = b"".join(parts[in_text::2])
+        count += _separators(values, 0, len(values))
         in_text ^= len(parts) % 2 == 0
         if count > enough:
             break
     return count
 
 
-def _separators(piece: bytes) -> int:
+def _separators(raw: bytes, start: int, end: int) -> int:
+    # To find that a byte is not there takes a tenth of the time of counting; base64 has none of them.
+    if raw.find(b",", start, end) < 0 and raw.find(b"[", start, end) < 0 and raw.find(b"{", start, end) < 0:
+        return 0
+    piece = raw[start:end]
     return len(piece) - len(piece.translate(None, b",[{"))
+
+
+def _has_escapes(raw: bytes) -> bool:
+    """Whether a character is written as its number. To find one byte takes a fiftieth of the time of finding two."""
+    first = raw.find(b"\\")
+    return first >= 0 and raw.find(b"\\u", first) >= 0

@@ -37,14 +37,14 @@ MAX_INTEGER = 2**63 - 1
 
 # --- what PostgreSQL and JSON can hold --------------------------------------------------------------------------------
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
 
 def _storable_text(value: str) -> str:
     if "\x00" in value:
         raise PydanticCustomError("string_nul", "NUL is not allowed")
-    if _SURROGATE.search(value):
-        raise PydanticCustomError("string_unicode", "lone surrogates are not allowed")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", "lone surrogates are not allowed") from None
     return value
 
 
