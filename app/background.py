@@ -39,6 +39,9 @@ REST_FOR_WORK = 4
 # Seconds after which a loop that has nothing to look for by itself goes on with what a failure left.
 TRY_AGAIN = 1.0
 
+# How often the machine's clock is compared with the database's, beside each connect.
+CLOCK_SECONDS = 60.0
+
 # A process tells others at most so often: the server lets those who tell commit one after the other.
 TELL_REST = 0.02
 
@@ -106,6 +109,7 @@ def loops(services: Services) -> list[Loop]:
     channels = wakeups.listens_to(answers=answers)
     telling = [
         Loop("tell", partial(tell, database, wakeups), TRY_AGAIN, wakeups.to_tell, rest=TELL_REST, rest_for_work=0),
+        Loop("clock", database.measure_clock, CLOCK_SECONDS),
         Loop("listen", partial(database.listen, channels, wakeups.heard), TRY_AGAIN),
     ]
     if answers:

@@ -115,6 +115,7 @@ def _begin_to_count(services: Services) -> None:
         return {("idle",): idle, ("used",): used}
 
     counted.connections.read_from(connections)
+    counted.clock_offset.read_from(lambda: {(): services.database.clock.offset})
 
 
 def _max_connections(settings: Settings) -> int:

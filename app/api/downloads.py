@@ -5,7 +5,6 @@ The rules of ranges are RFC 9110 section 14; those of Content-Disposition RFC 62
 
 import hmac
 import re
-import time
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -92,9 +91,9 @@ class Ticket:
     signature: str
 
     @classmethod
-    def sign(cls, settings: Settings, attachment_id: UUID, expires_in: int) -> "Ticket":
-        """A ticket for so many seconds by this server's clock."""
-        expires = str(int(time.time()) + expires_in)
+    def sign(cls, settings: Settings, attachment_id: UUID, expires_in: int, now: float) -> "Ticket":
+        """A ticket for so many seconds. `now` is the database's time: any replica may be asked to redeem it."""
+        expires = str(int(now) + expires_in)
         key = settings.server_key.get_secret_value()
         return cls(str(attachment_id), expires, _signature(key, str(attachment_id), expires))
 
@@ -102,7 +101,7 @@ class Ticket:
     def url(self) -> str:
         return f"/downloads/{self.attachment_id}?expires={self.expires}&signature={self.signature}"
 
-    def holds(self, settings: Settings) -> bool:
+    def holds(self, settings: Settings, now: float) -> bool:
         """Whether we signed exactly this, under the current or the previous key, and it has not expired."""
         signed = [
             hmac.compare_digest(
@@ -111,7 +110,7 @@ class Ticket:
             for key in (settings.server_key, settings.server_key_previous)
             if key is not None
         ]
-        return any(signed) and time.time() < int(self.expires)
+        return any(signed) and now < int(self.expires)
 
 
 def _signature(key: str, attachment_id: str, expires: str) -> str:
@@ -120,7 +119,7 @@ def _signature(key: str, attachment_id: str, expires: str) -> str:
 
 async def redeem(database: Database, settings: Settings, ticket: Ticket) -> Record:
     """What is needed to read the ticket's attachment. Raises AttachmentNotFound whatever is wrong: it helps nobody guess."""
-    if not ticket.holds(settings):
+    if not ticket.holds(settings, database.clock.now()):
         raise AttachmentNotFound
     async with database.connection() as connection:
         return await readable(connection, UUID(ticket.attachment_id), None)

@@ -492,7 +492,11 @@ async def send_test(services: Services, write: WriteRequest, endpoint_id: UUID) 
 
     async def work(connection: Connection) -> Reply:
         await _lock_enabled(connection, organization_id, endpoint_id)
-        event_id, delivery_id, occurred_at = uuid4(), uuid4(), datetime.now(UTC)
+        event_id, delivery_id, occurred_at = (
+            uuid4(),
+            uuid4(),
+            datetime.fromtimestamp(services.database.clock.now(), UTC),
+        )
         await connection.execute(
             INSERT_TEST,
             event_id=event_id,

@@ -20,6 +20,7 @@ from app.config import Settings
 from app.database_url import DatabaseUrl
 from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
 from app.stores import setup
+from app.stores.clock import DatabaseClock, steady
 from app.stores.counts import SharedCounts
 from app.stores.pool import NoneFreeError, Pool
 from app.stores.statements import Statement
@@ -312,6 +313,7 @@ class Database:
         direct_url = settings.database_direct_url or settings.database_url
         self._listening_servers = Servers(direct_url.get_secret_value())
         self._listening_lost = asyncio.Event()
+        self.clock = DatabaseClock()
         self._pool = Pool(self._connect, settings.database_pool_size, self._patience)
         self.counts = SharedCounts()
 
@@ -326,12 +328,14 @@ class Database:
         """A connection to a database that fits, with the settings that its role carries. Raises DatabaseUnavailable."""
         driver = await self._servers.connect(self._patience, self._patience)
         try:
+            began = steady()
             try:
                 rows = await driver.fetch(setup.FITS.sql, *setup.FITS.arguments({"names": setup.CHECKED}))
             except asyncpg.UndefinedTableError:
                 raise setup.NotMigrated("the database has not been migrated") from None
             except asyncpg.InsufficientPrivilegeError:
                 raise setup.NotMigrated("the role may not read the tables") from None
+            self.clock.measured(rows[0]["now"], began, steady())
             _check_takes_writes(is_read_only=rows[0]["is_read_only"])
             revision = setup.check_schema(rows[0])
             setup.check_session(rows, self._patience)
@@ -351,6 +355,12 @@ class Database:
         if unfit.reason != self._told:
             log.error({"event": "database_unfit", "reason": unfit.reason, "fix": unfit.line})
         self._told = unfit.reason
+
+    async def measure_clock(self) -> None:
+        """Compare the machine's clock with the database's. Raises DatabaseUnavailable."""
+        async with self.connection() as connection:
+            began = steady()
+            self.clock.measured(await connection.fetchval(setup.NOW), began, steady())
 
     async def ready(self) -> None:
         """Whether a connection of the pool can read and may write. Raises DatabaseUnavailable, with Unfit."""

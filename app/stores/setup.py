@@ -137,7 +137,8 @@ FITS = statement(
     "setup.fits",
     f"""
     SELECT name, setting, (SELECT version_num FROM alembic_version) AS revision,
-           obj_description('alembic_version'::regclass, 'pg_class') AS mark, {_IS_READ_ONLY} AS is_read_only
+           obj_description('alembic_version'::regclass, 'pg_class') AS mark, {_IS_READ_ONLY} AS is_read_only,
+           extract(epoch FROM clock_timestamp())::float8 AS now
     FROM pg_settings WHERE name = ANY(:names)
     """,
 )
@@ -145,6 +146,8 @@ FITS = statement(
 
 # A standby, and a server or role with default_transaction_read_only.
 IS_READ_ONLY = statement("setup.is_read_only", f"SELECT {_IS_READ_ONLY}")
+
+NOW = statement("setup.now", "SELECT extract(epoch FROM clock_timestamp())::float8")
 
 # Whoever may read this table has been migrated.
 READABLE = statement("setup.readable", "SELECT 1 FROM runs LIMIT 1")

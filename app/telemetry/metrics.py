@@ -14,6 +14,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
@@ -157,11 +158,13 @@ class _Histogram(_Family):
 
 
 class _Gauge(_Family):
-    """What is so now: the sum over all processes that live, or the greatest of what any has said."""
+    """What is so now: the sum over all processes that live, or the greatest or the latest of what they have said."""
 
-    def __init__(self, name: str, says: str, *labels: str, greatest: bool = False) -> None:
+    def __init__(
+        self, name: str, says: str, *labels: str, of: Literal["livesum", "max", "livemostrecent"] = "livesum"
+    ) -> None:
         super().__init__(name, says, *labels)
-        self._mode = "max" if greatest else "livesum"
+        self._mode: Literal["livesum", "max", "livemostrecent"] = of
         self._now: dict[Labels, float] = {}
         self._metric: prometheus_client.Gauge | None = None
         self._read: Callable[[], Mapping[Labels, float]] | None = None
@@ -186,7 +189,7 @@ class _Gauge(_Family):
                     self.says,
                     self.labels,
                     registry=_shared.registry,
-                    multiprocess_mode="max" if self._mode == "max" else "livesum",
+                    multiprocess_mode=self._mode,
                 )
             (self._metric.labels(*values) if values else self._metric).set(value)
 
@@ -240,7 +243,7 @@ requests = _Histogram(
     most=MOST_ROUTES,
 )
 active_requests = _Gauge("http_server_active_requests", "Requests that are being answered.")
-build_info = _Gauge("runs_build_info", "The version that serves; always 1.", "version", "python", greatest=True)
+build_info = _Gauge("runs_build_info", "The version that serves; always 1.", "version", "python", of="max")
 retries = _Counter("runs_retries_total", "Retries that were asked for, and what came of them.", "outcome", "code")
 transitions = _Counter("runs_transitions_total", "Changes of a run's status, and by whom.", "to", "by")
 placement_wait = _Histogram("runs_placement_wait_seconds", "From queueing a run to its machine.", bounds=_LONG_SECONDS)
@@ -258,6 +261,11 @@ statements = _Histogram(
     bounds=_STATEMENT_SECONDS,
 )
 connections = _Gauge("db_client_connection_count", "Connections to PostgreSQL that are open.", "state")
+clock_offset = _Gauge(
+    "runs_clock_offset_seconds",
+    "How far the database's clock is ahead of this machine's.",
+    of="livemostrecent",
+)
 pool_wait = _Histogram("runs_pool_wait_seconds", "Waits for a connection of the pool.")
 idempotency = _Counter("runs_idempotency_total", "Writes with an Idempotency-Key.", "outcome")
 quota_refusals = _Counter("runs_quota_refusals_total", "Requests over a quota.", "policy")
@@ -268,7 +276,7 @@ loop_success = _Gauge(
     "runs_background_last_success_timestamp_seconds",
     "When a background loop last ended a round without a failure.",
     "loop",
-    greatest=True,
+    of="max",
 )
 loop_failures = _Counter("runs_background_failures_total", "Rounds of a background loop that failed.", "loop", "code")
 scrape_errors = _Counter("runs_scrape_errors_total", "Scrapes without what only the database knows.")

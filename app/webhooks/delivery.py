@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cache, partial
 from typing import Any, Literal
@@ -285,16 +285,21 @@ class Claimed:
         return "run_deleted" if self.body is None else None
 
 
-def delay_after(tries: int, retry_after: str | None, spread: Callable[[float, float], float]) -> float | None:
+def delay_after(
+    tries: int,
+    retry_after: str | None,
+    spread: Callable[[float, float], float],
+    now: Callable[[], float] = time.time,
+) -> float | None:
     """Seconds until a delivery that has failed once more is tried again, None if it is not. `tries` are those before."""
     if tries >= len(SCHEDULE):
         return None
     planned = SCHEDULE[tries] * spread(1 - JITTER, 1 + JITTER)
-    asked = _seconds(retry_after)
+    asked = _seconds(retry_after, now)
     return planned if asked is None else min(max(planned, asked), 2 * planned)
 
 
-def _seconds(retry_after: str | None) -> float | None:
+def _seconds(retry_after: str | None, now: Callable[[], float]) -> float | None:
     """Retry-After (RFC 9110, 10.2.3): seconds, or a date."""
     if retry_after is None:
         return None
@@ -304,7 +309,7 @@ def _seconds(retry_after: str | None) -> float | None:
         date = parsedate_to_datetime(retry_after)
     except (ValueError, OverflowError):  # no date, or a year or an offset beyond all bounds
         return None
-    return (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return date.replace(tzinfo=date.tzinfo or UTC).timestamp() - now()
 
 
 class Deliverer:
@@ -555,7 +560,7 @@ class Deliverer:
     def _post(self, post: Post, one: Claimed, secrets: Sequence[str]) -> Answer:
         """In a thread: sign now, so that the timestamp is that of sending, and send."""
         assert one.url is not None and one.body is not None  # noqa: S101, PT018 - else it was dropped
-        signed = signing.headers(str(one.id), int(time.time()), one.body, secrets)
+        signed = signing.headers(str(one.id), int(self._database.clock.now()), one.body, secrets)
         headers = {"Content-Type": "application/json", "User-Agent": "runs-api", **signed}
         return post.send(one.url, headers, one.body, connect_by=one.connect_by)
 
@@ -563,7 +568,9 @@ class Deliverer:
         is_success = answer is not None and 200 <= answer.status < 300
         is_gone = answer is not None and answer.status == GONE
         asked = answer.retry_after if answer is not None and answer.status in ASKS_FOR_TIME else None
-        delay = None if is_success or is_gone else delay_after(one.tries, asked, random.uniform)
+        delay = (
+            None if is_success or is_gone else delay_after(one.tries, asked, random.uniform, self._database.clock.now)
+        )
         status = "delivered" if is_success else "failed" if delay is None else "pending"
         async with self._database.connection() as connection:
             row = await connection.fetchrow(

@@ -196,9 +196,19 @@ def _statement(sql: str) -> str:
     return named[1] if named else " ".join(sql.split()[:4])
 
 
+# A setting of FaultyServer alone: by how many seconds the machine's clock is ahead.
+CLOCK_AHEAD = "TEST_CLOCK_AHEAD"
+
+
+def _turn_clock(seconds: float) -> None:
+    real = time.time
+    setattr(time, "time", lambda: real() + seconds)  # noqa: B010 - it is not ours to type
+
+
 def serve(folder: Path, environment: Mapping[str, str], plan: Plan) -> None:
     """A server process: what `python -m app serve` runs, with the faults of the plan."""
     enter(environment, folder / "app.log")
+    _turn_clock(float(environment.get(CLOCK_AHEAD, 0)))
     faults = Faults(folder, plan)
     faults.install()
     keep_document()

@@ -182,7 +182,7 @@ async def get_run_attachment_download_url(
     url = await own.files.signed_url(file["storage_path"], expires_in)
     if url is None:
         base = own.settings.public_url or str(request.base_url)
-        url = base.rstrip("/") + Ticket.sign(own.settings, attachment_id, expires_in).url
+        url = base.rstrip("/") + Ticket.sign(own.settings, attachment_id, expires_in, own.database.clock.now()).url
     return json_reply({"url": url, "expires_in": expires_in})
 
 
