@@ -2,9 +2,7 @@
 
 import base64
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import combinations
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from tests.support.client import Client
 from tests.support.scrapes import scrape
 from tests.support.server import Server
+from tests.support.slow_rows import slow_rows
 from tests.support.stack import Stack
 from tests.support.waiting import until
 
@@ -23,8 +22,9 @@ EXACT = 10_000
 
 def page_of(api: Client, path: str, **params: object) -> dict[str, Any]:
     page: dict[str, Any] = api.json_of(api.get(path, params={name: str(value) for name, value in params.items()}))
-    of_runs = {"list_is_partial"} if path == "/v1/runs" else set()
-    assert page.keys() == {"items", "total", "total_is_estimate", "skip", "limit", "next"} | of_runs
+    more = {"/v1/runs": {"list_is_partial", "search_is_partial"}}
+    more |= {searched: {"search_is_partial"} for searched in ("/v1/workflows", "/v1/machines")}
+    assert page.keys() == {"items", "total", "total_is_estimate", "skip", "limit", "next"} | more.get(path, set())
     return page
 
 
@@ -358,21 +358,6 @@ def test_a_long_list_is_counted_once_for_all_and_is_a_second_old_at_most(
     assert (len(last["items"]), last["next"]) == (51, None)
     deep = page_of(api, "/v1/runs", limit=1, skip=EXACT + 449)
     assert page_of(api, "/v1/runs", limit=100, after=deep["next"])["items"] == last["items"]
-
-
-@contextmanager
-def slow_rows(stack: Stack, organization: str) -> Iterator[None]:
-    """Each run of this organization that is older than ten days takes the service's role 10 ms to look at."""
-    stack.sql("ALTER TABLE runs ENABLE ROW LEVEL SECURITY")
-    try:
-        stack.sql(
-            f"CREATE POLICY slow ON runs USING (organization_id <> '{organization}'"
-            " OR created_at > now() - interval '10 days' OR pg_sleep(0.01) IS NOT NULL)"
-        )
-        yield
-    finally:
-        stack.sql("DROP POLICY IF EXISTS slow ON runs")
-        stack.sql("ALTER TABLE runs DISABLE ROW LEVEL SECURITY")
 
 
 def test_a_list_that_takes_too_long_to_count_or_to_pass_over_is_no_outage(

@@ -31,7 +31,7 @@ from app.resources.webhooks import list_deliveries
 from app.resources.workflows import get_seen
 from app.runs import queue
 from app.runs.attachments import list_attachments
-from app.runs.listing import FIELDS, Order, RunFilter, bits, list_runs
+from app.runs.listing import FIELDS, Order, RunFilter, Search, bits, list_runs
 from app.scheduling.placement import Pass, place
 from app.stores.database import Database
 from app.stores.pages import Slice
@@ -516,8 +516,10 @@ PART = Slice(0, 20, 32 * 2**20)
 SOME_FIELDS = ["id", "status", "scheduling_reason"]
 
 
-def _runs(order: Order = "created", **wanted: Any) -> Callable[[Database], Awaitable[object]]:
-    return lambda database: list_runs(database, RunFilter("big", **wanted), SOME_FIELDS, PART, order)
+def _runs(
+    order: Order = "created", searched: Search | None = None, **wanted: Any
+) -> Callable[[Database], Awaitable[object]]:
+    return lambda database: list_runs(database, RunFilter("big", **wanted), SOME_FIELDS, PART, order, searched)
 
 
 # With how many blocks they may read. Lists are of what is narrow: of a whole organization they count all that there is. Some
@@ -534,6 +536,8 @@ ACTIONS: dict[str, tuple[int, Callable[[Database], Awaitable[object]]]] = {
     ),
     "runs by change, of a workflow": (60_000, _runs("changed", workflow_id=an_id("workflow", 1))),
     "runs by creation, changed in a window of time": (1_000, _runs(changed_from=A_WHILE_AGO)),
+    "a search in runs": (80_000, _runs(searched=Search("nobody has this"))),
+    "a search for the beginning of an id": (1_500, _runs(searched=Search(str(ENDED)[:8]), status=RunStatus.RUNNING)),
     "runs of a workflow": (100, _runs(workflow_id=an_id("workflow", 101))),
     "runs of another machine's key": (500, _runs(bound_to=an_id("machine", 15_001))),
     "files of a run": (400, lambda database: list_attachments(database, NOBODY_BOUND, ENDED, None, PART)),

@@ -198,7 +198,16 @@ def many(api: Client, foreign: Client) -> list[dict[str, Any]]:
 def listed(api: Client, runs: list[dict[str, Any]], **params: Any) -> tuple[list[int], int]:
     """Which of these runs, in the order of the list, and the total."""
     page = api.json_of(api.get("/v1/runs", params=params))
-    assert page.keys() == {"items", "total", "total_is_estimate", "skip", "limit", "next", "list_is_partial"}
+    assert page.keys() == {
+        "items",
+        "total",
+        "total_is_estimate",
+        "skip",
+        "limit",
+        "next",
+        "list_is_partial",
+        "search_is_partial",
+    }
     assert (page["skip"], page["limit"]) == (params.get("skip", 0), params.get("limit", 100))
     ids = [run["id"] for run in runs]
     return [ids.index(item["id"]) for item in page["items"]], page["total"]

@@ -89,8 +89,10 @@ def test_their_null_is_accepted_and_so_is_every_key_that_nobody_knows(api: Clien
 )
 def test_queries_that_are_known_and_not_supported_are_refused(api: Client, query: str) -> None:
     things = Things(api)
-    for path in things.reads:
-        refused(api.get(f"{path}?{query}"), "query", query.partition("=")[0])
+    name = query.partition("=")[0]
+    supported = {"search": {"/v1/runs", "/v1/workflows", "/v1/machines"}, "deep_search": {"/v1/runs"}}
+    for path in set(things.reads) - supported.get(name, set()):
+        refused(api.get(f"{path}?{query}"), "query", name)
         refused(api.get(f"{path}?x=1&{query}&limit=0"), "query", query.partition("=")[0])
 
 

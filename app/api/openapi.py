@@ -214,6 +214,6 @@ Each GET answers HEAD, too: with the same status and headers, without a body, at
 OPTIONS with 204 and `Allow`, without a key.
 
 Keys and query parameters that this service does not know are ignored. Those of the vendor's API that it knows and does not
-support are refused with 422 `not_supported`: fields marked so, and in queries `search`, `deep_search=true`, `include`,
-`tag_ids`, `include_tags=true` and `sort_mode=activity`.
+support are refused with 422 `not_supported`: fields marked so, and in queries `include`, `tag_ids`, `include_tags=true`,
+`sort_mode=activity`, and `search` and `deep_search=true` where a list does not have them.
 """

@@ -136,9 +136,10 @@ _UNSUPPORTED_QUERY = {
 
 
 async def refuse_unsupported_query(request: Request) -> None:
-    """Raises Invalid for a parameter that we know of and do not support; others that we do not know are ignored."""
-    given = request.query_params.multi_items()
-    refused = {name for name, value in given if value.lower() not in _UNSUPPORTED_QUERY.get(name, (value.lower(),))}
+    """Raises Invalid for a parameter of the vendor's that this route does not support; unknown ones are ignored."""
+    supported = request.scope["route"].parameters
+    given = [(name, value.lower()) for name, value in request.query_params.multi_items() if name not in supported]
+    refused = {name for name, value in given if value not in _UNSUPPORTED_QUERY.get(name, (value,))}
     if refused:
         raise Invalid(*((("query", name), SENTENCES["not_supported"], "not_supported") for name in sorted(refused)))
 

@@ -26,6 +26,11 @@ class Route(APIRoute):
     """
 
     @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of the query's parameters."""
+        return frozenset(_parameters(self.dependant))
+
+    @cached_property
     def _single(self) -> frozenset[str]:
         """Names of the query's parameters, but for those that are lists."""
         return frozenset(_single_parameters(self.dependant))
@@ -37,6 +42,12 @@ class Route(APIRoute):
         if b"&" in scope["query_string"]:
             refuse_repeated(scope["query_string"], self._single)
         await super().handle(scope, receive, send)
+
+
+def _parameters(dependant: Dependant) -> Iterator[str]:
+    yield from (field.alias for field in dependant.query_params)
+    for one in dependant.dependencies:
+        yield from _parameters(one)
 
 
 def _single_parameters(dependant: Dependant) -> Iterator[str]:

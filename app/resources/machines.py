@@ -22,7 +22,8 @@ from app.schemas.resources import MachineCreate, MachinePoolUpdate, MachineUpdat
 from app.schemas.values import MAX_POOLS
 from app.services import Services
 from app.stores.database import Connection, Database, Deadlock, Record
-from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.pages import Listing, Slice, in_order, where
+from app.stores.scans import page_of_search
 from app.stores.statements import by_id, found, locked, statement
 
 log = logging.getLogger("app.runs")
@@ -129,15 +130,21 @@ async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID
 RESOURCE = Resource(_show)
 
 
-async def list_machines(database: Database, organization_id: str, part: Slice, **filters: object) -> dict[str, object]:
-    """One page; `filters` as in pages.where. Raises Invalid as pages.page does."""
+async def list_machines(
+    database: Database, organization_id: str, part: Slice, searched: str = "", **filters: object
+) -> dict[str, object]:
+    """One page; `filters` as in pages.where. Raises Invalid as pages.page does.
+
+    `searched` is a text that must be in the id, the name or the hostname.
+    """
     condition, values = where("machines", organization_id=organization_id, **filters)
 
     async def read(connection: Connection, ids: list[UUID]) -> list[dict[str, Any]]:
         return await show(connection, organization_id, await connection.fetch(ROWS, ids=ids))
 
-    found = await page(database, MACHINES, (condition,), part, values, read)
-    return part.shown(found.rows, found)
+    texts = ("machines.id::text", "machines.name", "machines.hostname")
+    found = await page_of_search(database, MACHINES, (condition,), part, values, read, searched, texts)
+    return part.shown(found.rows, found) | {"search_is_partial": found.is_partial}
 
 
 # --- create and change ------------------------------------------------------------------------------------------------

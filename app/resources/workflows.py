@@ -15,7 +15,8 @@ from app.runs.ending import remove_runs
 from app.schemas.resources import WorkflowCreate, WorkflowUpdate
 from app.services import Services
 from app.stores.database import Connection, Database, Record
-from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.pages import Listing, Slice, in_order, where
+from app.stores.scans import page_of_search
 from app.stores.statements import statement
 
 COLUMNS = {
@@ -123,13 +124,20 @@ async def get_seen(database: Database, principal: Principal, workflow_id: UUID) 
         return await get(connection, organization_id, workflow_id)
 
 
-async def list_workflows(database: Database, principal: Principal, part: Slice, **filters: object) -> dict[str, object]:
-    """One page of what the caller may see; `filters` as in pages.where. Raises Invalid as pages.page does."""
+async def list_workflows(
+    database: Database, principal: Principal, part: Slice, searched: str = "", **filters: object
+) -> dict[str, object]:
+    """One page of what the caller may see; `filters` as in pages.where. Raises Invalid as pages.page does.
+
+    `searched` is a text that must be in the id or the name.
+    """
     condition, values = where("workflows", organization_id=principal.organization_id, **filters)
     if principal.machine_id is not None:
         condition, values = f"{condition} AND {OF_MACHINE}", values | {"machine_id": principal.machine_id}
-    found = await page(database, WORKFLOWS, (condition,), part, values, ROWS)
-    return part.shown([show(row) for row in found.rows], found)
+    found = await page_of_search(
+        database, WORKFLOWS, (condition,), part, values, ROWS, searched, ("workflows.id::text", "workflows.name")
+    )
+    return part.shown([show(row) for row in found.rows], found) | {"search_is_partial": found.is_partial}
 
 
 async def create(services: Services, write: WriteRequest, options: WorkflowCreate) -> Reply:

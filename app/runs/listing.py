@@ -21,7 +21,7 @@ from app.errors import Invalid
 from app.models import TERMINAL, RunStatus
 from app.runs import projection
 from app.services import Services
-from app.stores import pages
+from app.stores import pages, search
 from app.stores.database import Connection, Database
 from app.stores.pages import Listing, Slice, in_order, page
 from app.stores.scans import Scan, scan
@@ -61,6 +61,12 @@ class RunFilter:
     def has_window_of_changes(self) -> bool:
         """Whether it asks for runs by their last change."""
         return any(at is not None for at in (self.changed_from, self.changed_to, self.ended_from, self.ended_to))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it asks for runs of something, or of a time."""
+        others = (self.workflow_id, self.machine_id, self.session_id, self.created_at_from, self.created_at_to)
+        return self.has_window_of_changes or any(one is not None for one in others)
 
     def by_change(self) -> tuple[tuple[str, ...], str | None, dict[str, object]]:
         """The same filter for the index that has the order of changes.
@@ -214,8 +220,40 @@ ROWS = statement(
 BY_CHANGE = replace(RUNS, name="runs.changed", order=("changed_at", "id"))
 
 
+# What a search looks at, what costs least first; `deep`: the history too.
+_SEARCHED = search.found_in("r.id::text", "r.session_alias", "array_to_string(r.error, E'\\n')", "r.input_values::text")
+
+
+def _found_in_outputs(*columns: str) -> str:
+    """LIMIT: looked up for each run, never joined."""
+    found = search.found_in(*(f"o.{column}::text" for column in columns))
+    return (
+        f"coalesce((SELECT {found} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt LIMIT 1), false)"
+    )
+
+
+_SEARCHES = {
+    deep: f"({_SEARCHED} OR {_found_in_outputs('output_data', *(('run_message_history',) if deep else ()))})"
+    for deep in (False, True)
+}
+_SEARCH_SLICE = 4  # runs that a search looks at first: they may have megabytes
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A text that runs are searched for; `deep`: in their histories too."""
+
+    text: str
+    deep: bool = False
+
+
 async def list_runs(
-    database: Database, wanted: RunFilter, fields: Collection[str], part: Slice, order: Order = "created"
+    database: Database,
+    wanted: RunFilter,
+    fields: Collection[str],
+    part: Slice,
+    order: Order = "created",
+    searched: Search | None = None,
 ) -> dict[str, object]:
     """One page of runs, with these keys, newest first by this order. Raises Invalid as pages.page does."""
     told = bits(fields)
@@ -223,7 +261,18 @@ async def list_runs(
     async def read_runs(connection: Connection, ids: list[UUID]) -> list[dict[str, Any]]:
         return await projection.many(connection, await connection.fetch(ROWS, ids=ids, shown=told))
 
-    if order == "created" and not wanted.has_window_of_changes:
+    shown, walks_changes = BY_CHANGE if order == "changed" else RUNS, order == "changed" or wanted.has_window_of_changes
+    if searched is not None:
+        branches, beside, values = wanted.by_change() if walks_changes else _by_creation(wanted)
+        matches = " AND ".join(filter(None, (beside, _SEARCHES[searched.deep])))
+        values |= {"pattern": search.pattern(searched.text)}
+        first: list[UUID] = []
+        if (ids := search.ids_beginning(searched.text)) is not None:
+            first = await _beginning(database, wanted, ids)
+            matches, values = f"r.id <> ALL (:first::uuid[]) AND {matches}", values | {"first": first}
+        looks = Scan(BY_CHANGE if walks_changes else RUNS, branches, matches, values, shown, _SEARCH_SLICE, first)
+        found = await scan(database, looks, part, read_runs, shown=told)
+    elif not walks_changes:
         branches, values = wanted.branches()
         found = await page(database, RUNS, branches, part, values, read_runs, shown=told)
     else:
@@ -232,10 +281,33 @@ async def list_runs(
             counted = None if wanted.has_window_of_changes else wanted.branches()[0]
             found = await page(database, BY_CHANGE, branches, part, values, read_runs, counted=counted, shown=told)
         else:
-            looks = Scan(BY_CHANGE, branches, beside or "true", values, BY_CHANGE if order == "changed" else RUNS)
+            looks = Scan(BY_CHANGE, branches, beside or "true", values, shown)
             found = await scan(database, looks, part, read_runs, shown=told)
     items = [{name: value for name, value in run.items() if name in fields} for run in found.rows]
-    return part.shown(items, found) | {"list_is_partial": found.is_partial}
+    return part.shown(items, found) | {
+        "search_is_partial": searched is not None and found.is_partial,
+        "list_is_partial": found.is_partial,
+    }
+
+
+def _by_creation(wanted: RunFilter) -> tuple[tuple[str, ...], None, dict[str, object]]:
+    """As RunFilter.by_change."""
+    branches, values = wanted.branches()
+    return branches, None, values
+
+
+async def _beginning(database: Database, wanted: RunFilter, ids: tuple[UUID, UUID]) -> list[UUID]:
+    """The runs of this filter among all that there are whose ids are these or between them, newest first; 100 at most."""
+    branches, values = wanted.branches()
+    named = " UNION ALL ".join(
+        f"SELECT r.id, r.created_at FROM (SELECT * FROM runs WHERE id BETWEEN :id_from AND :id_to OFFSET 0) AS r WHERE {branch}"
+        for branch in branches
+    )
+    beginning = composed(
+        "runs.beginning", fragment(f"SELECT id FROM ({named}) AS one ORDER BY created_at DESC, id LIMIT 100")
+    )
+    async with database.connection() as connection:
+        return [row["id"] for row in await connection.fetch(beginning, id_from=ids[0], id_to=ids[1], **values)]
 
 
 OCTETS = statement(

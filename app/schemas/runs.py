@@ -22,12 +22,12 @@ from app.schemas.values import (
     Metadata,
     Name,
     NotSupported,
-    Page,
     Payload,
     PoolIds,
     Prompt,
     Reason,
     Reply,
+    SearchedPage,
     Timestamp,
     Unsupported,
     Variables,
@@ -222,7 +222,7 @@ class RunProjection(RunResponse):
     )
 
 
-class RunPage(Page[RunProjection]):
+class RunPage(SearchedPage[RunProjection]):
     """One page of runs."""
 
     list_is_partial: bool = Field(

@@ -133,7 +133,11 @@ Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), Afte
 NonEmptyName = Annotated[
     str, Field(min_length=1, max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
 ]
+# Of a search; the empty text is none.
+SearchText = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
 Reason = Annotated[str, Field(max_length=MAX_REASON, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+# In a query; the empty text is false, as the vendor's clients send it.
+Flag = Annotated[bool, BeforeValidator(lambda value: value or False)]
 Prompt = Annotated[
     str,
     Field(json_schema_extra=NO_NUL | {"maxLength": MAX_PROMPT_BYTES}),
@@ -255,3 +259,12 @@ class Page(Reply, Generic[T]):
     skip: int = Field(description="Items passed over.")
     limit: int = Field(description="Most items in a page.")
     next: str | None = Field(description="Send it as `after` for the page that follows; null: there is none.")
+
+
+class SearchedPage(Page[T], Generic[T]):
+    """One page of a list that can be searched."""
+
+    search_is_partial: bool = Field(
+        description="true: a search has not looked at everything: it looks at 10,000 at most, and for a second. total is what"
+        " was found so far. Go on with `next`, also if the page is empty."
+    )

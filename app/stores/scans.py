@@ -5,14 +5,15 @@ where the scan stopped, also if the page is empty. The total is what was found s
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
 from app import in_flight
-from app.stores import pages
+from app.stores import pages, search
 from app.stores.counts import Total
 from app.stores.database import Connection, Database, StatementTimeout
 from app.stores.pages import Found, Listing, Read, Slice
@@ -27,6 +28,9 @@ FULL_SECONDS: Final = 0.2
 # How long a slice should take: what is begun is finished.
 SLICE_SECONDS: Final = 0.1
 
+# In a cursor: no row is before it.
+BEFORE_ALL: Final = f"{pages.microseconds(datetime.max.replace(tzinfo=UTC))} {UUID(int=2**128 - 1)}"
+
 
 @dataclass(frozen=True, slots=True)
 class Scan:
@@ -35,6 +39,7 @@ class Scan:
     `listing` has the order of the scan; `branches` are conditions that exclude each other and that the index serves; `matches`
     is what each row is asked. `shown` has the order of the list: if that is another one, each page is cut from what a scan
     from the newest row on finds. `slice` is how many rows are looked at first: few, if looking at one may take long.
+    `first` are keys of rows that come before all others, which `matches` leaves out.
     """
 
     listing: Listing
@@ -43,6 +48,7 @@ class Scan:
     values: Mapping[str, object]
     shown: Listing
     slice: int = ROWS
+    first: Sequence[UUID] = ()
 
     @property
     def goes_on(self) -> bool:
@@ -75,11 +81,15 @@ async def scan(database: Database, wanted: Scan, part: Slice, read: Statement | 
     assert isinstance(before, int)  # noqa: S101 - what its pattern matches
     seen = _Seen(place if wanted.goes_on else {})
     await _look(database, wanted, seen, part.skip + part.limit)
-    found = seen.found
+    found, total = seen.found, before + len(seen.found)
     if not wanted.goes_on:
-        before, found = 0, sorted(found, key=_newest, reverse=True)
+        found, total = sorted(found, key=_newest, reverse=True), len(found) + len(wanted.first)
         if part.after is not None:
             found = [one for one in found if _newest(one) < tuple(_order(value) for value in place.values())]
+    elif part.after is None:
+        total += len(wanted.first)
+    if part.after is None:
+        found = [(BEFORE_ALL, key) for key in wanted.first] + found
     shown = found[part.skip : part.skip + part.limit]
 
     async def read_page() -> list[Any]:
@@ -94,7 +104,24 @@ async def scan(database: Database, wanted: Scan, part: Slice, read: Statement | 
         following = pages.cursor(wanted.name, f"{shown[-1][0]} {before + part.skip + part.limit}")
     elif wanted.goes_on and not seen.is_all and seen.last is not None:
         following = pages.cursor(wanted.name, f"{seen.last} {before + len(found)}")
-    return Found(rows, Total(before + len(seen.found), not seen.is_all), following, not seen.is_all)
+    return Found(rows, Total(total, not seen.is_all), following, not seen.is_all)
+
+
+async def page_of_search(
+    database: Database,
+    listing: Listing,
+    branches: Sequence[str],
+    part: Slice,
+    values: Mapping[str, object],
+    read: Statement | Read,
+    searched: str,
+    texts: Sequence[str],
+) -> Found:
+    """As pages.page; with a text that is searched for, a scan for it in these SQL texts of each row."""
+    if not searched:
+        return await pages.page(database, listing, branches, part, values, read)
+    matches, named = search.found_in(*texts), {**values, "pattern": search.pattern(searched)}
+    return await scan(database, Scan(listing, tuple(branches), matches, named, listing), part, read)
 
 
 def _newest(one: tuple[str, UUID]) -> tuple[int, int]:
@@ -146,7 +173,7 @@ async def _look_on(connection: Connection, wanted: Scan, seen: _Seen, size: int)
 def _look_at(listing: Listing, branches: tuple[str, ...], matches: str, shown: Listing, *, is_after: bool) -> Statement:
     """A statement for each shape of a request, made once."""
     order, columns = pages.newest_first(listing.order), ", ".join(listing.order)
-    table, _, alias = listing.source.partition(" ")
+    table, alias = listing.source.partition(" ")[0], listing.source.rpartition(" ")[2]
     key = listing.order[-1]
     of_row = ", ".join(f"{alias}.{name}" for name in shown.order)
     return composed(

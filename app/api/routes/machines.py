@@ -19,7 +19,7 @@ from app.schemas.resources import (
     MachineUpdate,
     PoolResponse,
 )
-from app.schemas.values import Name, Page
+from app.schemas.values import Name, SearchedPage, SearchText
 
 router = APIRouter(route_class=Route, prefix="/v1/machines", tags=["machines"])
 
@@ -36,7 +36,7 @@ async def create_machine(request: Request) -> Response:
     return send(await machines.create(services(request), write, options))
 
 
-@router.get("", response_model=Page[MachineResponse], **operation(scope="runs:read", bound="runs:read"))
+@router.get("", response_model=SearchedPage[MachineResponse], **operation(scope="runs:read", bound="runs:read"))
 async def list_machines(
     request: Request,
     part: Part,
@@ -44,6 +44,9 @@ async def list_machines(
     status: Annotated[MachineStatus | None, ONLY] = None,
     created_at_from: From = None,
     created_at_to: To = None,
+    search: Annotated[
+        SearchText, Query(description="Only those with this text in their id, name or hostname; no case.")
+    ] = "",
 ) -> Response:
     """Machines, newest first."""
     principal = request.state.principal
@@ -52,6 +55,7 @@ async def list_machines(
             services(request).database,
             principal.organization_id,
             part,
+            search,
             id=principal.machine_id,  # a key that is bound to a machine sees no other
             name=name,
             status=status,

@@ -28,6 +28,7 @@ from app.errors import (
     AttemptChanged,
     AttemptSuperseded,
     InputAttachmentsExpired,
+    Invalid,
     InvalidTransition,
     MachineNotFound,
     PoolNotFound,
@@ -43,7 +44,7 @@ from app.errors import (
 from app.models import RunStatus
 from app.runs import attempts, create, ending, projection, report
 from app.runs.dry_run import dry_run
-from app.runs.listing import FIELDS, Order, RunFilter, list_runs, shown_fields, wait_for_run
+from app.runs.listing import FIELDS, Order, RunFilter, Search, list_runs, shown_fields, wait_for_run
 from app.runs.retry import Retry, replied, retry_runs
 from app.schemas.runs import (
     DryRunResponse,
@@ -57,7 +58,7 @@ from app.schemas.runs import (
     RunRetry,
     RunUpdate,
 )
-from app.schemas.values import Page, Reason, Timestamp
+from app.schemas.values import Flag, Page, Reason, SearchText, Timestamp
 from app.telemetry import metrics
 
 router = APIRouter(route_class=Route, prefix="/v1/runs", tags=["runs"])
@@ -194,6 +195,20 @@ async def list_all(
             " machine, a session or a time of creation only the newest 10,000 changes are looked at (`list_is_partial`)."
         ),
     ] = "created",
+    search: Annotated[
+        SearchText,
+        Query(
+            description="Runs that hold this text in their id, input_values, output_data, error or session_alias, in any case."
+            " The newest 10,000 runs that the other filters leave are looked at, for a second (`search_is_partial`)."
+            " The beginning of an id (8 digits or more) is looked for among all runs, and what it finds comes first."
+        ),
+    ] = "",
+    deep_search: Annotated[
+        Flag,
+        Query(
+            description="Search in run_message_history too. Also name a workflow, a machine, a session or a window of time."
+        ),
+    ] = False,
     fields: Annotated[list[_FieldNames] | None, Query(description="Only these keys, and the base fields.")] = None,
     wait: Annotated[
         float,
@@ -220,6 +235,9 @@ async def list_all(
         ended_to,
         bound_to=principal.machine_id,
     )
+    searched = None if not search else Search(search, deep_search)
+    if searched is not None:
+        _refuse_search(wanted, searched, wait)
     own, shown = services(request), shown_fields(fields)
     looking_for_work: AbstractContextManager[None] = nullcontext()
     if is_head(request):  # a probe: it does not wait, and nobody looks for work with it
@@ -234,7 +252,19 @@ async def list_all(
             with request.app.state.limits.long_poll(principal):
                 await while_connected(request, wait_for_run(own, wanted, wait))
             await still_known(request)
-    return json_reply(await list_runs(own.database, wanted, shown, part, order))
+    return json_reply(await list_runs(own.database, wanted, shown, part, order, searched))
+
+
+def _refuse_search(wanted: RunFilter, searched: Search, wait: float) -> None:
+    """Raises Invalid for a search that would wait, and for a deep one of all that an organization has."""
+    if wait:
+        raise Invalid((("query", "wait"), "Must be 0 beside search.", "wait_for_search"))
+    if searched.deep and not wanted.is_narrow:
+        sentence = (
+            "Beside deep_search=true, name workflow_id, machine_id or session_id, or a window of time: created_at_from,"
+            " created_at_to, changed_from, changed_to, ended_from or ended_to."
+        )
+        raise Invalid((("query", "deep_search"), sentence, "deep_search"))
 
 
 @router.patch(

@@ -1,8 +1,9 @@
 """Workflows: create, list, read, change, delete."""
 
+from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
@@ -11,7 +12,7 @@ from app.api.scopes import Route
 from app.errors import WorkflowNotFound
 from app.resources import workflows
 from app.schemas.resources import WorkflowCreate, WorkflowResponse, WorkflowUpdate
-from app.schemas.values import Page
+from app.schemas.values import SearchedPage, SearchText
 
 router = APIRouter(route_class=Route, prefix="/v1/workflows", tags=["workflows"])
 
@@ -28,7 +29,7 @@ async def create_workflow(request: Request) -> Response:
     return send(await workflows.create(services(request), write, options))
 
 
-@router.get("", response_model=Page[WorkflowResponse], **operation(scope="runs:read", bound="runs:read"))
+@router.get("", response_model=SearchedPage[WorkflowResponse], **operation(scope="runs:read", bound="runs:read"))
 async def list_workflows(
     request: Request,
     part: Part,
@@ -36,6 +37,7 @@ async def list_workflows(
     created_at_to: To = None,
     updated_at_from: From = None,
     updated_at_to: To = None,
+    search: Annotated[SearchText, Query(description="Only those with this text in their id or name; no case.")] = "",
 ) -> Response:
     """Workflows, newest first."""
     principal = request.state.principal
@@ -44,6 +46,7 @@ async def list_workflows(
             services(request).database,
             principal,
             part,
+            search,
             created_at_from=created_at_from,
             created_at_to=created_at_to,
             updated_at_from=updated_at_from,
