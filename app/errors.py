@@ -202,7 +202,10 @@ class HeadTooSlow(RequestTimeout):
 
 class QuotaExceeded(Refusal):
     status, code = 429, "quota_exceeded"
-    detail = "More than a quota allows; nothing was changed. Send the request again after the seconds of Retry-After."
+    detail = (
+        "The request exceeds a quota, which violated-policies names; nothing was changed. "
+        "Send it again after the seconds in Retry-After."
+    )
     times = 0  # how often its party has been refused within a minute, where that is known
 
     @classmethod
@@ -230,7 +233,7 @@ class RunNotTerminal(Conflict):
 
     def __init__(self, current: str) -> None:
         super().__init__(
-            f"The run is {current}; only a run in success, error or cancelled can be retried. "
+            f"The run is {current}; only a run in success, error or cancelled can be retried. Nothing was changed. "
             "Wait until it ends, or PATCH its status to cancelled if its executor died.",
             current_status=current,
         )
@@ -282,8 +285,8 @@ class AttemptSuperseded(Conflict):
 
     def __init__(self, current: int) -> None:
         super().__init__(
-            f"This report or file is for an earlier attempt; the run is at attempt {current}."
-            " Stop working on the old one.",
+            f"This report or file is for an earlier attempt; the run is at attempt {current}. Nothing was changed. "
+            "Stop working on the old attempt.",
             attempt=current,
         )
 
@@ -293,8 +296,8 @@ class AssignmentSuperseded(Conflict):
 
     def __init__(self, current: int) -> None:
         super().__init__(
-            f"This is about an earlier assignment of the run, which is at assignment {current}; it was taken from that "
-            "machine. Drop the work.",
+            f"This report or file is for an earlier assignment; the run is at assignment {current} and was taken from that "
+            "machine. Nothing was changed. Stop working on it.",
             assignment=current,
         )
 
@@ -303,7 +306,7 @@ class AlreadyClaimed(Conflict):
     code = "already_claimed"
     detail = (
         "Another executor process began this attempt, so only reports and uploads with its claim are accepted. "
-        "Drop the work, or PATCH status cancelled if that process died."
+        "Nothing was changed. Stop working on it, or PATCH status cancelled if that process died."
     )
 
 
@@ -333,14 +336,14 @@ class WebhookEndpointDisabled(Conflict):
 
 class WebhookBodyDeleted(Conflict):
     code = "webhook_body_deleted"
-    detail = "The run of this delivery was deleted, and what would be sent went with it."
+    detail = "The run of this delivery was deleted, and its message with it; nothing was sent."
 
 
 class IdempotencyInProgress(Conflict):
     code = "idempotency_in_progress"
     detail = (
-        "Another request still uses this Idempotency-Key or holds what this one changes; send the same request again"
-        " shortly."
+        "Another request still uses this Idempotency-Key, or holds the run that this one changes; nothing was changed. "
+        "Send the same request again in a second."
     )
 
     def __init__(self) -> None:
@@ -377,7 +380,7 @@ class Invalid(Refusal):
 
 class InternalError(Refusal):
     status, code = 500, "internal_error"
-    detail = "Something failed on our side; report the X-Request-ID of this reply."
+    detail = "The service failed because of a defect; report the X-Request-ID of this reply."
 
 
 class Unavailable(Refusal):
@@ -410,8 +413,8 @@ class Overloaded(Unavailable):
 
 class ReplyTooMuch(Overloaded):
     detail = (
-        "The change has taken effect; there is no room for its reply now, because others that were asked for are still being"
-        " taken. Read it with GET, or send the same request again with the same Idempotency-Key."
+        "The change was made, but the server has too many large replies in memory to send this one. "
+        "Read the result with GET, or send the request again with the same Idempotency-Key."
     )
 
 

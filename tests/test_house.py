@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from app import errors
+from app.config import Settings
 from benchmarks.groups import GROUPS
 from dev.run import ROOT
 
@@ -59,3 +61,27 @@ def test_the_stopwatch_says_what_each_of_its_groups_asks() -> None:
     )
     told = [name for row in table.splitlines()[2:] for name in re.findall(r"`([a-z]+)`", row.split("|")[1])]
     assert sorted(told) == sorted(GROUPS)
+
+
+# --- plain English ----------------------------------------------------------------------------------------------------
+
+RIDDLES = re.compile(
+    r"(?i)\b(whoever|whose|whom|nobody|somebody|patience|so many|so long)\b|(?:^|\. )(Of|What is|What was) "
+)
+
+
+def _sentences() -> list[tuple[str, str]]:
+    """Every sentence that an operator or a caller reads in a setting or an error, with where it is from."""
+    texts = [(name, field.description or "") for name, field in Settings.model_fields.items()]
+    texts += [(kind.__name__, kind.detail) for kind in _below(errors.Refusal)]
+    return [(name, part) for name, text in texts for part in re.split(r"(?<=[.;:])\s+", text) if part]
+
+
+def _below(kind: type[errors.Refusal]) -> list[type[errors.Refusal]]:
+    return [kind, *(found for one in kind.__subclasses__() for found in _below(one))]
+
+
+def test_settings_and_errors_are_plain_english() -> None:
+    assert len(_sentences()) > 150
+    assert [found for found in _sentences() if len(found[1].split()) > 35] == []
+    assert [found for found in _sentences() if RIDDLES.search(found[1])] == []

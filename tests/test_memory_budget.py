@@ -232,7 +232,7 @@ class TestReplies(Fresh):
             # Its reply is long because of its pools.
             refused = api.patch(f"/v1/machines/{machine}", json={"name": "new"})
             assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
-            assert "The change has taken effect" in refused.json()["detail"]
+            assert "The change was made" in refused.json()["detail"]
             until(lambda: len(seen.pauses) > 3)
         seen.within(rss=500 * MB, pause=PAUSE_WITH_KEY)
         until(lambda: api.get(f"/v1/machines/{machine}").json().get("name") == "new")

@@ -11,7 +11,7 @@ const WHY = {
   tls_failed: "Its certificate is not valid",
   no_answer: "What came back was no answer",
   address_not_allowed: "Its address may not be used, or it has none",
-  internal_error: "Something failed on our side",
+  internal_error: "The service failed because of a defect",
   endpoint_disabled: "Not sent: the endpoint was disabled",
   run_deleted: "Not sent: the run was deleted",
 };
