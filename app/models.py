@@ -301,6 +301,7 @@ class Run(Base):
     session_alias: Mapped[str | None]
     release_session_after: Mapped[bool | None]
     error: Mapped[list[str] | None]
+    error_code: Mapped[str | None]
     main_prompt: Mapped[str | None]
     model_metadata: Mapped[dict[str, Any] | None]
     lane: Mapped[str] = mapped_column(Text(collation="C"))  # placement.py hops along it: plain byte order
@@ -349,6 +350,7 @@ class RunAttempt(Base):
     attempt: Mapped[int] = mapped_column(primary_key=True)
     status: Mapped[str]
     error: Mapped[list[str] | None]
+    error_code: Mapped[str | None]
     machine_id: Mapped[UUID | None]  # no foreign key: the archive outlives machines
     session_id: Mapped[UUID | None]
     started_at: Mapped[datetime | None]

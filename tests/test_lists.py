@@ -201,7 +201,8 @@ def changed_runs(api: Client) -> list[dict[str, Any]]:
         if number % 3 == 0:
             until(lambda: api.get_run(made[-1])["assigned_machine_id"], what="it is on the machine that is up")
         if number < 10:
-            api.report(made[-1], status=("running", "cancelled", "error")[number % 3])
+            code = {"error_code": f"window.{number}"} if number in (2, 5) else {}
+            api.report(made[-1], status=("running", "cancelled", "error")[number % 3], **code)
         if number % 3 == 0:
             api.report(made[-1], status=("success", "error")[number % 2])
     for number in (1, 6, 0):  # the oldest ones have changed last
@@ -241,6 +242,7 @@ def test_every_filter_means_the_same_in_every_order(api: Client, changed_runs: l
             changed_runs[8]["created_at"],
             lambda run: run["created_at"] <= changed_runs[8]["created_at"],
         ),
+        "error_code": ("window.5", lambda run: run["error_code"] == "window.5"),
         "changed_from": (times[3], lambda run: run["changed_at"] >= times[3]),
         "changed_to": (times[9], lambda run: run["changed_at"] <= times[9]),
         "ended_from": (times[2], lambda run: run["status"] in terminal and run["changed_at"] >= times[2]),

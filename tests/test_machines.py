@@ -265,6 +265,7 @@ def test_clearing_a_reservation_ends_the_session(api: Client, stack: Stack) -> N
         assert run["status"] == "cancelled"
         assert run["ended_at"] is not None
         assert "session was ended" in run["error"][0]
+        assert run["error_code"] == "session_released"
         assert run["session_id"] == session_id
     assert api.get_run(done["id"]) == done
     # Secrets of a cancelled run stay retryable, and are on the list to be destroyed later.
@@ -323,6 +324,7 @@ def test_delete_ends_active_runs_and_keeps_all(api: Client, stack: Stack) -> Non
         assert (run["status"], run["machine_id"], run["assigned_machine_id"]) == ("error", None, None)
         assert run["ended_at"] is not None
         assert "machine was deleted" in run["error"][0]
+        assert run["error_code"] == "machine_deleted"
     kept = api.get_run(done)
     assert (kept["status"], kept["machine_id"], kept["output_data"]) == ("success", None, {"answer": 42})
     assert kept["error"] is None

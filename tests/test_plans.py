@@ -201,6 +201,7 @@ SAMPLES: dict[str, Any] = {
     "event_types": ["run_complete"],
     "every": 10.0,
     "every_seconds": 60.0,
+    "error_code": None,
     "expires_at": None,
     "filename": "a.txt",
     "fingerprint": b"x",
@@ -395,7 +396,9 @@ OWN: dict[str, dict[str, Any]] = {
     "runs.report.lock": {"run_id": RUNNING},
     "runs.report.outputs_of": _FILES,
     "runs.report.update": {
-        **dict.fromkeys(("names_input_values", "names_release_session_after", "names_error"), False),
+        **dict.fromkeys(
+            ("names_input_values", "names_release_session_after", "names_error", "names_error_code"), False
+        ),
         "run_id": ASSIGNED,
         "status": "running",
         "starts": True,

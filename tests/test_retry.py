@@ -29,6 +29,7 @@ def test_a_finished_run_is_reset_in_place(api: Client, status: str) -> None:
         "status": "scheduling",
         "attempt": 2,
         "error": None,
+        "error_code": None,
         "output_data": None,
         "run_message_history": None,
         "output_attachment_ids": [],
@@ -449,7 +450,7 @@ def test_the_attempt_is_archived(server: Server, stack: Stack) -> None:
         assert page["total"] == 2
         assert (newest["attempt"], newest["status"], newest["overridden"]) == (2, "cancelled", ["reuse_session"])
         assert oldest["overridden"] == ["input_values", "sensitive_input_values", "start_session"]
-        for name in ("status", "error", "started_at", "ended_at", "session_id"):
+        for name in ("status", "error", "error_code", "started_at", "ended_at", "session_id"):
             assert oldest[name] == run[name], name
         assert (oldest["attempt"], oldest["machine_id"], oldest["retried_by_user_id"]) == (1, None, str(user))
         assert oldest["retried_at"] >= run["ended_at"]

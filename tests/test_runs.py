@@ -404,6 +404,7 @@ def test_every_transition(api: Client, before: str, after: str | None) -> None:
 TIMES = ("started_at", "ended_at")
 PRODUCED: dict[str, Any] = {
     "error": ["it broke", ""],
+    "error_code": "app.window_2",
     "output_data": {"answer": {"": 42}},
     "run_message_history": [{"role": "assistant"}, {}],
     "started_at": "2026-01-31T11:00:00.123456Z",
@@ -428,7 +429,7 @@ def test_results_are_kept_as_reported(api: Client, before: str, after: str | Non
     assert ended == ended | kept | {"input_values": {"a": 1}, "release_session_after": False}
     # Absent keeps; null empties what may be empty: a terminal run has ended.
     assert api.report(run["id"]) == ended
-    values = ("error", "output_data", "run_message_history", "input_values", "release_session_after")
+    values = ("error", "error_code", "output_data", "run_message_history", "input_values", "release_session_after")
     emptied = api.report(run["id"], **dict.fromkeys((*values, "started_at", "ended_at", "output_attachment_ids")))
     assert emptied == ended | dict.fromkeys(values)
     retried = api.json_of(api.retry(run["id"]))
@@ -500,6 +501,7 @@ BAD_REPORTS: dict[str, list[Any]] = {
     "status": ["task_failed", "running_checks", "done", "", 1],
     "attempt": [0, "1", 1.5, 2**31],
     "error": ["it broke", [1], ["\x00"]],
+    "error_code": ["", "Not lower", "a" * 101, "a\n", "ä", ["a"], 1],
     "output_data": [[], "x", {"a": "\x00"}, {"\x00": 1}],
     "run_message_history": [{}, ["x"], [{"a": 2**63}]],
     "started_at": [5, "yesterday", "2026-01-31"],
@@ -602,8 +604,11 @@ def test_a_run_that_falls_silent_ends_in_error(stack: Stack) -> None:
             stack.sql(f"{hours} WHERE id = $1", UUID(silent["id"]))
             until(lambda: api.get_run(silent["id"])["status"] == "error", what="the silent run's end")
             ended = api.get_run(silent["id"])
+            assert ended["error_code"] == "executor_lost"
             assert ["3600 seconds" in sentence for sentence in ended["error"]] == [True]
-            assert ended == silent | {name: ended[name] for name in ("status", "error", "ended_at", "changed_at")}
+            assert ended == silent | {
+                name: ended[name] for name in ("status", "error", "error_code", "ended_at", "changed_at")
+            }
             assert api.get_run(talking["id"]) == talking
             until(lambda: api.get_run(waiting["id"])["assigned_machine_id"] == machine_id, what="its machine is free")
             until(lambda: stack.secret(secret_path(silent)) is None, what="its secret's retention has begun")

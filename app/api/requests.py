@@ -68,6 +68,7 @@ SENTENCES = {
     "datetime_parsing": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z.",
     "dict_type": "Must be an object.",
     "enum": "Must be {expected}.",
+    "string_pattern_mismatch": "Must match {pattern}.",
     "filename": "Must be a bare file name: no drive, no separators, no control characters, not only dots, at most 255 bytes.",
     "finite_number": "Numbers must be finite.",
     "float_parsing": "Must be a number.",

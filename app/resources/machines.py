@@ -253,7 +253,14 @@ async def _end_session(
     if len(rows) < await connection.fetchval(COUNT_SESSION_RUNS, **own):
         raise Deadlock
     await end_runs(
-        connection, [row["id"] for row in rows], RunStatus.CANCELLED, SESSION_ENDED, settings, actor, "session_ended"
+        connection,
+        [row["id"] for row in rows],
+        RunStatus.CANCELLED,
+        SESSION_ENDED,
+        settings,
+        actor,
+        "session_ended",
+        error_code="session_released",
     )
     line = {"event": "session_released", "machine_id": machine_id, "organization_id": organization_id}
     connection.after_commit(lambda: log.info(line))
@@ -314,7 +321,16 @@ async def _detach_runs(
                 await dispatches.cancel(connection, run_ids)
             # In this order: the event of an ending shows the run as it will be.
             await connection.execute(DETACH, run_ids=run_ids, machine_id=machine_id)
-            await end_runs(connection, run_ids, RunStatus.ERROR, MACHINE_DELETED, settings, actor, "machine_deleted")
+            await end_runs(
+                connection,
+                run_ids,
+                RunStatus.ERROR,
+                MACHINE_DELETED,
+                settings,
+                actor,
+                "machine_deleted",
+                error_code="machine_deleted",
+            )
 
 
 # --- pools of a machine -----------------------------------------------------------------------------------------------

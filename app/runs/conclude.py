@@ -10,7 +10,7 @@ from app.auth import Actor
 from app.config import Settings
 from app.events import By
 from app.models import TERMINAL, RunStatus
-from app.runs.ending import end_runs
+from app.runs.ending import EndedBecause, end_runs
 from app.stores.database import Database
 from app.stores.statements import statement
 
@@ -56,12 +56,26 @@ async def conclude(
         if not is_begun and not is_last:
             return NOT_BEGUN
         status = RunStatus.CANCELLED if why == "cancelled" else RunStatus.ERROR
-        sentence = None if status is RunStatus.CANCELLED else _sentence(why, settings, is_begun=is_begun)
+        sentence, code = None, None
+        if status is RunStatus.ERROR:
+            sentence, code = _sentence(why, settings, is_begun=is_begun), _code(why, is_begun=is_begun)
         actor = Actor(reason=f"Temporal: {why}")
         # Its executor is gone, or hears of it from Temporal by itself.
         by: By = "silence" if why == "silent" else "service"
-        await end_runs(connection, [run_id], status, sentence, settings, actor, by, called_off=False)
+        await end_runs(connection, [run_id], status, sentence, settings, actor, by, error_code=code, called_off=False)
         return status.value
+
+
+def _code(why: str, *, is_begun: bool) -> EndedBecause:
+    if not is_begun:
+        return "not_started"
+    match why:
+        case "silent":
+            return "executor_lost"
+        case "timeout":
+            return "run_timeout"
+        case _:
+            return "executor_gave_up"
 
 
 def _sentence(why: str, settings: Settings, *, is_begun: bool) -> str:

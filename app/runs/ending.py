@@ -5,6 +5,7 @@ and blobs on the deletion list in the same transaction.
 
 import logging
 from collections.abc import Sequence
+from typing import Literal
 from uuid import UUID
 
 from sqlalchemy import bindparam, literal_column, select
@@ -27,6 +28,11 @@ from app.webhooks import outbox
 
 log = logging.getLogger("app.runs")
 
+# The error_code of each ending that is the service's own; docs/executors.md says what they mean.
+EndedBecause = Literal[
+    "executor_lost", "not_started", "run_timeout", "executor_gave_up", "machine_deleted", "session_released"
+]
+
 # --- end --------------------------------------------------------------------------------------------------------------
 
 END = statement(
@@ -35,7 +41,7 @@ END = statement(
     WITH seen AS (
         SELECT run.* FROM {found("runs", "run_ids")} AS run WHERE run.status IN ('scheduling', 'running')
     ), ended AS (
-        UPDATE runs SET status = :status, error = :error,
+        UPDATE runs SET status = :status, error = :error, error_code = :error_code,
                         -- now() may be before its start, for which this has waited; a reported start may be ahead
                         ended_at = greatest(clock_timestamp(), started_at), changed_at = clock_timestamp()
         WHERE ctid = ANY (ARRAY(SELECT tid FROM seen))
@@ -195,6 +201,7 @@ async def end_runs(
     actor: Actor,
     by: By,
     *,
+    error_code: EndedBecause | None,
     called_off: bool = True,
 ) -> None:
     """End those of these locked runs that are active. `called_off`: their executors are to be told."""
@@ -205,6 +212,7 @@ async def end_runs(
         run_ids=run_ids,
         status=status.value,
         error=None if error is None else [error],
+        error_code=error_code,
         **actor.parameters(),
     )
     await ended(connection, [row["id"] for row in rows], settings)
@@ -233,7 +241,9 @@ async def end_silent_runs(database: Database, settings: Settings) -> set[str]:
                 f"The executor sent no report for {silence} seconds, so the run was ended. Retry it when one is back."
             )
             ids = [row["id"] for row in rows]
-            await end_runs(connection, ids, RunStatus.ERROR, sentence, settings, NOBODY, "silence")
+            await end_runs(
+                connection, ids, RunStatus.ERROR, sentence, settings, NOBODY, "silence", error_code="executor_lost"
+            )
     return {row["organization_id"] for row in rows}
 
 

@@ -55,6 +55,7 @@ class RunFilter:
     changed_to: datetime | None = None
     ended_from: datetime | None = None
     ended_to: datetime | None = None
+    error_code: str | None = None
     bound_to: UUID | None = None  # the caller sees only what is assigned to this machine
 
     @property
@@ -102,6 +103,7 @@ class RunFilter:
             session_id=self.session_id,
             created_at_from=self.created_at_from,
             created_at_to=self.created_at_to,
+            error_code=self.error_code,
             assigned_machine_id=self.bound_to,
         )
 
@@ -272,6 +274,10 @@ async def list_runs(
             matches, values = f"r.id <> ALL (:first::uuid[]) AND {matches}", values | {"first": first}
         looks = Scan(BY_CHANGE if walks_changes else RUNS, branches, matches, values, shown, _SEARCH_SLICE, first)
         found = await scan(database, looks, part, read_runs, shown=told)
+    elif not walks_changes and wanted.error_code is not None:
+        branches, beside, values = _by_creation(wanted)
+        looks = Scan(RUNS, branches, beside or "true", values, shown)
+        found = await scan(database, looks, part, read_runs, shown=told)
     elif not walks_changes:
         branches, values = wanted.branches()
         found = await page(database, RUNS, branches, part, values, read_runs, shown=told)
@@ -290,10 +296,12 @@ async def list_runs(
     }
 
 
-def _by_creation(wanted: RunFilter) -> tuple[tuple[str, ...], None, dict[str, object]]:
-    """As RunFilter.by_change."""
-    branches, values = wanted.branches()
-    return branches, None, values
+def _by_creation(wanted: RunFilter) -> tuple[tuple[str, ...], str | None, dict[str, object]]:
+    """As RunFilter.by_change, for the indexes that have the order of creation: none of them has the error's code."""
+    branches, values = replace(wanted, error_code=None).branches()
+    if wanted.error_code is None:
+        return branches, None, values
+    return branches, "r.error_code = :error_code", values | {"error_code": wanted.error_code}
 
 
 async def _beginning(database: Database, wanted: RunFilter, ids: tuple[UUID, UUID]) -> list[UUID]:

@@ -59,6 +59,7 @@ _reported = (
             Run.status: _status,
             Run.input_values: _if_named(Run.input_values),
             Run.error: _if_named(Run.error),
+            Run.error_code: _if_named(Run.error_code),
             Run.release_session_after: _if_named(Run.release_session_after),
             Run.started_at: _started_at,
             Run.ended_at: case((_ended_at.is_not(None), func.greatest(_ended_at, _started_at))),
@@ -107,7 +108,15 @@ TRANSITIONS = {
 }
 
 # What an attempt produces: a run that waits for its attempt has none of it.
-PRODUCED = ("error", "output_data", "run_message_history", "output_attachment_ids", "started_at", "ended_at")
+PRODUCED = (
+    "error",
+    "error_code",
+    "output_data",
+    "run_message_history",
+    "output_attachment_ids",
+    "started_at",
+    "ended_at",
+)
 
 
 async def report(services: Services, write: WriteRequest, run_id: UUID, options: RunUpdate) -> Reply:
@@ -232,6 +241,8 @@ def _update(run_id: UUID, current: RunStatus, status: RunStatus, options: RunUpd
         "names_input_values": "input_values" in given,
         "error": options.error,
         "names_error": "error" in given,
+        "error_code": options.error_code,
+        "names_error_code": "error_code" in given,
         "release_session_after": options.release_session_after,
         "names_release_session_after": "release_session_after" in given,
         "claim": options.claim,

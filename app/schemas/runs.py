@@ -16,6 +16,7 @@ from app.schemas.values import (
     Assignment,
     Attempt,
     Count,
+    ErrorCode,
     Ids,
     JsonObject,
     Lines,
@@ -134,6 +135,11 @@ class RunUpdate(Payload):
         "the only one that is accepted.",
     )
     error: Lines | None = Field(None, description="What went wrong; at most 256 KiB in all, as UTF-8 in JSON.")
+    error_code: ErrorCode | None = Field(
+        None,
+        description="What went wrong, as a word that programs compare. The service's own endings have one, too:"
+        " `executor_lost`, `not_started`, `run_timeout`, `executor_gave_up`, `machine_deleted`, `session_released`.",
+    )
     output_data: JsonObject | None = Field(None, description="The result.")
     output_attachment_ids: Ids | None = Field(
         None, description="Checked against the run's output attachments; the attachments themselves are the truth."
@@ -190,6 +196,7 @@ class RunResponse(Reply):
     )
     is_priority: bool = Field(description="Starts before runs without priority.")
     error: list[str] | None = Field(description="What went wrong.")
+    error_code: str | None = Field(description="The same as a word that programs compare, if the report gave one.")
     output_data: dict[str, Any] | None = Field(description="The result.")
     output_attachment_ids: list[str] = Field(description="Files that the executor handed in.")
     run_message_history: list[dict[str, Any]] | None = Field(description="What was said and done.")
@@ -238,6 +245,7 @@ class RunAttemptResponse(Reply):
     attempt: int
     status: RunStatus
     error: list[str] | None = Field(description="What went wrong.")
+    error_code: str | None = Field(description="The same as a word that programs compare, if the report gave one.")
     machine_id: UUID | None = Field(description="The machine that was assigned.")
     session_id: UUID | None
     started_at: datetime | None

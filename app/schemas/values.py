@@ -133,6 +133,7 @@ Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), Afte
 NonEmptyName = Annotated[
     str, Field(min_length=1, max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
 ]
+ErrorCode = Annotated[str, Field(pattern=r"^[a-z0-9_.]{1,100}$")]
 # Of a search; the empty text is none.
 SearchText = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
 Reason = Annotated[str, Field(max_length=MAX_REASON, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]

@@ -12,6 +12,7 @@ RUN_KEYS = {
     *("pool_ids", "sensitive_input_aliases", "session_id", "session_alias", "release_session_after", "started_at"),
     *(
         "ended_at",
+        "error_code",
         "changed_at",
         "is_priority",
         "attempt",

@@ -58,7 +58,7 @@ from app.schemas.runs import (
     RunRetry,
     RunUpdate,
 )
-from app.schemas.values import Flag, Page, Reason, SearchText, Timestamp
+from app.schemas.values import ErrorCode, Flag, Page, Reason, SearchText, Timestamp
 from app.telemetry import metrics
 
 router = APIRouter(route_class=Route, prefix="/v1/runs", tags=["runs"])
@@ -188,6 +188,10 @@ async def list_all(
         Timestamp | None, Query(description="Ended at or after this, by the service's own clock: changed_at.")
     ] = None,
     ended_to: Annotated[Timestamp | None, Query(description="The same, at or before this.")] = None,
+    error_code: Annotated[
+        ErrorCode | None,
+        Query(description="Only those with this value; among the newest 10,000 that the other filters leave."),
+    ] = None,
     order: Annotated[
         Order,
         Query(
@@ -233,6 +237,7 @@ async def list_all(
         changed_to,
         ended_from,
         ended_to,
+        error_code,
         bound_to=principal.machine_id,
     )
     searched = None if not search else Search(search, deep_search)
