@@ -38,6 +38,7 @@ def traced(stack: Stack, collector: Collector) -> Iterator[Server]:
         OTEL_RESOURCE_ATTRIBUTES="deployment.environment.name=tests",
         OTEL_BSP_SCHEDULE_DELAY=100,
         OTEL_TRACES_SAMPLER_ARG=0,
+        FASTAPI_OTEL_AUTO_CONFIGURE="true",  # FastAPI's own spans and logs must stay off all the same
     )
     yield server
     server.app.stop()
