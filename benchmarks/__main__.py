@@ -1,6 +1,7 @@
 """Measure, print the tables, and write them as JSON.
 
 `python -m benchmarks compare FOLDER [GROUP ...]` measures this checkout and another one in turns, and prints the ratios.
+`python -m benchmarks release FOLDER NAME` does so for the release before, and adds a row to results/releases.md.
 """
 
 import argparse
@@ -13,12 +14,13 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.compare import checkout, compare
+from benchmarks.compare import checkout, compare, in_turns, row
 from benchmarks.groups import GROUPS, LONG
 from benchmarks.load import Pressure
 from benchmarks.world import World
 
 RESULTS = Path(__file__).with_name("results")
+RELEASES = RESULTS / "releases.md"
 
 
 def main() -> int:
@@ -30,10 +32,18 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=1.8, help="of each measurement, after 0.5 s of warm-up")
     parser.add_argument("--rounds", type=int, default=0, help="default: 5 for retry, 1 for sustained, 3 for the others")
-    parser.add_argument("--connections", type=int, default=16, help="where a group does not vary them")
+    parser.add_argument(
+        "--connections",
+        type=_numbers,
+        default=(1, 4, 16, 64),
+        help="those of `sets`, as 1,4,16,64; the others take 16 if it is one of them, else the last",
+    )
     parser.add_argument("--json", type=Path, help=f"default: {RESULTS.name}/latest.json if all groups ran")
     chosen = parser.parse_args()
-    names, other = chosen.groups, None
+    names, other, name_of_release = chosen.groups, None, None
+    if names[:1] == ["release"] and len(names) == 3:
+        name_of_release = names[2]
+        names = ["compare", names[1], "release"]
     if names[:1] == ["compare"]:
         if len(names) < 2:
             parser.error("compare needs the folder of another checkout")
@@ -45,11 +55,12 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
 
     began = time.monotonic()
-    pressure = Pressure(chosen.connections, chosen.seconds)
+    several = chosen.connections
+    pressure = Pressure(16 if 16 in several else several[-1], chosen.seconds, several=several)
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as name:
         folder = Path(name)
         if other is not None:
-            _in_turns(folder, other, names, pressure, chosen.rounds)
+            _in_turns(folder, other, names, pressure, chosen.rounds, name_of_release)
             results = []
         else:
             results = _measured(folder, names or [name for name in GROUPS if name not in LONG], pressure, chosen.rounds)
@@ -79,14 +90,26 @@ def _measured(folder: Path, names: list[str], pressure: Pressure, rounds: int) -
     return results
 
 
-def _in_turns(folder: Path, other: Path, names: list[str], pressure: Pressure, rounds: int) -> None:
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _in_turns(
+    folder: Path, other: Path, names: list[str], pressure: Pressure, rounds: int, release: str | None
+) -> None:
     for side in ("ours", "other"):
         (folder / side).mkdir()
     with World(folder / "ours") as ours, World(folder / "other", root=other) as theirs:
         for name in names:
             say(f"{name} ...")
             groups = GROUPS[name](ours, pressure), GROUPS[name](theirs, pressure)
-            print("\n" + compare(*groups, rounds or groups[0].rounds, say), flush=True)
+            seen = in_turns(*groups, rounds or groups[0].rounds, say)
+            print("\n" + compare(groups[0], seen), flush=True)
+            if release is not None:
+                line, slower = row(release, seen)
+                with RELEASES.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+                say("\n".join([f"a row was added to {RELEASES}", *slower]))
 
 
 def say(text: str) -> None:

@@ -73,7 +73,7 @@ def secret(world: World, pressure: Pressure) -> Group:
             Case("retry 1c", partial(server.retries, one), "one connection"),
         ],
         [
-            Target("secret / write", rate("secret", "write"), at_least=0.33),
+            Target("secret / write", rate("secret", "write"), at_least=0.38),
             Target("replaced / write", rate("replaced", "write")),
             Target("replaced / secret", rate("replaced", "secret")),
             Target("secret / retry", rate("secret", "retry"), beside="PostgreSQL, OpenBao, load; retry: no OpenBao"),

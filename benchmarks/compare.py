@@ -14,8 +14,14 @@ from benchmarks.measure import Group, Sample, markdown, number
 COSTS = ("app us", "db us", "vault us")
 
 
-def compare(ours: Group, other: Group, rounds: int, say: Callable[[str], None]) -> str:
-    """The cases of both groups in turns; who goes first changes from round to round. Markdown."""
+Turns = dict[str, list[tuple[Sample, Sample]]]
+
+# What a release must keep of the one before: the least ratio of rates by case. p50 of one connection may be 1.05 times as long.
+KEPT = {"retry": 0.95, "retry 64c": 0.95, "retry+key": 0.95, "secret": 0.95, "1 MB file": 0.95, "retry 1c": 0.95}
+
+
+def in_turns(ours: Group, other: Group, rounds: int, say: Callable[[str], None]) -> Turns:
+    """The cases of both groups in turns; who goes first changes from round to round."""
     seen: dict[str, list[tuple[Sample, Sample]]] = {case.name: [] for case in ours.cases}
     for turn in range(rounds):
         for mine, theirs in zip(ours.cases, other.cases, strict=True):
@@ -26,6 +32,26 @@ def compare(ours: Group, other: Group, rounds: int, say: Callable[[str], None]) 
             seen[mine.name].append((one, two))
             rates = f"{one.rate:,.1f}/s, other {two.rate:,.1f}/s"
             say(f"  {turn + 1}/{rounds} {mine.name}: {rates}, p50 {one.p50:.2f} and {two.p50:.2f} ms")
+    return seen
+
+
+def row(name: str, seen: Turns) -> tuple[str, list[str]]:
+    """A line of the history of releases, as Markdown, and what got slower than KEPT allows."""
+    cells, slower = [name], []
+    for case, samples in seen.items():
+        ratio = median(one.rate / two.rate for one, two in samples)
+        app = _ratio([(one.figures["app us"], two.figures["app us"]) for one, two in samples])
+        database = _ratio([(one.figures.get("db us", 0), two.figures.get("db us", 0)) for one, two in samples])
+        cells.append(f"{ratio:.2f} ({app}, {database})" if database else f"{ratio:.2f}")
+        if ratio < KEPT.get(case, 0):
+            slower.append(
+                f"{case}: {ratio:.2f} times the rate of the release before, and at least {KEPT[case]} is wanted"
+            )
+    return f"| {' | '.join(cells)} |", slower
+
+
+def compare(ours: Group, seen: Turns) -> str:
+    """What `in_turns` has seen, as Markdown."""
     rows = []
     for name, samples in seen.items():
         ratios = [one.rate / two.rate for one, two in samples if two.rate]

@@ -30,6 +30,7 @@ class Pressure:
     seconds: float = 2.0
     warmup: float = 0.5
     limit: int | None = None
+    several: tuple[int, ...] = (1, 4, 16, 64)  # numbers of connections, where a group varies them
 
 
 @dataclass(frozen=True)

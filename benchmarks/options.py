@@ -88,15 +88,15 @@ def bursts(world: World, pressure: Pressure) -> Group:
     server = world.server_of(data, settings=settings)
     many = replace(pressure, connections=64, warmup=0.5, seconds=ASKS * GAP_SECONDS)
     loud = {
-        "one key": [_key(data, "loud")],
-        "an organization": [_key(data, "crowd") for _ in range(50)],
+        "one key": [new_key_of(data, "loud")],
+        "an organization": [new_key_of(data, "crowd") for _ in range(50)],
         "an address": ["runs_" + "x" * 43],
     }
 
     # Known to be good before the first burst. A key for each measure: they have quotas, too.
-    spare = [_key(data, f"quiet-{number}") for number in range(40)]
+    spare = [new_key_of(data, f"quiet-{number}") for number in range(40)]
     for key in (*spare, *loud["one key"], *loud["an organization"]):
-        _ask(server, key, 1)
+        ask(server, key, 1)
     quiet = iter(spare)
 
     def beside(keys: Sequence[str]) -> Sample:
@@ -109,7 +109,7 @@ def bursts(world: World, pressure: Pressure) -> Group:
         with ThreadPoolExecutor(1) as pool:
             burst = pool.submit(load.run, plan)
             time.sleep(0.5)
-            seen = _ask(server, next(quiet), ASKS)
+            seen = ask(server, next(quiet), ASKS)
             seen.figures["refused/s"] = burst.result().requests / many.seconds
         return seen
 
@@ -117,7 +117,7 @@ def bursts(world: World, pressure: Pressure) -> Group:
         "bursts",
         "a quiet tenant's GET /v1/whoami, 100 a second, beside bursts beyond a quota",
         [
-            Case("alone", lambda: _ask(server, next(quiet), ASKS)),
+            Case("alone", lambda: ask(server, next(quiet), ASKS)),
             *(Case(name, partial(beside, keys)) for name, keys in loud.items()),
         ],
         [Target(f"p99, {name} / alone", partial(_p99, name)) for name in loud],
@@ -128,7 +128,8 @@ def _p99(name: str, one: Round) -> float:
     return one[name].p99 / one["alone"].p99
 
 
-def _key(data: Data, organization: str) -> str:
+def new_key_of(data: Data, organization: str) -> str:
+    """An API key of this organization."""
     key = new_key()
     data.sql(
         "INSERT INTO api_keys (id, organization_id, key_hash) VALUES (gen_random_uuid(), $1, $2)",
@@ -138,7 +139,8 @@ def _key(data: Data, organization: str) -> str:
     return key
 
 
-def _ask(server: Server, key: str, count: int) -> Sample:
+def ask(server: Server, key: str, count: int) -> Sample:
+    """A tenant asks who it is, about 100 times a second."""
     took = []
     began = time.perf_counter()
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:

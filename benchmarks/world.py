@@ -144,6 +144,18 @@ class Data:
 
         return asyncio.run(fetch())
 
+    def script(self, statements: str) -> None:
+        """Run statements as the database's owner."""
+
+        async def execute() -> None:
+            connection = await asyncpg.connect(self.url, timeout=10)
+            try:
+                await connection.execute(statements)
+            finally:
+                await connection.close()
+
+        asyncio.run(execute())
+
     def timed(self, query: str, *arguments: object, times: int) -> list[float]:
         """Seconds that a statement takes on one connection."""
 
