@@ -135,7 +135,7 @@ class Gauges:
         return self._found
 
     async def _read(self, database: Database) -> None:
-        party.set("metrics")
+        party.set("loop metrics")
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 async with database.connection() as connection:

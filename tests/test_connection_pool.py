@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
-from app.stores.pool import Pool, party
+from app.stores.pool import CHEAP_SECONDS, Cost, Pool, party
 from tests.support.client import Client
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
@@ -86,6 +86,66 @@ def test_the_party_with_the_fewest_connections_is_next(stack: Stack) -> None:
 
     # b and c have none while a has one; then b, which was served before c; then a has none, and b one.
     assert "".join(asyncio.run(scenario())) == "aa" + "bcbaaa"
+
+
+def most_at_once(stack: Stack, *, others_ask: bool, seconds: float = 0.1, others_seconds: float = 0.001) -> int:
+    """How many of 8 connections a crowd uses at once after a while, each time for so many seconds."""
+
+    async def scenario() -> int:
+        using = most = 0
+        async with pool_of(stack, 8) as pool:
+
+            async def use(name: str, held: float, end: float) -> None:
+                nonlocal using, most
+                party.set(name)
+                while (now := time.monotonic()) < end:
+                    connection = await pool.acquire()
+                    if name == "crowd":
+                        using += 1
+                        if now > end - 0.5:
+                            most = max(most, using)
+                    await asyncio.sleep(held)
+                    using -= name == "crowd"
+                    pool.release(connection)
+                    await asyncio.sleep(0.01 if name != "crowd" else 0)
+
+            end = time.monotonic() + 1.2
+            await asyncio.gather(
+                *(use("crowd", seconds, end) for _ in range(6)),
+                *(use("other", others_seconds, end) for _ in range(others_ask)),
+                use("loop of ours", 0.001, end),
+            )
+            assert pool.used == 0
+        return most
+
+    return asyncio.run(scenario())
+
+
+def test_costly_statements_of_one_party_take_turns_while_others_ask(stack: Stack) -> None:
+    assert most_at_once(stack, others_ask=True) == 1
+
+
+def test_a_party_that_is_alone_may_use_all_connections(stack: Stack) -> None:
+    """Our own loops are no others."""
+    assert most_at_once(stack, others_ask=False) == 6
+
+
+def test_nobody_is_limited_when_the_database_is_slow_for_all(stack: Stack) -> None:
+    assert most_at_once(stack, others_ask=True, others_seconds=0.1) == 6
+
+
+def test_short_statements_are_not_limited_and_hide_no_long_ones() -> None:
+    cost = Cost()
+    for number in range(1000):
+        cost.add(0.001, number / 1000)
+    assert cost.seconds < CHEAP_SECONDS
+    for number in range(10):
+        cost.add(0.5, 1 + number)
+        for part in range(100):
+            cost.add(0.001, 1 + number + part / 100)
+    assert cost.seconds > 0.3
+    cost.add(0.001, 60)
+    assert cost.seconds < CHEAP_SECONDS, "what it did long ago says nothing of what it does now"
 
 
 def test_whoever_gives_up_leaves_the_turn_to_the_next(stack: Stack) -> None:

@@ -436,6 +436,7 @@ class Database:
             yield own
             own.committed()
         except asyncpg.LockNotAvailableError:
+            self._pool.has_waited(connection)
             raise LockTimeout from None
         except asyncpg.QueryCanceledError:
             raise StatementTimeout from None

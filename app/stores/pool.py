@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from math import exp
 from typing import Any
 
 from app.telemetry import metrics
@@ -15,8 +16,40 @@ party: ContextVar[str] = ContextVar("party", default="")
 IDLE_SECONDS = 300.0
 
 
+# A party counts as one that asks if it has used a connection within so many seconds.
+ASKING_SECONDS = 1.0
+# A party whose statements take no longer than this has no limit of its own; nor has one whose statements take at most so many
+# times as long as another party's: then the database is slow for everybody.
+CHEAP_SECONDS = 0.02
+COSTLY_TIMES = 4.0
+REMEMBERED_SECONDS = 2.0  # the weight of a statement in its party's cost falls to a third in this time
+MOST_PARTIES = 1000  # whose costs are remembered
+
+
+class Cost:
+    """How long a party's statements take: the mean, weighted with the time itself, so that many short ones hide no long one."""
+
+    __slots__ = ("_squares", "_sum", "seconds", "seen")
+
+    def __init__(self) -> None:
+        self.seconds = self.seen = self._sum = self._squares = 0.0
+
+    def add(self, seconds: float, now: float) -> None:
+        """One more statement, or several in a transaction, that held a connection for so long."""
+        left = exp((self.seen - now) / REMEMBERED_SECONDS)
+        self._sum = self._sum * left + seconds
+        self._squares = self._squares * left + seconds * seconds
+        self.seconds = self._squares / self._sum if self._sum else 0.0
+        self.seen = now
+
+
 class NoneFreeError(TimeoutError):
     """No connection came free in time."""
+
+
+def is_organization(name: str) -> bool:
+    """Whether a party is an organization: the name of a background loop has a space, and no organization's id has one."""
+    return name != "" and " " not in name
 
 
 class Pool:
@@ -25,6 +58,9 @@ class Pool:
     When all are in use, the next one that comes free goes to the party that has the fewest, and among equals to the one that
     was served longest ago: nobody's crowd keeps another waiting for more than one release. A party that is alone may use all.
 
+    While other parties ask, too, one with costly statements may hold fewer connections at once, down to one: they take
+    the database's processors from the others' statements, which would find a connection and then wait all the same.
+
     asyncpg's own pool costs a task, two timers and a wrapper around each statement every time it is used, a good part of a
     plain retry (benchmarks/README.md), and resets the session, in which nothing of ours outlives a transaction.
     """
@@ -32,18 +68,20 @@ class Pool:
     def __init__(self, connect: Callable[[], Awaitable[Any]], size: int, timeout: float) -> None:
         self._connect = connect
         self._timeout = timeout
-        self._free = size
+        self._size = self._free = size
         self._held: dict[str, int] = {}
-        # Who waits, by party; whom was served longest ago comes first. Only while nothing is free.
+        # Who waits, by party; whom was served longest ago comes first. Only while nothing is free, or the party has its share.
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
         self._idle: list[tuple[Any, float]] = []
-        self._open: dict[Any, str] = {}  # and for whom each is in use, or was last
+        self._open: dict[Any, tuple[str, float]] = {}  # for whom each is in use, or was last, and since when
+        self._waited: set[Any] = set()  # in use, for nothing but a wait
+        self._costs: dict[str, Cost] = {}  # of organizations; the last seen at the end
         self._outdated: set[Any] = set()  # in use, and not to be used again
 
     async def acquire(self) -> Any:
         """Raises TimeoutError when none comes free in time, and whatever connecting raises."""
         name = party.get()
-        if self._free:
+        if self._free and (name not in self._held or (name not in self._waiting and self._may_hold_more(name))):
             self._free -= 1
             self._held[name] = self._held.get(name, 0) + 1
             metrics.pool_wait.at_once += 1
@@ -56,12 +94,13 @@ class Pool:
         try:
             while self._idle:
                 connection, since = self._idle.pop()
-                if not connection.is_closed() and time.monotonic() - since < IDLE_SECONDS:
-                    self._open[connection] = name
+                now = time.monotonic()
+                if not connection.is_closed() and now - since < IDLE_SECONDS:
+                    self._open[connection] = name, now
                     return connection
                 self._discard(connection)
             connection = await self._connect()
-            self._open[connection] = name
+            self._open[connection] = name, time.monotonic()
             return connection
         except BaseException:
             self._pass_on(name)
@@ -69,12 +108,46 @@ class Pool:
 
     def release(self, connection: Any) -> None:
         """Take it back, or throw it away if it is closed or in the middle of something."""
-        name = self._open[connection]
+        name, since = self._open[connection]
+        now = time.monotonic()
         if connection.is_closed() or connection.is_in_transaction() or connection in self._outdated:
             self._discard(connection)
         else:
-            self._idle.append((connection, time.monotonic()))
+            self._idle.append((connection, now))
+        if is_organization(name) and connection not in self._waited:
+            self._note_cost(name, now - since, now)
+        self._waited.discard(connection)
         self._pass_on(name)
+
+    def has_waited(self, connection: Any) -> None:
+        """What it was held for was a lock: that costs the database nothing."""
+        self._waited.add(connection)
+
+    # --- what statements cost -----------------------------------------------------------------------------------------
+
+    def _note_cost(self, name: str, seconds: float, now: float) -> None:
+        cost = self._costs.pop(name, None) or Cost()
+        cost.add(seconds, now)
+        self._costs[name] = cost
+        if len(self._costs) > MOST_PARTIES:
+            del self._costs[next(iter(self._costs))]
+
+    def _may_hold_more(self, name: str) -> bool:
+        """Whether a party that holds connections may have one more, when one is free."""
+        cost = self._costs.get(name)
+        if cost is None or cost.seconds <= CHEAP_SECONDS:
+            return True
+        since = time.monotonic() - ASKING_SECONDS
+        lightest = cost.seconds
+        for other in reversed(self._costs):
+            found = self._costs[other]
+            if found.seen < since:
+                break
+            lightest = min(lightest, found.seconds)
+        costly = max(CHEAP_SECONDS, COSTLY_TIMES * lightest)
+        return cost.seconds <= costly or self._held[name] < max(1, int(self._size * CHEAP_SECONDS / cost.seconds / 2))
+
+    # --- turns --------------------------------------------------------------------------------------------------------
 
     def drop_idle(self) -> None:
         """Throw away the connections that nobody uses."""
@@ -120,30 +193,29 @@ class Pool:
         self._held[name] -= 1
         if not self._held[name]:
             del self._held[name]
-        while self._waiting:
-            following = self._next()
+        self._free += 1
+        while self._free and (following := self._next()) is not None:
             waiting = self._waiting.pop(following)
             turn = next(iter(waiting))
             del waiting[turn]
             if waiting:
                 self._waiting[following] = waiting  # behind the others
             if not turn.cancelled():
+                self._free -= 1
                 self._held[following] = self._held.get(following, 0) + 1
                 turn.set_result(None)
-                return
-        self._free += 1
 
-    def _next(self) -> str:
-        """The waiting party with the fewest connections. Those that have any are never more than there are connections."""
+    def _next(self) -> str | None:
+        """The waiting party with the fewest connections, of those that may have more. One that waits for its share holds some,
+        and looks again at each release of its own."""
         fewest: tuple[int, str] | None = None
         for name in self._waiting:
             held = self._held.get(name, 0)
             if held == 0:
                 return name
-            if fewest is None or held < fewest[0]:
+            if (fewest is None or held < fewest[0]) and self._may_hold_more(name):
                 fewest = held, name
-        assert fewest is not None  # noqa: S101 - called only when somebody waits
-        return fewest[1]
+        return None if fewest is None else fewest[1]
 
     def _discard(self, connection: Any) -> None:
         connection.terminate()
