@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException, HTTPResponse
+from io import BufferedReader
 from ipaddress import ip_address
 from pathlib import Path
-from typing import BinaryIO
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, SSLError
@@ -29,6 +29,8 @@ CONNECT_SECONDS = 5.0  # for one address; there may be another
 MAX_ADDRESSES = 4
 MAX_ANSWER = 1024  # bytes of the receiver's answer that are kept
 MAX_HEAD = 64 * 1024  # bytes before them: status line and headers, with those of interim answers
+MAX_BODY = 16 * 1024  # bytes that these take on the way: with sizes and extensions of chunks
+SWITCHING_PROTOCOLS = 101
 
 _FAILURES = (HTTPError, HTTPException, OSError, ValueError)
 
@@ -65,35 +67,58 @@ def trust(cacert: Path | None) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=None if cacert is None else str(cacert))
 
 
-class _Head:
-    """The beginning of an answer, line by line. Raises HTTPException for more than MAX_HEAD bytes."""
+class _Budget:
+    """The bytes of an answer as http.client reads them, within limits of bytes and of time.
 
-    def __init__(self, answer: BinaryIO) -> None:
+    Raises HTTPException beyond `left` bytes, TimeoutError beyond SEND_SECONDS. Framing counts: sizes of chunks, their
+    extensions, and interim answers. A receiver that sends as fast as it can would otherwise keep a thread busy all the time.
+    """
+
+    def __init__(self, answer: BufferedReader) -> None:
         self._answer = answer
-        self._left = MAX_HEAD
+        self._deadline = time.monotonic() + SEND_SECONDS
+        self.left = MAX_HEAD
 
     def readline(self, most: int) -> bytes:
-        line = self._answer.readline(min(most, self._left + 1))
-        self._left -= len(line)
-        if self._left < 0:
+        return self._counted(self._answer.readline(min(most, self.left + 1)))
+
+    def read(self, most: int = -1) -> bytes:
+        """As many bytes, less only at the end of the answer."""
+        wanted = self.left + 1 if most < 0 else min(most, self.left + 1)
+        pieces = b""
+        while wanted > len(pieces) and (piece := self._counted(self._answer.read1(wanted - len(pieces)))):
+            pieces += piece
+        return pieces
+
+    def _counted(self, piece: bytes) -> bytes:
+        self.left -= len(piece)
+        if self.left < 0:
             raise HTTPException
-        return line
+        if time.monotonic() > self._deadline:
+            raise TimeoutError
+        return piece
+
+    def flush(self) -> None:
+        """Asked for by a response that is closed."""
 
     def close(self) -> None:
         self._answer.close()
 
 
 class _Response(HTTPResponse):
-    """http.client by itself would read 100 lines of 64 KiB each, and parse them into several times as much."""
+    """http.client by itself would read 100 lines of 64 KiB each for a head, as much for each chunk, and trailers for ever."""
 
     def begin(self) -> None:
-        answer = self.fp
-        self.fp = _Head(answer)  # type: ignore[assignment] # it is all that is used of a file
-        try:
+        budget = _Budget(self.fp)
+        self.fp = budget  # type: ignore[assignment] # it has all that is used of a file
+        super().begin()
+        while 100 <= self.status < 200 and self.status != SWITCHING_PROTOCOLS and self.fp is not None:
+            self.headers = self.msg = None  # type: ignore[assignment] # not read yet: this was an interim answer
             super().begin()
-        finally:
-            if self.fp is not None:  # else it was closed
-                self.fp = answer
+        budget.left += MAX_BODY
+
+    def _read_and_discard_trailer(self) -> None:
+        """The answer is complete, and its connection is not used again."""
 
 
 class Post:

@@ -1,5 +1,6 @@
 """Sending one message: to an address that was checked, for 15 seconds at most, whatever the other side does."""
 
+import gzip
 import socket
 import ssl
 import threading
@@ -221,6 +222,55 @@ def test_chunks_that_are_none(receiver: Receiver) -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
     with closing(Rude(head)) as rude:
         assert refused(rude.url) == "no_answer"
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+MUCH = 20_000_000  # bytes: a second of reading and more
+ENDLESS = {
+    "extension": CHUNKED + b"1;" + b"x" * MUCH,
+    "extensions": CHUNKED + (b"1;" + b"x" * 1000 + b"\r\na\r\n") * (MUCH // 1000),
+    "size": CHUNKED + b"0" * MUCH,
+    "interim answers": b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * (MUCH // 40),
+    "interim head": b"HTTP/1.1 102 Processing\r\n" + b"A: b\r\n" * (MUCH // 6),
+}
+
+
+@pytest.mark.parametrize("answer", ENDLESS.values(), ids=ENDLESS)
+def test_framing_without_an_end_is_not_read_for_long(answer: bytes) -> None:
+    with closing(Rude(answer)) as rude:
+        began = time.thread_time()
+        assert refused(rude.url) == "no_answer"
+        assert time.thread_time() - began < 0.2, "seconds of work"
+
+
+def test_trailers_are_not_read() -> None:
+    trailers = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 1000) for number in range(MUCH // 1000))
+    for end in (trailers, b"", b"x" * MUCH):  # the second one: nothing follows, and the connection stays open
+        with closing(Rude(CHUNKED + b"2\r\nok\r\n0\r\n" + end)) as rude:
+            began = time.monotonic()
+            assert send(rude.url) == Answer(200, b"ok", None)
+            assert time.monotonic() - began < 2
+
+
+def test_interim_answers_are_passed_over() -> None:
+    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nRetry-After: 9\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+    with closing(Rude(interim + b"HTTP/1.1 202 Accepted\r\nContent-Length: 2\r\n\r\nok")) as rude:
+        assert send(rude.url) == Answer(202, b"ok", None)
+    with closing(Rude(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")) as rude:
+        assert send(rude.url).status == 101
+
+
+def test_an_answer_in_many_chunks_is_read() -> None:
+    with closing(Rude(CHUNKED + b"1;a=b\r\nx\r\n" * 2000 + b"0\r\n\r\n")) as rude:
+        assert send(rude.url) == Answer(200, b"x" * 1024, None)
+
+
+def test_a_compressed_answer_stays_compressed() -> None:
+    """A kibibyte of it could stand for a megabyte."""
+    body = gzip.compress(b"x" * 10_000_000)
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with closing(Rude(head + body)) as rude:
+        assert send(rude.url) == Answer(200, body[:1024], None)
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------
