@@ -327,6 +327,7 @@ class Deliverer:
         self._secrets: dict[str, tuple[str | None, float]] = {}
         self._ready: dict[UUID, str] = {}  # endpoints that may have something due, with their organizations
         self._sending: dict[asyncio.Task[None], Claimed] = {}
+        self._lingering: dict[UUID, Claimed] = {}  # given up, by lease; their threads still wait, as for a name server
         self._slow_until: dict[UUID, float] = {}  # of time.monotonic(), by endpoint
         self._posts: set[Post] = set()
         self._is_closing = False
@@ -427,8 +428,12 @@ class Deliverer:
 
     def _places(self) -> dict[UUID, tuple[int, int]]:
         """For each endpoint that has its turn: how many of its deliveries may begin now, and how many if it is failing."""
-        under_way = self._sending.values()
-        kinds = Counter(self._kind_of(one.endpoint_id, is_failing=bool(one.is_failing)) for one in under_way)
+        sending = {one.lease: one for one in self._sending.values()}
+        under_way = (sending | self._lingering).values()
+        kinds = Counter(self._kind_of(one.endpoint_id, is_failing=bool(one.is_failing)) for one in sending.values())
+        kinds.update(
+            "failing" if one.is_failing else "slow" for one in self._lingering.values() if one.lease not in sending
+        )
         most = MAX_SENDING - len(under_way)
         free = {kind: places - kinds[kind] for kind, places in PLACES.items()}
         of_organization = Counter((one.organization_id, bool(one.is_failing)) for one in under_way)
@@ -510,6 +515,12 @@ class Deliverer:
         except Exception as error:  # noqa: BLE001 - one bad delivery must not end the others
             self._broke(one, error)
 
+    def _thread_ended(self, one: Claimed) -> None:
+        """Its place is free."""
+        if self._lingering.pop(one.lease, None) is not None:
+            self._ready.setdefault(one.endpoint_id, one.organization_id)
+            self._services.wakeups.deliveries.set()
+
     async def _try(self, one: Claimed) -> Outcome:
         """A defect of ours is a failed try like any other: else it would be sent again for ever."""
         began = time.monotonic()
@@ -535,13 +546,19 @@ class Deliverer:
         post = Post(self._allowed, self._context)
         self._posts.add(post)
         began: float | None = None
+        has_ended = False
+        loop = asyncio.get_running_loop()
 
         def send() -> Answer:
-            nonlocal began
+            nonlocal began, has_ended
             began = time.monotonic()
-            return self._post(post, one, secrets)
+            try:
+                return self._post(post, one, secrets)
+            finally:
+                has_ended = True
+                loop.call_soon_threadsafe(self._thread_ended, one)
 
-        slow = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._takes_long, one.endpoint_id)
+        slow = loop.call_later(SLOW_SECONDS, self._takes_long, one.endpoint_id)
         answer, error = None, None
         try:
             answer = await self._slots.run(send, wait=SEND_SECONDS, patience=SEND_SECONDS)
@@ -552,6 +569,8 @@ class Deliverer:
         finally:
             slow.cancel()
             post.abort()  # nobody waits for the thread any more
+            if began is not None and not has_ended:
+                self._lingering[one.lease] = one  # nothing interrupts a look-up of a name: it keeps its place
             self._posts.discard(post)
         if began is None or error == TOO_LATE or (self._is_closing and error is not None):
             return await self._postpone(one)
