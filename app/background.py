@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from app.bulk.working import Worker, prune_bulk_retries
 from app.errors import DatabaseUnavailable, InternalError, Unavailable
 from app.events import prune_events
 from app.idempotency import forget_keys
@@ -36,6 +37,9 @@ log = logging.getLogger("app.background")
 # At most a period: requests have most of the process.
 REST_FOR_WORK = 4
 
+# Bulk retries rest less: beside requests the connections and the runs' locks divide the work.
+BULK_REST_FOR_WORK = 0.1
+
 # Seconds after which a loop that has nothing to look for by itself goes on with what a failure left.
 TRY_AGAIN = 1.0
 
@@ -48,7 +52,8 @@ TELL_REST = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A round again and again: when it is woken, when the last one said that there is more, and at least once a period.
+    """A round again and again: when it is woken, when the last one said that there is more (now, or in so many seconds), and
+    at least once a period.
 
     `rest` is the least time between two rounds, and `rest_for_work` how many times as long as its round a loop rests: a lone
     wake-up is answered at once, and under load each round does more for its price. All times are seconds. `close` ends
@@ -56,7 +61,7 @@ class Loop:
     """
 
     name: str
-    round: Callable[[], Awaitable[bool | None]]
+    round: Callable[[], Awaitable[bool | float | None]]
     period: float
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     rest: float = 0
@@ -77,9 +82,9 @@ class Loop:
     async def _rounds(self) -> None:
         while True:
             began = time.monotonic()
-            more = False
+            more: bool | float | None = False
             try:
-                more = bool(await self.round())
+                more = await self.round()
                 metrics.loop_success.set(time.time(), self.name)
             except Unavailable as error:
                 metrics.loop_failures.add(self.name, error.code)
@@ -90,10 +95,10 @@ class Loop:
                 metrics.loop_failures.add(self.name, InternalError.code)
                 log.error({"event": "background_failed", "work": self.name, **describe(error)})
             await asyncio.sleep(min(max(self.rest, self.rest_for_work * (time.monotonic() - began)), self.period))
-            if more:
+            if more is True:
                 continue
             try:
-                async with asyncio.timeout(self.period):
+                async with asyncio.timeout(min(more or self.period, self.period)):
                     await self.wake.wait()
             except TimeoutError:
                 continue
@@ -143,6 +148,8 @@ def loops(services: Services) -> list[Loop]:
         Loop("events", partial(prune_events, database, settings.event_retention_days), period),
         Loop("webhooks", deliverer.round, period, wakeups.deliveries, rest=0.02, close=deliverer.close),
         Loop("old_webhooks", partial(prune_webhooks, database, settings.webhook_retention_days), period),
+        Loop("bulk_retries", Worker(services).round, TRY_AGAIN, wakeups.bulk_retries, rest_for_work=BULK_REST_FOR_WORK),
+        Loop("old_bulk_retries", partial(prune_bulk_retries, database, settings.event_retention_days), period),
         *_handing_over(services),
     ]
 

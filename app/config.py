@@ -286,6 +286,9 @@ class Settings(DatabaseSettings):
         le=MAX_RUNS_QUOTA,
         description="Maximum number of runs that all keys of one organization create per minute; more get 429.",
     )
+    quota_organization_bulk_retries: int = Field(
+        2, ge=0, description="Bulk retries of one organization that are running or paused at once; more is 429."
+    )
     quota_address_failures_per_minute: int = Field(
         0,
         ge=0,

@@ -13,6 +13,7 @@ Refusal
 │   ├── AttachmentNotFound     attachment_not_found
 │   ├── WebhookEndpointNotFound    webhook_endpoint_not_found
 │   ├── WebhookDeliveryNotFound    webhook_delivery_not_found
+│   ├── BulkRetryNotFound      bulk_retry_not_found
 │   └── RouteNotFound          route_not_found
 ├── MethodNotAllowed           405 method_not_allowed
 ├── RequestTimeout             408 request_timeout
@@ -31,6 +32,7 @@ Refusal
 │   ├── TooManyWebhookSecrets      too_many_webhook_secrets
 │   ├── WebhookEndpointDisabled    webhook_endpoint_disabled
 │   ├── WebhookBodyDeleted         webhook_body_deleted
+│   ├── BulkRetryEnded             bulk_retry_ended
 │   └── IdempotencyInProgress      idempotency_in_progress
 ├── PayloadTooLarge            413 payload_too_large
 ├── UriTooLong                 414 uri_too_long
@@ -180,6 +182,11 @@ class WebhookEndpointNotFound(NotFound):
 class WebhookDeliveryNotFound(NotFound):
     code = "webhook_delivery_not_found"
     detail = "No webhook delivery with this id exists in your organization; deliveries are kept for a limited time."
+
+
+class BulkRetryNotFound(NotFound):
+    code = "bulk_retry_not_found"
+    detail = "No bulk retry with this id exists in your organization; they are kept for a limited time after their end."
 
 
 class RouteNotFound(NotFound):
@@ -337,6 +344,16 @@ class WebhookEndpointDisabled(Conflict):
 class WebhookBodyDeleted(Conflict):
     code = "webhook_body_deleted"
     detail = "The run of this delivery was deleted, and its message with it; nothing was sent."
+
+
+class BulkRetryEnded(Conflict):
+    code = "bulk_retry_ended"
+
+    def __init__(self, state: str) -> None:
+        super().__init__(
+            f"The bulk retry is {state}, so nothing was changed. Start a new one for the runs that remain.",
+            current_state=state,
+        )
 
 
 class IdempotencyInProgress(Conflict):

@@ -67,7 +67,9 @@ def announce(
 # --- read -------------------------------------------------------------------------------------------------------------
 
 COLUMNS = """
-    at, run_id::text, attempt, event, from_status, to_status, key_id::text, user_id::text, request_id, reason, changed
+    at, run_id::text, attempt, event, from_status, to_status,
+    coalesce(by, CASE WHEN key_id IS NULL THEN 'service' ELSE 'request' END) AS by, bulk_retry_id::text,
+    key_id::text, user_id::text, request_id, reason, changed
 """
 
 # Transactions end in another order than they began in. Below the oldest one that still runs nothing can appear any more, so

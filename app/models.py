@@ -46,6 +46,7 @@ TERMINAL = frozenset(RunStatus) - ACTIVE
 
 _IS_ACTIVE = "status IN ('scheduling', 'running')"
 _IS_WAITING = "status = 'scheduling' AND assigned_machine_id IS NULL"
+_IS_UNDER_WAY = "state IN ('running', 'paused')"
 _IS_AT_WORK = "(status = 'running' OR (status = 'scheduling' AND assigned_machine_id IS NOT NULL))"
 
 
@@ -582,6 +583,74 @@ class WebhookRecovery(Base):
     after_id: Mapped[UUID]
     until: Mapped[datetime]
     moved_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class BulkRetry(Base):
+    """A job that retries many runs (app/bulk). Its row is locked by the replica that works on it.
+
+    `moved_at` is when the job last had its turn, `due_at` is the earliest time of its next one.
+    """
+
+    __tablename__ = "bulk_retries"
+    __table_args__ = (
+        _organization_check(),
+        CheckConstraint("state IN ('running', 'paused', 'completed', 'aborted', 'failed')", name="state"),
+        CheckConstraint("(state = 'paused') = (pause_reason IS NOT NULL)", name="paused"),
+        CheckConstraint(f"({_IS_UNDER_WAY}) = (ended_at IS NULL)", name="ended"),
+        Index("ix_bulk_retries_organization", "organization_id", text("created_at DESC"), text("id DESC")),
+        Index("ix_bulk_retries_under_way", "organization_id", postgresql_where=text(_IS_UNDER_WAY)),
+        Index("ix_bulk_retries_due_at", "due_at", postgresql_where=text("state = 'running'")),
+        Index("ix_bulk_retries_ended_at", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    organization_id: Mapped[str]
+    key_id: Mapped[UUID]  # no foreign key: the job outlives its creator's key
+    user_id: Mapped[UUID | None]
+    request_id: Mapped[str | None]
+    traceparent: Mapped[str | None]
+    state: Mapped[str] = mapped_column(server_default="running")
+    pause_reason: Mapped[str | None]
+    waiting_for: Mapped[str | None]
+    failure: Mapped[str | None]
+    reason: Mapped[str | None]
+    filter: Mapped[dict[str, Any] | None]
+    overrides: Mapped[dict[str, Any]]
+    pace_per_second: Mapped[float | None]
+    first: Mapped[int] = mapped_column(server_default=text("0"))
+    is_first_over: Mapped[bool] = mapped_column(server_default=text("false"))  # the rest may go
+    stop_after_failures: Mapped[int] = mapped_column(server_default=text("0"))
+    failures_forgiven: Mapped[int] = mapped_column(server_default=text("0"))  # failures before the last resume
+    total: Mapped[int]
+    retried: Mapped[int] = mapped_column(server_default=text("0"))
+    skipped: Mapped[int] = mapped_column(server_default=text("0"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    due_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    moved_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]
+
+
+class BulkRetryItem(Base):
+    """One run of a bulk retry, with the attempt that the run had when it was chosen; null: there was no such run.
+
+    It names nothing outside the database, so it goes with its job.
+    """
+
+    __tablename__ = "bulk_retry_items"
+    __table_args__ = (
+        CheckConstraint("outcome IN ('pending', 'retried', 'skipped')", name="outcome"),
+        CheckConstraint("(outcome = 'skipped') = (code IS NOT NULL)", name="code"),
+        Index("ix_bulk_retry_items_outcome", "bulk_retry_id", "outcome", "place"),
+    )
+
+    bulk_retry_id: Mapped[UUID] = mapped_column(ForeignKey("bulk_retries.id", ondelete="CASCADE"), primary_key=True)
+    place: Mapped[int] = mapped_column(primary_key=True)  # in the job, from 1
+    run_id: Mapped[UUID]  # no foreign key: the item outlives the run
+    attempt: Mapped[int | None]
+    outcome: Mapped[str] = mapped_column(server_default="pending")
+    code: Mapped[str | None]
+    detail: Mapped[str | None]
+    decided_at: Mapped[datetime | None]
 
 
 class Dispatch(Base):

@@ -44,7 +44,8 @@ class Turns:
             self.wake(name)
 
 
-WOKEN, TO_DELIVER, ASSIGNED = "runs_woken", "runs_to_deliver", "runs_assigned"  # what processes tell each other
+# What processes tell each other.
+WOKEN, TO_DELIVER, ASSIGNED, BULK_RETRY = "runs_woken", "runs_to_deliver", "runs_assigned", "runs_bulk_retry"
 
 
 class Wakeups:
@@ -57,6 +58,7 @@ class Wakeups:
         self.collector = asyncio.Event()
         self.deliveries = asyncio.Event()  # set after a commit that left something to send
         self.dispatches = asyncio.Event()  # set after a commit that may have left something to tell Temporal
+        self.bulk_retries = asyncio.Event()  # set after a commit that left runs to retry
         self.to_tell = asyncio.Event()
         self._untold: dict[str, set[str]] = defaultdict(set)
         self._callers: dict[UUID, set[asyncio.Event]] = defaultdict(set)
@@ -79,6 +81,13 @@ class Wakeups:
             self.deliveries.set()
         else:
             self._tell(TO_DELIVER, "now")
+
+    def bulk_retry(self) -> None:
+        """Called after a commit that left runs to retry."""
+        if self._settles:
+            self.bulk_retries.set()
+        else:
+            self._tell(BULK_RETRY, "now")
 
     # --- other processes ---
 
@@ -103,13 +112,15 @@ class Wakeups:
                 self.wake(name)
             elif channel == TO_DELIVER:
                 self.deliver()
+            elif channel == BULK_RETRY:
+                self.bulk_retry()
             elif channel == ASSIGNED:
                 with suppress(ValueError):  # anybody who may connect can say anything
                     self.assigned([UUID(name)])
 
     def listens_to(self, *, answers: bool) -> list[str]:
         """The channels that concern this process."""
-        return [*([WOKEN, TO_DELIVER] if self._settles else []), *([ASSIGNED] if answers else [])]
+        return [*([WOKEN, TO_DELIVER, BULK_RETRY] if self._settles else []), *([ASSIGNED] if answers else [])]
 
     # --- callers that wait for a machine's next run; they hold no database connection meanwhile ---
 

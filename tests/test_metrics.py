@@ -31,7 +31,7 @@ PROMISED: dict[str, set[str]] = {
     "http_server_request_duration_seconds": {"http_request_method", "http_route", "http_response_status_code"},
     "http_server_active_requests": set(),
     "runs_build_info": {"version", "python"},
-    "runs_retries_total": {"outcome", "code"},
+    "runs_retries_total": {"outcome", "code", "by"},
     "runs_transitions_total": {"to", "by"},
     "runs_placement_wait_seconds": set(),
     "runs_waiting": {"reason"},
@@ -89,10 +89,10 @@ def test_a_life_cycle_shows_in_every_metric_and_no_id_does(own: Stack) -> None:
             for name, labels in seen.values:
                 family = next((one for one in PROMISED if re.fullmatch(f"{one}(_bucket|_sum|_count)?", name)), None)
                 assert family is None or {label for label, _ in labels} - {"le"} == PROMISED[family], name
-            assert seen.value("runs_retries_total", outcome="accepted", code="") == 1
-            assert seen.value("runs_retries_total", outcome="replayed", code="") == 1
-            assert seen.value("runs_retries_total", outcome="refused", code="run_not_terminal") == 2
-            assert seen.value("runs_retries_total", outcome="refused", code="unauthorized") == 1
+            assert seen.value("runs_retries_total", outcome="accepted", code="", by="request") == 1
+            assert seen.value("runs_retries_total", outcome="replayed", code="", by="request") == 1
+            assert seen.value("runs_retries_total", outcome="refused", code="run_not_terminal", by="request") == 2
+            assert seen.value("runs_retries_total", outcome="refused", code="unauthorized", by="request") == 1
             assert seen.value("runs_idempotency_total", outcome="first") == 1
             assert seen.value("runs_idempotency_total", outcome="replayed") == 1
             assert seen.total(REQUESTS, http_route=RETRY, http_response_status_code="200") == 4

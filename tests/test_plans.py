@@ -20,6 +20,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
+from orjson import dumps
 from pydantic import SecretStr
 
 import app
@@ -129,6 +130,15 @@ FILL = (
     "INSERT INTO webhook_recoveries (endpoint_id, organization_id, after_at, after_id, until, moved_at)"
     " SELECT md5('endpoint' || n)::uuid, 'big', now() - interval '1 day', md5('event')::uuid, now(), now() - n * interval '1 s'"
     " FROM {rows}",
+    # A few of those that run are due. One has half of all items.
+    "INSERT INTO bulk_retries (id, organization_id, key_id, state, overrides, total, created_at, due_at, ended_at)"
+    " SELECT md5('bulk' || n)::uuid, CASE WHEN n % 10 < 8 AND n <> 101 THEN 'big' ELSE 'b' || n END, md5('key' || n)::uuid,"
+    " CASE WHEN n % 10 < 8 AND n <> 101 THEN 'completed' ELSE 'running' END, '{{}}', 10000, now() - n * interval '1 s',"
+    " now() + (n - 300) * interval '1 min',"
+    " CASE WHEN n % 10 < 8 AND n <> 101 THEN now() - n * interval '1 min' END FROM {rows}",
+    "INSERT INTO bulk_retry_items (bulk_retry_id, place, run_id, attempt, outcome)"
+    " SELECT md5('bulk' || CASE WHEN n % 2 = 0 AND n > 101 THEN 101 ELSE n END)::uuid, n, md5('run' || n)::uuid, 1,"
+    " CASE WHEN n < 15000 THEN 'retried' ELSE 'pending' END FROM {rows}",
     "INSERT INTO shared_rounds (name) SELECT 'placement' FROM {rows} LIMIT 1 ON CONFLICT DO NOTHING",
     "INSERT INTO dispatches (run_id, assignment, kind, attempt, machine_id, organization_id, due_at)"
     " SELECT md5('run' || n)::uuid, 1, CASE WHEN n % 2 = 0 THEN 'start' ELSE 'cancel' END, 1, md5('machine' || n)::uuid, 'big',"
@@ -180,7 +190,7 @@ SAMPLES: dict[str, Any] = {
     "before": "scheduling",
     "body": b"{}",
     "bound_to": None,
-    "bulk_retry_id": None,
+    "bulk_retry_id": an_id("bulk", 101),
     "by": "request",
     "changed": ["status"],
     "claim": None,
@@ -305,6 +315,15 @@ _NEW_RUN = {"run_ids": [uuid4()], "aliases": [None], "secret_paths": [None]}
 _DISPATCHES = {"run_ids": some("run"), "assignments": [1, 1], "kinds": ["cancel", "cancel"]}
 _BEFORE_ALL = {"created_at": LONG_AGO, "id": UUID(int=0)}
 
+_CHOICE = {"not_found": "x", "not_terminal": "{status}", "status_here": "{status}"}
+_JOB: dict[str, Any] = {
+    "filter": None,
+    "overrides": b"{}",
+    "pace_per_second": None,
+    "first": 0,
+    "stop_after_failures": 0,
+}
+
 # Of a statement, where those by the parameter's name do not do.
 OWN: dict[str, dict[str, Any]] = {
     "attachments.delete": {"attachment_id": an_id("output", 10_020)},
@@ -314,6 +333,37 @@ OWN: dict[str, dict[str, Any]] = {
     "attachments.rows": _FILES,
     "attachments.still_expired": {"ids": some("output", 10_000, 10_100)},
     "auth.authenticate": {"key_hash": sha256(b"101").digest()},
+    "bulk.decide": {
+        "places": [9_000, 9_002],
+        "outcomes": ["retried", "skipped"],
+        "codes": [None, "x"],
+        "details": [None, "x"],
+    },
+    "bulk.end": {
+        "bulk_retry_id": an_id("bulk", 109),
+        "state": "aborted",
+        "failure": None,
+        "code": "aborted",
+        "detail": "x",
+    },
+    **{f"bulk.{name}": {"organization_id": "b101"} for name in ("get", "known", "lock", "under_way")},
+    "bulk.item_rows": {"places": [9_000, 9_002]},
+    "bulk.move": {
+        "retried": 1,
+        "skipped": 1,
+        "waiting_for": None,
+        "is_first_over": True,
+        "pace_seconds": 0.1,
+        "wait_seconds": None,
+    },
+    "bulk.pause_by_itself": {"pause_reason": "first_failed"},
+    "bulk.placement": {"lanes": dumps([{"lane": "pools:1", "queue_rank": 1, "pool_ids": [an_id("pool", 2)]}])},
+    "bulk.postpone": {"wait_seconds": 1.0},
+    "bulk.resume": {"failed": 1},
+    "bulk.results": {"ids": some("bulk", 109, 111)},
+    "bulk.rows": {"ids": some("bulk")},
+    "bulk.read_listed": _CHOICE,
+    "bulk.store_listed": {**_CHOICE, **_JOB},
     "channels.tell": {"channels": ["placement"], "messages": ["big"]},
     "comparison.endpoints": {"after": UUID(int=0)},
     "comparison.endpoints_again": {"ids": some("endpoint")},
@@ -352,7 +402,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "organizations.count": {"organization_id": "w101"},
     "organizations.remove.idempotency_keys": {"key": ""},
-    **{f"organizations.remove.{name}": _BEFORE_ALL for name in ("machines", "pools", "workflows")},
+    **{f"organizations.remove.{name}": _BEFORE_ALL for name in ("bulk_retries", "machines", "pools", "workflows")},
     "organizations.remove.run_events": {"xact": 0, "id": 0},
     "organizations.remove.webhook_events": {"occurred_at": LONG_AGO, "id": UUID(int=0)},
     "organizations.remove_keys": {"organization_id": "k100"},
@@ -463,6 +513,7 @@ MOST_BLOCKS = 80
 # More, and why.
 MORE: dict[str, tuple[int, str]] = {
     "attachments.expired": (1_500, "a batch of 200: the file and its run"),
+    "bulk.claim": (600, "all jobs that are due, and the last turn of the organization of each"),
     "comparison.endpoints": (6_000, "an operator's command, a page of 1,000"),
     "comparison.files": (5_000, "an operator's command, a page of 1,000"),
     "comparison.runs": (2_000, "an operator's command, a page of 1,000"),

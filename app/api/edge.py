@@ -343,7 +343,8 @@ class _Exchange:
                 return
             accepted = self.status == 200
             outcome = "replayed" if replayed else "accepted" if accepted else "refused"
-            metrics.retries.add(outcome, "" if accepted else self.state.get("code", str(self.status)))
+            code = "" if accepted else self.state.get("code", str(self.status))
+            metrics.retries.add(outcome, code, "request")
         elif route != "/v1/runs" or self.status != 201:  # of a bulk only its route knows how many there are
             return
         if self.status < 300 and not replayed:

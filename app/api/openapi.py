@@ -52,6 +52,14 @@ _IDEMPOTENCY_KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]{1,255}$"},
 }
 
+DRY_RUN = {
+    "name": "dry_run",
+    "in": "query",
+    "required": False,
+    "description": "true: nothing is changed; the reply says what the retry would do, and what speaks against it (not quotas).",
+    "schema": {"type": "boolean", "default": False},
+}
+
 
 def operation(
     *refusals: type[Refusal],

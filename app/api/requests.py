@@ -69,6 +69,7 @@ SENTENCES = {
     "dict_type": "Must be an object.",
     "enum": "Must be {expected}.",
     "string_pattern_mismatch": "Must match {pattern}.",
+    "extra_forbidden": "Has a field that is not known here; leave it out.",
     "filename": "Must be a bare file name: no drive, no separators, no control characters, not only dots, at most 255 bytes.",
     "finite_number": "Numbers must be finite.",
     "float_parsing": "Must be a number.",
@@ -94,6 +95,8 @@ SENTENCES = {
     "string_type": "Must be a string.",
     "string_unicode": "Must be valid Unicode, without lone surrogates.",
     "target_path": "Must be a path on the machine without . or .. parts and without control characters.",
+    "terminal_status": "Must be {expected}.",
+    "time_or_duration": "Must be a date and time as in RFC 3339, like 2026-01-31T12:00:00Z, or how long ago, like 24h.",
     "too_long": "May have at most {max_length} entries.",
     "too_many_bytes": "May have at most {max_bytes} bytes as UTF-8.",
     "too_many_bytes_in_all": "All entries together may have at most {max_bytes} bytes as JSON.",
@@ -109,6 +112,8 @@ def invalid(errors: Iterable[Any], prefix: tuple[str, ...] = ()) -> Invalid:
     for error in errors:
         kind = error["type"]
         loc = _own(prefix + tuple(error["loc"]))
+        if kind == "extra_forbidden":  # its last part is the caller's own
+            loc = loc[:-1]
         listed.setdefault((loc, kind), (loc, _sentence(kind, error.get("ctx", {})), kind))
     return Invalid(*list(listed.values())[:MAX_ERRORS])
 

@@ -18,7 +18,7 @@ From = Annotated[Timestamp | None, Query(description="At or after this time.")]
 To = Annotated[Timestamp | None, Query(description="At or before this time.")]
 
 
-_After = Annotated[
+After = Annotated[
     str | None,
     Query(
         max_length=200,
@@ -37,7 +37,7 @@ EventsAfter = Annotated[
 ]
 
 
-async def _part(request: Request, after: _After = None, skip: Skip = 0, limit: Limit = 100) -> Slice:
+async def _part(request: Request, after: After = None, skip: Skip = 0, limit: Limit = 100) -> Slice:
     return Slice(skip, limit, services(request).settings.max_reply_bytes, after or None)
 
 

@@ -81,6 +81,7 @@ _BEGINNING = (datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 # What is removed after the endpoints and the runs, in this order: removing a run writes an event. A workflow for which there is
 # a run again, by a request that was under way, stays for the next pass.
 ROWS = (
+    Rows("bulk_retries", _CREATED, _BEGINNING, 5),  # each with up to 10,000 items
     Rows(
         "workflows",
         _CREATED,

@@ -55,11 +55,12 @@ _SOUGHT = f"""
                       AND coalesce(cardinality(r.pool_ids), 0) = 0
 """
 
-# A run as the retry would leave it in the queue: the conditions of placement and of scheduling_reason are asked of it.
-PLACEMENT = statement(
-    "runs.dry_run.placement",
-    f"""
-    SELECT m.id::text AS session_machine_id, {projection.scheduling_reason()} AS reason,
+
+def placement(source: str) -> str:
+    """SQL for where runs would go as a retry would leave them in the queue: the conditions of placement and of
+    scheduling_reason are asked of them. `source` gives :organization_id and the other columns of PLACEMENT's."""
+    return f"""
+    SELECT r.lane, m.id::text AS session_machine_id, {projection.scheduling_reason()} AS reason,
            (SELECT count(*) FROM (
                 SELECT FROM ({_SOUGHT}) AS t
                 WHERE t.organization_id = r.organization_id AND {rules.idle("t")}
@@ -67,12 +68,20 @@ PLACEMENT = statement(
                 LIMIT 1000
            ) AS eligible) AS eligible_machines
     FROM (
-        SELECT :run_id::uuid AS id, :organization_id::text AS organization_id, 'scheduling' AS status,
-               NULL::uuid AS assigned_machine_id, :pinned_machine_id::uuid AS pinned_machine_id,
-               :pool_ids::uuid[] AS pool_ids, :session_id::uuid AS session_id, :lane::text AS lane,
-               :queue_rank::smallint AS queue_rank, now() AS queued_at
+        SELECT :organization_id::text AS organization_id, 'scheduling' AS status, NULL::uuid AS assigned_machine_id,
+               now() AS queued_at, {source}
     ) AS r {projection.RUN_SOURCE}
-    """,
+    """
+
+
+PLACEMENT = statement(
+    "runs.dry_run.placement",
+    placement(
+        """
+        :run_id::uuid AS id, :pinned_machine_id::uuid AS pinned_machine_id, :pool_ids::uuid[] AS pool_ids,
+        :session_id::uuid AS session_id, :lane::text AS lane, :queue_rank::smallint AS queue_rank
+        """
+    ),
 )
 
 

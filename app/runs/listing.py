@@ -57,6 +57,7 @@ class RunFilter:
     ended_to: datetime | None = None
     error_code: str | None = None
     bound_to: UUID | None = None  # the caller sees only what is assigned to this machine
+    statuses: tuple[RunStatus, ...] | None = None  # one of these; not together with `status`
 
     @property
     def has_window_of_changes(self) -> bool:
@@ -80,6 +81,7 @@ class RunFilter:
             status
             for status in RunStatus
             if self.status in (None, status)
+            and (self.statuses is None or status in self.statuses)
             and (status in TERMINAL or (self.ended_from, self.ended_to) == (None, None))
         ]
         if self.status is None:
@@ -127,13 +129,16 @@ class RunFilter:
         beside, values = self._beside()
         common = f"r.organization_id = :organization_id{beside and ' AND '}{beside}"
         values["organization_id"] = self.organization_id
+        # In a whole organization a status is found by its index, which has this collation. Of a workflow, session or machine
+        # their own index is better than any that speaks of states, which statistics may take for short.
+        narrow = (self.workflow_id, self.session_id, self.machine_id, self.bound_to)
+        status = 'r.status COLLATE "C"' if narrow == (None,) * len(narrow) else "r.status || ''"
         if self.status is not None:
-            # In a whole organization it is found by its index, which has this collation. Of a workflow, session or machine
-            # their own index is better than any that speaks of states, which statistics may take for short.
-            narrow = (self.workflow_id, self.session_id, self.machine_id, self.bound_to)
-            status = 'r.status COLLATE "C"' if narrow == (None,) * len(narrow) else "r.status || ''"
             common += f" AND {status} = :status"
             values["status"] = self.status.value
+        if self.statuses is not None:
+            common += f" AND {status} = ANY (:statuses::text[])"
+            values["statuses"] = tuple(one.value for one in self.statuses)
         window, bounds = self._window()
         if (self.ended_from, self.ended_to) != (None, None):
             window += f" AND NOT ({projection.IS_ACTIVE})"

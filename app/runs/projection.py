@@ -255,6 +255,8 @@ ATTEMPT_COLUMNS = {
     "started_at": "t.started_at",
     "ended_at": "t.ended_at",
     "retried_at": "t.retried_at",
+    "by": "coalesce(t.retried_by, 'request')",
+    "bulk_retry_id": "t.bulk_retry_id::text",
     "retried_by_key_id": "t.retried_by_key_id::text",
     "retried_by_user_id": "t.retried_by_user_id::text",
     "overridden": "t.overridden",

@@ -251,6 +251,10 @@ class RunAttemptResponse(Reply):
     started_at: datetime | None
     ended_at: datetime | None
     retried_at: datetime
+    by: Literal["request", "bulk", "policy"] = Field(
+        description="Who retried it: a request, a bulk retry or the workflow's policy."
+    )
+    bulk_retry_id: UUID | None = Field(description="The bulk retry that it was part of.")
     retried_by_key_id: UUID | None = Field(description="The API key that asked for the retry.")
     retried_by_user_id: UUID | None = Field(description="The user that key belongs to.")
     overridden: list[str] = Field(description="Names of the fields the retry changed; never values.")
@@ -267,6 +271,10 @@ class RunEventResponse(Reply):
     event: EVENTS = Field(description="What happened.")
     from_status: RunStatus | None = Field(description="The status before; null for a new run.")
     to_status: RunStatus | None = Field(description="The status after; null once the run is deleted.")
+    by: Literal["request", "bulk", "policy", "service"] = Field(
+        description="Who made it: a request, a bulk retry, the workflow's policy, or the service by itself."
+    )
+    bulk_retry_id: UUID | None = Field(description="The bulk retry that it was part of.")
     key_id: UUID | None = Field(description="The API key behind it; null for what the service did by itself.")
     user_id: UUID | None = Field(description="The user that key belongs to.")
     request_id: str | None = Field(description="X-Request-ID of the request behind it.")

@@ -123,6 +123,7 @@ NO_NUL = {"pattern": "^[^\\u0000]*$"}
 Attempt = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_whole)]
 Assignment = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
+AtMostRuns = Annotated[int, Field(ge=0, le=10_000), BeforeValidator(_whole)]
 # A length before a validator, or its error would be the one of a list.
 Line = Annotated[str, Field(max_length=MAX_LINE, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
 Lines = Annotated[list[Line], Field(max_length=1000, fail_fast=True), AfterValidator(_few_bytes_in_all)]

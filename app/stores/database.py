@@ -134,6 +134,7 @@ _UNMIGRATED = (
 )
 
 UniqueViolation = asyncpg.UniqueViolationError
+QueryCanceled = asyncpg.QueryCanceledError  # a statement took longer than it may
 
 # Somebody else was in the way; the same transaction may succeed later.
 IN_THE_WAY = (

@@ -26,7 +26,7 @@ from app.stores.statements import Statement, composed, fragment, statement
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A list in descending order; all of this is SQL.
+    """A list in descending order, unless it is `ascending`; all else of this is SQL.
 
     `source` is a table and its alias, `order` names its columns, of which the last one is the key of a row.
     `octets` is about how many bytes of JSON a row takes; `row` is the condition that finds it by `listed.key`.
@@ -37,6 +37,7 @@ class Listing:
     octets: str
     row: str
     order: tuple[str, ...] = ("created_at", "id")
+    ascending: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,11 @@ async def rows_of(
     return await (connection.fetch(read, ids=keys) if isinstance(read, Statement) else read(connection, keys))
 
 
+async def count(database: Database, listing: Listing, branches: Sequence[str], values: Mapping[str, object]) -> Total:
+    """How many rows a list has in all; of a long one, within the last second."""
+    return await _Many(database, listing, tuple(branches), values).total()
+
+
 @asynccontextmanager
 async def _in_time(database: Database, part: Slice) -> AsyncIterator[Connection]:
     """A connection. What is passed over is read: far into a long list that takes longer than a statement may."""
@@ -193,6 +199,7 @@ _COLUMNS = {
     "changed_at": _time("changed_at"),
     "id": _Column("uuid", "id", "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", UUID),
     "attempt": _Column("integer", "attempt", "[0-9]{1,9}", int),
+    "place": _Column("integer", "place", "[0-9]{1,9}", int),
     "found_before": _Column("bigint", "", "[0-9]{1,9}", int),  # of no table: how many rows the pages before have shown
 }
 
@@ -231,9 +238,9 @@ def written(order: Sequence[str]) -> str:
     return f"concat_ws(' ', {', '.join(f'({_COLUMNS[name].written})::text' for name in order)})"
 
 
-def newest_first(order: Sequence[str]) -> str:
-    """ORDER BY."""
-    return ", ".join(f"{column} DESC" for column in order)
+def newest_first(order: Sequence[str], *, ascending: bool = False) -> str:
+    """ORDER BY; `ascending`: the oldest first."""
+    return ", ".join(f"{column} {'ASC' if ascending else 'DESC'}" for column in order)
 
 
 def following(listing: Listing, branches: Sequence[str], limit: str, *, is_after: bool) -> str:
@@ -242,11 +249,11 @@ def following(listing: Listing, branches: Sequence[str], limit: str, *, is_after
     Of several branches each gives its own newest, no more than `limit`, in the order of an index; the list is cut from their
     merge.
     """
-    columns, order = ", ".join(listing.order), newest_first(listing.order)
+    columns, order = ", ".join(listing.order), newest_first(listing.order, ascending=listing.ascending)
     after = ""
     if is_after:
         place = ", ".join(f":after_{name}::{_COLUMNS[name].type}" for name in listing.order)
-        after = f"AND ({columns}) < ({place})"
+        after = f"AND ({columns}) {'>' if listing.ascending else '<'} ({place})"
     chosen = [f"SELECT {columns} FROM {listing.source} WHERE {branch} {after}" for branch in branches]
     if len(chosen) == 1:
         return chosen[0]
@@ -265,7 +272,7 @@ def _find(listing: Listing, branches: tuple[str, ...], counted: tuple[str, ...],
         f"(SELECT count(*) FROM (SELECT FROM {listing.source} WHERE {branch} LIMIT {EXACT + 1}) AS few)"
         for branch in counted
     )
-    order = newest_first(listing.order)
+    order = newest_first(listing.order, ascending=listing.ascending)
     chosen = following(listing, branches, ":skip::bigint + :limit::bigint + 1", is_after=is_after)
     return composed(
         f"{listing.name}.find",

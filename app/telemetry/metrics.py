@@ -244,7 +244,9 @@ requests = _Histogram(
 )
 active_requests = _Gauge("http_server_active_requests", "Requests that are being answered.")
 build_info = _Gauge("runs_build_info", "The version that serves; always 1.", "version", "python", of="max")
-retries = _Counter("runs_retries_total", "Retries that were asked for, and what came of them.", "outcome", "code")
+retries = _Counter(
+    "runs_retries_total", "Retries that were asked for, by whom, and what came of them.", "outcome", "code", "by"
+)
 transitions = _Counter("runs_transitions_total", "Changes of a run's status, and by whom.", "to", "by")
 placement_wait = _Histogram("runs_placement_wait_seconds", "From queueing a run to its machine.", bounds=_LONG_SECONDS)
 store_calls = _Histogram(
@@ -325,7 +327,8 @@ def begin() -> None:
     """Show from the start what is known beforehand: of a series that appears with its first failure no rate can be told."""
     build_info.set(1, __version__, platform.python_version())
     for outcome in ("accepted", "replayed"):
-        retries.add(outcome, "", count=0)
+        retries.add(outcome, "", "request", count=0)
+    retries.add("accepted", "", "bulk", count=0)
     for store in ("vault", "files"):
         deletions.add(store, count=0)
         deletions_failed.add(store, count=0)

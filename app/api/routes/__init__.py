@@ -1,9 +1,22 @@
 """The routes: one file per resource, and nothing in them but parse, call once, return. `operation()` lists every refusal."""
 
-from app.api.routes import attachments, events, health, machines, pools, queue, runs, webhooks, whoami, workflows
+from app.api.routes import (
+    attachments,
+    bulk_retries,
+    events,
+    health,
+    machines,
+    pools,
+    queue,
+    runs,
+    webhooks,
+    whoami,
+    workflows,
+)
 
 ROUTERS = (
     runs.router,
+    bulk_retries.router,
     attachments.router,
     workflows.router,
     machines.router,

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from app import events
-from app.api.openapi import operation
+from app.api.openapi import DRY_RUN, operation
 from app.api.requests import (
     is_head,
     is_true,
@@ -70,13 +70,6 @@ _FIELD = f" *({'|'.join(sorted(FIELDS))})? *"
 _FieldNames = Annotated[str, Field(json_schema_extra={"pattern": f"^{_FIELD}(,{_FIELD})*$"})]
 
 
-_DRY_RUN = {
-    "name": "dry_run",
-    "in": "query",
-    "required": False,
-    "description": "true: nothing is changed; the reply says what the retry would do, and what speaks against it (not quotas).",
-    "schema": {"type": "boolean", "default": False},
-}
 _RETRY = operation(
     RunNotFound,
     *_TARGETS,
@@ -90,7 +83,7 @@ _RETRY = operation(
     write=True,
     scope="runs:write",
 )
-_RETRY["openapi_extra"]["parameters"] = [*_RETRY["openapi_extra"]["parameters"], _DRY_RUN]
+_RETRY["openapi_extra"]["parameters"] = [*_RETRY["openapi_extra"]["parameters"], DRY_RUN]
 
 
 @router.post("/{run_id}/retry", response_model=RunResponse | DryRunResponse, **_RETRY)

@@ -1,0 +1,1 @@
+"""Bulk retries: jobs that retry many runs in place. Nothing below this folder knows of it."""
