@@ -66,6 +66,8 @@ def test_each_filter_limits_the_choice(api: Client) -> None:
     api.report(session["id"], status="error")
     pinned = failed_runs(api, 1, machine_id=machine_id)[0]
     other = failed_runs(api, 1)[0]
+    coded = api.run()["id"]
+    api.report(coded, status="error", error_code="login.refused")
     created_at, changed_at = (api.get_run(other)[name] for name in ("created_at", "changed_at"))
     workflow_id = api.get_run(pinned)["workflow_id"]
     for chosen, expected in (
@@ -73,7 +75,8 @@ def test_each_filter_limits_the_choice(api: Client) -> None:
         ({"changed_from": "1h", "workflow_id": workflow_id, "machine_id": machine_id}, pinned),
         ({"machine_id": machine_id}, pinned),
         ({"session_id": session["session_id"]}, session["id"]),
-        ({"created_at_from": created_at}, other),
+        ({"error_code": "login.refused"}, coded),
+        ({"created_at_from": created_at, "created_at_to": created_at}, other),
         ({"created_at_to": session["created_at"]}, session["id"]),
     ):
         job = start(api, filter=chosen, pace_per_second=0.1)

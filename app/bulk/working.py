@@ -226,7 +226,9 @@ class Worker:
                 code="key_revoked",
                 detail="The API key that created the bulk retry was revoked or has expired.",
             )
-            connection.after_commit(lambda: _tell(job, "bulk_retry_ended", state="failed", code="key_revoked"))
+            connection.after_commit(
+                lambda: _tell(job, {"event": "bulk_retry_ended", "state": "failed", "code": "key_revoked"})
+            )
             return
         is_first_over = job["is_first_over"] or not job["first"]
         if job["stop_after_failures"] or not is_first_over:
@@ -234,7 +236,9 @@ class Worker:
             is_first_over = is_first_over or ended["succeeded"] >= job["first"]
             if (pause_reason := _pauses(job, ended, is_first_over=is_first_over)) is not None:
                 await connection.execute(PAUSE, bulk_retry_id=job_id, pause_reason=pause_reason)
-                connection.after_commit(lambda: _tell(job, "bulk_retry_paused", pause_reason=pause_reason))
+                connection.after_commit(
+                    lambda: _tell(job, {"event": "bulk_retry_paused", "pause_reason": pause_reason})
+                )
                 return
         most = _most(job, is_first_over=is_first_over, alone=job_id in self._one_by_one)
         if not most:
@@ -282,9 +286,9 @@ class Worker:
                 metrics.transitions.add("scheduling", "caller", count=decided.retried)
                 self._services.wakeups.wake(job["organization_id"])
             if decided.places:
-                _tell(job, "bulk_retry_set", retried=decided.retried, skipped=decided.skipped)
+                _tell(job, {"event": "bulk_retry_set", "retried": decided.retried, "skipped": decided.skipped})
             if state == "completed":
-                _tell(job, "bulk_retry_ended", state=state)
+                _tell(job, {"event": "bulk_retry_ended", "state": state})
 
         connection.after_commit(tell)
 
@@ -342,5 +346,5 @@ def _retries(job: Record, items: Sequence[Record]) -> list[Retry]:
     ]
 
 
-def _tell(job: Record, event: str, **more: object) -> None:
-    log.info({"event": event, "bulk_retry_id": job["id"], "organization_id": job["organization_id"], **more})
+def _tell(job: Record, line: dict[str, object]) -> None:
+    log.info(line | {"bulk_retry_id": job["id"], "organization_id": job["organization_id"]})

@@ -12,6 +12,7 @@ from app.models import TERMINAL, RunStatus
 from app.schemas.values import (
     EXAMPLE_ID,
     AtMostRuns,
+    ErrorCode,
     NotSupported,
     Payload,
     PoolIds,
@@ -82,6 +83,7 @@ class BulkRetryFilter(Payload):
     changed_to: Moment | None = Field(None, description="The same, at or before.")
     ended_from: Moment | None = Field(None, description="Ended at or after, by the database's clock.")
     ended_to: Moment | None = Field(None, description="Ended at or before, by the database's clock.")
+    error_code: ErrorCode | None = Field(None, description="Ended with this error_code.")
     search: NotSupported = None
     deep_search: NotSupported = None
 

@@ -31,6 +31,7 @@ import uvicorn
 
 from app import cli
 from app.api.server import Protocol
+from app.bulk.working import Worker
 from app.config import Settings
 from app.runs.retry_statements import SWITCH, SWITCH_STAGED
 from app.services import Services
@@ -274,6 +275,23 @@ def deliver(folder: Path, environment: Mapping[str, str], plan: Plan, ahead: flo
     asyncio.run(deliver_until_idle(Settings(), ahead))
 
 
+def work_on_bulk_retries(folder: Path, environment: Mapping[str, str], plan: Plan, _: float) -> None:
+    """What a replica does for bulk retries, until none runs."""
+    enter(environment, folder / "app.log")
+    faults = Faults(folder, plan)
+    faults.install()
+    IN_REQUEST.set(True)
+
+    async def rounds() -> None:
+        services = Services.open(Settings())
+        worker = Worker(services)
+        while await worker.round() is not None:
+            pass
+        await services.close()
+
+    asyncio.run(rounds())
+
+
 async def deliver_until_idle(settings: Settings, ahead: float) -> None:
     """Rounds until one finds nothing new and all that was begun has been settled."""
     services = Services.open(settings)
@@ -360,6 +378,13 @@ def collect_as_process(stack: Stack, plan: Plan, *, ahead: float) -> list[str]:
 def deliver_as_process(stack: Stack, plan: Plan, *, ahead: float = 0) -> list[str]:
     """One process that delivers webhooks, with a fault; returns the points it passed, without one."""
     code, points = _as_process(stack, deliver, stack.environment(WEBHOOK_ALLOW="127.0.0.0/8"), plan, ahead)
+    assert code == (0 if plan.point is None else -signal.SIGKILL)
+    return points
+
+
+def work_on_bulk_retries_as_process(stack: Stack, plan: Plan) -> list[str]:
+    """One process that works on bulk retries, with a fault; returns the points it passed, without one."""
+    code, points = _as_process(stack, work_on_bulk_retries, stack.environment(), plan, 0)
     assert code == (0 if plan.point is None else -signal.SIGKILL)
     return points
 
