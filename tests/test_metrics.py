@@ -45,6 +45,7 @@ PROMISED: dict[str, set[str]] = {
     "db_client_connection_count": {"state"},
     "runs_pool_wait_seconds": set(),
     "runs_clock_offset_seconds": set(),
+    "runs_commits_given_up_total": set(),
     "runs_idempotency_total": {"outcome"},
     "runs_in_flight_bytes": set(),
     "runs_background_last_success_timestamp_seconds": {"loop"},

@@ -154,6 +154,7 @@ def committing() -> Iterator[None]:
     except asyncpg.QueryCanceledError:
         raise  # the server says that it has rolled back
     except (*_LOST, asyncpg.OperatorInterventionError):  # a server that stops may have committed
+        metrics.commits_given_up.add()
         raise OutcomeUnknown from None
 
 

@@ -263,6 +263,10 @@ statements = _Histogram(
     bounds=_STATEMENT_SECONDS,
 )
 connections = _Gauge("db_client_connection_count", "Connections to PostgreSQL that are open.", "state")
+commits_given_up = _Counter(
+    "runs_commits_given_up_total",
+    "Commits that were not confirmed in time or lost their connection: their outcome is unknown.",
+)
 clock_offset = _Gauge(
     "runs_clock_offset_seconds",
     "How far the database's clock is ahead of this machine's.",
@@ -326,6 +330,7 @@ def turn_off() -> None:
 def begin() -> None:
     """Show from the start what is known beforehand: of a series that appears with its first failure no rate can be told."""
     build_info.set(1, __version__, platform.python_version())
+    commits_given_up.add(count=0)
     for outcome in ("accepted", "replayed"):
         retries.add(outcome, "", "request", count=0)
     retries.add("accepted", "", "bulk", count=0)

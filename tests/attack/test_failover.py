@@ -175,3 +175,19 @@ def test_the_first_of_two_servers_falls_silent(broken: Stack, standby: Standby) 
         until(lambda: is_ready(server), what="readiness")
         until(lambda: new.sql(LISTENERS), RECOVERY_SECONDS, what="LISTEN again")
         assert set(tally(send_at_once(client, retries(run_ids)))) == {"200"}
+
+
+def test_a_frozen_standby_is_told(broken: Stack, standby: Standby) -> None:
+    """Commits that nobody confirms are given up, and counted."""
+    with FaultyServer(broken) as server, server.client() as client:
+        [run_id] = finished_runs(client, 1)
+        standby.freeze()
+        try:
+            [answer] = send_at_once(client, retries([run_id]))
+            assert (answer.status, "may have taken effect" in answer.detail) == (503, True)
+            metrics = httpx.get(f"{server.url}/metrics", trust_env=False, verify=False).text
+            [line] = [line for line in metrics.splitlines() if line.startswith("runs_commits_given_up_total")]
+            assert float(line.split()[-1]) >= 1
+        finally:
+            standby.thaw()
+        assert set(tally(send_at_once(client, retries([run_id])))) == {"200"}
