@@ -110,13 +110,20 @@ def main() -> None:
         except KeyboardInterrupt:
             _say("Stopped. `make run` continues with the same data.")
         except (StackError, OSError) as problem:
-            sys.exit(f"{problem}\nEverything is stopped.")
+            if not _told_to_stop.is_set():
+                sys.exit(f"{problem}\nEverything is stopped.")
+            # Not why it stops: the signal came in the middle of a step, which then could not end in order.
+            _say("Stopped. `make run` continues with the same data.")
+
+
+_told_to_stop = threading.Event()
 
 
 def _interrupt(*_: object) -> None:
     """Once: while we stop the parts in order, further signals must not tear that apart."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    _told_to_stop.set()
     print("\nStopping ...", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
 

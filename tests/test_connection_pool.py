@@ -1,7 +1,6 @@
 """The pool of connections to PostgreSQL: who gets the next one when there are not enough."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -40,10 +39,8 @@ def test_organizations_take_turns_and_one_that_is_alone_may_use_all(stack: Stack
         for _ in range(2 * CONNECTIONS):
             many.submit(api.patch, f"/v1/runs/{run_id}", json={})
         until(lambda: stack.waiting() == CONNECTIONS, what="the use of all connections by one organization")
-        began = time.monotonic()
         foreign.get_run(other_id)
-        assert time.monotonic() - began < 2.8
-        assert stack.waiting() > 0, "the first organization had nothing left to do: this proves nothing"
+        assert stack.waiting() > 0, "it came after all that the first organization had asked before"
 
 
 # --- the pool alone ---------------------------------------------------------------------------------------------------

@@ -26,12 +26,11 @@ from tests.support.server_watch import MB, connected, watched
 from tests.support.stack import Stack
 from tests.support.waiting import until
 
-# What nobody may do without a key, and with one. A busy machine is granted some time, never memory.
+# What nobody may do without a key, and with one.
 RSS_WITHOUT_KEY = 150 * MB
 RSS_WITH_KEY = 800 * MB
-BUSY = 6 if "PYTEST_XDIST_WORKER" in os.environ else 1  # other tests, each with servers of its own, share the cores
-PAUSE_WITHOUT_KEY = 0.5 * BUSY
-PAUSE_WITH_KEY = 1.0 * BUSY
+PAUSE_WITHOUT_KEY = 0.5
+PAUSE_WITH_KEY = 1.0
 
 
 @pytest.fixture
@@ -42,6 +41,7 @@ def fresh(stack: Stack) -> Iterator[Server]:
     started.app.stop()
 
 
+@pytest.mark.alone
 class TestWithoutKey:
     def test_pipelined_requests_wait_unread(self, fresh: Server) -> None:
         piece = b"GET /v1/runs HTTP/1.1\r\nHost: x\r\n\r\n" * 2000
@@ -174,6 +174,7 @@ class TestConnections:
             connection.sendall(b"{}")
             assert reply_of(connection)[0] == 404
 
+    @pytest.mark.alone
     def test_a_thousand_idle_ones_hurt_nobody(self, stack: Stack) -> None:
         """The usual soft limit is 1,024 descriptors; the server raises it as far as it may."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -192,6 +193,7 @@ class TestConnections:
         finally:
             server.app.stop()
 
+    @pytest.mark.alone
     def test_a_crowd_at_readiness_is_one_question(self, stack: Stack) -> None:
         """Not a connection to PostgreSQL for each of them."""
         server = start_server(stack, DATABASE_POOL_SIZE=60, BACKGROUND_PERIOD_SECONDS=3600)

@@ -239,6 +239,7 @@ def test_the_queue_of_others_is_not_shown(api: Client, foreign: Client) -> None:
     assert api.json_of(api.get("/v1/queue"))["items"] == []
 
 
+@pytest.mark.alone
 def test_a_long_queue_costs_no_more(quiet_server: Server) -> None:
     with quiet_server.client() as api:
         workflow = api.workflow()
@@ -271,6 +272,7 @@ def surprised(stack: Stack) -> Iterator[Server]:
         started.app.stop()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("lane", ["pools", "session"])
 @pytest.mark.parametrize("finished", [0, 2000])
 def test_a_crowd_that_the_statistics_do_not_know_costs_no_more(surprised: Server, lane: str, finished: int) -> None:

@@ -109,11 +109,9 @@ class TestLimits:
             f"POST /v1/runs HTTP/1.1\r\nHost: x\r\nAuthorization: {small.headers['authorization']}\r\n"
             "Content-Type: application/json\r\nContent-Length: 100001\r\n\r\n"
         )
-        began = time.monotonic()
         reply = raw_exchange(limited.url, head.encode())
-        assert reply.startswith(b"HTTP/1.1 413 ")
+        assert reply.startswith(b"HTTP/1.1 413 ")  # 408 if it had waited for the body
         assert b"payload_too_large" in reply
-        assert time.monotonic() - began < 1
 
     def test_chunks_without_a_length_count_as_they_arrive(self, small: Client) -> None:
         def chunks() -> Iterator[bytes]:

@@ -376,10 +376,8 @@ def test_a_list_that_takes_too_long_to_count_or_to_pass_over_is_no_outage(
             assert page["total_is_estimate"]
             assert page["total"] > EXACT
             assert len(page["items"]) == 2
-        began = time.monotonic()
         assert page_of(api, "/v1/runs", limit=2, after=pages[0]["next"])["total_is_estimate"]
-        assert time.monotonic() - began < 1, "counting is not tried again at once"
-        assert counts(server) - before == 1
+        assert counts(server) - before == 1, "counting is not tried again at once"
         reply = api.get("/v1/runs", params={"skip": EXACT + 550, "limit": 1})
         assert reply.status_code == 422
         [problem] = reply.json()["detail"]

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.support.server import Server, start_server
-from tests.support.stack import Stack, own_database, own_stack
+from tests.support.stack import Stack, migrate, own_database, own_stack
 from tests.support.waiting import until
 
 
@@ -110,8 +110,10 @@ def test_what_fails_is_a_warning_and_says_what_kind_of_failure_it_was(tmp_path_f
 
 
 def test_each_migration_is_a_line(stack: Stack, capfd: pytest.CaptureFixture[str]) -> None:
+    stack.sql("CREATE DATABASE lines")
     capfd.readouterr()
-    with own_database(stack, "lines"):
-        said = capfd.readouterr().err
+    migrate(stack.postgres, f"{stack.postgres.url.rpartition('/')[0]}/lines")
+    said = capfd.readouterr().err
+    stack.sql("DROP DATABASE lines")
     assert "Migration 0001_schema: " in said
     assert said.count("Migration ") >= 13

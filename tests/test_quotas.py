@@ -450,6 +450,7 @@ def _p99(call: Callable[[], object], count: int = 150) -> float:
     return statistics.quantiles(took, n=100)[98]
 
 
+@pytest.mark.alone
 def test_bursts_beyond_the_quotas_leave_a_quiet_tenant_alone(stack: Stack) -> None:
     """Of one key, of one organization with many keys, and of one address without a key; the last one shares its address."""
     with (

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+import psutil
 import pytest
 from pydantic import SecretStr
 
@@ -43,19 +43,25 @@ class Watch:
 
     def __init__(self, server: Server) -> None:
         self._process = Path(f"/proc/{server.app.pid}")
+        self._psutil = psutil.Process(server.app.pid)
 
     def _status(self, name: str) -> int:
         [line] = [line for line in (self._process / "status").read_text().splitlines() if line.startswith(name)]
         return int(line.split()[1]) * 1024
 
+    def _processor_seconds(self) -> float:
+        """Its own work: what others do with the machine does not count."""
+        times = self._psutil.cpu_times()
+        return times.user + times.system
+
     def __enter__(self) -> "Watch":
         (self._process / "clear_refs").write_text("5")  # the peak begins anew
         self._before = self._status("VmRSS")
-        self._began = time.monotonic()
+        self._began = self._processor_seconds()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = time.monotonic() - self._began
+        self.seconds = self._processor_seconds() - self._began
         self.grown = self._status("VmHWM") - self._before
 
 
@@ -117,7 +123,7 @@ def test_an_error_for_each_of_very_many_items_is_never_made(api: Client, server:
     assert reply.status_code == status, reply.text
     assert kind in reply.text
     assert len(reply.content) < 4096
-    assert watch.seconds < 3, "it was 3.7 s on an idle machine"
+    assert watch.seconds < 0.4, "it was 3.7 s; it is 0.04 s"
     assert watch.grown < 100 * MIB, f"{watch.grown // MIB} MiB; it was 900"
 
 
@@ -243,7 +249,7 @@ def test_what_a_bulk_makes_many_times_is_bounded_by_all_of_it(
         reply = api.post("/v1/runs/bulk", json=body)
     assert code(reply) == (413, "payload_too_large")
     assert "count" in reply.json()["detail"]
-    assert watch.seconds < 10
+    assert watch.seconds < 1
     assert watch.grown < 150 * MIB, f"{watch.grown // MIB} MiB"
     assert api.json_of(api.get("/v1/runs"))["total"] == 0
     assert stack.secret_paths(f"runs/{api.organization}/") == set()
@@ -392,7 +398,7 @@ def test_a_page_of_machines_in_pools_with_long_descriptions(api: Client, server:
         assert code(add(api, pool_id, extra)) == (422, [(["body", "machine_ids"], "pool_too_large")])
         assert pools_of(api, extra) == 0
     assert watch.grown < 200 * MIB, f"{watch.grown // MIB} MiB; it was 1,700"
-    assert watch.seconds < 10
+    assert watch.seconds < 1
     assert len(api.json_of(api.get(f"/v1/machines/{machine_id}"))["pools"]) == 60
 
 
@@ -413,7 +419,7 @@ def test_a_page_of_runs_with_long_histories(api: Client, server: Server, stack: 
     with Watch(server) as watch:
         assert len(api.json_of(api.get("/v1/runs?fields=status"))["items"]) == 12
         assert len(api.json_of(api.get("/v1/runs?fields=input_values,output_data"))["items"]) == 12
-    assert watch.seconds < 3, "what is not shown is not weighed"
+    assert watch.seconds < 0.5, "what is not shown is not weighed"
     # The rest weighs nothing; and one run is always served.
     stack.sql("UPDATE run_outputs SET run_message_history = NULL WHERE run_id = ANY($1::uuid[])", rest[1:])
     assert len(api.json_of(api.get("/v1/runs"))["items"]) == 12

@@ -29,6 +29,7 @@ def server(quiet_server: Server) -> Server:
     return quiet_server
 
 
+@pytest.mark.alone
 def test_the_reason_of_many_runs_that_want_the_same_is_found_out_once(api: Client, stack: Stack) -> None:
     """One look through those pools takes some milliseconds. One for each run passed `statement_timeout`."""
     pools = [UUID(api.pool()) for _ in range(POOLS)]
@@ -44,6 +45,7 @@ def test_the_reason_of_many_runs_that_want_the_same_is_found_out_once(api: Clien
     assert time.monotonic() - began < 2.5
 
 
+@pytest.mark.alone
 def test_the_reason_of_a_run_in_a_long_session_does_not_depend_on_its_length(api: Client, stack: Stack) -> None:
     """The first of 50,000 that wait: nothing is before it, and nothing of the session has begun."""
     session_id, workflow_id = uuid4(), UUID(api.workflow())

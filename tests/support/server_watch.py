@@ -1,11 +1,13 @@
 """Watch a server's memory, and how long others wait for it, while a test sends it too much."""
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -31,6 +33,14 @@ class Seen:
         assert self.slowest < pause
 
 
+def waits_for_processor(pid: int, thread: int) -> float:
+    """For how many seconds this thread was ready and had no processor, since it began; Linux tells."""
+    try:
+        return int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
+
+
 def process_of(server: Server) -> psutil.Process:
     """The one that serves: what started it may still stand above it."""
     processes = [psutil.Process(server.app.pid), *psutil.Process(server.app.pid).children(recursive=True)]
@@ -39,23 +49,32 @@ def process_of(server: Server) -> psutil.Process:
 
 @contextmanager
 def watched(server: Server) -> Iterator[Seen]:
-    """Memory, and how long a probe of its own connection waits for an answer, every few milliseconds."""
+    """Memory, and how long a probe of its own connection waits for an answer, every few milliseconds.
+
+    What others do with the machine is no pause: the time for which the server's event loop or the probe had no processor is not
+    counted.
+    """
     seen, stop, process = Seen(), threading.Event(), process_of(server)
 
     def memory() -> None:
         while not stop.wait(0.01):
             seen.rss = max(seen.rss, process.memory_info().rss)
 
+    def without_processor() -> float:
+        own = waits_for_processor(os.getpid(), threading.get_native_id())
+        return waits_for_processor(process.pid, process.pid) + own
+
     def probe() -> None:
         while not stop.wait(0.02):
-            began = time.monotonic()
+            began, waited = time.monotonic(), without_processor()
             try:
                 with connect(server) as connection:
                     connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
                     answered = connection.recv(65536).startswith(b"HTTP/1.1 200 ")
             except OSError:
                 answered = False
-            seen.pauses.append(time.monotonic() - began if answered else 60.0)
+            took = time.monotonic() - began - (without_processor() - waited)
+            seen.pauses.append(max(took, 0.0) if answered else 60.0)
             seen.slowest = max(seen.pauses)
 
     threads = [threading.Thread(target=memory), threading.Thread(target=probe)]

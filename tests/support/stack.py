@@ -224,13 +224,19 @@ def own_stack(folder: Path, **settings: str) -> Iterator[Stack]:
             yield made
 
 
+TEMPLATE = "migrated"  # a database that is migrated once: to copy it takes a fifth of the time
+
+
 @contextmanager
 def own_database(stack: Stack, name: str) -> Iterator[Stack]:
     """The same parts with a database that nobody else uses: no other server works on what is in it."""
     name = f"{name}_{uuid4().hex}"
-    stack.sql(f"CREATE DATABASE {name}")
+    if not stack.sql("SELECT FROM pg_database WHERE datname = $1", TEMPLATE):
+        stack.sql(f"CREATE DATABASE {TEMPLATE}")
+        migrate(stack.postgres, f"{stack.postgres.url.rpartition('/')[0]}/{TEMPLATE}")
+    stack.sql(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     own = Stack(stack.folder, stack.postgres, stack.bao, name, **stack.settings)
-    migrate(own.postgres, own.url)
+    migrate(own.postgres, own.url)  # what a copy lacks: the settings that the service's role has in each database
     with own.keeping_connections():
         yield own
     stack.sql(f"DROP DATABASE {name} WITH (FORCE)")
