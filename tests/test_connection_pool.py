@@ -1,6 +1,7 @@
 """The pool of connections to PostgreSQL: who gets the next one when there are not enough."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
