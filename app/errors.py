@@ -14,7 +14,8 @@ Refusal
 │   ├── WebhookEndpointNotFound    webhook_endpoint_not_found
 │   ├── WebhookDeliveryNotFound    webhook_delivery_not_found
 │   ├── BulkRetryNotFound      bulk_retry_not_found
-│   └── RouteNotFound          route_not_found
+│   ├── RouteNotFound          route_not_found
+│   └── NotSupported           not_supported
 ├── MethodNotAllowed           405 method_not_allowed
 ├── RequestTimeout             408 request_timeout
 │   └── HeadTooSlow
@@ -191,6 +192,18 @@ class BulkRetryNotFound(NotFound):
 
 class RouteNotFound(NotFound):
     code, detail = "route_not_found", "There is nothing at this path; see /docs for the routes."
+
+
+class NotSupported(NotFound):
+    """A route of the vendor's API that is not here."""
+
+    code = "not_supported"
+
+    def __init__(self, route: str) -> None:
+        super().__init__(
+            f"{route} is a route of the vendor's API that this service does not support; see /docs for the routes.",
+            route=route,
+        )
 
 
 class MethodNotAllowed(Refusal):

@@ -55,8 +55,10 @@ PIECE_BYTES = 256 * 1024
 
 
 def is_public(path: str) -> bool:
-    """Everything under /v1 but its health needs a key."""
-    return not path.startswith("/v1/") or path == "/v1/health" or path.startswith("/v1/health/")
+    """Everything under /v1 but its health needs a key. The health of machines is their organization's alone."""
+    if not path.startswith("/v1/"):
+        return True
+    return (path == "/v1/health" or path.startswith("/v1/health/")) and path != "/v1/health/machines"
 
 
 def _refuse_many_parameters(query: bytes) -> None:

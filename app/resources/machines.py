@@ -98,6 +98,9 @@ MACHINES = Listing("machines", "machines", octets=OCTETS, row="machines.id = lis
 ROWS = statement("machines.rows", f"SELECT {projection.columns(COLUMNS)} FROM {in_order('machines')} ORDER BY page.n")
 
 
+MOST_CHECKED = 1000  # machines whose health one reply speaks of: those that were registered last
+
+
 def show_pool(row: Record) -> dict[str, Any]:
     """A pool as it is sent."""
     return dict(row.items()) | POOL_UNSUPPORTED
@@ -112,6 +115,30 @@ async def show(connection: Connection, organization_id: str, rows: Iterable[Reco
     for machine in machines:
         machine["pools"] = [pools[pool_id] for pool_id in machine["pools"] if pool_id in pools]
     return machines
+
+
+def health(machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Which of these machines, as they are shown, are connected, and which are not."""
+    errored = [
+        {
+            "machine_id": machine["id"],
+            "organization_id": machine["organization_id"],
+            "machine_name": machine["name"],
+            "error": f"The machine is in status {machine['status']}; last seen at {machine['last_seen']:%Y-%m-%dT%H:%M:%SZ}.",
+            "status_code": None,
+        }
+        for machine in machines
+        if machine["status"] != "connected"
+    ]
+    healthy = len(machines) - len(errored)
+    return {
+        "status": "error" if errored else "ok",
+        "scope": "organization",
+        "checked_machines": len(machines),
+        "healthy_machines": healthy,
+        "errored_machines": errored,
+        "message": f"{healthy} of {len(machines)} machines are connected.",
+    }
 
 
 async def get(connection: Connection, organization_id: str, machine_id: UUID) -> dict[str, Any]:

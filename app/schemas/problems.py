@@ -25,6 +25,7 @@ class Problem(BaseModel):
     attempt: int | None = Field(None, description="Of `attempt_superseded`: the attempt that the run is at.")
     current_attempt: int | None = Field(None, description="Of `attempt_changed`: the attempt that the run is at.")
     assignment: int | None = Field(None, description="Of `assignment_superseded`: the assignment that the run is at.")
+    route: str | None = Field(None, description="Of `not_supported`: the vendor's route.")
     names: list[str] | None = Field(None, description="Of `sensitive_inputs_expired`: the secrets that are gone.")
     retry_at: AwareDatetime | None = Field(
         None, description="Of `retry_too_soon`: the moment from which a retry works."

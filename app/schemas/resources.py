@@ -174,6 +174,29 @@ class MachineResponse(Reply):
     last_seen: datetime = Field(description="When it was last heard of.")
 
 
+class MachineHealthError(Reply):
+    """A machine that is given no runs because it is not connected."""
+
+    machine_id: UUID = Field(description="The machine.")
+    organization_id: str
+    machine_name: str | None = Field(description="What people call it.")
+    error: str = Field(description="Its status, and when it was last heard of.")
+    status_code: None = Field(description="Always null: no machine is called.")
+
+
+class MachinesHealth(Reply):
+    """Which machines are connected, as this service knows it: no machine is called."""
+
+    status: Literal["ok", "error"] = Field(description="`error` if one of them is not connected.")
+    scope: Literal["organization"] = Field(description="Always `organization`: no key sees more.")
+    checked_machines: int = Field(
+        description="Machines that the key sees; of more than 1,000 those that were registered last."
+    )
+    healthy_machines: int = Field(description="Those that are connected.")
+    errored_machines: list[MachineHealthError] = Field(description="Those that are not, newest first.")
+    message: str = Field(description="The same in a sentence.")
+
+
 class MachinePoolUpdate(Payload):
     """The pools a machine is in from now on."""
 

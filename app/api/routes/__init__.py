@@ -20,6 +20,7 @@ ROUTERS = (
     attachments.router,
     workflows.router,
     machines.router,
+    machines.health_router,
     pools.router,
     events.router,
     queue.router,

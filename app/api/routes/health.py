@@ -85,6 +85,7 @@ def _checks(request: Request) -> Checks:
     return found
 
 
+@router.get("/health", name="health_as_the_vendor_has_it", response_model=Health)
 @router.get("/v1/health", name="health", response_model=Health)
 async def health() -> Response:
     """The process answers."""
@@ -97,6 +98,7 @@ async def live() -> Response:
     return Response(_ALIVE, media_type="application/json")
 
 
+@router.get("/health/db", name="health_db_as_the_vendor_has_it", response_model=Health, responses=_RESPONSES)
 @router.get("/v1/health/db", name="health_db", response_model=Health, responses=_RESPONSES)
 async def database(request: Request) -> Response:
     """PostgreSQL answers."""

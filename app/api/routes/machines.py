@@ -1,6 +1,6 @@
 """Machines: register, list, read, change, delete, and which pools they are in."""
 
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,17 +11,36 @@ from app.api.responses import ONLY, From, Part, To, json_reply, send
 from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
 from app.resources import machines
+from app.runs.projection import encode
 from app.schemas.resources import (
     MachineCreate,
     MachinePoolUpdate,
     MachineResponse,
+    MachinesHealth,
     MachineStatus,
     MachineUpdate,
     PoolResponse,
 )
 from app.schemas.values import Name, SearchedPage, SearchText
+from app.stores.pages import Slice
+
+_HEALTH = operation(scope="runs:read", bound="runs:read")
+_HEALTH["responses"][503]["content"]["application/json"] = {"schema": {"$ref": "#/components/schemas/MachinesHealth"}}
 
 router = APIRouter(route_class=Route, prefix="/v1/machines", tags=["machines"])
+
+
+health_router = APIRouter(route_class=Route, prefix="/v1/health", tags=["health"])
+
+
+@health_router.get("/machines", response_model=MachinesHealth, **_HEALTH)
+async def get_machines_health(request: Request) -> Response:
+    """Which machines are connected. 503 if one is not, as the vendor has it."""
+    own, principal = services(request), request.state.principal
+    part = Slice(0, machines.MOST_CHECKED, own.settings.max_reply_bytes, None)
+    page: Any = await machines.list_machines(own.database, principal.organization_id, part, id=principal.machine_id)
+    found = machines.health(page["items"])
+    return Response(encode(found), 503 if found["errored_machines"] else 200, media_type="application/json")
 
 
 @router.post(
