@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.client import Client, file_input
+from tests.support.client import Client, file_input, file_inputs
 from tests.support.server import Server
 
 HERE = Path(__file__).parent
@@ -51,7 +51,7 @@ def things(api: Client) -> dict[str, list[Any]]:
         if index % 10 < 5:
             api.report(run["id"], status=("success", "error", "cancelled")[index % 3])
     endpoints = [api.webhook_endpoint() for _ in range(5)]
-    doomed = [api.run(workflow_id=workflows[1], file_inputs=[file_input()] * 2) for _ in range(3)]
+    doomed = [api.run(workflow_id=workflows[1], file_inputs=file_inputs(2)) for _ in range(3)]
     return {
         "counts": [1, 2, 3],
         "machines": machines,

@@ -23,7 +23,7 @@ from app.runs.attachments import list_attachments
 from app.runs.listing import FIELDS, RunFilter, list_runs
 from app.stores.database import Database
 from app.stores.pages import Slice
-from tests.support.client import Client, file_input
+from tests.support.client import Client, file_input, file_inputs
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
 
@@ -225,7 +225,7 @@ def test_a_default_page_of_the_longest_errors_fits(api: Client, stack: Stack) ->
 TOO_MUCH: dict[str, dict[str, Any]] = {
     "a secret": {"count": 100, "sensitive_input_values": {"pw": "x" * 900_000}},
     "names of secrets": {"count": 1000, "sensitive_input_values": {f"{n:03d}{'é' * 250}": "x" for n in range(400)}},
-    "files": {"count": 1000, "file_inputs": [file_input(b"", "f")] * 20},
+    "files": {"count": 1000, "file_inputs": file_inputs(20, b"")},
     "the bytes of files": {"count": 200, "file_inputs": [file_input(b"x" * MIB)]},
     "input values": {"count": 1000, "input_values": {"a": "x" * 90_000}},
     "a prompt": {"count": 1000, "main_prompt": "x" * 100_000},
@@ -265,7 +265,7 @@ def test_as_many_as_fit_are_made(api: Client, server: Server) -> None:
         "count": 30,
         "input_values": {"a": "x" * 100_000},
         "sensitive_input_values": {f"{n:03d}{'é' * 250}": "x" for n in range(400)},
-        "file_inputs": [file_input(b"", "f")] * 3,
+        "file_inputs": file_inputs(3, b""),
     }
     with Watch(server) as watch:
         reply = api.post("/v1/runs/bulk", json=body)
@@ -280,7 +280,7 @@ def test_the_bounds_of_a_bulk_are_settings(stack: Stack) -> None:
         with server.client() as api:
             bulk = {"workflow_id": api.workflow()}
             cases: list[tuple[int, dict[str, Any], int]] = [
-                (3, {"file_inputs": [file_input()] * 2}, 4),
+                (3, {"file_inputs": file_inputs(2)}, 4),
                 (4, {"sensitive_input_values": {"pw": "x" * 1000}}, 5),
                 (9, {"input_values": {"a": "x" * 100_000}}, 11),
             ]
@@ -289,7 +289,7 @@ def test_the_bounds_of_a_bulk_are_settings(stack: Stack) -> None:
                 assert code(too_many) == (413, "payload_too_large")
                 api.json_of(api.post("/v1/runs/bulk", json=bulk | body | {"count": fits}), 201)
             # One run alone is not a bulk.
-            api.run(file_inputs=[file_input()] * 7, sensitive_input_values={"pw": "x" * 6000})
+            api.run(file_inputs=file_inputs(7), sensitive_input_values={"pw": "x" * 6000})
     finally:
         server.app.stop()
 
@@ -442,7 +442,9 @@ def test_every_list_has_the_bound(stack: Stack) -> None:
                 api.json_of(api.retry(run_id))
             for _ in range(30):
                 api.json_of(api.post("/v1/pools", json={"name": "\x01" * 255, "description": "\x01" * 10_000}), 201)
-            other = api.run(file_inputs=[file_input(filename="f" * 255, target_path="☃" * 4000)] * 100)["id"]
+            path = "/".join(["☃" * 248] * 16)
+            long_names = [file_input(filename="f" * 255, target_path=f"{path}/{number}") for number in range(100)]
+            other = api.run(file_inputs=long_names)["id"]
             long = "\x01" * 40_000
             for _ in range(4):
                 api.json_of(api.post("/v1/workflows", json={"main_prompt": long, "output_schema": long}), 201)

@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.client import RUN_KEYS, Client, file_input, secret_path
+from tests.support.client import RUN_KEYS, Client, file_input, file_inputs, secret_path
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
 from tests.support.waiting import until
@@ -258,7 +258,7 @@ class TestFiles:
         assert {item["id"] for item in listed["items"]} == {first, second}
 
     def test_an_empty_list_removes_all(self, api: Client, stack: Stack) -> None:
-        run = api.finished(file_inputs=[file_input(), file_input()])
+        run = api.finished(file_inputs=file_inputs(2))
         assert api.json_of(api.retry(run["id"], file_inputs=[]))["input_attachment_ids"] == []
         until(lambda: not stack.blobs(api.organization), what="no bytes are left")
 

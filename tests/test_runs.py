@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from tests.support.client import RUN_KEYS, Client, file_input, secret_path
+from tests.support.client import RUN_KEYS, Client, file_input, file_inputs, secret_path
 from tests.support.scheduling import starts
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
@@ -104,7 +104,7 @@ def test_what_cannot_be_created(api: Client, foreign: Client, path: str, stack: 
         ({"session_alias": "x"}, (422, ["body", "session_alias"])),
         ({"workflow_id": None}, (422, ["body", "workflow_id"])),
         ({"file_inputs": [file_input(filename="a/b")]}, (422, ["body", "file_inputs", 0, "filename"])),
-        ({"file_inputs": [file_input()] * 101}, (413, "payload_too_large")),
+        ({"file_inputs": file_inputs(101)}, (413, "payload_too_large")),
         ({"sensitive_input_values": {str(n): "x" for n in range(401)}}, (413, "payload_too_large")),
     ]
     for options, expected in cases:
@@ -158,7 +158,7 @@ def test_bulk_is_limited_by_the_bytes_of_all_copies(stack: Stack) -> None:
     server = start_server(stack, MAX_BODY_BYTES=10_000)
     try:
         with server.client() as api:
-            body = {"workflow_id": api.workflow(), "file_inputs": [file_input(b"x" * 1000)] * 2}
+            body = {"workflow_id": api.workflow(), "file_inputs": file_inputs(2, b"x" * 1000)}
             too_many = api.post("/v1/runs/bulk", json=body | {"count": 6})
             assert code(too_many) == (413, "payload_too_large")
             assert api.json_of(api.get("/v1/runs"))["total"] == 0
@@ -503,7 +503,7 @@ BAD_REPORTS: dict[str, list[Any]] = {
     "error": ["it broke", [1], ["\x00"]],
     "error_code": ["", "Not lower", "a" * 101, "a\n", "ä", ["a"], 1],
     "output_data": [[], "x", {"a": "\x00"}, {"\x00": 1}],
-    "run_message_history": [{}, ["x"], [{"a": 2**63}]],
+    "run_message_history": [{}, ["x"], [{"a": 2**63 + 1}]],
     "started_at": [5, "yesterday", "2026-01-31"],
     "output_attachment_ids": ["x", ["x"], [NOBODY]],
     "input_values": [[]],

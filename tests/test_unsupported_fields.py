@@ -3,9 +3,11 @@
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from tests.support.client import Client, file_input
+from tests.support.server import Server
 
 NOBODY = str(uuid4())
 MODEL = str(uuid4())
@@ -176,10 +178,82 @@ def test_every_run_of_a_bulk_has_them(api: Client) -> None:
 
 
 @pytest.mark.parametrize("name", ["model_metadata", "usage_metadata"])
-@pytest.mark.parametrize("value", [[1], "x", {"a": "\0"}, {"a\0": 1}, {"a": 2**63}, {"a": "x" * (256 * 1024)}])
+@pytest.mark.parametrize("value", [[1], "x", {"a": "\0"}, {"a\0": 1}, {"a": 2**63 + 1}, {"a": "x" * (256 * 1024)}])
 def test_metadata_that_cannot_be_stored_is_refused(api: Client, name: str, value: object) -> None:
     if name == "usage_metadata":
         reply = api.patch(f"/v1/runs/{api.run()['id']}", json={name: value})
     else:
         reply = api.post("/v1/runs", json={"workflow_id": api.workflow(), name: value})
     assert [error["loc"] for error in api.json_of(reply, 422)["detail"]] == [["body", name]]
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+ROUTES = {
+    "/v1/runs/chain": "/v1/runs/chain",
+    f"/v1/runs/{NOBODY}/generate-trajectory": "/v1/runs/{run_id}/generate-trajectory",
+    "/v1/runs/x/trajectory": "/v1/runs/{run_id}/trajectory",
+    f"/v1/runs/{NOBODY}/image/signed-url": "/v1/runs/{run_id}/image/signed-url",
+    "/v1/workflows/prompt-image": "/v1/workflows/prompt-image",
+    "/v1/workflows/prompt-images": "/v1/workflows/prompt-images",
+    "/v1/workflows/bulk/tags": "/v1/workflows/bulk/tags",
+    f"/v1/workflows/{NOBODY}/tags/{NOBODY}": "/v1/workflows/{workflow_id}/tags/{tag_id}",
+    f"/v1/machines/{NOBODY}/cyberdriver/shutdown": "/v1/machines/{machine_id}/cyberdriver/shutdown",
+    f"/v1/computer/{NOBODY}/display/screenshot": "/v1/computer",
+    "/v1/trajectories": "/v1/trajectories",
+    f"/v1/trajectories/{NOBODY}/duplicate": "/v1/trajectories",
+    "/v1/connections": "/v1/connections",
+    "/v1/model-configurations": "/v1/model-configurations",
+    "/v1/usage/aggregate": "/v1/usage",
+    "/v1/request-logs": "/v1/request-logs",
+    "/v1/provider-credentials/openai": "/v1/provider-credentials",
+    "/v1/workflow-tags/reorder": "/v1/workflow-tags",
+    "/v1/workflow-tag-groups": "/v1/workflow-tag-groups",
+}
+
+
+def test_routes_of_the_vendor_that_are_not_here_are_refused_by_name(api: Client, server: Server) -> None:
+    for path, name in ROUTES.items():
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+            reply = api.request(method, f"{path}?limit=1", json={})
+            problem = api.json_of(reply, 404)
+            assert (problem["code"], problem["route"]) == ("not_supported", name), (method, path)
+            assert name in problem["detail"]
+        assert httpx.get(server.url + path, trust_env=False, verify=False).status_code == 401
+
+
+def test_what_only_looks_like_one_of_them_is_what_it_was(api: Client) -> None:
+    for path in ("/v1/tagsx", "/v1/nothing", "/trajectories", "/v1/runs/chain/x", "/v1/workflows/x/tagsx"):
+        assert api.json_of(api.get(path), 404)["code"] == "route_not_found"
+    [error] = api.json_of(api.get("/v1/runs/chains"), 422)["detail"]
+    assert error["type"] == "uuid_parsing"
+
+
+def test_the_vendors_paths_of_health_are_answered(server: Server) -> None:
+    for path in ("/health", "/health/db"):
+        reply = httpx.get(server.url + path, trust_env=False, verify=False)
+        assert (reply.status_code, reply.json()) == (200, {"status": "ok", "down": [], "reasons": {}})
+
+
+def test_the_health_of_machines_needs_a_key_and_speaks_of_its_own(api: Client, foreign: Client, server: Server) -> None:
+    path = "/v1/health/machines"
+    assert httpx.get(server.url + path, trust_env=False, verify=False).status_code == 401
+    foreign.machine(status="disconnected")
+    nothing = api.json_of(api.get(path))
+    assert (nothing["status"], nothing["checked_machines"], nothing["errored_machines"]) == ("ok", 0, [])
+    api.machine()
+    assert api.json_of(api.get(path)).items() >= {"status": "ok", "checked_machines": 1, "healthy_machines": 1}.items()
+    broken = [api.machine(name="desk", status="disconnected"), api.machine(status="error")]
+    found = api.json_of(api.get(path), 503)
+    assert (found["status"], found["scope"]) == ("error", "organization")
+    assert (found["checked_machines"], found["healthy_machines"]) == (3, 1)
+    errors = {one["machine_id"]: one for one in found["errored_machines"]}
+    assert errors.keys() == set(broken)
+    assert errors[broken[0]].items() >= {"machine_name": "desk", "organization_id": api.organization}.items()
+    assert "disconnected" in errors[broken[0]]["error"]
+    bound = server.stack.new_key(api.organization, scopes=["runs:execute"], machine_id=broken[0])
+    with server.client(api.organization, key=bound) as desk:
+        assert desk.json_of(desk.get(path), 503)["checked_machines"] == 1
+    writer = server.stack.new_key(api.organization, scopes=["runs:write"])
+    with server.client(api.organization, key=writer) as client:
+        assert client.get(path).status_code == 403

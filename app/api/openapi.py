@@ -169,7 +169,7 @@ def _complete(document: dict[str, Any]) -> None:
 
 # Without a schema of its own a free value would allow what the stores cannot hold.
 _JSON_VALUE = {
-    "description": "Any JSON that is stored as sent: text without U+0000, integers of 64 bits.",
+    "description": "Any JSON that is stored as sent: text without U+0000, integers of 64 bits, other numbers as doubles.",
     "anyOf": [
         {"type": ["null", "boolean"]},
         {"type": "string", **NO_NUL},
@@ -220,6 +220,10 @@ Errors are RFC 9457 problem details with a stable `code`; 422 has the list form 
 
 Each GET answers HEAD, too: with the same status and headers, without a body, at once (`wait` is ignored). Each path answers
 OPTIONS with 204 and `Allow`, without a key.
+
+Bodies are UTF-8. Numbers in them are doubles (IEEE 754): one that a double does not give back as the same decimal is refused
+with 422 `number_changed`, and is to be sent as a string. Whole numbers of 64 bits are kept exactly. The path with its query has
+at most 8 KiB (else 414) and 100 parameters; a parameter that is no list comes once.
 
 Keys and query parameters that this service does not know are ignored. Those of the vendor's API that it knows and does not
 support are refused with 422 `not_supported`: fields marked so, and in queries `include`, `tag_ids`, `include_tags=true`,

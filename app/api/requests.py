@@ -21,6 +21,8 @@ from app.auth import still_valid
 from app.config import MIB, Settings
 from app.errors import Invalid, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from app.idempotency import WriteRequest, fingerprint
+from app.schemas import numbers
+from app.schemas.values import Reading
 from app.services import Services
 
 T = TypeVar("T")
@@ -71,7 +73,7 @@ SENTENCES = {
     "string_pattern_mismatch": "Must match {pattern}.",
     "extra_forbidden": "Has a field that is not known here; leave it out.",
     "filename": "Must be a bare file name: no drive, no separators, no control characters, not only dots, at most 255 bytes.",
-    "finite_number": "Numbers must be finite.",
+    "finite_number": "Numbers must be finite, and at most about 1.8e308; send a larger one as a string.",
     "float_parsing": "Must be a number.",
     "greater_than_equal": "Must be {ge} or more.",
     "int_parsing": "Must be an integer.",
@@ -88,7 +90,13 @@ SENTENCES = {
     "name_too_long": "Names in it may have at most {max_length} characters.",
     "none_required": "Only null is accepted here.",
     "not_supported": "Not supported by this service; leave it out.",
-    "number_out_of_range": "Integers must fit 64 bits.",
+    "number_changed": "A number in it would be changed: numbers are doubles (IEEE 754), only whole numbers of 64 bits are kept"
+    " exactly. Nothing was changed; send it as a string.",
+    "reference_not_supported": 'An object whose only key is "$ref" is not supported by this service; send the value itself.',
+    "secret_alias": "The value of {name} is an alias, as replies show it, not a secret. Nothing was changed. Leave"
+    " sensitive_input_values out to keep the stored secrets, or send the secrets themselves.",
+    "same_path": "Another file of this request would land on the same path (case, and dots and spaces at its end, make no"
+    " difference). Nothing was changed; give each file its own target_path.",
     "string_nul": "The character U+0000 is not allowed.",
     "string_too_long": "May have at most {max_length} characters.",
     "string_too_short": "Must have {min_length} or more characters.",
@@ -102,7 +110,13 @@ SENTENCES = {
     "too_many_bytes_in_all": "All entries together may have at most {max_bytes} bytes as JSON.",
     "uuid_parsing": "Must be a UUID.",
     "uuid_type": "Must be a UUID.",
+    "windows_filename": 'Windows cannot store a file of this name. It may have none of < > : " / \\ | ? *, may not end with a'
+    " dot or a space, and may not be a device, like CON or COM1.txt.",
+    "windows_path": "Windows cannot store a file at this path. Only a drive may have a colon, and no part of it may have one of"
+    ' < > " | ? *, end with a dot or a space, be a device, like CON or COM1.txt, or have more than 255 characters.',
 }
+# Kinds of error that callers know under another name.
+_KINDS = {"reference_not_supported": "not_supported"}
 MAX_ERRORS = 20
 
 
@@ -114,7 +128,7 @@ def invalid(errors: Iterable[Any], prefix: tuple[str, ...] = ()) -> Invalid:
         loc = _own(prefix + tuple(error["loc"]))
         if kind == "extra_forbidden":  # its last part is the caller's own
             loc = loc[:-1]
-        listed.setdefault((loc, kind), (loc, _sentence(kind, error.get("ctx", {})), kind))
+        listed.setdefault((loc, kind), (loc, _sentence(kind, error.get("ctx", {})), _KINDS.get(kind, kind)))
     return Invalid(*list(listed.values())[:MAX_ERRORS])
 
 
@@ -339,13 +353,26 @@ def _parse_and_weigh(raw: bytes, model: type[Model], settings: Settings, values:
 
 
 def _parse(raw: bytes, model: type[Model], settings: Settings) -> Model:
+    reading = Reading(settings)
     try:
-        return model.model_validate_json(raw, context=settings)
+        parsed = model.model_validate_json(raw, context=reading)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
         if errors[0]["type"] == "json_invalid" and not _is_utf8(raw):
             errors[0]["type"] = "json_encoding"
         raise invalid(errors, ("body",)) from None
+    if reading.has_fractions:
+        _refuse_changed_numbers(raw, model, has_tiny=reading.has_tiny)
+    return parsed
+
+
+def _refuse_changed_numbers(raw: bytes, model: type[BaseModel], *, has_tiny: bool) -> None:
+    """Raises Invalid for numbers that the parser has changed, in fields that we know. Files have none that count."""
+    fields = model.model_fields.keys() - {"file_inputs"}
+    found = {names for names in numbers.changed(raw, has_tiny=has_tiny) if not fields.isdisjoint(names[:1])}
+    places = {names[:1] if _FREE_FORM.isdisjoint(names) else _own(names) for names in found}
+    if places:
+        raise Invalid(*((("body", *place), SENTENCES["number_changed"], "number_changed") for place in sorted(places)))
 
 
 def _is_utf8(raw: bytes) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from app.errors import DatabaseUnavailable, OutcomeUnknown, PayloadTooLarge
-from app.schemas.attachments import FileInput, RunAttachmentCreate
+from app.schemas.attachments import File, RunAttachmentCreate
 from app.services import Services
 from app.stores import deletions, vault
 from app.stores.database import Connection, committing
@@ -48,7 +48,7 @@ class Staged:
         return secret + [Name("storage", file.key) for file in self.files]
 
 
-def content_type(file: FileInput) -> str:
+def content_type(file: File) -> str:
     """The media type that an executor gave, else the one that the name suggests."""
     if isinstance(file, RunAttachmentCreate):
         return file.content_type
@@ -56,7 +56,7 @@ def content_type(file: FileInput) -> str:
 
 
 def check_sizes(
-    services: Services, secrets: dict[str, Any] | None, files: Sequence[FileInput] | None, *, copies: int = 1
+    services: Services, secrets: dict[str, Any] | None, files: Sequence[File] | None, *, copies: int = 1
 ) -> None:
     """Raises PayloadTooLarge for what will be staged `copies` times. Base64 was decoded when the body was read."""
     settings = services.settings
@@ -84,7 +84,7 @@ async def stage(
     organization_id: str,
     run_ids: Sequence[UUID],
     secrets: dict[str, Any] | None,
-    files: Sequence[FileInput] | None,
+    files: Sequence[File] | None,
 ) -> list[Staged]:
     """Write the secrets and files once per run. Raises VaultUnavailable, StorageUnavailable, DatabaseUnavailable."""
     planned = plan(services, organization_id, run_ids, secrets, files)
@@ -129,7 +129,7 @@ def plan(
     organization_id: str,
     run_ids: Sequence[UUID],
     secrets: dict[str, Any] | None,
-    files: Sequence[FileInput] | None,
+    files: Sequence[File] | None,
 ) -> list[Staged]:
     """Fresh names for what each run will have; nothing is written."""
     aliases = vault.aliases(services.secrets.mount, secrets or {})

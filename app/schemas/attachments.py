@@ -5,10 +5,9 @@ from datetime import datetime
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, WithJsonSchema
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from app.config import Settings
 from app.errors import PayloadTooLarge
 from app.schemas.values import (
     EXAMPLE_ID,
@@ -17,11 +16,15 @@ from app.schemas.values import (
     Attempt,
     Base64,
     FileName,
+    InputName,
+    InputPath,
     Payload,
+    Reading,
     Reply,
     TargetPath,
     Timestamp,
     example,
+    landing_path,
 )
 
 AttachmentType = Literal["input", "output"]
@@ -39,8 +42,8 @@ MediaType = Annotated[
 ]
 
 
-class FileInput(Payload):
-    """A file for the machine."""
+class File(Payload):
+    """A file of a run."""
 
     filename: FileName = Field(
         description="Bare file name, without any path; at most 255 bytes of UTF-8.", examples=["invoice.pdf"]
@@ -52,18 +55,48 @@ class FileInput(Payload):
     )
 
 
+class FileInput(File):
+    """A file for the machine. Its name and path are such that Windows can store it."""
+
+    filename: InputName = Field(
+        description="Bare file name that Windows can store, without any path; at most 255 bytes of UTF-8.",
+        examples=["invoice.pdf"],
+    )
+    target_path: InputPath | None = Field(
+        None,
+        description="Where to put it on the machine (Windows or POSIX path that Windows can store). Each file of a request has"
+        " its own; without one the file name counts.",
+    )
+
+
 def _no_more_than_may_be_sent(value: object, info: ValidationInfo) -> object:
     """Before any file is looked at. How many it may be is a setting, given as the context of a request."""
-    settings = info.context
-    if isinstance(settings, Settings) and isinstance(value, list) and len(value) > settings.max_files:
-        raise PayloadTooLarge(f"At most {settings.max_files} files can be sent; send fewer file_inputs.")
+    reading = info.context
+    if isinstance(reading, Reading) and isinstance(value, list) and len(value) > reading.settings.max_files:
+        raise PayloadTooLarge(f"At most {reading.settings.max_files} files can be sent; send fewer file_inputs.")
     return value
 
 
-FileInputs = Annotated[list[FileInput], BeforeValidator(_no_more_than_may_be_sent)]
+def _one_file_each(files: list[FileInput]) -> list[FileInput]:
+    """The second of two files on one path would overwrite the first."""
+    taken: set[tuple[str, ...]] = set()
+    errors: list[InitErrorDetails] = []
+    for place, file in enumerate(files):
+        path = landing_path(file.filename, file.target_path)
+        if path in taken:
+            field = "filename" if file.target_path is None else "target_path"
+            error = PydanticCustomError("same_path", "another file lands there")
+            errors.append(InitErrorDetails(type=error, loc=(place, field), input=None))
+        taken.add(path)
+    if errors:
+        raise ValidationError.from_exception_data("file_inputs", errors, hide_input=True)
+    return files
 
 
-class RunAttachmentCreate(FileInput):
+FileInputs = Annotated[list[FileInput], BeforeValidator(_no_more_than_may_be_sent), AfterValidator(_one_file_each)]
+
+
+class RunAttachmentCreate(File):
     """A file that an executor hands in for its run."""
 
     model_config = example(

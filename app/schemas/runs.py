@@ -18,6 +18,7 @@ from app.schemas.values import (
     Count,
     ErrorCode,
     Ids,
+    Inputs,
     JsonObject,
     Lines,
     Metadata,
@@ -29,6 +30,7 @@ from app.schemas.values import (
     Reason,
     Reply,
     SearchedPage,
+    Secrets,
     Timestamp,
     Unsupported,
     Variables,
@@ -37,10 +39,10 @@ from app.schemas.values import (
 
 
 class _Overrides(Payload):
-    input_values: Variables | None = Field(
+    input_values: Inputs | None = Field(
         None, description="Values of the workflow's variables.", examples=[{"user": "Ada"}]
     )
-    sensitive_input_values: Variables | None = Field(
+    sensitive_input_values: Secrets | None = Field(
         None,
         description="Secrets by name, any JSON. They go to Vault; replies show aliases.",
         examples=[{"password": "s3cret"}],

@@ -7,8 +7,13 @@ ignored: newer SDKs send keys that we do not know.
 import binascii
 import math
 import re
+import sys
+import unicodedata
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Any, Generic, TypeVar
+from urllib.parse import unquote
 from uuid import UUID
 
 import orjson
@@ -20,9 +25,13 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationInfo,
     WithJsonSchema,
 )
 from pydantic_core import PydanticCustomError
+
+from app.config import Settings
+from app.schemas import numbers
 
 MAX_PROMPT_BYTES = 256 * 1024  # of a prompt, a JSON schema, or metadata as JSON; in UTF-8
 MAX_LINE = 100_000  # characters in one line of a run's error
@@ -38,6 +47,15 @@ MAX_INTEGER = 2**63 - 1
 # --- what PostgreSQL and JSON can hold --------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class Reading:
+    """The context in which a body is checked, and what its text must be looked at for when it has passed."""
+
+    settings: Settings
+    has_fractions: bool = False
+    has_tiny: bool = False  # a zero with a point, or a number near it
+
+
 def _storable_text(value: str) -> str:
     if "\x00" in value:
         raise PydanticCustomError("string_nul", "NUL is not allowed")
@@ -51,24 +69,58 @@ def _storable_text(value: str) -> str:
 T = TypeVar("T")
 
 
-def _storable_json(value: T) -> T:
+# Below it a double has fewer digits.
+_SMALLEST_NORMAL = sys.float_info.min
+
+
+def _storable_json(value: T, info: ValidationInfo) -> T:
     """Refuse what the stores would change or reject. Depth is bounded by the JSON parser (200)."""
+    return _checked_json(value, info.context, may_refer=True)
+
+
+def _storable_input(value: T, info: ValidationInfo) -> T:
+    """The same, and `{"$ref": ...}` is refused: we would hand it to the executor as it is, where it means something else."""
+    return _checked_json(value, info.context, may_refer=False)
+
+
+def _checked_json(value: T, reading: Reading | None, *, may_refer: bool) -> T:
     stack: list[Any] = [value]
+    has_fractions = has_tiny = has_large = False
     while stack:
         item = stack.pop()
         if isinstance(item, str):
             _storable_text(item)
         elif isinstance(item, dict):
+            if not may_refer and len(item) == 1 and "$ref" in item:
+                raise PydanticCustomError("reference_not_supported", "references are not supported")
             stack.extend(item)
             stack.extend(item.values())
         elif isinstance(item, list):
             stack.extend(item)
         elif isinstance(item, float):
+            has_fractions = True
             if not math.isfinite(item):
                 raise PydanticCustomError("finite_number", "numbers must be finite")
+            if -_SMALLEST_NORMAL < item < _SMALLEST_NORMAL:
+                has_tiny = True
         elif isinstance(item, int) and not -MAX_INTEGER - 1 <= item <= MAX_INTEGER:
-            raise PydanticCustomError("number_out_of_range", "integers must fit 64 bits")
-    return value
+            if not numbers.is_kept(item):
+                raise PydanticCustomError("number_changed", "a double is not this number")
+            has_large = True
+    if reading is not None:
+        reading.has_fractions |= has_fractions
+        reading.has_tiny |= has_tiny
+    return _with_doubles(value) if has_large else value
+
+
+def _with_doubles(value: Any) -> Any:
+    """With doubles in the place of whole numbers that do not fit 64 bits."""
+    if isinstance(value, dict):
+        return {name: _with_doubles(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_doubles(item) for item in value]
+    is_large = isinstance(value, int) and not -MAX_INTEGER - 1 <= value <= MAX_INTEGER
+    return float(value) if is_large else value
 
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)?")
@@ -87,8 +139,10 @@ def _utc(value: datetime) -> datetime:
         raise PydanticCustomError("datetime_parsing", "out of range") from None
 
 
-def _whole(value: object) -> object:
+def _whole(value: object, info: ValidationInfo) -> object:
     """1.0 is an integer, as JSON Schema has it: some languages send every number with a fraction."""
+    if isinstance(value, float) and isinstance(info.context, Reading):
+        info.context.has_fractions = True
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -109,6 +163,38 @@ def _few_bytes_in_all(value: list[str]) -> list[str]:
 def _short_names(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
     if any(len(name) > MAX_NAME for name in value):
         raise PydanticCustomError("name_too_long", "name too long", {"max_length": MAX_NAME})
+    return value
+
+
+@lru_cache
+def _alias_path(mount: str, prefix: str) -> re.Pattern[str]:
+    return re.compile(f"{re.escape(mount)}/{re.escape(prefix)}/[^#]+#.*")
+
+
+def _is_alias(value: str, settings: Settings) -> bool:
+    """Whether this text has the form of the aliases that replies show (stores/vault.py), whoever's secret it would be."""
+    scheme, separator, rest = value.strip().partition("://")
+    if not separator or scheme.lower() not in ("vault", "vault+json") or any(char.isspace() for char in rest):
+        return False
+    return _alias_path(settings.vault_mount, settings.vault_prefix).fullmatch(unquote(rest)) is not None
+
+
+def _no_alias(value: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+    """Whoever sends a run's aliases back as its secrets would lose the secrets."""
+    reading = info.context
+    if not isinstance(reading, Reading):
+        return value
+    for name, secret in value.items():
+        stack: list[Any] = [secret]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, str):
+                if _is_alias(item, reading.settings):
+                    raise PydanticCustomError("secret_alias", "an alias is no secret", {"name": name})
+            elif isinstance(item, dict):
+                stack.extend(item.values())
+            elif isinstance(item, list):
+                stack.extend(item)
     return value
 
 
@@ -150,12 +236,15 @@ JsonObject = Annotated[
     dict[str, JsonValue], Field(json_schema_extra={"propertyNames": NO_NUL}), AfterValidator(_storable_json)
 ]
 Metadata = Annotated[JsonObject, AfterValidator(_few_bytes)]
-Variables = Annotated[
+_Named = Annotated[
     dict[str, JsonValue],
     Field(max_length=MAX_VARIABLES, json_schema_extra={"propertyNames": NO_NUL | {"maxLength": MAX_NAME}}),
     AfterValidator(_short_names),
-    AfterValidator(_storable_json),
 ]
+Variables = Annotated[_Named, AfterValidator(_storable_json)]
+# Those that a run is to begin with. What an executor reports of them is kept as it is.
+Inputs = Annotated[_Named, AfterValidator(_storable_input)]
+Secrets = Annotated[_Named, AfterValidator(_storable_input), AfterValidator(_no_alias)]
 # What we know of and do not do. Ignoring it would change in silence what the caller asked for.
 NotSupported = Annotated[
     None, BeforeValidator(_not_supported), Field(description="Not supported: anything but null is refused.")
@@ -199,6 +288,69 @@ def _target_path(value: str) -> str:
     return value
 
 
+# --- names that Windows can store too -------------------------------------------------------------------------------------
+
+_TAKEN = r'<>:"/\\|?*'
+_DEVICE_NAME = (
+    r"(?:[cC][oO][nN](?:[iI][nN]\$|[oO][uU][tT]\$)?|[pP][rR][nN]|[aA][uU][xX]|[nN][uU][lL]"
+    r"|(?:[cC][oO][mM]|[lL][pP][tT])[0-9¹²³])"
+)
+_DEVICE = re.compile(_DEVICE_NAME + r" *(?:\..*)?")  # whatever follows the dot: CON.txt is the console
+# Before the drive: "do not interpret what follows".
+_VERBATIM = re.compile(r"[/\\]{2}\?[/\\]")
+_PART = rf"(?!{_DEVICE_NAME} *(?:[./\\]|$))[^{_HIDDEN}{_TAKEN}]{{0,254}}[^{_HIDDEN}{_TAKEN} .]"
+_INPUT_NAME = {"pattern": rf"^(?![\s.]*$){_PART}$"}
+_INPUT_PATH = {
+    "pattern": rf"^(?!\s*$)(?!(.*[/\\:])?[\s.]*\.[\s.]*([/\\:]|$))([/\\]{{2}}\?[/\\])?([A-Za-z]:)?"
+    rf"[/\\]*({_PART}([/\\]+{_PART})*[/\\]*)?$"
+}
+_TAKEN_CHARACTER = re.compile(f"[{_TAKEN}]")
+
+
+def _can_windows_store(part: str) -> bool:
+    return not (
+        _TAKEN_CHARACTER.search(part)
+        or part.endswith((".", " "))
+        or _DEVICE.fullmatch(part)
+        or len(part.encode("utf-16-le")) > 2 * MAX_NAME
+    )
+
+
+def _input_name(value: str) -> str:
+    if not _can_windows_store(value):
+        raise PydanticCustomError("windows_filename", "Windows cannot store it")
+    return value
+
+
+def _parts(path: str) -> tuple[str, list[str]]:
+    """What a path on a machine begins with (a drive, a server, the root or nothing), and its names."""
+    rest = _VERBATIM.sub("", path, count=1) if _VERBATIM.match(path) else path
+    drive = rest[:2] if _DRIVE.match(rest) else ""
+    names = re.split(r"[/\\]", rest[len(drive) :])
+    depth = next((place for place, name in enumerate(names) if name), len(names))
+    return drive + "/" * min(depth, 2), [name for name in names if name]
+
+
+def _input_path(value: str) -> str:
+    if not all(_can_windows_store(name) for name in _parts(value)[1]):
+        raise PydanticCustomError("windows_path", "Windows cannot store it")
+    return value
+
+
+def landing_path(filename: str, target_path: str | None) -> tuple[str, ...]:
+    """Where a file lands on the machine, the same for all spellings that some system takes for one path."""
+    path = filename if target_path is None else target_path
+    begin, names = _parts(path)
+    if path.endswith(("/", "\\")):
+        names.append(filename)
+    return (begin.lower(), *(_folded(name.rstrip(". ")) for name in names))
+
+
+def _folded(name: str) -> str:
+    """Canonical caseless matching, as The Unicode Standard defines it (3.13, D145)."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+
+
 def _base64(value: object) -> object:
     """RFC 4648 section 4, strictly: no whitespace, no missing padding, no other alphabet."""
     if not isinstance(value, str):
@@ -224,6 +376,10 @@ TargetPath = Annotated[
     AfterValidator(_storable_text),
     AfterValidator(_target_path),
 ]
+
+
+InputName = Annotated[FileName, Field(json_schema_extra=_INPUT_NAME), AfterValidator(_input_name)]
+InputPath = Annotated[TargetPath, Field(json_schema_extra=_INPUT_PATH), AfterValidator(_input_path)]
 
 
 class Payload(BaseModel):

@@ -87,7 +87,8 @@ class Spy:
         }
 
     def files(self, count: int = 1) -> list[dict[str, object]]:
-        return [file_input(b"\x00\xff" + self.file.new().encode() + b"\n" * 9) for _ in range(count)]
+        contents = [b"\x00\xff" + self.file.new().encode() + b"\n" * 9 for _ in range(count)]
+        return [file_input(content, f"{number}.txt") for number, content in enumerate(contents)]
 
     def body(self, **more: object) -> dict[str, Any]:
         return {"sensitive_input_values": self.secrets(), "file_inputs": self.files()} | more
@@ -209,7 +210,7 @@ def bad_fields(spy: Spy) -> dict[str, list[dict[str, Any]]]:
         {"sensitive_input_values": [new()]},
         {"sensitive_input_values": {"password": new(), new(): float("nan")}},
         {"sensitive_input_values": {"password": new("\0")}},
-        {"sensitive_input_values": {"password": new(), "number": 2**63}},
+        {"sensitive_input_values": {"password": new(), "number": 2**63 + 1}},
         {"sensitive_input_values": {new(str(index)): new() for index in range(1001)}},
         {"sensitive_input_values": {new("x" * 255): new()}},
         {"file_inputs": new()},

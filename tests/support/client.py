@@ -112,3 +112,8 @@ class Client(httpx.Client):
 
 def file_input(content: bytes = b"hello", filename: str = "in.txt", **more: object) -> dict[str, object]:
     return {"filename": filename, "content": base64.b64encode(content).decode()} | more
+
+
+def file_inputs(count: int, content: bytes = b"hello") -> list[dict[str, object]]:
+    """Files that are alike but for their names: two on one path are refused."""
+    return [file_input(content, f"{number}.txt") for number in range(count)]
