@@ -13,13 +13,13 @@ from app.schemas.values import (
     EXAMPLE_ID,
     AtMostRuns,
     ErrorCode,
+    Inputs,
     NotSupported,
     Payload,
     PoolIds,
     Reason,
     Reply,
     Timestamp,
-    Variables,
     example,
 )
 
@@ -93,7 +93,7 @@ class BulkRetryOverrides(Payload):
 
     model_config = ConfigDict(extra="forbid")
 
-    input_values: Variables | None = Field(None, description="Values of the workflow's variables.")
+    input_values: Inputs | None = Field(None, description="Values of the workflow's variables.")
     machine_id: UUID | None = Field(None, description="Pin this machine; wins over pool_ids.")
     pool_ids: PoolIds | None = Field(None, description="The machine must be in all of these pools.")
     is_priority: bool | None = Field(None, description="Start before runs without priority.")
