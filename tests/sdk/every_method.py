@@ -317,7 +317,10 @@ def runs(sdk: Sdk) -> None:
     assert len(shown["input_attachment_ids"]) == 1
     assert (created.error, created.output_data, created.run_message_history) == (None, None, None)
     assert created.output_attachment_ids == []
-    assert sdk("runs.get", run_id).to_dict() == shown
+    again = sdk("runs.get", run_id).to_dict()
+    both = shown.keys() & again.keys()  # while two versions answer, a run has keys that only the later one shows
+    assert {name: again[name] for name in both} == {name: shown[name] for name in both}
+    assert len(both) > 20
 
     running = sdk.report(run_id, status="running")
     assert running.status is models.RunStatus.RUNNING
@@ -342,8 +345,8 @@ def runs(sdk: Sdk) -> None:
     assert said(sdk("runs.retry", own_id, models.RunRetry.from_dict({}))) == ("Do that.", asked, None)
     refused(sdk, "runs.update", own_id, models.RunUpdate.from_dict({"post_run_checks": []}))
     refused(sdk, "workflows.create", models.WorkflowCreate.from_dict({"main_prompt": "x", "model_metadata": asked}))
-    if "search" in inspect.signature(sdk.client.runs.list).parameters:
-        refused(sdk, "runs.list", search="x")
+    if "include_tags" in inspect.signature(sdk.client.workflows.list).parameters:
+        refused(sdk, "workflows.list", include_tags=True)
 
     workflow_id = sdk.workflow()
     bulk = models.RunBulkCreate.from_dict(
