@@ -121,7 +121,7 @@ def peer(world: World, pressure: Pressure) -> Group:
 
 def release(world: World, pressure: Pressure) -> Group:
     """What a row of the history has."""
-    server, bare = world.server, world.bare
+    server = world.server
     one, many = replace(pressure, connections=1), replace(pressure, connections=64)
     large = Pressure(pressure.connections, seconds=60, warmup=0, limit=150)
     server.retries(replace(pressure, limit=20_000, seconds=60))  # a database that has been in use
@@ -136,7 +136,5 @@ def release(world: World, pressure: Pressure) -> Group:
             Case("retry+key", partial(server.retries, pressure, KEY)),
             Case("secret", partial(server.retries, pressure, body=SECRET_BODY)),
             Case("1 MB file", partial(server.retries, large, body=file_body(MIB))),
-            Case("f", partial(bare.repeat, pressure, "POST", "/v1/runs/{id}/retry", body=RETRY_BODY), "bare FastAPI"),
         ],
-        [Target("retry / f", rate("retry", "f"), at_least=0.30)],
     )
