@@ -32,7 +32,7 @@ from app.errors import Unavailable
 from app.main import create_app
 from app.models import ORGANIZATION_PATTERN
 from app.resources import organizations
-from app.resources.comparison import compare
+from app.resources.comparison import compare, mark_expired
 from app.stores import setup
 from app.stores.database import Connection, Database, Unreachable, connect
 from app.stores.files import FileStore
@@ -106,8 +106,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     comparison = stores.add_parser(
         "compare",
-        help="list what the database names and the stores lack, and what they hold and nobody names; changes nothing."
+        help="list what the database names and the stores lack, and what they hold and nobody names; without"
+        " --mark it changes nothing."
         " Exit status 1: there are differences; 2: it could not be told",
+    )
+    comparison.add_argument(
+        "--mark",
+        action="store_true",
+        help="mark secrets of ended runs that Vault does not have as expired: their retry is then 409"
+        " `sensitive_inputs_expired`, instead of a run without its secrets",
     )
     comparison.add_argument("--json", action="store_true", help="one JSON object a line")
     comparison.set_defaults(run=_compare_stores)
@@ -346,6 +353,8 @@ def _compare_stores(options: argparse.Namespace) -> int:
         try:
             async for found in compare(database, secrets, files):
                 counts[found.kind] += 1
+                if options.mark and await mark_expired(database, found):
+                    counts["marked"] += 1
                 owner = "" if found.owner is None else f"  needed by {found.owner}"
                 print(
                     json.dumps(asdict(found))
@@ -356,7 +365,8 @@ def _compare_stores(options: argparse.Namespace) -> int:
             await secrets.close()
             await files.close()
             database.close()
-        print(f"{counts['missing']} missing, {counts['orphaned']} orphaned.", file=sys.stderr)
+        marked = f", {counts['marked']} marked as expired" if options.mark else ""
+        print(f"{counts['missing']} missing, {counts['orphaned']} orphaned{marked}.", file=sys.stderr)
         return 1 if counts else 0
 
     try:

@@ -149,6 +149,25 @@ def test_what_is_needed_and_gone_is_listed_with_whose_it_is(server: Server, stac
     assert differences(stack) == set()
 
 
+def test_secrets_that_are_gone_are_marked_as_expired(server: Server, stack: Stack) -> None:
+    """As after the loss of an asynchronous standby: the database names what Vault does not have."""
+    with server.client() as api:
+        lost, kept = (api.finished("error", sensitive_input_values={"password": "s"}) for _ in range(2))
+        waiting = active(api)
+        for one in (lost, waiting):
+            assert stack.bao.call("DELETE", f"secret/metadata/{secret_path(one)}")[0] == 204
+        assert run(stack).returncode == 1  # which changes nothing
+        done = run(stack, "--mark")
+        assert (done.returncode, done.stderr) == (1, "2 missing, 0 orphaned, 1 marked as expired.\n")
+        refused = api.retry(lost["id"])
+        assert (refused.status_code, refused.json()["code"]) == (409, "sensitive_inputs_expired")
+        assert api.retry(lost["id"], sensitive_input_values={"password": "new"}).status_code == 200
+        assert api.retry(kept["id"]).status_code == 200
+        for one in (lost, kept, waiting):
+            assert api.delete(f"/v1/runs/{one['id']}").status_code == 204
+    assert differences(stack) == set()
+
+
 def test_it_says_why_it_cannot_tell(server: Server, stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> None:
     with server.client() as api:
         active(api)

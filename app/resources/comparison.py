@@ -1,8 +1,8 @@
 """What the database names compared with what Vault and the file store hold: for the command line, after a restore.
 
-Nothing is written, and no secret is read. It may run beside the service: a difference is looked at twice, in the order that
-deletions.py keeps, so that what is just being written or deleted is none. Everything is done in pages, so memory does not grow
-with what there is.
+No secret is read, and nothing is written but marks that were asked for. It may run beside the service: a difference is looked
+at twice, in the order that deletions.py keeps, so that what is just being written or deleted is none. Everything is done in
+pages, so memory does not grow with what there is.
 """
 
 import asyncio
@@ -131,6 +131,24 @@ FILES_AGAIN = statement(
     WHERE {_FILE_NEEDED}
     """,
 )
+
+
+# A retry keeps a secret only while the deletion list says that it goes later. Destroying what is not there does no harm.
+EXPIRE = statement(
+    "comparison.expire",
+    """
+    UPDATE deletions SET due_at = now()
+    WHERE store = 'vault' AND name = :name AND condemned_at IS NULL AND due_at > now()
+    """,
+)
+
+
+async def mark_expired(database: Database, missing: Difference) -> bool:
+    """Let the missing secret of an ended run expire now: a retry that would keep it is then refused. Whether it was marked."""
+    if missing.kind != "missing" or missing.store != "vault" or not (missing.owner or "").startswith("run "):
+        return False
+    async with database.connection() as connection:
+        return await connection.execute(EXPIRE, name=missing.name) == "UPDATE 1"
 
 
 @dataclass(frozen=True, slots=True)
