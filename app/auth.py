@@ -12,7 +12,7 @@ from sqlalchemy import bindparam, func, literal_column, or_, select
 
 from app.errors import Unauthorized
 from app.models import ApiKey
-from app.stores.database import Connection
+from app.stores.database import Connection, Database
 from app.stores.statements import statement
 
 _KEY = re.compile(rb"[A-Za-z0-9_-]{20,128}")
@@ -24,14 +24,16 @@ EVERYTHING = "*"
 # A key that is bound to a machine may have no other scopes: it belongs to an executor.
 EXECUTOR_SCOPES = frozenset({"runs:read", "runs:execute"})
 
-# Its own statement, before the body is read: the digest is looked up, so a comparison leaks nothing about a stored key.
+# Its own statement, before the body is read: the digests are looked up, so a comparison leaks nothing about a stored key.
 AUTHENTICATE = statement(
     "auth.authenticate",
-    select(ApiKey.id, ApiKey.organization_id, ApiKey.user_id, ApiKey.scopes, ApiKey.machine_id).where(
-        ApiKey.key_hash == bindparam("key_hash"),
-        ApiKey.revoked_at.is_(None),
-        or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()),
-    ),
+    """
+    SELECT api_keys.key_hash, api_keys.id, organization_id, user_id, scopes, machine_id
+    FROM unnest(:key_hashes::bytea[]) AS given (key_hash), LATERAL (
+        SELECT * FROM api_keys WHERE key_hash = given.key_hash OFFSET 0
+    ) AS api_keys
+    WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+    """,
 )
 
 STILL_VALID = statement(
@@ -122,12 +124,15 @@ def bearer(header: bytes | None) -> bytes:
     return key.strip()
 
 
-async def authenticate(connection: Connection, key: bytes) -> Principal:
-    """Raises Unauthorized for a key that is unknown, expired or revoked."""
-    row = await connection.fetchrow(AUTHENTICATE, key_hash=digest(key))
-    if row is None:
-        raise Unauthorized
-    return Principal(*row.values())
+async def find_principals(database: Database, key_hashes: Sequence[bytes]) -> list[Principal | None]:
+    """Who has these keys, by their digests; None for one that is unknown, expired or revoked."""
+    async with database.connection() as connection:
+        rows = await connection.fetch(AUTHENTICATE, key_hashes=list(set(key_hashes)))
+    known = {}
+    for row in rows:
+        key_hash, *rest = row.values()
+        known[key_hash] = Principal(*rest)
+    return [known.get(key_hash) for key_hash in key_hashes]
 
 
 async def still_valid(connection: Connection, principal: Principal) -> None:

@@ -24,6 +24,8 @@ Refusal
 │   ├── AttemptChanged             attempt_changed
 │   ├── SensitiveInputsExpired     sensitive_inputs_expired
 │   ├── InputAttachmentsExpired    input_attachments_expired
+│   ├── MachineDeleted             machine_deleted
+│   ├── PoolDeleted                pool_deleted
 │   ├── RetryTooSoon               retry_too_soon, with Retry-After
 │   ├── InvalidTransition          invalid_transition
 │   ├── AttemptSuperseded          attempt_superseded
@@ -283,6 +285,22 @@ class SensitiveInputsExpired(Conflict):
 class InputAttachmentsExpired(Conflict):
     code = "input_attachments_expired"
     detail = "An input attachment of the run has expired; send file_inputs with the files, or [] to go on without."
+
+
+class MachineDeleted(Conflict):
+    code = "machine_deleted"
+    detail = (
+        "The machine that this run was pinned to was deleted; nothing was changed. Send machine_id, or pool_ids"
+        " ([] for any machine)."
+    )
+
+
+class PoolDeleted(Conflict):
+    code = "pool_deleted"
+    detail = (
+        "A pool that this run was limited to was deleted; nothing was changed. Send pool_ids ([] for any machine),"
+        " or machine_id."
+    )
 
 
 class RetryTooSoon(Conflict):

@@ -32,17 +32,19 @@ def record(
     changed: str = "'{}'",
     by: str = "NULL",
     bulk_retry_id: str = "NULL",
+    actor: str = ":key_id::uuid, :user_id::uuid, :request_id::text, :reason::text",
 ) -> str:
     """Part of a statement that changes runs: SQL for an event of each row of `source` (id, organization_id, attempt).
 
-    The other arguments are SQL expressions. Its parameters are those of `Actor.parameters`. Names of changed fields only.
+    The other arguments are SQL expressions. Its parameters are those of `Actor.parameters`, unless
+    `actor` says otherwise. Names of changed fields only.
     Without `by` the event was made by a request if it has a key, else by the service.
     """
     return f"""
         INSERT INTO run_events (organization_id, run_id, attempt, event, from_status, to_status,
                                 key_id, user_id, request_id, reason, changed, by, bulk_retry_id)
         SELECT organization_id, id, {attempt}, {event}, {from_status}, {to_status},
-               :key_id::uuid, :user_id::uuid, :request_id::text, :reason::text, {changed}, {by}, {bulk_retry_id}
+               {actor}, {changed}, {by}, {bulk_retry_id}
         FROM {source}
     """
 

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 from uuid import UUID
 
-from sqlalchemy import CTE, BigInteger, LargeBinary, bindparam, case, func, insert, literal_column, select
-
 from app.auth import Actor, Principal
 from app.errors import IdempotencyInProgress, Invalid, NotFound, Refusal
-from app.models import IdempotencyKey
 from app.quotas import Standing
 from app.services import Services
 from app.stores import replies
 from app.stores.database import Connection, Database, Deadlock, LockTimeout, StatementTimeout, UniqueViolation
-from app.stores.statements import fragment, statement
+from app.stores.statements import statement
 from app.telemetry import metrics
 
 T = TypeVar("T")
@@ -56,40 +53,14 @@ FREE = statement(
 )
 
 
-def store_reply(shown: CTE, *, status: int) -> CTE:
-    """Part of a statement that makes its own reply: store `body` and `ids` of `shown` under `:key`, if there is one.
-
-    Its parameters are organization_id, key, fingerprint, ttl_seconds, and most_bytes: of a longer body only the ids are kept.
-    """
-    key = bindparam("key", type_=IdempotencyKey.key.type)
-    body = literal_column("body", LargeBinary)
-    fits = func.octet_length(body) <= bindparam("most_bytes", type_=BigInteger)
-    return (
-        insert(IdempotencyKey)
-        .from_select(
-            [
-                IdempotencyKey.organization_id,
-                IdempotencyKey.key,
-                IdempotencyKey.fingerprint,
-                IdempotencyKey.status,
-                IdempotencyKey.body,
-                IdempotencyKey.ids,
-                IdempotencyKey.expires_at,
-            ],
-            select(
-                bindparam("organization_id", type_=IdempotencyKey.organization_id.type),
-                key,
-                bindparam("fingerprint", type_=IdempotencyKey.fingerprint.type),
-                literal_column(str(status)),
-                case((fits, body), else_=literal_column("''::bytea")),
-                literal_column("ids"),
-                func.now() + fragment("make_interval(secs => :ttl_seconds)"),
-            )
-            .select_from(shown)
-            .where(key.is_not(None)),
-        )
-        .cte("stored")
-    )
+# Part of a statement that makes its own replies: store those of `shown` that have a key; of a longer body only the ids.
+STORED = """
+    INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, ids, expires_at)
+    SELECT organization_id, key, fingerprint, http_status,
+           CASE WHEN octet_length(body) <= most_bytes THEN body ELSE ''::bytea END, ids,
+           now() + make_interval(secs => :ttl_seconds)
+    FROM shown WHERE key IS NOT NULL
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,20 +163,34 @@ async def find(connection: Connection, write: WriteRequest, resource: Resource |
 async def check_or_replay(
     services: Services, write: WriteRequest, resource: Resource, check: Callable[[Connection], Awaitable[T]]
 ) -> Reply | T:
+    """As `unless_replayed`, for a check that needs a connection."""
+
+    async def connected() -> T:
+        async with services.database.connection() as connection:
+            return await check(connection)
+
+    return await unless_replayed(services, write, resource, connected)
+
+
+async def unless_replayed(
+    services: Services, write: WriteRequest, resource: Resource, check: Callable[[], Awaitable[T]]
+) -> Reply | T:
     """What `check` returns, or the reply to replay: for requests that write outside before they come to `once`.
 
     The check comes first. What refuses a resend may be the effect of the first request, and whoever has seen the effect
     finds the reply, which was committed with it; the other way round a commit could fall in between.
     """
+    try:
+        seen = await check()
+    except Refusal as refusal:
+        if refusal.status >= 500:
+            raise
+        return await _replay(services, write, resource, refusal)
+    if write.key is None:
+        return seen
     async with services.database.connection() as connection:
-        try:
-            seen = await check(connection)
-        except Refusal:
-            if (stored := await find(connection, write, resource)) is None:
-                raise
-            return stored
         stored = await find(connection, write, resource)
-        return seen if stored is None else stored
+    return seen if stored is None else stored
 
 
 async def once(
@@ -284,6 +269,8 @@ async def attempt_or_replay(
 
 
 async def _replay(services: Services, write: WriteRequest, resource: Resource | None, otherwise: Refusal) -> Reply:
+    if write.key is None:
+        raise otherwise
     async with services.database.connection() as connection:
         stored = await find(connection, write, resource)
     if stored is None:

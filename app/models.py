@@ -292,6 +292,7 @@ class Run(Base):
     claim: Mapped[UUID | None]
     claim_attempt: Mapped[int | None]
     pinned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
+    pin_is_deleted: Mapped[bool] = mapped_column(server_default=text("false"))  # the machine that it was pinned to
     assigned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
     awaited_since: Mapped[datetime | None]  # since when its machine is expected to begin it; null: no longer
     pool_ids: Mapped[list[UUID] | None]

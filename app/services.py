@@ -3,25 +3,50 @@
 It knows no background task: that one is built from the same services.
 """
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Self
 
+from app.auth import Principal, digest, find_principals
 from app.config import Settings
+from app.errors import Unauthorized
 from app.in_flight import Budget
 from app.last_used import KeysUsed
 from app.quotas import RunQuotas
 from app.signs_of_life import SignsOfLife
-from app.stores.database import Database
+from app.stores.database import Database, may_be_of_others
 from app.stores.files import FileStore
 from app.stores.replies import StoredReplies
 from app.stores.vault import SHOWING_SLOTS, SecretStore
+from app.together import Together
 from app.wakeups import Wakeups
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """What requests do together when they meet: each is one statement."""
+
+    authenticate: Together[bytes, Principal | None]
+    read: Together[Any, Any]
+    switch: Together[Any, bytes | None]
+    switch_staged: Together[Any, bytes | None]
+    stage_names: Together[Any, None]
+
+    @classmethod
+    def open(cls) -> Self:
+        return cls(*(Together(one.name, may_be_of_others) for one in fields(cls)))
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        for one in fields(self):
+            await getattr(self, one.name).close()
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse and to see signing
-    secrets, the keys that they use, how much of their replies is kept, the quotas on runs, and machines' signs of life."""
+    secrets, the keys that they use, how much of their replies is kept, the quotas on runs, machines' signs of life, and
+    what they do together."""
 
     settings: Settings
     database: Database
@@ -35,6 +60,7 @@ class Services:
     replies: StoredReplies
     run_quotas: RunQuotas | None
     signs_of_life: SignsOfLife
+    together: Sets
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -56,10 +82,21 @@ class Services:
             ),
             RunQuotas.of(settings),
             SignsOfLife(settings.machine_silence_seconds),
+            Sets.open(),
         )
 
     async def close(self) -> None:
         """Wait for the calls under way, and close the connections."""
+        await self.together.close()
         await self.secrets.close()
         await self.files.close()
         self.database.close()
+
+
+async def authenticate(services: Services, key: bytes, address: str) -> Principal:
+    """Who calls, from this address. Raises Unauthorized for a key that is unknown, expired or revoked."""
+    known = partial(find_principals, services.database)
+    principal = await services.together.authenticate(known, digest(key), address)
+    if principal is None:
+        raise Unauthorized
+    return principal

@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tests.support.client import Client, file_input
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_database
+from tests.support.waiting import until
 
 PAIRS = 120 * (1 + int(os.environ.get("SOAK", "0")))
 
@@ -316,3 +318,141 @@ def test_a_refusal_says_what_a_program_can_use(stack: Stack, api: Client) -> Non
     name = "(SELECT secret_path FROM runs WHERE id::text = $1)"
     stack.sql(f"UPDATE deletions SET condemned_at = now() WHERE name = {name}", run["id"])
     assert api.retry(run["id"]).json()["names"] == ["a", "b"]
+
+
+# --- what a run keeps, over all states --------------------------------------------------------------------------------
+
+KEPT: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "secret": {"sensitive_input_values": {"password": "x"}},
+    "file": {"file_inputs": [file_input()]},
+    "both": {"sensitive_input_values": {"password": "x"}, "file_inputs": [file_input()]},
+}
+EXPIRE = {
+    "secret": "UPDATE deletions SET due_at = now() WHERE name = (SELECT secret_path FROM runs WHERE id::text = $1)",
+    "file": "UPDATE run_attachments SET expires_at = now() - interval '1 s' WHERE run_id::text = $1",
+}
+
+
+@pytest.mark.parametrize("has_expired", [False, True])
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("state", ["scheduling", "running", "success", "error", "cancelled"])
+def test_a_dry_run_and_the_retry_say_the_same_of_what_is_kept(
+    quiet_server: Server, stack: Stack, state: str, kept: str, *, has_expired: bool
+) -> None:
+    with quiet_server.client() as api:
+        run_id = api.run(**KEPT[kept])["id"]
+        if state not in ("scheduling", "cancelled"):
+            api.report(run_id, status="running")
+        if state not in ("scheduling", "running"):
+            api.report(run_id, status=state)
+        for what, expire in EXPIRE.items() if has_expired else ():
+            if kept in (what, "both"):
+                stack.sql(expire, run_id)
+        found = dry(api, run_id)
+        retried = api.retry(run_id)
+        wanted = []
+        if state in ("scheduling", "running"):
+            wanted = ["run_not_terminal"]
+        elif has_expired:
+            wanted = {
+                "nothing": [],
+                "secret": ["sensitive_inputs_expired"],
+                "file": ["input_attachments_expired"],
+                "both": ["sensitive_inputs_expired", "input_attachments_expired"],
+            }[kept]
+        assert [refusal["code"] for refusal in found["refusals"]] == wanted
+        assert (retried.status_code, retried.json().get("code")) == ((409, wanted[0]) if wanted else (200, None))
+
+
+# --- targets that are gone --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", ["machine", "pool"])
+def test_a_run_whose_target_was_deleted_is_not_sent_elsewhere(api: Client, gone: str) -> None:
+    other = api.machine()
+    target = api.machine() if gone == "machine" else api.pool(api.machine())
+    wish: dict[str, Any] = {"machine_id": target} if gone == "machine" else {"pool_ids": [target]}
+    runs = [api.finished("error", **wish)["id"] for _ in range(4)]
+    assert api.delete(f"/v1/{gone}s/{target}").status_code == 204
+    for run_id in runs[:2]:
+        for answer in (api.retry(run_id), api.retry(run_id, is_priority=True), api.retry(run_id, file_inputs=[])):
+            assert (answer.status_code, answer.json()["code"]) == (409, f"{gone}_deleted")
+            assert "pool_ids" in answer.json()["detail"]
+        assert [refusal["code"] for refusal in dry(api, run_id)["refusals"]] == [f"{gone}_deleted"]
+        assert api.get_run(run_id)["machine_id"] in (None, api.get_run(run_id)["assigned_machine_id"])
+    anywhere = api.json_of(api.retry(runs[0], pool_ids=[]))
+    pinned = api.json_of(api.retry(runs[1], machine_id=other))
+    assert (anywhere["attempt"], pinned["attempt"], pinned["machine_id"]) == (2, 2, other)
+    # What was sent anew is what the run has from now on.
+    for run_id in runs[:2]:
+        api.report(run_id, status="cancelled")
+        assert dry(api, run_id)["refusals"] == []
+        assert api.json_of(api.retry(run_id))["attempt"] == 3
+
+
+def test_a_live_session_decides_although_the_target_was_deleted(api: Client) -> None:
+    pinned, reserved = api.machine(status="disconnected"), api.machine()
+    first = api.run(start_session=True, machine_id=reserved)["id"]
+    until(lambda: api.get_run(first)["assigned_machine_id"] == reserved)
+    run_id = api.run(session_id=first, machine_id=pinned)["id"]
+    api.report(run_id, status="cancelled")
+    assert api.delete(f"/v1/machines/{pinned}").status_code == 204
+    assert dry(api, run_id)["refusals"] == []
+    assert [refusal["code"] for refusal in dry(api, run_id, reuse_session=False)["refusals"]] == ["machine_deleted"]
+    assert api.retry(run_id, reuse_session=False).json()["code"] == "machine_deleted"
+    assert api.json_of(api.retry(run_id))["machine_id"] == reserved
+
+
+def test_a_run_that_the_deletion_of_its_machine_ended(api: Client) -> None:
+    machine = api.machine()
+    run_id = api.run(machine_id=machine)["id"]
+    assert api.delete(f"/v1/machines/{machine}").status_code == 204
+    assert api.get_run(run_id)["status"] == "error"
+    assert api.retry(run_id).json()["code"] == "machine_deleted"
+
+
+def test_what_is_anothers_looks_like_what_does_not_exist(api: Client, foreign: Client) -> None:
+    run_id = api.finished("error")["id"]
+    busy = foreign.machine()
+    session = foreign.run(start_session=True, machine_id=busy)["id"]
+    until(lambda: foreign.get_run(session)["assigned_machine_id"] == busy)
+    there: dict[str, list[Any]] = {
+        "machine_id": [
+            busy,
+            foreign.machine(),
+            foreign.machine(status="disconnected"),
+            foreign.machine(is_available=False),
+        ],
+        "pool_ids": [[foreign.pool()], [foreign.pool(foreign.machine())]],
+        "session_id": [session],
+    }
+    for name, values in there.items():
+        for value in values:
+            unknown = [str(uuid4())] if isinstance(value, list) else str(uuid4())
+            seen, other = dry(api, run_id, **{name: value}), dry(api, run_id, **{name: unknown})
+            assert str(seen).replace(str(value), "?") == str(other).replace(str(unknown), "?"), (name, seen, other)
+
+
+def test_a_dry_run_sees_one_moment(api: Client, server: Server) -> None:
+    """Retried and ended again and again meanwhile: what it says of the attempt fits what it says of the status."""
+    run_id = api.finished("error")["id"]
+    stop = threading.Event()
+
+    def change() -> None:
+        with server.client(api.organization, key=api.headers["Authorization"].split()[1]) as other:
+            while not stop.is_set():
+                other.retry(run_id)
+                other.report(run_id, status="running")
+                other.report(run_id, status="error", error=["it broke"], output_data={"answer": 42})
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        for _ in range(40):
+            found = dry(api, run_id)
+            has_ended = [refusal["code"] for refusal in found["refusals"]] != ["run_not_terminal"]
+            assert found["cleared"]["error"] == found["cleared"]["outputs"] == has_ended, found
+    finally:
+        stop.set()
+        changing.join()

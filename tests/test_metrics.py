@@ -46,6 +46,7 @@ PROMISED: dict[str, set[str]] = {
     "runs_pool_wait_seconds": set(),
     "runs_clock_offset_seconds": set(),
     "runs_commits_given_up_total": set(),
+    "runs_set_size": {"what"},
     "runs_idempotency_total": {"outcome"},
     "runs_in_flight_bytes": set(),
     "runs_background_last_success_timestamp_seconds": {"loop"},
@@ -102,7 +103,10 @@ def test_a_life_cycle_shows_in_every_metric_and_no_id_does(own: Stack) -> None:
                 seen.total("runs_store_call_duration_seconds_count", store="vault", operation="write", outcome="ok")
                 == 1
             )
-            assert seen.total("db_client_operation_duration_seconds_count", db_query_summary="runs.retry.switch") == 1
+            assert (
+                seen.total("db_client_operation_duration_seconds_count", db_query_summary="runs.retry.switch_staged")
+                == 1
+            )
             waits = seen.value("runs_pool_wait_seconds_count") or 0
             assert waits >= seen.total(REQUESTS, http_route=RETRY)
             assert 0 < (seen.value("runs_pool_wait_seconds_bucket", le="0.001") or 0) <= waits

@@ -120,6 +120,8 @@ def test_the_retry_names_all_of_its_refusals(document: Document) -> None:
         "attempt_changed",
         "sensitive_inputs_expired",
         "input_attachments_expired",
+        "machine_deleted",
+        "pool_deleted",
         "retry_too_soon",
         "idempotency_in_progress",
     }

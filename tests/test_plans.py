@@ -33,6 +33,7 @@ from app.resources.workflows import get_seen
 from app.runs import queue
 from app.runs.attachments import list_attachments
 from app.runs.listing import FIELDS, Order, RunFilter, Search, bits, list_runs
+from app.runs.retry_statements import COLUMNS
 from app.scheduling.placement import Pass, place
 from app.stores.database import Database
 from app.stores.pages import Slice
@@ -302,8 +303,26 @@ SAMPLES: dict[str, Any] = {
 }
 
 _FILES = {"ids": some("output", 10_010, 10_020)}
+# Two of one set, far from each other in the tables.
+_RETRIED: dict[str, Any] = {
+    **{f"{name}s": [None, None] for name in COLUMNS},
+    "run_ids": [ENDED, an_id("run", 30_011)],
+    "organization_ids": ["big"] * 2,
+    "key_ids": [an_id("key", 1)] * 2,
+    "bys": ["request"] * 2,
+    "overriddens": ["{}"] * 2,
+    "lanes": ["any"] * 2,
+    "queue_ranks": [1] * 2,
+    "is_prioritys": [False] * 2,
+    "keys": ["a key", "another key"],
+    "fingerprints": [b"x"] * 2,
+    "most_bytess": [2**16] * 2,
+    "waiting_seens": [100] * 2,
+    "organization_rooms": [10**6] * 2,
+    "key_rooms": [10**6] * 2,
+}
 _NEW_FILE: dict[str, Any] = {
-    "ids": [uuid4()],
+    "file_ids": [uuid4()],
     "filenames": ["a"],
     "content_types": ["text/plain"],
     "sizes": [5],
@@ -332,7 +351,6 @@ OWN: dict[str, dict[str, Any]] = {
     "attachments.insert": {"run_id": RUNNING},
     "attachments.rows": _FILES,
     "attachments.still_expired": {"ids": some("output", 10_000, 10_100)},
-    "auth.authenticate": {"key_hash": sha256(b"101").digest()},
     "bulk.decide": {
         "places": [9_000, 9_002],
         "outcomes": ["retried", "skipped"],
@@ -364,6 +382,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bulk.rows": {"ids": some("bulk")},
     "bulk.read_listed": _CHOICE,
     "bulk.store_listed": {**_CHOICE, **_JOB},
+    "auth.authenticate": {"key_hashes": [sha256(b"101").digest(), sha256(b"103").digest()]},
     "channels.tell": {"channels": ["placement"], "messages": ["big"]},
     "comparison.endpoints": {"after": UUID(int=0)},
     "comparison.endpoints_again": {"ids": some("endpoint")},
@@ -374,7 +393,6 @@ OWN: dict[str, dict[str, Any]] = {
     "comparison.unnamed_files": {"names": ["big/nobody's"]},
     "comparison.unnamed_secrets": {"names": ["runs/big/nobody's"], "run_ids": [ENDED]},
     "deletions.due": {"names": ["runs/big/101", "new"]},
-    "deletions.reclaim": {"name": "runs/big/101"},
     "deletions.stage": {"names": ["new 1", "new 2"]},
     "events.after": {"xact": 200, "id": 0},
     "events.of_run": {"xact": 0, "id": 0},
@@ -455,8 +473,22 @@ OWN: dict[str, dict[str, Any]] = {
         "starts": True,
         "started_at": datetime.now(UTC),
     },
-    "runs.staging.attach": {**_NEW_FILE, "run_ids": [WAITING]},
-    "runs.retry.switch_staged": {**_NEW_FILE, "run_ids": [ENDED]},
+    "runs.staging.attach": {**_NEW_FILE, "file_run_ids": [WAITING]},
+    "runs.retry.read": {"run_ids": [ENDED, *SOME_RUNS], "organization_ids": ["big"] * 3, "session_ids": [None] * 3},
+    "runs.retry.switch": _RETRIED,
+    "runs.retry.switch_staged": _RETRIED
+    | _NEW_FILE
+    | {
+        "file_run_ids": [ENDED],
+        "machine_ids": [an_id("machine", 101), None],
+        "name_counts": [2, 0],
+        "name_places": [1, 1],
+        "names_are_kept": [False, False],
+        "sensitive_input_aliasess": [b"{}", None],
+        "secret_paths": ["runs/big/new", None],
+        "replaces_inputss": [True, False],
+        "input_idss": ["{}", None],
+    },
     "setup.fits": {"names": ["jit"]},
     "signs_of_life.write": {"organization_ids": ["big"] * 2, "ages": [0.0] * 2},
     "silence.disconnect": {"reservations": []},
@@ -546,8 +578,8 @@ MORE: dict[str, tuple[int, str]] = {
     "runs.lock_by.workflow_id": (1_600, "a batch of 200; all 1,300 runs of the workflow, if statistics expect few"),
     "runs.outputs.prune": (1_500, "a batch of 200"),
     "runs.queue.lanes": (15_000, "2,000 lanes, and 200 of them closely"),
-    "runs.retry.switch": (150, "a run in nine indexes, its attempt, outputs, files and events"),
-    "runs.retry.switch_staged": (190, "as runs.retry.switch, with new files and names"),
+    "runs.retry.switch": (300, "two runs, each in nine indexes, its attempt, outputs, files and events"),
+    "runs.retry.switch_staged": (380, "as runs.retry.switch, with new files and names"),
     "webhooks.prune": (700, "a batch of 64, and what belongs to each"),
     "workflows.used": (5_500, "the runs of one machine or of one workflow"),
 }
@@ -702,7 +734,8 @@ class Planner:
         """A value for each parameter. Raises KeyError for one without."""
         given = SAMPLES | OWN.get(statement.name, {})
         if statement.name in ("runs.retry.switch", "runs.retry.switch_staged"):
-            given["version"] = await self.driver.fetchval("SELECT xmin::text FROM runs WHERE id = $1", ENDED)
+            version = "SELECT xmin::text FROM runs WHERE id = $1"
+            given["versions"] = [await self.driver.fetchval(version, run_id) for run_id in given["run_ids"]]
         return {name: given[name] for name in statement.parameters}
 
     async def blocks(self, statement: Statement, values: dict[str, Any]) -> tuple[dict[str, int], str]:

@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import in_flight
-from app.api.limits import Limits
-from app.auth import Principal, authenticate, bearer
+from app.api.limits import Limits, address
+from app.auth import Principal, bearer
 from app.errors import (
     IncompleteRequest,
     InternalError,
@@ -31,7 +31,7 @@ from app.errors import (
     Unavailable,
 )
 from app.quotas import Standing, fields
-from app.services import Services
+from app.services import Services, authenticate
 from app.stores.pool import party
 from app.telemetry import metrics, tracing
 from app.telemetry.logs import describe
@@ -148,9 +148,7 @@ async def _authenticate(exchange: "_Exchange", services: Services, limits: Limit
         key = bearer(exchange.only_header(b"authorization"))
         if strangers is not None:
             strangers.check(exchange.scope, key)
-        party.set("")  # not that of an earlier request on this connection
-        async with services.database.connection() as connection:
-            principal = await authenticate(connection, key)
+        principal = await authenticate(services, key, address(exchange.scope))
     except Unauthorized:
         if strangers is None:
             raise

@@ -14,7 +14,7 @@ from app.auth import Principal
 from app.bulk import choosing, jobs
 from app.errors import Invalid, Refusal
 from app.runs.dry_run import placement
-from app.runs.retry import Next, decide
+from app.runs.retry_rules import Next, decide
 from app.runs.retry_statements import READ
 from app.scheduling.targets import check_targets
 from app.schemas.bulk import BulkRetryCreate, BulkRetryOverrides
@@ -71,7 +71,9 @@ async def dry_run(services: Services, principal: Principal, options: BulkRetryCr
 async def _decide(
     services: Services, connection: Connection, organization_id: str, row: Record, changes: RunRetry
 ) -> Next | Refusal:
-    run = await connection.fetchrow(READ, run_id=row["run_id"], organization_id=organization_id)
+    run = await connection.fetchrow(
+        READ, run_ids=[row["run_id"]], organization_ids=[organization_id], session_ids=[changes.session_id]
+    )
     decided = decide(
         run,
         changes,
@@ -79,7 +81,9 @@ async def _decide(
         expected_attempt=row["attempt"],
         cooldown_seconds=services.settings.retry_cooldown_seconds,
     )
-    return decided[0] if isinstance(decided, list) else decided
+    if decided.following is None or decided.refusals:
+        return decided.refusals[0]
+    return decided.following
 
 
 def _sentence(refusal: Refusal) -> str:

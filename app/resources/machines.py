@@ -305,7 +305,8 @@ DETACH = statement(
     "machines.delete.detach",
     f"""
     UPDATE runs SET assigned_machine_id = nullif(assigned_machine_id, :machine_id),
-                    pinned_machine_id = nullif(pinned_machine_id, :machine_id)
+                    pinned_machine_id = nullif(pinned_machine_id, :machine_id),
+                    pin_is_deleted = pin_is_deleted OR pinned_machine_id IS NOT DISTINCT FROM :machine_id
     WHERE {by_id("runs", "run_ids")}
     """,
 )

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam
 from sqlalchemy import delete as delete_from
 
 from app.auth import SEEN, Principal
@@ -22,7 +22,7 @@ from app.errors import (
     RunNotFound,
 )
 from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
-from app.models import TERMINAL, Run, RunAttachment, RunStatus
+from app.models import TERMINAL, RunAttachment, RunStatus
 from app.runs import fences, projection, replays, staging
 from app.schemas.attachments import AttachmentType, RunAttachmentCreate, RunAttachmentUpdate
 from app.services import Services
@@ -212,19 +212,14 @@ def _accepting(run: Record | None, options: fences.Fenced) -> int:
 
 # --- change and delete ------------------------------------------------------------------------------------------------
 
+# Its lock, as a new version of its row: a retry that has read the run's files before does not take effect then.
 LOCK_RUN_OF = statement(
     "attachments.lock_run_of",
-    select(Run.id)
-    .where(
-        Run.id
-        == select(RunAttachment.run_id)
-        .where(
-            RunAttachment.id == bindparam("attachment_id"),
-            RunAttachment.organization_id == bindparam("organization_id"),
-        )
-        .scalar_subquery()
+    """
+    UPDATE runs SET attempt = attempt WHERE id = (
+        SELECT run_id FROM run_attachments WHERE id = :attachment_id AND organization_id = :organization_id
     )
-    .with_for_update(key_share=True),
+    """,
 )
 
 EXPIRE = statement(

@@ -4,19 +4,21 @@ Nothing is written or locked, and neither Vault nor the file store is asked. A r
 Quotas are not counted: what is left of them may be another a moment later.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
 import orjson
 
 from app.auth import Principal
-from app.errors import Invalid, Refusal, RunNotFound
+from app.errors import Invalid, MachineNotFound, PoolNotFound, Refusal, RunNotFound, SessionNotFound
 from app.runs import projection, staging
-from app.runs.retry import Next, decide, overridden, plan
+from app.runs.retry_rules import Next, decide, overridden
 from app.runs.retry_statements import READ
 from app.runs.sessions import refuse_contradictions
 from app.scheduling import rules
-from app.scheduling.targets import missing_targets
+from app.scheduling.targets import lane, missing_targets
 from app.schemas.runs import RunRetry
 from app.services import Services
 from app.stores.database import Connection, Record
@@ -90,28 +92,27 @@ async def dry_run(services: Services, principal: Principal, run_id: UUID, option
     refuse_contradictions(options.session_id, options.start_session)
     staging.check_sizes(services, options.sensitive_input_values, options.file_inputs)
     named = {"run_id": run_id, "organization_id": principal.organization_id}
-    async with services.database.connection() as connection:
-        run, seen = await connection.fetchrow(READ, **named), await connection.fetchrow(SEEN, **named)
-        if run is None or seen is None:
-            raise RunNotFound
+    new_session_id = uuid4()
+    async with services.database.transaction(snapshot=True) as connection:
+        run = await connection.fetchrow(
+            READ, run_ids=[run_id], organization_ids=[principal.organization_id], session_ids=[options.session_id]
+        )
+        seen = await connection.fetchrow(SEEN, **named)
         missing = await missing_targets(connection, principal.organization_id, options, lock=False)
-        new_session_id = uuid4()
-        cooldown_seconds = services.settings.retry_cooldown_seconds
         decided = decide(
             run,
             options,
             new_session_id=new_session_id,
             expected_attempt=options.expected_attempt,
-            cooldown_seconds=cooldown_seconds,
+            cooldown_seconds=services.settings.retry_cooldown_seconds,
             missing=missing,
         )
-        refusals = decided if isinstance(decided, list) else []
+        refusals, following = decided.refusals, decided.following
+        if run is None or seen is None or following is None:
+            raise RunNotFound
         if refusals and isinstance(refusals[0], Invalid):
             raise refusals[0]
-        if any(isinstance(refusal, Invalid) for refusal in refusals):  # an alias for which there is no session
-            options = options.model_copy(update={"session_alias": None})
-        following = plan(run, options, new_session_id)
-        placement = await _placement(connection, named, following)
+        placement = await _placement(connection, named, _unless_missing(following, missing))
     replaced = overridden(options)
     return {
         "run_id": str(run_id),
@@ -127,8 +128,27 @@ async def dry_run(services: Services, principal: Principal, run_id: UUID, option
         "kept": _kept(run, seen, following, replaced),
         "replaced": replaced,
         "secrets": _secrets(run, seen, options),
-        "placement": placement,
+        "placement": {
+            "pinned_machine_id": following.pinned_machine_id and str(following.pinned_machine_id),
+            "pool_ids": None if following.pool_ids is None else [str(pool_id) for pool_id in following.pool_ids],
+            **placement,
+        },
     }
+
+
+def _unless_missing(following: Next, missing: Sequence[Refusal]) -> Next:
+    """The same with ids that nobody has for what the organization does not have: another's machine, pool or session is looked
+    for as one that does not exist, so that the reply says nothing of it."""
+    gone = {type(refusal) for refusal in missing}
+    pinned, pool_ids, session = following.pinned_machine_id, following.pool_ids, following.session
+    if MachineNotFound in gone:
+        pinned = uuid4()
+    if PoolNotFound in gone:
+        pool_ids = [uuid4()]
+    if SessionNotFound in gone:
+        session = replace(session, id=uuid4())
+    new_lane, rank = lane(session.id, pinned, pool_ids, following.is_priority)
+    return Next(pinned, pool_ids, following.is_priority, session, new_lane, rank)
 
 
 def _shown(refusal: Refusal) -> dict[str, Any]:
@@ -179,8 +199,6 @@ async def _placement(connection: Connection, named: dict[str, Any], following: N
     found = dict(row or {})
     waits = found["reason"] == "waiting_for_session"
     return {
-        "pinned_machine_id": following.pinned_machine_id and str(following.pinned_machine_id),
-        "pool_ids": None if following.pool_ids is None else [str(pool_id) for pool_id in following.pool_ids],
         "session_machine_id": found["session_machine_id"],
         "eligible_machines": found["eligible_machines"],
         "expected_reason": "assigned" if found["eligible_machines"] and not waits else found["reason"],

@@ -6,10 +6,11 @@ commit, so that the last of it is given once. What is little for a bulk can be m
 """
 
 import time
-from collections.abc import Mapping
 from math import ceil
+from typing import NamedTuple
 
 from app.auth import Principal
+from app.errors import QuotaExceeded
 from app.quotas import Policy, RunQuotas, Standing, exceeded
 from app.scheduling import rules
 from app.stores.database import Connection, Record
@@ -24,15 +25,18 @@ TURNS = 64
 # What is left before that is shared out among so many keys and processes, for a second each.
 SHARES = 64
 
-_WAITING = f"""
-    SELECT w.queued_by_key_id FROM runs w WHERE w.organization_id = :organization_id AND {rules.waits("w")}
-    ORDER BY w.lane, w.queue_rank, w.queued_at, w.id LIMIT :waiting_seen::int
-"""
+
+def _waiting(organization_id: str, most: str) -> str:
+    return f"""
+    SELECT w.queued_by_key_id FROM runs w WHERE w.organization_id = {organization_id} AND {rules.waits("w")}
+    ORDER BY w.lane, w.queue_rank, w.queued_at, w.id LIMIT {most}
+    """
+
 
 COUNT = statement(
     "runs.quotas.count",
     f"""
-    WITH waiting AS MATERIALIZED ({_WAITING}), created AS MATERIALIZED (
+    WITH waiting AS MATERIALIZED ({_waiting(":organization_id", ":waiting_seen::int")}), created AS MATERIALIZED (
         SELECT c.created_at, c.queued_by_key_id FROM runs c
         WHERE c.organization_id = :organization_id AND c.created_at > now() - interval '60 s'
         ORDER BY c.created_at DESC, c.id DESC LIMIT :created_seen::int
@@ -55,19 +59,35 @@ BESIDE_OTHERS = statement(
 )
 ALONE = statement("runs.quotas.alone", "SELECT pg_advisory_xact_lock(1903259746, hashtext(:organization_id))")
 
-# Part of the statement that requeues a run: whether so few wait that nobody need take turns. Null: no quota.
-ROOM = f"""
-    CASE WHEN :waiting_seen::int IS NULL THEN true ELSE (
-        SELECT count(*) < :organization_room::int
-               AND count(*) FILTER (WHERE queued_by_key_id = :key_id::uuid) < :key_room::int
-        FROM ({_WAITING}) AS waiting
+
+def room_of(retry: str) -> str:
+    """Part of the statement that requeues runs: whether so few wait that this retry need not take turns. Null: no quota."""
+    return f"""
+    CASE WHEN {retry}.waiting_seen IS NULL THEN true ELSE (
+        SELECT count(*) < {retry}.organization_room
+               AND count(*) FILTER (WHERE queued_by_key_id = {retry}.key_id) < {retry}.key_room
+        FROM ({_waiting(f"{retry}.organization_id", f"{retry}.waiting_seen")}) AS waiting
     ) END
-"""
-NO_QUOTA: Mapping[str, int | None] = {"waiting_seen": None, "organization_room": None, "key_room": None}
+    """
 
 
-async def room(connection: Connection, quotas: RunQuotas | None, principal: Principal) -> Mapping[str, int | None]:
-    """The parameters of ROOM.
+class Room(NamedTuple):
+    """The columns of `room_of`."""
+
+    waiting_seen: int | None
+    organization_room: int
+    key_room: int
+
+    def after(self, organization: int, key: int) -> "Room":
+        """If so many more wait, of the organization and of the key."""
+        return self._replace(organization_room=self.organization_room - organization, key_room=self.key_room - key)
+
+
+NO_QUOTA = Room(None, 0, 0)
+
+
+async def room(connection: Connection, quotas: RunQuotas | None, principal: Principal) -> Room:
+    """The columns of `room_of`.
 
     Whoever retries many runs a second, far from the quota, is counted once in a while.
     """
@@ -86,11 +106,7 @@ async def room(connection: Connection, quotas: RunQuotas | None, principal: Prin
     if allowed:
         return NO_QUOTA
     most, key_most = _before_turns(quotas.organization_waiting), _before_turns(quotas.key_waiting)
-    return {
-        "waiting_seen": min(max(most, 0), LOOKED_AT) if quotas.key_waiting is None else LOOKED_AT,
-        "organization_room": most,
-        "key_room": key_most,
-    }
+    return Room(min(max(most, 0), LOOKED_AT) if quotas.key_waiting is None else LOOKED_AT, most, key_most)
 
 
 def _before_turns(policy: Policy | None, more: int = 1) -> int:
@@ -131,6 +147,31 @@ async def admit(
         await connection.execute(TAKE_TURN, organization_id=organization_id)
         standings, _ = await decide()
     return standings
+
+
+async def admit_some(
+    connection: Connection, quotas: RunQuotas | None, principal: Principal, wanted: int
+) -> tuple[int, tuple[Standing, ...], QuotaExceeded | None]:
+    """How many of so many may wait, until the transaction ends; as `admit`. What the others are refused with."""
+    try:
+        return wanted, await admit(connection, quotas, principal, waiting=wanted), None
+    except QuotaExceeded as refusal:
+        if wanted == 1 or quotas is None:
+            return 0, (), refusal
+    await connection.execute(ALONE, organization_id=principal.organization_id)
+    counted = await _count(connection, quotas, principal, 0)
+    left = min(
+        wanted if policy is None else max(policy.quota - used, 0)
+        for policy, used in (
+            (quotas.key_waiting, counted["key_waiting"]),
+            (quotas.organization_waiting, counted["organization_waiting"]),
+        )
+    )
+    try:
+        _standings(quotas, counted, left + 1, 0)
+    except QuotaExceeded as refusal:
+        return left, (), refusal
+    return wanted, (), None
 
 
 async def _count(connection: Connection, quotas: RunQuotas, principal: Principal, created: int) -> Record:

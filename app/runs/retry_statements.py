@@ -1,277 +1,401 @@
-"""The statements of a retry (retry.py): what the rules read of a run, and the switch that archives, clears and requeues it."""
+"""The statements of a retry (retry.py): what the rules read of runs, and the switch that archives, clears and requeues them.
 
-from collections.abc import Sequence
+Each takes many retries as arrays, one place for each, and is the same for one as for many. A row is looked up by its key for
+each place (LATERAL ... OFFSET 0) or by its ctid: joined with the arrays by a plan that was made while the tables were short,
+all of a table would be read.
+"""
 
-from sqlalchemy import (
-    CTE,
-    JSON,
-    Boolean,
-    ColumnElement,
-    Integer,
-    Text,
-    TextClause,
-    bindparam,
-    case,
-    cast,
-    delete,
-    exists,
-    func,
-    insert,
-    literal_column,
-    null,
-    or_,
-    select,
-    update,
-)
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import UUID
 
 from app.events import record
-from app.idempotency import store_reply
-from app.models import Deletion, Run, RunAttachment, RunAttempt, RunOutput
+from app.idempotency import STORED
 from app.runs import projection, quotas, staging
+from app.runs.retry_rules import Next, Retry, overridden
+from app.runs.staging import Staged
+from app.scheduling import rules
 from app.stores import deletions
-from app.stores.statements import Statement, constant, fragment, statement
+from app.stores.database import Connection, Record
+from app.stores.deletions import Name
+from app.stores.statements import Statement, json_bytes, statement
 
-_THE_RUN = (Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id"))
-_VERSION = literal_column("runs.xmin::text", Text)  # changes with every UPDATE of the row
-
-_INPUTS = (
-    select(func.count().label("count"), func.min(RunAttachment.expires_at).label("expires_first"))
-    .where(RunAttachment.run_id == Run.id, RunAttachment.attachment_type == constant("input"))
-    .lateral("inputs")
+# What may be long of what a run keeps: the reply shows it.
+_KEPT_OCTETS = " + ".join(
+    f"coalesce(octet_length(run.{name}::text), 0)"
+    for name in ("input_values", "sensitive_input_aliases", "main_prompt", "model_metadata")
 )
 
-# What may be long of what the run keeps: the reply shows it.
-_KEPT_OCTETS: ColumnElement[int] = sum(
-    (
-        func.coalesce(func.octet_length(cast(column, Text)), literal_column("0"))
-        for column in (Run.input_values, Run.sensitive_input_aliases, Run.main_prompt, Run.model_metadata)
-    ),
-    start=literal_column("0", Integer),
+_KEPT = (
+    "deletions WHERE store = 'vault' AND name = run.secret_path AND condemned_at IS NULL AND due_at > clock_timestamp()"
+)
+_POOL = "pools WHERE pools.id = kept.id AND pools.organization_id = run.organization_id"
+_SESSION_MACHINE = (
+    "machines WHERE reserved_session_id = coalesce(wanted.session_id, run.session_id)"
+    " AND machines.organization_id = run.organization_id"
 )
 
-# What the rules need to know of a run. Outputs and history are not read: a megabyte is never loaded to be cleared.
+# What the rules need to know of runs. Outputs and history are not read: a megabyte is never loaded to be cleared.
 READ = statement(
     "runs.retry.read",
-    select(
-        _VERSION.label("version"),
-        Run.attempt,
-        Run.status,
-        Run.pinned_machine_id,
-        Run.pool_ids,
-        Run.is_priority,
-        Run.session_id,
-        Run.session_alias,
-        Run.release_session_after,
-        Run.secret_path,
-        case((Run.secret_path.is_not(None), Run.sensitive_input_aliases)).label("sensitive_input_aliases"),
-        (
-            Run.secret_path.is_not(None)
-            & exists()
-            .where(
-                Deletion.store == constant("vault"),
-                Deletion.name == Run.secret_path,
-                Deletion.condemned_at.is_(None),
-                Deletion.due_at > func.clock_timestamp(),
-            )
-            .correlate(Run)
-        ).label("secret_is_kept"),
-        _INPUTS.c.count.label("input_count"),
-        func.coalesce(_INPUTS.c.expires_first <= func.clock_timestamp(), literal_column("false")).label(
-            "input_is_expired"
-        ),
-        Run.changed_at,
-        func.clock_timestamp().label("now"),
-        _KEPT_OCTETS.label("kept_octets"),
-    )
-    .select_from(Run)
-    .join(_INPUTS, literal_column("true"))
-    .where(*_THE_RUN),
+    f"""
+    SELECT wanted.place, run.version, run.attempt, run.status, run.pinned_machine_id, run.pin_is_deleted, run.pool_ids,
+           run.is_priority, run.session_id, run.session_alias, run.release_session_after, run.secret_path,
+           CASE WHEN run.secret_path IS NOT NULL THEN run.sensitive_input_aliases END AS sensitive_input_aliases,
+           run.secret_path IS NOT NULL AND {rules.exists(_KEPT)} AS secret_is_kept,
+           inputs.count AS input_count, inputs.expire_at AS inputs_expire_at,
+           coalesce(inputs.expire_at <= clock_timestamp(), false) AS input_is_expired,
+           cardinality(run.pool_ids) > 0 AND EXISTS (
+               SELECT FROM unnest(run.pool_ids) AS kept (id) WHERE NOT {rules.exists(_POOL)}
+           ) AS pool_is_deleted,
+           (run.pin_is_deleted OR cardinality(run.pool_ids) > 0) AND {rules.exists(_SESSION_MACHINE)} AS session_has_machine,
+           run.changed_at, clock_timestamp() AS now, {_KEPT_OCTETS} AS kept_octets
+    FROM unnest(:run_ids::uuid[], :organization_ids::text[], :session_ids::uuid[])
+        WITH ORDINALITY AS wanted (run_id, organization_id, session_id, place),
+    LATERAL (
+        SELECT xmin::text AS version, * FROM runs  -- xmin changes with every UPDATE of the row
+        WHERE id = wanted.run_id AND organization_id = wanted.organization_id OFFSET 0
+    ) AS run,
+    LATERAL (
+        SELECT count(*) AS count, min(expires_at) AS expire_at FROM run_attachments
+        WHERE run_id = run.id AND attachment_type = 'input'
+    ) AS inputs
+    """,
 )
 
 # A statement of its own: one that had to wait for a lock sees all other tables as they were when it began to wait.
-LOCK = statement("runs.retry.lock", select(Run.id).where(*_THE_RUN).with_for_update(key_share=True))
+LOCK = statement(
+    "runs.retry.lock",
+    "SELECT secret_path FROM runs WHERE id = :run_id AND organization_id = :organization_id FOR NO KEY UPDATE",
+)
 
-# A statement still sees what it removes, and not yet what takes its place.
-_AFTER = {
-    "output_data": "NULL",
-    "run_message_history": "NULL",
-    "usage_metadata": "NULL",
-    "output_attachment_ids": "'[]'::json",
-    "input_attachment_ids": f"coalesce(:input_ids::text[], {projection.RUN_COLUMNS['input_attachment_ids']})",
+# The arrays of every switch, and their types.
+COLUMNS = {
+    "run_id": "uuid",
+    "organization_id": "text",
+    "version": "text",
+    "key_id": "uuid",
+    "user_id": "uuid",
+    "request_id": "text",
+    "reason": "text",
+    "by": "text",
+    "bulk_retry_id": "uuid",
+    "overridden": "text",  # a list, as PostgreSQL writes it, like the other lists here: arrays of arrays have one length
+    "traceparent": "text",
+    "lane": "text",
+    "queue_rank": "smallint",
+    "pinned_machine_id": "uuid",
+    "pool_ids": "text",
+    "is_priority": "bool",
+    "session_id": "uuid",
+    "session_alias": "text",
+    "release_session_after": "bool",
+    "input_values": "json",
+    "inputs_expire_at": "timestamptz",  # of the input files that are kept
+    "key": "text",
+    "fingerprint": "bytea",
+    "most_bytes": "bigint",
+    "waiting_seen": "int",
+    "organization_room": "int",
+    "key_room": "int",
+}
+
+# Those of SWITCH_STAGED besides.
+STAGED_COLUMNS = {
+    "machine_id": "uuid",  # that it is to be pinned to
+    "name_count": "int",  # of its names in `held`
+    "sensitive_input_aliases": "json",
+    "secret_path": "text",
+    "replaces_inputs": "bool",
+    "input_ids": "text",
 }
 
 
-def _part(name: str, written: str) -> CTE:
-    """A part of the statement in SQL, which speaks of the others by their names."""
-    return fragment(written).columns().cte(name)
+def _switch_statement(
+    name: str,
+    columns: dict[str, str],
+    *,
+    first: str = "",
+    guard: str = "",
+    removed: str = "attachment_type = 'output'",
+    requeued: str = "",
+    input_ids: str = projection.RUN_COLUMNS["input_attachment_ids"],
+    also: Sequence[str] = (),
+) -> Statement:
+    """All that a retry does, for each run that is still in the version that the rules saw and that nobody else holds, if its
+    other guards hold: archive the attempt, list and remove the files that go, leave the outputs behind (a run has those of
+    its own attempt number), clear and requeue the run, record the event, make the reply and store it under the key.
 
-
-def _switch_statement(name: str, *guards: TextClause, first: Sequence[CTE] = (), also: Sequence[CTE] = ()) -> Statement:
-    """All that a retry always does, in one round trip, if the run is still in the version that the rules saw, and the guards
-    hold, which may look at what comes `first`: archive the attempt, list and remove the attachments that go, leave the outputs
-    behind (a run has those of its own attempt number), clear and requeue the run, record the event, make the reply and store
-    it under the key. What is done `also` must depend on `seen`, which is empty if nothing is to happen.
+    `first` comes before what is `seen`, and is for the guards; what is done `also` must depend on `seen`.
     """
-    archive = (
-        Run.id,
-        Run.attempt,
-        Run.status,
-        Run.error,
-        Run.error_code,
-        Run.assigned_machine_id,
-        Run.session_id,
-        Run.started_at,
-        Run.ended_at,
+    arrays = ", ".join(f":{name}s::{kind}[]" for name, kind in columns.items())
+    # A statement still sees what it removes, and not yet what takes its place.
+    after = {
+        "output_data": "NULL",
+        "run_message_history": "NULL",
+        "usage_metadata": "NULL",
+        "output_attachment_ids": "'[]'::json",
+        "input_attachment_ids": input_ids,
+    }
+    recorded = record(
+        "seen",
+        "'retried'",
+        attempt="attempt + 1",
+        from_status="status",
+        to_status="'scheduling'",
+        changed="overridden::text[]",
+        by="by",
+        bulk_retry_id="bulk_retry_id",
+        actor="key_id, user_id, request_id, reason",
     )
-    seen = (
-        select(*archive, Run.organization_id, Run.secret_path)
-        .where(*_THE_RUN, bindparam("version", type_=Text) == _VERSION, fragment(quotas.ROOM), *guards)
-        .with_for_update(key_share=True)
-        .cte("seen")
-        .prefix_with("MATERIALIZED")
+    return statement(
+        name,
+        f"""
+    WITH wanted AS (
+        SELECT * FROM unnest({arrays}) WITH ORDINALITY AS wanted ({", ".join(columns)}, place)
+    ), {first} seen AS MATERIALIZED (
+        SELECT wanted.*, run.* FROM wanted, LATERAL (
+            SELECT id, attempt, status, error, error_code, assigned_machine_id, session_id AS old_session_id,
+                   started_at, ended_at, secret_path AS old_secret_path, ctid AS tid
+            FROM runs
+            WHERE id = wanted.run_id AND organization_id = wanted.organization_id AND xmin::text = wanted.version
+            OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED
+        ) AS run
+        WHERE (inputs_expire_at IS NULL OR inputs_expire_at > clock_timestamp()) AND {quotas.room_of("wanted")} {guard}
+    ), archived AS (
+        INSERT INTO run_attempts (run_id, attempt, status, error, error_code, machine_id, session_id, started_at,
+                                  ended_at, retried_by_key_id, retried_by_user_id, retried_by, bulk_retry_id,
+                                  overridden, reason)
+        SELECT id, attempt, status, error, error_code, assigned_machine_id, old_session_id, started_at, ended_at,
+               key_id, user_id, by, bulk_retry_id, overridden::text[], reason
+        FROM seen
+    ), removed AS (
+        DELETE FROM run_attachments WHERE ctid = ANY (ARRAY(
+            SELECT file.tid FROM seen, LATERAL (
+                SELECT ctid AS tid FROM run_attachments WHERE run_id = seen.id AND {removed} OFFSET 0
+            ) AS file
+        ))
+        RETURNING storage_path
+    ), listed AS (
+        INSERT INTO deletions (store, name, due_at)
+        SELECT 'storage', storage_path, now() FROM removed WHERE storage_path IS NOT NULL
+    ), superseded AS (
+        UPDATE run_outputs SET is_superseded = true WHERE ctid = ANY (ARRAY(
+            SELECT output.tid FROM seen, LATERAL (
+                SELECT ctid AS tid FROM run_outputs WHERE run_id = seen.id AND attempt = seen.attempt OFFSET 0
+            ) AS output
+        ))
+    ), recorded AS ({recorded}), {"".join(f"{part}, " for part in also)} r AS (
+        UPDATE runs
+        SET status = 'scheduling', changed_at = clock_timestamp(), attempt = runs.attempt + 1, queued_at = clock_timestamp(),
+            queued_by_key_id = seen.key_id, traceparent = seen.traceparent,
+            lane = seen.lane, queue_rank = seen.queue_rank,
+            error = NULL, error_code = NULL, started_at = NULL, ended_at = NULL, reported_at = NULL, assigned_machine_id = NULL,
+            pinned_machine_id = seen.pinned_machine_id, pool_ids = coalesce(seen.pool_ids::uuid[], runs.pool_ids),
+            pin_is_deleted = runs.pin_is_deleted AND seen.pinned_machine_id IS NULL AND seen.pool_ids IS NULL,
+            is_priority = seen.is_priority, session_id = seen.session_id, session_alias = seen.session_alias,
+            release_session_after = seen.release_session_after,
+            input_values = coalesce(seen.input_values, runs.input_values) {requeued}
+        FROM seen WHERE runs.ctid = ANY (ARRAY(SELECT tid FROM seen)) AND runs.id = seen.id
+        RETURNING runs.*, seen.place, seen.key, seen.fingerprint, seen.most_bytes {", seen.input_ids" if also else ""}
+    ), shown AS MATERIALIZED (
+        SELECT r.place, r.organization_id, r.key, r.fingerprint, r.most_bytes, 200 AS http_status, ARRAY[r.id] AS ids,
+               {projection.document(after)} AS body
+        FROM r {projection.RUN_SOURCE}
+    ), stored AS ({STORED})
+    SELECT place, body FROM shown
+    """,
     )
-    # What follows is looked up by the key that was seen. Joined with it, by a plan that was made while the tables were empty,
-    # they would all be read.
-    run_id = select(seen.c.id).scalar_subquery()
-    attempt = select(seen.c.attempt).scalar_subquery()
-    archived = (
-        insert(RunAttempt)
-        .from_select(
-            [
-                RunAttempt.run_id,
-                RunAttempt.attempt,
-                RunAttempt.status,
-                RunAttempt.error,
-                RunAttempt.error_code,
-                RunAttempt.machine_id,
-                RunAttempt.session_id,
-                RunAttempt.started_at,
-                RunAttempt.ended_at,
-                RunAttempt.retried_by_key_id,
-                RunAttempt.retried_by_user_id,
-                RunAttempt.retried_by,
-                RunAttempt.bulk_retry_id,
-                RunAttempt.overridden,
-                RunAttempt.reason,
-            ],
-            select(
-                *(seen.c[column.key] for column in archive),
-                bindparam("key_id", type_=RunAttempt.retried_by_key_id.type),
-                bindparam("user_id", type_=RunAttempt.retried_by_user_id.type),
-                bindparam("by", type_=RunAttempt.retried_by.type),
-                bindparam("bulk_retry_id", type_=RunAttempt.bulk_retry_id.type),
-                bindparam("overridden", type_=RunAttempt.overridden.type),
-                bindparam("reason", type_=RunAttempt.reason.type),
-            ),
-        )
-        .cte("archived")
-    )
-    removed = (
-        delete(RunAttachment)
-        .where(
-            RunAttachment.run_id == run_id,
-            or_(RunAttachment.attachment_type == constant("output"), bindparam("replaces_inputs", type_=Boolean)),
-        )
-        .returning(RunAttachment.storage_path)
-        .cte("removed")
-    )
-    listed = (
-        insert(Deletion)
-        .from_select(
-            [Deletion.store, Deletion.name, Deletion.due_at],
-            select(constant("storage"), removed.c.storage_path, func.now()).where(removed.c.storage_path.is_not(None)),
-            include_defaults=False,
-        )
-        .cte("listed")
-    )
-    superseded = (
-        update(RunOutput)
-        .values(is_superseded=literal_column("true"))
-        .where(RunOutput.run_id == run_id, RunOutput.attempt == attempt)
-        .cte("superseded")
-    )
-    recorded = _part(
-        "recorded",
-        record(
-            "seen",
-            "'retried'",
-            attempt="attempt + 1",
-            from_status="status",
-            to_status="'scheduling'",
-            changed=":overridden::text[]",
-            by=":by::text",
-            bulk_retry_id=":bulk_retry_id::uuid",
-        ),
-    )
-    aliases = bindparam("sensitive_input_aliases", type_=JSON)
-    # A null override keeps what the run has.
-    requeued = (
-        update(Run)
-        .where(Run.id == run_id)
-        .values(
-            {
-                Run.status: constant("scheduling"),
-                Run.attempt: Run.attempt + literal_column("1"),
-                Run.queued_at: func.clock_timestamp(),
-                Run.queued_by_key_id: bindparam("key_id"),
-                Run.traceparent: bindparam("traceparent", type_=Run.traceparent.type),
-                Run.lane: bindparam("lane"),
-                Run.queue_rank: bindparam("queue_rank"),
-                Run.error: null(),
-                Run.error_code: null(),
-                Run.started_at: null(),
-                Run.ended_at: null(),
-                Run.reported_at: null(),
-                Run.changed_at: func.clock_timestamp(),
-                Run.assigned_machine_id: null(),
-                Run.pinned_machine_id: bindparam("pinned_machine_id"),
-                Run.pool_ids: func.coalesce(bindparam("pool_ids", type_=Run.pool_ids.type), Run.pool_ids),
-                Run.is_priority: bindparam("is_priority"),
-                Run.session_id: bindparam("session_id"),
-                Run.session_alias: bindparam("session_alias"),
-                Run.release_session_after: bindparam("release_session_after"),
-                Run.input_values: func.coalesce(bindparam("input_values", type_=JSON), Run.input_values),
-                Run.sensitive_input_aliases: func.coalesce(aliases, Run.sensitive_input_aliases),
-                Run.secret_path: case(
-                    (aliases.is_(None), Run.secret_path), else_=bindparam("secret_path", type_=Run.secret_path.type)
-                ),
-            }
-        )
-        .returning(Run)
-        .cte("r")
-    )
-    # Made here, and not by a statement after it, because it must be stored by the same one.
-    shown = (
-        select(fragment(f"{projection.document(_AFTER)} AS body, ARRAY[r.id] AS ids"))
-        .select_from(fragment(f"r {projection.RUN_SOURCE}"))
-        .add_cte(requeued)
-        .cte("shown")
-        .prefix_with("MATERIALIZED")
-    )
-    parts = [*first, seen, archived, removed, listed, superseded, recorded, *also, store_reply(shown, status=200)]
-    return statement(name, select(literal_column("body")).select_from(shown).add_cte(*parts))
 
 
-SWITCH = _switch_statement("runs.retry.switch")
+# A retry that only clears, changes what the run's row says, or keeps input files.
+SWITCH = _switch_statement("runs.retry.switch", COLUMNS)
 
-# The same, and what was staged becomes the run's: its names go off the list, a secret that it had goes on it, and its new files
-# are attached.
+# The same with guards for what is not in the run's row, each of which must be free: the names on the deletion list of what was
+# staged and of a secret that is kept, and the machine that it is to be pinned to. What was staged becomes the run's, and the
+# secret that it replaces is due.
 SWITCH_STAGED = _switch_statement(
     "runs.retry.switch_staged",
-    fragment("(SELECT count(*) FROM held) = cardinality(:names::text[])"),  # all are on the list, and none is condemned
-    first=[_part("held", deletions.HELD)],
+    COLUMNS | STAGED_COLUMNS,
+    first=f"held AS MATERIALIZED ({deletions.FREE}),",
+    guard="""
+        AND (SELECT count(*) FROM held WHERE held.place = wanted.place) = name_count
+        AND (machine_id IS NULL OR (SELECT true FROM (
+            SELECT id FROM machines
+            WHERE machines.id = wanted.machine_id AND machines.organization_id = wanted.organization_id
+            OFFSET 0 FOR KEY SHARE SKIP LOCKED
+        ) AS machine))
+    """,
+    removed="(attachment_type = 'output' OR seen.replaces_inputs)",
+    requeued="""
+            , sensitive_input_aliases = coalesce(seen.sensitive_input_aliases, runs.sensitive_input_aliases)
+            , secret_path = CASE WHEN seen.sensitive_input_aliases IS NULL THEN runs.secret_path ELSE seen.secret_path END
+    """,
+    input_ids=f"coalesce(r.input_ids::text[], {projection.RUN_COLUMNS['input_attachment_ids']})",
     also=[
-        _part(
-            "adopted",
-            "DELETE FROM deletions WHERE ctid = ANY (ARRAY(SELECT tid FROM held WHERE EXISTS (SELECT FROM seen)))",
-        ),
-        _part(
-            "due",
-            f"""
+        """adopted AS (
+            DELETE FROM deletions
+            WHERE ctid = ANY (ARRAY(SELECT held.tid FROM held JOIN seen ON seen.place = held.place))
+        )""",
+        f"""due AS (
             INSERT INTO deletions (store, name, due_at)
-            SELECT 'vault', secret_path, now() FROM seen WHERE secret_path IS NOT NULL {deletions.DUE_EARLIER}
-            """,
-        ),
-        _part("attached", f"{staging.ATTACHED} WHERE EXISTS (SELECT FROM seen)"),
+            SELECT 'vault', old_secret_path, now() FROM seen
+            WHERE old_secret_path IS NOT NULL AND sensitive_input_aliases IS NOT NULL ORDER BY old_secret_path
+            {deletions.DUE_EARLIER}
+        )""",
+        f"""attached AS (
+            {staging.attached("seen.organization_id", "seen.user_id")} JOIN seen ON seen.id = file.run_id
+        )""",
     ],
 )
+
+# --- their rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What the switch is to write, as the rules decided on `run`."""
+
+    retry: Retry
+    staged: Staged
+    run: Record
+    following: Next
+    room: quotas.Room = quotas.NO_QUOTA
+
+    @property
+    def run_id(self) -> UUID:
+        return self.retry.run_id
+
+    def is_plain(self) -> bool:
+        """Whether the run's row has all that it depends on."""
+        options = self.retry.options
+        keeps_or_replaces = self.run["secret_path"] is not None or options.sensitive_input_values is not None
+        return not keeps_or_replaces and options.file_inputs is None and options.machine_id is None
+
+    def names(self) -> list[tuple[Name, bool]]:
+        """What is to be taken off the deletion list, and whether it is kept."""
+        names = [(name, False) for name in self.staged.names()]
+        if self.retry.options.sensitive_input_values is None and self.run["secret_path"] is not None:
+            names.append((Name("vault", self.run["secret_path"]), True))
+        return names
+
+    def row(self) -> tuple[Any, ...]:
+        """In the order of COLUMNS."""
+        retry, run, following = self.retry, self.run, self.following
+        options, actor, session = retry.options, retry.actor, following.session
+        write = retry.write if retry.write is not None and retry.write.key is not None else None
+        return (
+            retry.run_id,
+            retry.organization_id,
+            run["version"],
+            actor.key_id,
+            actor.user_id,
+            actor.request_id,
+            actor.reason,
+            actor.by,
+            actor.bulk_retry_id,
+            _listed(overridden(options)),
+            retry.traceparent,
+            following.lane,
+            following.queue_rank,
+            following.pinned_machine_id,
+            None if options.pool_ids is None else _listed(options.pool_ids),
+            following.is_priority,
+            session.id,
+            session.alias,
+            session.release_after,
+            json_bytes(options.input_values),
+            run["inputs_expire_at"] if options.file_inputs is None else None,
+            None if write is None else write.key,
+            None if write is None else write.fingerprints[0],
+            0 if write is None else write.most_bytes,
+            *self.room,
+        )
+
+    def more(self) -> tuple[Any, ...]:
+        """In the order of STAGED_COLUMNS."""
+        options, staged = self.retry.options, self.staged
+        replaces_inputs = options.file_inputs is not None
+        return (
+            options.machine_id,
+            len(self.names()),
+            json_bytes(staged.aliases),
+            staged.secret_path,
+            replaces_inputs,
+            _listed(file.id for file in staged.files) if replaces_inputs else None,
+        )
+
+
+async def read(connection: Connection, retries: Sequence[Retry]) -> list[Record | None]:
+    rows = await connection.fetch(
+        READ,
+        run_ids=[one.run_id for one in retries],
+        organization_ids=[one.organization_id for one in retries],
+        session_ids=[one.options.session_id for one in retries],
+    )
+    return _in_order(rows, len(retries))
+
+
+async def write(connection: Connection, changes: Sequence[Change]) -> list[bytes | None]:
+    """The replies of those that have taken effect."""
+    plain = [change for change in changes if change.is_plain()]
+    staged = [change for change in changes if not change.is_plain()]
+    bodies: dict[UUID, bytes] = {}
+    if plain:
+        rows = await connection.fetch(SWITCH, **_arrays(COLUMNS, _rows(plain)), ttl_seconds=_ttl(plain))
+        bodies |= {plain[row["place"] - 1].run_id: row["body"] for row in rows}
+    if staged:
+        named = [(place, name, kept) for place, one in enumerate(staged, 1) for name, kept in one.names()]
+        named.sort(key=lambda entry: entry[1])  # one order everywhere: two writers of the same rows cannot deadlock
+        rows = await connection.fetch(
+            SWITCH_STAGED,
+            **_arrays(COLUMNS, _rows(staged)),
+            **_arrays(STAGED_COLUMNS, [one.more() for one in staged]),
+            ttl_seconds=_ttl(staged),
+            name_places=[place for place, _, _ in named],
+            stores=[name.store for _, name, _ in named],
+            names=[name.name for _, name, _ in named],
+            names_are_kept=[kept for _, _, kept in named],
+            **staging.columns({one.run_id: one.staged for one in staged}),
+        )
+        bodies |= {staged[row["place"] - 1].run_id: row["body"] for row in rows}
+    return [bodies.get(change.run_id) for change in changes]
+
+
+def _rows(changes: Sequence[Change]) -> list[tuple[Any, ...]]:
+    """Each counts those of its organization and its key that come before it, as if they waited already."""
+    before: dict[object, int] = {}
+    rows = []
+    for change in changes:
+        room, retry = change.room, change.retry
+        if room.waiting_seen is not None:
+            organization, key = before.get(retry.organization_id, 0), before.get(retry.actor.key_id, 0)
+            change = replace(change, room=room.after(organization, key))
+        before[retry.organization_id] = before.get(retry.organization_id, 0) + 1
+        before[retry.actor.key_id] = before.get(retry.actor.key_id, 0) + 1
+        rows.append(change.row())
+    return rows
+
+
+def _arrays(names: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
+    """The parameters of a statement by their columns."""
+    return {f"{name}s": list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def _in_order(rows: Iterable[Record], count: int) -> list[Record | None]:
+    """The row of each place; None where there is none."""
+    found: list[Record | None] = [None] * count
+    for row in rows:
+        found[row["place"] - 1] = row
+    return found
+
+
+def _listed(values: Iterable[object]) -> str:
+    """A list of plain words as PostgreSQL writes it."""
+    return "{" + ",".join(map(str, values)) + "}"
+
+
+def _ttl(changes: Sequence[Change]) -> int:
+    """How long replies are kept: the same for all that are stored."""
+    return max(0 if (write := change.retry.write) is None else write.ttl_seconds for change in changes)

@@ -37,7 +37,7 @@ def alias_needs_session(session: Session) -> Session:
     return session
 
 
-def next_session(run: Record, options: RunRetry, new_session_id: UUID) -> Session:
+def next_session(run: Record, options: RunRetry, new_session_id: UUID | None) -> Session:
     """The session of the next attempt; `new_session_id` is for start_session. release_session_after is applied last.
 
     Raises Invalid for an alias without a session.

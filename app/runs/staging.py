@@ -9,6 +9,7 @@ import mimetypes
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -92,9 +93,7 @@ async def stage(
     if names:
         deadline = time.monotonic() + services.settings.stage_timeout_seconds
         try:
-            async with services.database.connection() as connection:
-                with committing():
-                    await deletions.stage(connection, names, services.settings.stage_grace_seconds)
+            await services.together.stage_names(partial(_stage_names, services), names, organization_id)
         except OutcomeUnknown:
             raise DatabaseUnavailable from None  # at most names are listed that nothing was written under
         # Patience with a slot is for those whom others hold up: a request with many writes queues them here, where only the
@@ -122,6 +121,14 @@ async def stage(
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # one refusal is enough for one reply
     return planned
+
+
+async def _stage_names(services: Services, names: Sequence[Sequence[Name]]) -> list[None]:
+    async with services.database.connection() as connection:
+        with committing():
+            every = [name for some in names for name in some]
+            await deletions.stage(connection, every, services.settings.stage_grace_seconds)
+    return [None for _ in names]
 
 
 def plan(
@@ -158,25 +165,28 @@ def plan(
     return [one(run_id) for run_id in run_ids]
 
 
-# The rows of `files`.
-ATTACHED = """
+def attached(organization_id: str, user_id: str) -> str:
+    """SQL that makes rows of `file`, for whom these expressions say."""
+    return f"""
     INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type,
                                  size_bytes, storage_path, target_path, cleanup_imports_after_run)
-    SELECT file.id, file.run_id, :organization_id::text, :user_id::uuid, 'input', filename, content_type,
+    SELECT file.id, file.run_id, {organization_id}, {user_id}, 'input', filename, content_type,
            size_bytes, storage_path, target_path, cleanup
-    FROM unnest(:ids::uuid[], :run_ids::uuid[], :filenames::text[], :content_types::text[], :sizes::bigint[],
+    FROM unnest(:file_ids::uuid[], :file_run_ids::uuid[], :filenames::text[], :content_types::text[], :sizes::bigint[],
                 :storage_paths::text[], :target_paths::text[], :cleanups::bool[])
         AS file (id, run_id, filename, content_type, size_bytes, storage_path, target_path, cleanup)
-"""
-ATTACH = statement("runs.staging.attach", ATTACHED)
+    """
+
+
+ATTACH = statement("runs.staging.attach", attached(":organization_id::text", ":user_id::uuid"))
 
 
 def columns(staged: Mapping[UUID, Staged]) -> dict[str, list[Any]]:
-    """The parameters of ATTACHED, but for who attaches."""
+    """The parameters of `attached`, but for who attaches."""
     files = [(run_id, file) for run_id, one in staged.items() for file in one.files]
     return {
-        "ids": [file.id for _, file in files],
-        "run_ids": [run_id for run_id, _ in files],
+        "file_ids": [file.id for _, file in files],
+        "file_run_ids": [run_id for run_id, _ in files],
         "filenames": [file.filename for _, file in files],
         "content_types": [file.content_type for _, file in files],
         "sizes": [file.size for _, file in files],
@@ -195,5 +205,5 @@ async def adopt(
     """
     await deletions.adopt(connection, [name for one in staged.values() for name in one.names()])
     files = columns(staged)
-    if files["ids"]:
+    if files["file_ids"]:
         await connection.execute(ATTACH, organization_id=organization_id, user_id=user_id, **files)

@@ -87,6 +87,8 @@ async def _run(call: Callable[..., Awaitable[Any]], sql: Statement | str, values
     return found
 
 
+_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+
 # Names of what has none.
 _WORDS = {word: word for word in ("BEGIN", "COMMIT", "ROLLBACK", "SET", "SELECT", "INSERT", "UPDATE", "DELETE")}
 
@@ -159,6 +161,17 @@ def committing() -> Iterator[None]:
 
 
 READ_ONLY = "read_only"  # the kind of a failure: the server takes no writes, as a standby
+
+
+def may_be_of_others(error: Exception) -> bool:
+    """Whether what one statement did for several callers can go well for each of them alone: PostgreSQL or the connection
+    refused it, and nothing was committed."""
+    if isinstance(error, (OutcomeUnknown, Unreachable, setup.Unfit)):
+        return False
+    if isinstance(error, DatabaseUnavailable):
+        return error.kind != "pool_exhausted"
+    return isinstance(error, asyncpg.PostgresError)
+
 
 # Revisions of later versions that this process has warned of.
 _NEWER_TOLD: set[str] = set()
@@ -477,15 +490,16 @@ class Database:
                 self._pool.release(connection)
 
     @asynccontextmanager
-    async def transaction(self, *, plans_see_values: bool = False) -> AsyncIterator[Connection]:
+    async def transaction(self, *, plans_see_values: bool = False, snapshot: bool = False) -> AsyncIterator[Connection]:
         """A transaction that commits when the block ends and rolls back when it raises.
 
         `plans_see_values`: PostgreSQL may plan its statements for the values of a call. This is for statements whose best
         index depends on the values; it costs a round trip, and often a new plan for each call.
+        `snapshot`: it only reads, and all of its statements see the database as it was at one moment.
         Raises DatabaseUnavailable (nothing changed), LockTimeout, or OutcomeUnknown when the connection broke in COMMIT.
         """
         async with self.connection() as connection:
-            await connection.execute("BEGIN")
+            await connection.execute(_SNAPSHOT if snapshot else "BEGIN")
             try:
                 if plans_see_values:
                     await connection.execute("SET LOCAL plan_cache_mode = auto")

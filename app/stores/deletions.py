@@ -61,6 +61,22 @@ HELD = """
 
 ADOPT = statement("deletions.adopt", f"DELETE FROM deletions WHERE ctid = ANY (ARRAY({HELD}))")
 
+# The same of many retries, each of which has a place. What others hold is passed over. A name `is_kept` if it is of a secret
+# that a retry keeps: it must not be due.
+FREE = """
+    SELECT named.place, listed.tid
+    FROM unnest(:name_places::bigint[], :stores::text[], :names::text[], :names_are_kept::bool[])
+        AS named (place, store, name, is_kept), LATERAL (
+        SELECT ctid AS tid FROM deletions
+        WHERE store = named.store AND name = named.name AND condemned_at IS NULL
+          AND (NOT named.is_kept OR due_at > clock_timestamp())
+        OFFSET 0 FOR UPDATE SKIP LOCKED
+    ) AS listed
+"""
+
+# Waits for a collector that holds one of these names.
+HOLD = statement("deletions.hold", HELD)
+
 # Due earlier wins: a secret that waits for its retention time to pass goes at once when a retry replaces it.
 DUE_EARLIER = "ON CONFLICT (store, name) DO UPDATE SET due_at = least(deletions.due_at, excluded.due_at)"
 
@@ -72,12 +88,6 @@ DUE = statement(
     FROM unnest(:stores::text[], :names::text[]) AS gone (store, name)
     {DUE_EARLIER}
     """,
-)
-
-# A secret whose time has come is as good as gone, condemned or not.
-RECLAIM = statement(
-    "deletions.reclaim",
-    "DELETE FROM deletions WHERE store = 'vault' AND name = :name AND condemned_at IS NULL AND due_at > now()",
 )
 
 
@@ -105,11 +115,6 @@ async def due(connection: Connection, names: Sequence[Name], *, after_seconds: f
     """List names that this transaction makes nobody's, to be deleted now or after a while."""
     if names:
         await connection.execute(DUE, **columns(names), after_seconds=after_seconds)
-
-
-async def reclaim(connection: Connection, secret_path: str) -> bool:
-    """Take a finished run's secret off the list because a retry keeps it; False if it has expired."""
-    return await connection.execute(RECLAIM, name=secret_path) == "DELETE 1"
 
 
 # --- the collector ----------------------------------------------------------------------------------------------------

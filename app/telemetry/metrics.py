@@ -273,6 +273,12 @@ clock_offset = _Gauge(
     of="livemostrecent",
 )
 pool_wait = _Histogram("runs_pool_wait_seconds", "Waits for a connection of the pool.")
+set_size = _Histogram(
+    "runs_set_size",
+    "Calls that went together through one statement, by what they wanted.",
+    "what",
+    bounds=(1, 2, 4, 8, 16, 32, 64),
+)
 idempotency = _Counter("runs_idempotency_total", "Writes with an Idempotency-Key.", "outcome")
 quota_refusals = _Counter("runs_quota_refusals_total", "Requests over a quota.", "policy")
 in_flight_bytes = _Gauge("runs_in_flight_bytes", "Bytes of bodies and replies that requests hold.")

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -56,6 +56,8 @@ _database = ""  # its name
 
 # The span of the request that the current task answers, if it is recorded.
 _request: ContextVar["Span | None"] = ContextVar("span", default=None)
+# Those of other requests for which it works, too.
+_others: ContextVar[Sequence["Span"]] = ContextVar("others", default=())
 
 
 def is_on() -> bool:
@@ -200,13 +202,27 @@ def statement(name: str) -> "Span | None":
     return _child(name, {"db.system.name": "postgresql", "db.namespace": _database, "db.query.summary": name})
 
 
+def current() -> "Span | None":
+    """The span of the request that the current task answers."""
+    return None if tracer is None else _request.get()
+
+
+def speak_for(spans: Iterable["Span | None"]) -> None:
+    """The current task works for the requests of these spans: what it does is a child of the first, linked with the others."""
+    recorded = [span for span in spans if span is not None]
+    _request.set(recorded[0] if recorded else None)
+    _others.set(recorded[1:])
+
+
 def _child(name: str, attributes: dict[str, str]) -> "Span | None":
     parent = _request.get()
     if parent is None or tracer is None:
         return None
-    from opentelemetry.trace import SpanKind, set_span_in_context
+    from opentelemetry.trace import Link, SpanKind, set_span_in_context
 
-    return tracer.start_span(name, context=set_span_in_context(parent), kind=SpanKind.CLIENT, attributes=attributes)
+    links = [Link(other.get_span_context()) for other in _others.get()]
+    context = set_span_in_context(parent)
+    return tracer.start_span(name, context=context, kind=SpanKind.CLIENT, attributes=attributes, links=links)
 
 
 def fail(span: "Span", error: BaseException) -> None:

@@ -65,7 +65,7 @@ def retry(client: Client, **options: object) -> WriteRequest:
 
 
 def pinned_retry(client: Client) -> WriteRequest:
-    """The same with a target, which takes a transaction of several statements."""
+    """The same with a target, which must still be there."""
     return retry(client, machine_id=client.machine(status="disconnected"))
 
 
@@ -219,8 +219,7 @@ def test_a_plain_retry_killed_at_every_point(attacked: Stack) -> None:
 def test_other_writes_killed(attacked: Stack, scene: Callable[[Client], WriteRequest]) -> None:
     every = points_of(attacked, scene)
     # Those around the last commit always: there "before" becomes "after".
-    last = max(point.rpartition("#")[2] for point in every if point.startswith("COMMIT"))
-    around = {f"COMMIT {when}#{last}" for when in ("before", "sent", "after")}
+    around = {last_commit(every).format(when) for when in ("before", "sent", "after")}
     others = sorted(set(every) - around)
     chosen = others if SOAK else chance(scene.__name__).sample(others, 2)
     crash_at(attacked, scene, [*sorted(around), *chosen], every)

@@ -4,6 +4,7 @@ import asyncio
 import statistics
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -129,13 +130,13 @@ def _send(client: Client, call: Call) -> tuple[threading.Thread, list[Answer]]:
 
 
 # The point at which PostgreSQL dies under a retry with a secret and a file, and what the caller is told. The last three are
-# passed by one with a target.
+# passed by one that has waited for its run, in a transaction.
 DEATHS = {
     "deletions.stage before#1": "nothing was changed",  # it only lists names
     "deletions.stage after#1": "nothing was changed",
     "runs.retry.switch_staged before#1": "may have taken effect",
     "runs.retry.switch_staged sent#1": "may have taken effect",  # if the answer did not come first
-    "runs.retry.switch after#1": "nothing was changed",
+    "deletions.hold after#1": "nothing was changed",
     "COMMIT before#1": "may have taken effect",
     "COMMIT sent#1": "may have taken effect",
 }
@@ -148,11 +149,14 @@ def test_postgresql_killed_in_a_transaction(broken: Stack, tmp_path: Path, point
     with FaultyServer(broken, Plan(point, partial(wait_for, gate))) as server, server.client() as client:
         run_id = client.finished("error", sensitive_input_values={"password": "old"}, file_inputs=[file_input()])["id"]
         before = read_stored_state(broken, client.organization)
-        has_target = point in list(DEATHS)[-3:]
-        target = {"machine_id": client.machine(status="disconnected")} if has_target else {}
-        [call] = retries([run_id], SECRETS | FILES | target)
+        [call] = retries([run_id], SECRETS | FILES)
         server.arm()
-        thread, answers = _send(client, call)
+        with ExitStack() as held:
+            if point in list(DEATHS)[-3:]:
+                held.enter_context(broken.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id))
+            thread, answers = _send(client, call)
+            if point in list(DEATHS)[-3:]:
+                until(broken.waiting, what="the wait for the run")
         until((tmp_path / "gate.reached").exists, what=point)
         broken.postgres.kill()
         gate.touch()

@@ -94,8 +94,13 @@ class Stopped:
 
 
 @contextmanager
-def stopped(stack: Stack, client: Client, call: Call, point: str, **settings: object) -> Iterator[Stopped]:
-    """Send a request to a server of its own and let it stand still at the point until `go`."""
+def stopped(
+    stack: Stack, client: Client, call: Call, point: str, *, holding: str | None = None, **settings: object
+) -> Iterator[Stopped]:
+    """Send a request to a server of its own and let it stand still at the point until `go`.
+
+    A retry of a run that is held waits for it in a transaction: `holding` is such a run, which is held until it waits.
+    """
     gate = Path(tempfile.mkdtemp(prefix="gate-", dir=stack.folder)) / "gate"
     key = client.headers["Authorization"].split()[1]
     with (
@@ -104,7 +109,12 @@ def stopped(stack: Stack, client: Client, call: Call, point: str, **settings: ob
         ThreadPoolExecutor(1) as threads,
     ):
         server.arm()
-        answer = threads.submit(lambda: send_at_once(own, [call])[0])
+        with ExitStack() as held:
+            if holding is not None:
+                held.enter_context(stack.held("SELECT 1 FROM runs WHERE id = $1 FOR NO KEY UPDATE", holding))
+            answer = threads.submit(lambda: send_at_once(own, [call])[0])
+            if holding is not None:
+                waits(stack, answer)
         try:
             until(lambda: gate.with_name("gate.reached").exists() or answer.done(), what=point)
             assert not answer.done(), f"{point} was not passed: {answer.result()}"
@@ -128,7 +138,8 @@ def waits(stack: Stack, answer: Future[Answer]) -> None:
 
 def in_order(stack: Stack, client: Client, first: Call, second: Call, point: str = "COMMIT before#1") -> list[str]:
     """`first` holds its locks and `second` waits for them, then both go on; returns what they were answered."""
-    with stopped(stack, client, first, point) as holder:
+    holding = first.path.split("/")[3] if first.path.endswith("/retry") else None
+    with stopped(stack, client, first, point, holding=holding) as holder:
         late = send(client, second)
         waits(stack, late)
         answers = [holder.go(), late.result()]
@@ -289,12 +300,14 @@ def test_a_report_and_a_retry_in_both_orders(attacked: Stack, client: Client, la
 
 
 def test_the_report_that_ends_a_run_and_its_retry(attacked: Stack, client: Client) -> None:
+    """The retry is refused at once, on the run as it is committed, and then accepted."""
     run_id = client.run(**OLD)["id"]
     client.report(run_id, status="running")
-    ended = report(run_id, status="error")
-    # Without a target the retry would be refused at once, on the run as it is committed.
-    assert in_order(attacked, client, ended, retry(run_id, machine_id=client.machine())) == ["200", "200"]
-    assert client.get_run(run_id)["attempt"] == 2
+    machine_id = client.machine()
+    with stopped(attacked, client, report(run_id, status="error"), "COMMIT before#1") as ending:
+        assert client.retry(run_id, machine_id=machine_id).json()["code"] == "run_not_terminal"
+        assert ending.go().status == 200
+    assert client.json_of(client.retry(run_id, machine_id=machine_id))["attempt"] == 2
     assert read_stored_state(attacked, client.organization).run["secrets"] == {"password": "old"}
 
 
@@ -308,7 +321,7 @@ def test_a_retry_whose_run_changes_between_reading_and_writing(
     """It decides again, on what is there then."""
     old, switch = (BARE, "runs.retry.switch") if stage == "plain" else (OLD, "runs.retry.switch_staged")
     options = STAGES[stage](1)
-    old = {name: value for name, value in old.items() if name in options}  # one that is kept takes a transaction anyhow
+    old = {name: value for name, value in old.items() if name in options}
     run_id = client.finished(**old)["id"]
     with stopped(attacked, client, retry(run_id, **options), f"{switch} before#1") as late:
         attacked.sql(change, run_id)
@@ -353,20 +366,17 @@ def calls_by_name(calls: Sequence[Call]) -> list[tuple[str, str]]:
     return [(call.method, call.path.split("/")[3]) for call in calls]
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_retry_that_waits_for_a_change_of_an_inputs_expiry(attacked: Stack, client: Client, *, kept: bool) -> None:
+def test_a_retry_that_waits_for_a_change_of_an_inputs_expiry(attacked: Stack, client: Client) -> None:
     """What counts is when the file expires once the wait is over, not how it was when the wait began."""
     run_id, machine_id = client.finished(**OLD)["id"], client.machine()
-    lock = "SELECT 1 FROM runs WHERE id = $1 FOR NO KEY UPDATE"  # as PUT does
+    lock = "UPDATE runs SET attempt = attempt WHERE id = $1"  # as PUT does
     past = "UPDATE run_attachments SET expires_at = '2020-01-01' WHERE run_id = $1"
     with attacked.held(lock, run_id, commit=True) as change:
-        if kept:
-            attacked.sql(past, run_id)
         late = send(client, retry(run_id, machine_id=machine_id))
         waits(attacked, late)
-        change("UPDATE run_attachments SET expires_at = NULL WHERE run_id = $1" if kept else past, run_id)
-    assert tally([late.result()]) == {"200" if kept else "409 input_attachments_expired": 1}
-    assert client.get_run(run_id)["attempt"] == (2 if kept else 1)
+        change(past, run_id)
+    assert tally([late.result()]) == {"409 input_attachments_expired": 1}
+    assert client.get_run(run_id)["attempt"] == 1
 
 
 # --- retry against deletion -------------------------------------------------------------------------------------------
@@ -380,11 +390,8 @@ def test_a_retry_and_a_deletion_in_both_orders(attacked: Stack, client: Client, 
         path = f"/v1/runs/{run['id']}" if what == "run" else f"/v1/workflows/{run['workflow_id']}"
         return run["id"], Call("DELETE", path)
 
-    # With a target it is a transaction of several statements, which can stand still while it holds its locks.
     run_id, delete = scene()
-    target = client.machine(status="disconnected")
-    late = retry(run_id, machine_id=target, **STAGES[stage](1))
-    assert in_order(attacked, client, late, delete) == ["200", "204"]
+    assert in_order(attacked, client, retry(run_id, **STAGES[stage](1)), delete) == ["200", "204"]
     # A retry with secrets looks twice: what it finds before it stages is not what counts.
     run_id, delete = scene()
     assert in_order(attacked, client, delete, retry(run_id, **STAGES[stage](1))) == ["204", "404 run_not_found"]
@@ -419,9 +426,9 @@ def test_a_retry_and_the_deletion_of_its_machine(attacked: Stack, client: Client
     assert "machine was deleted" in run["error"][0]
 
     run_id, _, delete = scene()
-    assert in_order(attacked, client, delete, retry(run_id)) == ["204", "200"]
+    assert in_order(attacked, client, delete, retry(run_id)) == ["204", "409 machine_deleted"]
     run = client.get_run(run_id)
-    assert (run["status"], run["machine_id"], run["attempt"]) == ("scheduling", None, 2)
+    assert (run["status"], run["machine_id"], run["attempt"]) == ("error", None, 1)
 
     run_id, machine_id, delete = scene()
     outcome = in_order(attacked, client, delete, retry(run_id, machine_id=machine_id))
@@ -442,7 +449,8 @@ def test_retries_and_deletions_at_random(
         calls += [Call("DELETE", f"/v1/machines/{machine_id}")]
         calls += [Call("DELETE", f"/v1/workflows/{workflow_id}")] * random.randrange(3)
         random.shuffle(calls)
-        assert set(tally(at_once(calls))) <= {"200", "204", "404 run_not_found", "404 workflow_not_found"}
+        kinds = {"200", "204", "404 run_not_found", "404 workflow_not_found", "409 machine_deleted"}
+        assert set(tally(at_once(calls))) <= kinds
         assert_nothing_lost(attacked, client.organization)
         pinned = "SELECT 1 FROM runs WHERE lane = 'machine:' || $1 AND status IN ('scheduling', 'running')"
         assert attacked.sql(pinned, machine_id) == [], "a run waits for a machine that is gone"
@@ -502,24 +510,14 @@ def test_collectors_of_many_replicas_share_one_list(attacked: Stack, client: Cli
     assert tally(send_at_once(client, [retry(run_id) for run_id in runs[:20]])) == {"409 sensitive_inputs_expired": 20}
 
 
-@pytest.mark.parametrize("point", ["deletions.adopt after#1", "COMMIT before#1", None])
-def test_a_collector_passes_over_what_is_being_adopted(attacked: Stack, client: Client, point: str | None) -> None:
+@pytest.mark.parametrize("point", ["deletions.hold after#1", "COMMIT before#1"])
+def test_a_collector_passes_over_what_is_being_adopted(attacked: Stack, client: Client, point: str) -> None:
     """All staged names are due, and none has been condemned: they are adopted, and live."""
     run_id = client.finished(**OLD)["id"]
-    options = STAGES["both"](1)
-    if point is not None:  # with a target, so that it stands still in a transaction
-        options["machine_id"] = client.machine(status="disconnected")
-        with stopped(attacked, client, retry(run_id, **options), point) as adopting:
-            collect(attacked, 3600)
-            assert condemned(attacked, client.organization) == 0
-            assert adopting.go().status == 200
-    else:  # the one statement holds the names, and waits for the run
-        with attacked.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
-            late = send(client, retry(run_id, **options))
-            waits(attacked, late)
-            collect(attacked, 3600)
-            assert condemned(attacked, client.organization) == 0
-        assert late.result().status == 200
+    with stopped(attacked, client, retry(run_id, **STAGES["both"](1)), point, holding=run_id) as adopting:
+        collect(attacked, 3600)
+        assert condemned(attacked, client.organization) == 0
+        assert adopting.go().status == 200
     collect(attacked, 3600)
     now = read_stored_state(attacked, client.organization)
     assert (now.run["secrets"], now.files("input")) == ({"password": "new 1"}, [b"new 1"])
@@ -571,7 +569,7 @@ def test_a_retry_that_waits_for_the_collector_does_not_keep_the_secret(attacked:
 
 def test_a_collector_passes_over_a_secret_that_is_being_kept(attacked: Stack, client: Client) -> None:
     run_id = client.finished(**OLD)["id"]
-    with stopped(attacked, client, retry(run_id), "COMMIT before#1") as keeping:
+    with stopped(attacked, client, retry(run_id), "COMMIT before#1", holding=run_id) as keeping:
         collect(attacked, 2 * DAY)
         assert condemned(attacked, client.organization) == 0
         assert keeping.go().status == 200

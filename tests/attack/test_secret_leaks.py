@@ -409,12 +409,21 @@ DEFECTS = [
     "runs.retry.switch_staged before#1",
     "runs.retry.switch_staged sent#1",  # it is still under way
 ]
-# The same of a retry with a target, which takes a transaction.
+# The same of a retry that waits for its run, in a transaction.
 DEFECTS_IN_A_TRANSACTION = [
-    "runs.retry.switch before#1",
-    "runs.retry.switch sent#1",  # and then ROLLBACK fails too
+    "deletions.hold before#1",
+    "deletions.hold sent#1",  # and then ROLLBACK fails too
     "COMMIT before#1",
 ]
+
+
+def _retry_of_held(stack: Stack, client: Client, run_id: str, body: dict[str, Any]) -> int:
+    """The status of a retry whose run is held until it waits."""
+    with ThreadPoolExecutor(1) as threads:
+        with stack.held("SELECT 1 FROM runs WHERE id = $1 FOR UPDATE", run_id):
+            retried = threads.submit(client.retry, run_id, **body)
+            until(lambda: stack.waiting() or retried.done(), what="the wait for the run")
+        return retried.result().status_code
 
 
 def test_a_defect_at_any_point(spy: Spy) -> None:
@@ -427,12 +436,13 @@ def test_a_defect_at_any_point(spy: Spy) -> None:
     for point in chosen:
         with FaultyServer(spy.stack, Plan(point, fail_with_everything), **LOUD) as server, spy.client(server) as client:
             run_id, body = client.finished(**spy.body())["id"], spy.body()
-            if point in DEFECTS_IN_A_TRANSACTION:
-                body["machine_id"] = client.machine(status="disconnected")
             server.arm()
             status = 0
             with suppress(httpx.RemoteProtocolError):
-                status = client.retry(run_id, **body).status_code
+                if point in DEFECTS_IN_A_TRANSACTION:
+                    status = _retry_of_held(spy.stack, client, run_id, body)
+                else:
+                    status = client.retry(run_id, **body).status_code
             # A reply that has begun can only go on or be broken off.
             assert status == 500 or point.startswith("http.response"), f"{point}: {status}"
             until(lambda server=server: "RuntimeError" in server.log(), what=f"a line about {point}")  # type: ignore[misc]

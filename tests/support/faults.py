@@ -29,7 +29,7 @@ import httpx
 import hvac.api.secrets_engines.kv_v2
 import uvicorn
 
-from app import cli
+from app import cli, together
 from app.api.server import Protocol
 from app.bulk.working import Worker
 from app.config import Settings
@@ -38,6 +38,7 @@ from app.services import Services
 from app.stores import deletions, files
 from app.stores.database import Database
 from app.stores.files import FileStore
+from app.stores.pool import party
 from app.stores.vault import SecretStore
 from app.webhooks import sending
 from app.webhooks.delivery import Deliverer
@@ -110,7 +111,7 @@ class Faults:
         self._lock = threading.Lock()
 
     def point(self, name: str, given: Sequence[object] = ()) -> None:
-        if not IN_REQUEST.get():
+        if not self._is_in_request():
             return
         with self._lock:
             self._counts[name] += 1
@@ -120,6 +121,10 @@ class Faults:
                     file.write(point + "\n")
         if point == self.plan.point:
             self.plan.fault(given)
+
+    def _is_in_request(self) -> bool:
+        """Also in what a request does together with others."""
+        return IN_REQUEST.get() or (party.get() == together.PARTY and self._armed.exists())
 
     def wrap(self, holder: Any, method: str, name: Callable[..., str]) -> None:
         """Points before and after a call that blocks."""
@@ -141,7 +146,7 @@ class Faults:
         async def call(connection: Any, sql: str, *args: Any, **kwargs: Any) -> Any:
             what = _statement(sql)
             self.point(f"{what} before", args)
-            if what in COMMITTING and IN_REQUEST.get():
+            if what in COMMITTING and self._is_in_request():
                 answer = asyncio.ensure_future(original(connection, sql, *args, **kwargs))
                 await asyncio.sleep(0)  # its first step sends
                 await asyncio.sleep(0)  # the event loop writes

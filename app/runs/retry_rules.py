@@ -1,0 +1,152 @@
+"""The rules of a retry: what is asked, and what the run's row says about it. Pure: nothing is read, written or made up here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, timedelta
+from math import ceil
+from uuid import UUID
+
+import orjson
+
+from app.auth import Actor, Principal
+from app.errors import (
+    AttemptChanged,
+    InputAttachmentsExpired,
+    Invalid,
+    MachineDeleted,
+    PoolDeleted,
+    Refusal,
+    RetryTooSoon,
+    RunNotFound,
+    RunNotTerminal,
+    SensitiveInputsExpired,
+)
+from app.idempotency import WriteRequest
+from app.models import TERMINAL
+from app.runs.sessions import Session, next_session
+from app.scheduling.targets import lane
+from app.schemas.runs import RunRetry
+from app.stores.database import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """What a request, a bulk retry or a policy asks for: retry this run of this organization, with these options."""
+
+    run_id: UUID
+    organization_id: str
+    actor: Actor
+    options: RunRetry
+    expected_attempt: int | None = None  # if the run is at another attempt, the retry is refused
+    principal: Principal | None = None  # whose quotas on waiting runs count; None: nobody's
+    write: WriteRequest | None = None  # the request whose Idempotency-Key gets the reply; None: the reply is not stored
+    traceparent: str | None = None
+
+    @classmethod
+    def of(cls, write: WriteRequest, run_id: UUID, options: RunRetry) -> "Retry":
+        """What a request asks for."""
+        principal, expected = write.principal, options.expected_attempt
+        actor = write.actor(options.reason)
+        return cls(run_id, principal.organization_id, actor, options, expected, principal, write, write.traceparent)
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What the next attempt starts with, as far as the run's row says it."""
+
+    pinned_machine_id: UUID | None
+    pool_ids: list[UUID] | None
+    is_priority: bool
+    session: Session
+    lane: str
+    queue_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The next attempt, and everything that speaks against it, what counts most first. No attempt: there is no run."""
+
+    refusals: Sequence[Refusal]
+    following: Next | None
+
+
+def decide(
+    run: Record | None,
+    options: RunRetry,
+    *,
+    new_session_id: UUID | None = None,
+    expected_attempt: int | None = None,
+    cooldown_seconds: int = 0,
+    missing: Sequence[Refusal] = (),
+) -> Decision:
+    """What the rules say about a row of READ; `missing` says which targets the organization does not have.
+
+    Nothing is read, written or made up here: each step and the dry run decide by this one function, on what they have read.
+    """
+    if run is None:
+        return Decision([RunNotFound()], None)
+    refusals: list[Refusal] = []
+    if expected_attempt not in (None, run["attempt"]):
+        refusals.append(AttemptChanged(run["attempt"]))
+    has_ended = run["status"] in TERMINAL
+    if not has_ended:
+        refusals.append(RunNotTerminal(run["status"]))
+    try:
+        session = next_session(run, options, new_session_id)
+    except Invalid as contradiction:
+        refusals.append(contradiction)
+        session = next_session(run, options.model_copy(update={"session_alias": None}), new_session_id)
+    # An active run keeps its secrets and its files.
+    keeps_secret = options.sensitive_input_values is None and run["secret_path"] is not None
+    if has_ended and keeps_secret and not run["secret_is_kept"]:
+        refusals.append(SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"]))))
+    if has_ended and options.file_inputs is None and run["input_is_expired"]:
+        refusals.append(InputAttachmentsExpired())
+    refusals += missing
+    following = _next(run, options, session)
+    if (gone := _deleted_target(run, options, following)) is not None:
+        refusals.append(gone)
+    if cooldown_seconds and has_ended and (wait := _cools_down(run, cooldown_seconds)) is not None:
+        refusals.append(wait)
+    return Decision(refusals, following)
+
+
+def _next(run: Record, options: RunRetry, session: Session) -> Next:
+    """An assignment is always dropped, a pin only by pool_ids."""
+    pinned = options.machine_id
+    if pinned is None and options.pool_ids is None:
+        pinned = run["pinned_machine_id"]
+    pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
+    is_priority = run["is_priority"] if options.is_priority is None else options.is_priority
+    return Next(pinned, pool_ids, is_priority, session, *lane(session.id, pinned, pool_ids, is_priority))
+
+
+def _deleted_target(run: Record, options: RunRetry, following: Next) -> Refusal | None:
+    """Why a run cannot go where it has always gone. If a machine is reserved for its session, it goes there."""
+    if options.machine_id is not None or options.pool_ids is not None or following.pinned_machine_id is not None:
+        return None
+    session_id = run["session_id"] if options.session_id is None else options.session_id
+    if run["session_has_machine"] and following.session.id is not None and following.session.id == session_id:
+        return None
+    if run["pin_is_deleted"]:
+        return MachineDeleted()
+    return PoolDeleted() if run["pool_is_deleted"] else None
+
+
+def _cools_down(run: Record, cooldown_seconds: int) -> RetryTooSoon | None:
+    """Why a run that has ended may not be retried yet."""
+    works_at = run["changed_at"] + timedelta(seconds=cooldown_seconds)
+    left = (works_at - run["now"]).total_seconds()
+    if not 0 < left <= cooldown_seconds:  # more: the database's clock was set back since, and nobody waits for that
+        return None
+    return RetryTooSoon(ceil(left), f"{works_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z")
+
+
+def overridden(options: RunRetry) -> list[str]:
+    """Names of the fields that change something, for the archive; never values."""
+    changed = {name for name in options.model_fields_set if getattr(options, name) is not None}
+    if options.reuse_session is not False:
+        changed.discard("reuse_session")
+    if not options.start_session:
+        changed.discard("start_session")
+    return sorted(changed - {"reason", "expected_attempt"})
