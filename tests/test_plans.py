@@ -386,7 +386,7 @@ OWN: dict[str, dict[str, Any]] = {
     "channels.tell": {"channels": ["placement"], "messages": ["big"]},
     "comparison.endpoints": {"after": UUID(int=0)},
     "comparison.endpoints_again": {"ids": some("endpoint")},
-    "comparison.expire": {"name": "runs/org/run/secret"},
+    "comparison.expire": {"name": "runs/big/101"},
     "comparison.files": {"after": UUID(int=0)},
     "comparison.files_again": _FILES,
     "comparison.runs": {"after": UUID(int=0)},
