@@ -12,6 +12,7 @@ from benchmarks.carried import files, secret
 from benchmarks.handoff import handoff
 from benchmarks.life import create, cycle, report, reports
 from benchmarks.load import Pressure
+from benchmarks.many_runs import many_runs
 from benchmarks.measure import Case, Group, Sample, Target, figure, p50, rate
 from benchmarks.options import bursts, options
 from benchmarks.pgbench import SixStatements
@@ -390,6 +391,7 @@ GROUPS: dict[str, Callable[[World, Pressure], Group]] = {
     "lists": lists,
     "pages": pages,
     "wide": big_histories,
+    "many": many_runs,
     "handoff": handoff,
     "sustained": sustained,
 }

@@ -91,7 +91,8 @@ function valueRow(name, value, changed, removed) {
   return row;
 }
 
-export function valuesField(run, changed) {
+/** `stays` says what is kept, if that is not the run's own. */
+export function valuesField(run, changed, stays) {
   const rows = [];
   const list = h("div.rows");
   const add = (name, value) => {
@@ -113,7 +114,7 @@ export function valuesField(run, changed) {
     keys: ["input_values"],
     choices: TRIPLE,
     words: {
-      keep: present.length ? ["Stay: ", present.slice(0, 12).map((name, index) => [index ? ", " : "", theirs(name)]), present.length > 12 ? ` and ${present.length - 12} more` : ""] : "There are none.",
+      keep: stays ?? (present.length ? ["Stay: ", present.slice(0, 12).map((name, index) => [index ? ", " : "", theirs(name)]), present.length > 12 ? ` and ${present.length - 12} more` : ""] : "There are none."),
       change: "What stands here replaces all values.",
       empty: "The next attempt has no values.",
     },
@@ -573,12 +574,12 @@ export function sessionField(run, changed) {
 
 // --- priority and reason ----------------------------------------------------------------------------------------------
 
-export function priorityField(run, changed) {
+export function priorityField(run, changed, stays) {
   const own = field({
     legend: "Priority",
     keys: ["is_priority"],
     choices: { keep: "Keep", change: "Priority", empty: "Normal" },
-    words: { keep: run.is_priority ? "It has priority." : "Normal.", change: "Starts before runs without priority.", empty: "Waits its turn." },
+    words: { keep: stays ?? (run.is_priority ? "It has priority." : "Normal."), change: "Starts before runs without priority.", empty: "Waits its turn." },
     change: [],
     changed,
   });

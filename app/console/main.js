@@ -2,6 +2,7 @@
 
 import { Problem, Unreachable, checkIdle, may, me, poll, signIn, signOut, storedKey, watchKey, aborted, call } from "./api.js";
 import { UUID, clock, fill, h, hush, icon, installVoice, notice, openDialog, say, span, theirs, tick, toast } from "./dom.js";
+import { bulkView } from "./bulk.js";
 import { forget } from "./names.js";
 import { queueView } from "./queue.js";
 import { runView } from "./run.js";
@@ -15,18 +16,19 @@ let lastList = "#/runs";
 
 // --- addresses --------------------------------------------------------------------------------------------------------
 
-/** #/runs?status=error, #/runs/<id>/<tab>, #/queue, #/webhooks, #/webhooks/<id>. What is not understood is the list of runs. */
+/** #/runs?status=error, #/runs/<id>/<tab>, #/bulk, #/bulk/<id>, #/queue, #/webhooks, #/webhooks/<id>. What is not understood is the list of runs. */
 function route() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?", 2);
   const [name, id, tab] = path.split("/");
   const params = new URLSearchParams(query);
   if (name === "queue") return { name: "queue", params };
+  if (name === "bulk") return { name, id: id && UUID.test(id) ? id.toLowerCase() : undefined, params };
   if (name === "webhooks") return { name, id: id && UUID.test(id) ? id.toLowerCase() : undefined, params };
   if (name === "runs" && id && UUID.test(id)) return { name: "run", id: id.toLowerCase(), tab: tab || "now", params };
   return { name: "runs", params };
 }
 
-const VIEWS = { runs: runsView, run: runView, queue: queueView, webhooks: webhooksView };
+const VIEWS = { runs: runsView, run: runView, bulk: bulkView, queue: queueView, webhooks: webhooksView };
 
 function show() {
   if (!inside) return;
@@ -38,7 +40,7 @@ function show() {
   const to = route();
   if (to.name === "runs") lastList = location.hash || "#/runs";
   markNavigation(to.name);
-  if (["queue", "webhooks"].includes(to.name) && me.machine_id) {
+  if (["queue", "webhooks", "bulk"].includes(to.name) && me.machine_id) {
     location.replace("#/runs"); // these are not for a key that belongs to a machine
     return;
   }
@@ -67,6 +69,7 @@ function titleIs(title) {
 
 const navigation = {
   runs: h("a", { href: "#/runs" }, "Runs"),
+  bulk: h("a", { href: "#/bulk" }, "Bulk retries"),
   queue: h("a", { href: "#/queue" }, "Queue"),
   webhooks: h("a", { href: "#/webhooks" }, "Webhooks"),
 };
@@ -177,6 +180,7 @@ async function whatIs(id) {
       ...(me.machine_id
         ? []
         : [
+            [`bulk-retries/${id}`, `#/bulk/${id}`],
             [`webhook-endpoints/${id}`, `#/webhooks/${id}`],
             [`webhook-deliveries/${id}`, null], // what a receiver has as webhook-id
           ]),
@@ -243,6 +247,8 @@ const KEYS = [
   ["k", "previous row"],
   ["Enter", "open the row"],
   ["r", "retry this run"],
+  ["x", "choose the row, or leave it out"],
+  ["R", "retry all chosen runs"],
   ["p", "pause or go on updating"],
   ["?", "this help"],
   ["Esc", "close a dialog"],
@@ -298,7 +304,7 @@ addEventListener("paste", (event) => {
 
 function enter() {
   inside = true;
-  navigation.queue.hidden = navigation.webhooks.hidden = Boolean(me.machine_id);
+  navigation.queue.hidden = navigation.webhooks.hidden = navigation.bulk.hidden = Boolean(me.machine_id);
   fill(who, icon("key"), h("span", null, theirs(me.name || me.organization_id || "key")));
   who.setAttribute("aria-label", `Your key: ${me.name || me.organization_id || "unnamed"}`);
   document.body.prepend(bar, banner);

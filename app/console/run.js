@@ -492,6 +492,7 @@ export function runView(root, first, app) {
               "p.meta",
               null,
               h("span", null, "by ", author(event.key_id, event.user_id)),
+              event.bulk_retry_id ? h("span", null, "in ", h("a", { href: `#/bulk/${event.bulk_retry_id}` }, "bulk retry ", short(event.bulk_retry_id))) : null,
               event.reason ? h("span", null, "“", theirs(event.reason), "”") : null,
               event.changed?.length ? h("span", null, "changed ", event.changed.map((name) => h("code.tag", null, name))) : null,
               event.request_id ? h("span.faint", null, "request ", h("span.id", null, theirs(event.request_id))) : null,

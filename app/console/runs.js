@@ -1,19 +1,25 @@
 // The list of runs. Rows stay where they are: what is new is announced, and comes when it is asked for.
 
 import { aborted, call, may, page, poll } from "./api.js";
-import { UUID, ascii, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, skeleton, status, theirs, time, took } from "./dom.js";
+import { UUID, ascii, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, skeleton, status, theirs, time, toast, took } from "./dom.js";
+import { openBulkRetry } from "./bulk.js";
 import * as names from "./names.js";
 
 const PAGE = 100;
 const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at";
 const LEAN = FIELDS.replace("error,", ""); // when the errors of a page are too long together
 const STATUSES = ["scheduling", "running", "success", "error", "cancelled"];
+const ENDED = ["success", "error", "cancelled"];
+const MOST_CHOSEN = 10_000; // runs of one bulk retry
 const COUNTS_MS = 10_000;
 const PERIODS = { "1h": ["Last hour", 3600], "24h": ["Last 24 hours", 86_400], "7d": ["Last 7 days", 604_800] };
 
 export function runsView(root, first) {
   let filter = read(first.params);
   const rows = new Map(); // id -> {tr, link, shown}
+  const chosen = new Set(); // ids, also of pages that are not shown
+  let allMatching = false; // instead: whatever matches the filter
+  let lastPicked = null; // where a range begins
   let latest = { items: [], total: 0 };
   let adopted = false; // whether the rows are those of this filter
   let countsAt = 0;
@@ -30,7 +36,16 @@ export function runsView(root, first) {
   const workflow = select("Workflow", "workflow", "Any workflow");
   const machine = select("Machine", "machine", "Any machine");
   const session = h("input", { type: "search", placeholder: "Any session", "aria-label": "Session id", autocomplete: "off", spellcheck: "false" });
-  session.addEventListener("change", () => go({ session: UUID.test(session.value.trim()) ? session.value.trim() : "" }));
+  session.addEventListener("change", () => {
+    const given = session.value.trim();
+    if (given && !UUID.test(given)) {
+      session.setAttribute("aria-invalid", "true");
+      toast("A session is named by its whole id; the list is not limited to one.", "bad");
+      return;
+    }
+    session.removeAttribute("aria-invalid");
+    go({ session: given });
+  });
   const period = h(
     "select",
     {
@@ -66,6 +81,78 @@ export function runsView(root, first) {
     return node;
   }
 
+  // --- choosing -------------------------------------------------------------------------------------------------------
+
+  const mayChoose = may("runs:write");
+  const pickAll = h("input", { type: "checkbox", "aria-label": "Choose all runs of this page", onchange: () => pickPage(pickAll.checked) });
+  const choice = h("div.line.choice", { role: "group", "aria-label": "Chosen runs", hidden: true });
+
+  function pick(row, on, range) {
+    const all = [...rows.values()];
+    const [begin, end] = range && lastPicked && rows.has(lastPicked) ? [all.findIndex((one) => one.run.id === lastPicked), all.indexOf(row)].sort((one, other) => one - other) : [all.indexOf(row), all.indexOf(row)];
+    for (const one of all.slice(begin, end + 1)) {
+      if (on) chosen.add(one.run.id);
+      else chosen.delete(one.run.id);
+    }
+    allMatching = false;
+    lastPicked = row.run.id;
+    drawChoice();
+  }
+
+  function pickPage(on) {
+    for (const id of rows.keys()) {
+      if (on) chosen.add(id);
+      else chosen.delete(id);
+    }
+    allMatching = false;
+    drawChoice();
+  }
+
+  function leaveAll() {
+    chosen.clear();
+    allMatching = false;
+    lastPicked = null;
+    drawChoice();
+  }
+
+  /** Those of the filter that were there when they were counted: what comes later is not swept along. */
+  function matching() {
+    const { skip: _, ...asked } = query({ ...filter, before: "" });
+    return { ...Object.fromEntries(Object.entries(asked).filter(([, value]) => value)), status: [filter.status], created_at_to: asked.created_at_to || new Date(now()).toISOString() };
+  }
+
+  function drawChoice() {
+    if (!mayChoose) return;
+    for (const row of rows.values()) {
+      row.box.checked = allMatching || chosen.has(row.run.id);
+      row.tr.classList.toggle("chosen", row.box.checked);
+    }
+    const here = [...rows.keys()].filter((id) => chosen.has(id)).length;
+    pickAll.checked = rows.size > 0 && (allMatching || here === rows.size);
+    pickAll.indeterminate = !allMatching && here > 0 && here < rows.size;
+    const number = allMatching ? latest.total : chosen.size;
+    const offersAll = !allMatching && here === rows.size && latest.total > chosen.size && ENDED.includes(filter.status);
+    const shown = JSON.stringify([number, offersAll && latest.total]);
+    if (choice.dataset.shown === shown) return;
+    choice.dataset.shown = shown;
+    choice.hidden = number === 0;
+    fill(
+      choice,
+      h("b", null, `${count(number, "run")} chosen`),
+      h("button.primary", { type: "button", "aria-keyshortcuts": "Shift+R", onclick: retryChosen }, icon("retry"), "Retry chosen …"),
+      offersAll ? h("button", { type: "button", onclick: () => ((allMatching = true), drawChoice()) }, `Choose all ${latest.total.toLocaleString()} that match`) : null,
+      h("button.quiet", { type: "button", onclick: leaveAll }, icon("close"), "Leave all out"),
+    );
+    say(number ? `${count(number, "run")} chosen` : "");
+  }
+
+  function retryChosen() {
+    const number = allMatching ? latest.total : chosen.size;
+    if (!number) say("Choose runs first, with x.");
+    else if (number > MOST_CHOSEN) toast(`A bulk retry can have ${MOST_CHOSEN.toLocaleString()} runs, and these are ${number.toLocaleString()}. Narrow the filters.`, "bad");
+    else openBulkRetry({ chosen: allMatching ? { filter: matching() } : { run_ids: [...chosen] }, total: number });
+  }
+
   // --- the page -------------------------------------------------------------------------------------------------------
 
   const summary = h("p.summary");
@@ -87,7 +174,8 @@ export function runsView(root, first) {
     h("h1.unseen", { tabindex: -1 }, "Runs"),
     h("nav.chips", { "aria-label": "Status" }, [...chips.values()].map((chip) => chip.link)),
     h("div.filters", { role: "group", "aria-label": "Filters" }, workflow, machine, session, period, custom, clear),
-    h("div.line", null, summary, news),
+    h("div.line", null, mayChoose ? h("label.check.pickall", null, pickAll, "Choose all") : null, summary, news),
+    choice,
     h("div.scroll", null, table),
     below,
   );
@@ -201,6 +289,7 @@ export function runsView(root, first) {
     }
     if (!rows.size) drawEmpty();
     drawNews();
+    drawChoice();
     if (!filter.before) setCount(filter.status || null, latest.total);
     const shown = rows.size;
     fill(summary, latest.total > shown ? `${shown.toLocaleString()} of ${count(latest.total, "run")}` : count(shown, "run"), filter.before ? ` from ${new Date(filter.before.split("~")[0]).toLocaleString()} back` : ", newest first");
@@ -234,6 +323,7 @@ export function runsView(root, first) {
     fill(body, [...rows.values()].map((row) => row.tr));
     table.hidden = items.length === 0;
     if (items.length) fill(below, pager(items));
+    drawChoice();
   }
 
   // --- rows -----------------------------------------------------------------------------------------------------------
@@ -243,18 +333,23 @@ export function runsView(root, first) {
     const cells = Object.fromEntries(["status", "id", "workflow", "attempt", "machine", "why", "age"].map((name) => [name, h(`td.c-${name}`)]));
     cells.id.append(link);
     cells.age.append(time(run.created_at, "age"));
+    const cellsOf = Object.values(cells);
+    const word = h("span");
+    const box = h("input.pick", { type: "checkbox", "aria-label": `Choose run ${run.id.slice(0, 8)}`, onclick: (event) => pick(row, box.checked, event.shiftKey) });
+    fill(cells.status, mayChoose ? box : null, word);
+    cells.status = word;
     const tr = h(
       "tr",
       {
         onclick: (event) => {
           // A click anywhere on the row opens it, unless it ends the selection of some text.
-          if (event.target.closest("a") || event.ctrlKey || event.metaKey || String(getSelection())) return;
+          if (event.target.closest("a, input") || event.ctrlKey || event.metaKey || String(getSelection())) return;
           location.hash = link.hash;
         },
       },
-      Object.values(cells),
+      cellsOf,
     );
-    const row = { tr, link, cells, run, shown: "" };
+    const row = { tr, link, cells, box, run, shown: "" };
     update(row, run);
     return row;
   }
@@ -337,11 +432,17 @@ export function runsView(root, first) {
     else say("Choose a run first, with j and k.");
   }
 
+  function pickFocused() {
+    const row = [...rows.values()].find(({ tr }) => tr.contains(document.activeElement));
+    if (row && mayChoose) pick(row, !row.box.checked, false);
+  }
+
   return {
     title: () => (filter.status ? `Runs: ${filter.status}` : "Runs"),
     change({ params }) {
       const next = read(params);
       if (JSON.stringify(next) === JSON.stringify(filter)) return;
+      if (JSON.stringify({ ...next, before: "" }) !== JSON.stringify({ ...filter, before: "" })) leaveAll();
       filter = next;
       countsAt = 0;
       drawFilters();
@@ -349,7 +450,7 @@ export function runsView(root, first) {
       poll.now(true).catch((error) => aborted(error) || console.error(error));
     },
     round,
-    keys: { j: () => step(1), k: () => step(-1), r: retryFocused },
+    keys: { j: () => step(1), k: () => step(-1), r: retryFocused, x: pickFocused, R: retryChosen },
   };
 }
 

@@ -1,5 +1,6 @@
 """For everybody: axe finds nothing on any screen in light and dark, everything fits into 320 px, and nothing moves unasked."""
 
+import re
 from typing import Any
 
 import pytest
@@ -75,6 +76,18 @@ def walk(console: Console, scene: Scene) -> Any:
     console.do(console.page.keyboard.press("?"))
     yield "keyboard"
     console.do(console.page.keyboard.press("Escape"))
+    console.go("#/runs")
+    console.do(console.page.get_by_role("checkbox", name="Choose all runs of this page").click())
+    console.do(console.page.get_by_role("button", name="Retry chosen").click())
+    console.sees(console.dialog.get_by_text("can be retried"))
+    yield "bulk retry, choosing"
+    console.do(console.dialog.get_by_role("button", name=re.compile("^Retry [0-9]+ runs?$")).click())
+    console.sees(console.page.get_by_text("skipped").first)
+    console.misses(console.page.locator(".skeleton"))
+    yield "bulk retry"
+    console.go("#/bulk")
+    console.misses(console.page.locator(".skeleton"))
+    yield "bulk retries"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
