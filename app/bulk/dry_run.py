@@ -4,9 +4,9 @@ Nothing is written or locked. Quotas are not counted, as in the dry run of one r
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import orjson
 
@@ -24,6 +24,7 @@ from app.stores.database import Connection, Record
 from app.stores.statements import statement
 
 SAMPLE = 100  # runs of each code that are named
+READ_AT_ONCE = 500  # runs
 LANES = 500  # of which one statement finds out what they wait for
 
 # One run of each lane: all of a lane want the same.
@@ -50,9 +51,11 @@ async def dry_run(services: Services, principal: Principal, options: BulkRetryCr
             raise await choosing.too_many(services.database, chosen)
         refused = [(row["run_id"], row["code"], row["detail"]) for row in rows if row["code"] is not None]
         lanes: dict[str, list[tuple[UUID, Next]]] = defaultdict(list)
-        for row in rows:
-            if row["code"] is None:
-                decided = await _decide(services, connection, organization_id, row, changes)
+        pending = [row for row in rows if row["code"] is None]
+        for begin in range(0, len(pending), READ_AT_ONCE):
+            for row, decided in await _decide(
+                services, connection, organization_id, pending[begin : begin + READ_AT_ONCE], changes
+            ):
                 if isinstance(decided, Refusal):
                     refused.append((row["run_id"], decided.code, _sentence(decided)))
                 else:
@@ -69,21 +72,28 @@ async def dry_run(services: Services, principal: Principal, options: BulkRetryCr
 
 
 async def _decide(
-    services: Services, connection: Connection, organization_id: str, row: Record, changes: RunRetry
-) -> Next | Refusal:
-    run = await connection.fetchrow(
-        READ, run_ids=[row["run_id"]], organization_ids=[organization_id], session_ids=[changes.session_id]
+    services: Services, connection: Connection, organization_id: str, rows: Sequence[Record], changes: RunRetry
+) -> list[tuple[Record, Next | Refusal]]:
+    """What the rules say of each of these runs."""
+    found = await connection.fetch(
+        READ,
+        run_ids=[row["run_id"] for row in rows],
+        organization_ids=[organization_id] * len(rows),
+        session_ids=[None] * len(rows),
     )
-    decided = decide(
-        run,
-        changes,
-        new_session_id=uuid4(),
-        expected_attempt=row["attempt"],
-        cooldown_seconds=services.settings.retry_cooldown_seconds,
-    )
-    if decided.following is None or decided.refusals:
-        return decided.refusals[0]
-    return decided.following
+    runs = {run["place"]: run for run in found}
+    decided: list[tuple[Record, Next | Refusal]] = []
+    for place, row in enumerate(rows, start=1):
+        verdict = decide(
+            runs.get(place),
+            changes,
+            new_session_id=None,
+            expected_attempt=row["attempt"],
+            cooldown_seconds=services.settings.retry_cooldown_seconds,
+        )
+        following = None if verdict.refusals else verdict.following
+        decided.append((row, verdict.refusals[0] if following is None else following))
+    return decided
 
 
 def _sentence(refusal: Refusal) -> str:
