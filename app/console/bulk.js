@@ -130,7 +130,6 @@ export function openBulkRetry({ chosen, total, closed }) {
     try {
       const { data } = await call("POST", "bulk-retries", { body: build(), idempotencyKey });
       box.close();
-      toast(`${count(data.total, "run")} chosen`);
       location.hash = `#/bulk/${data.id}`;
     } catch (error) {
       if (aborted(error)) return;

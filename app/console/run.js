@@ -4,6 +4,7 @@ import { aborted, call, may, me, newIdempotencyKey, page, poll, save } from "./a
 import { bar, bytes, clock, copy, copyButton, count, fill, h, icon, keeping, notice, now, openDialog, reason, say, short, skeleton, span, status, theirs, time, toast, took } from "./dom.js";
 import { historyView, inPieces, json, prose, safely } from "./history.js";
 import * as names from "./names.js";
+import { neighbours } from "./runs.js";
 import { openRetry } from "./retry.js";
 import { deliveryList, loadEndpoints } from "./webhooks.js";
 
@@ -40,7 +41,9 @@ export function runView(root, first, app) {
   const tabs = h("nav.tabs", { "aria-label": "About this run" }, Object.entries(TABS).map(([name, label]) => h("a", { href: `#/runs/${id}/${name}`, "data-tab": name }, label)));
   const panel = h("div.panel");
   fill(head, title, actions);
-  fill(root, h("a.back", { href: app.lastList() }, icon("back"), "Runs"), head, tabs, panel);
+  const [previous, next] = neighbours(id);
+  const beside = (other, label) => (other ? h("a.back", { href: `#/runs/${other}` }, label) : null);
+  fill(root, h("nav.line", { "aria-label": "The list" }, h("a.back", { href: app.lastList() }, icon("back"), "Runs"), beside(previous, "Previous run"), beside(next, "Next run")), head, tabs, panel);
   fill(about, h("span.faint", null, "Loading …"));
   fill(panel, skeleton(6));
   markTab();

@@ -6,13 +6,22 @@ import { openBulkRetry } from "./bulk.js";
 import * as names from "./names.js";
 
 const PAGE = 100;
-const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at";
+const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at,changed_at";
 const LEAN = FIELDS.replace("error,", ""); // when the errors of a page are too long together
 const STATUSES = ["scheduling", "running", "success", "error", "cancelled"];
 const ENDED = ["success", "error", "cancelled"];
 const MOST_CHOSEN = 10_000; // runs of one bulk retry
 const COUNTS_MS = 10_000;
 const PERIODS = { "1h": ["Last hour", 3600], "24h": ["Last 24 hours", 86_400], "7d": ["Last 7 days", 604_800] };
+
+let left = null; // where the list was when it was left: {address, top, id}
+let inList = []; // the ids of the list that was shown last, in its order
+
+/** The runs before and after one in the list that it was opened from. */
+export function neighbours(id) {
+  const at = inList.indexOf(id);
+  return at < 0 ? [null, null] : [inList[at - 1] ?? null, inList[at + 1] ?? null];
+}
 
 export function runsView(root, first) {
   let filter = read(first.params);
@@ -46,6 +55,9 @@ export function runsView(root, first) {
     session.removeAttribute("aria-invalid");
     go({ session: given });
   });
+  const search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search in ids, values, results, errors and sessions' names", autocomplete: "off", spellcheck: "false", maxlength: 200 });
+  search.addEventListener("change", () => go({ search: search.value.trim() }));
+  const order = h("select", { "aria-label": "Order", onchange: () => go({ order: order.value }) }, h("option", { value: "" }, "Newest first"), h("option", { value: "changed" }, "Last changed first"));
   const period = h(
     "select",
     {
@@ -64,7 +76,7 @@ export function runsView(root, first) {
   const from = moment("Created from", "from");
   const to = moment("Created to", "to");
   const custom = h("span.custom", { hidden: true }, from, h("span", null, "to"), to);
-  const clear = h("button.quiet", { type: "button", onclick: () => go({ status: "", workflow: "", machine: "", session: "", since: "", from: "", to: "" }) }, icon("close"), "Clear");
+  const clear = h("button.quiet", { type: "button", onclick: () => go({ status: "", workflow: "", machine: "", session: "", search: "", since: "", from: "", to: "" }) }, icon("close"), "Clear");
 
   function select(label, param, any) {
     const node = h("select", { "aria-label": label, onchange: () => go({ [param]: node.value }) }, h("option", { value: "" }, any));
@@ -117,7 +129,7 @@ export function runsView(root, first) {
 
   /** Those of the filter that were there when they were counted: what comes later is not swept along. */
   function matching() {
-    const { skip: _, ...asked } = query({ ...filter, before: "" });
+    const { skip: _skip, order: _order, after: _after, search: _search, ...asked } = query({ ...filter, before: "", after: "" });
     return { ...Object.fromEntries(Object.entries(asked).filter(([, value]) => value)), status: [filter.status], created_at_to: asked.created_at_to || new Date(now()).toISOString() };
   }
 
@@ -131,7 +143,7 @@ export function runsView(root, first) {
     pickAll.checked = rows.size > 0 && (allMatching || here === rows.size);
     pickAll.indeterminate = !allMatching && here > 0 && here < rows.size;
     const number = allMatching ? latest.total : chosen.size;
-    const offersAll = !allMatching && here === rows.size && latest.total > chosen.size && ENDED.includes(filter.status);
+    const offersAll = !allMatching && here === rows.size && latest.total > chosen.size && ENDED.includes(filter.status) && !filter.search;
     const shown = JSON.stringify([number, offersAll && latest.total]);
     if (choice.dataset.shown === shown) return;
     choice.dataset.shown = shown;
@@ -164,7 +176,7 @@ export function runsView(root, first) {
     h(
       "thead",
       null,
-      h("tr", null, ["Status", "Id", "Workflow", "Attempt", "Machine", "Why, or what went wrong", "Age"].map((title) => h("th", { scope: "col" }, title))),
+      h("tr", null, ["Status", "Id", "Workflow", "Attempt", "Machine", "Why, or what went wrong", "Created", "Changed"].map((title) => h("th", { scope: "col" }, title))),
     ),
     body,
   );
@@ -173,7 +185,7 @@ export function runsView(root, first) {
     root,
     h("h1.unseen", { tabindex: -1 }, "Runs"),
     h("nav.chips", { "aria-label": "Status" }, [...chips.values()].map((chip) => chip.link)),
-    h("div.filters", { role: "group", "aria-label": "Filters" }, workflow, machine, session, period, custom, clear),
+    h("div.filters", { role: "group", "aria-label": "Filters" }, workflow, machine, session, search, period, custom, order, clear),
     h("div.line", null, mayChoose ? h("label.check.pickall", null, pickAll, "Choose all") : null, summary, news),
     choice,
     h("div.scroll", null, table),
@@ -182,9 +194,15 @@ export function runsView(root, first) {
   drawFilters();
   waiting();
 
+  // The page of a run begins at its top, and has done so by the time this list is left.
+  let place = 0;
+  let opened = null;
+  const remember = () => adopted && (place = scrollY);
+  addEventListener("scroll", remember, { passive: true });
+
   /** Other filters: a new address, from which everything else follows. */
   function go(changes) {
-    location.hash = address({ ...filter, before: "", ...changes });
+    location.hash = address({ ...filter, before: "", after: "", ...changes });
   }
 
   function waiting() {
@@ -199,13 +217,15 @@ export function runsView(root, first) {
 
   function drawFilters() {
     for (const [name, { link }] of chips) {
-      link.href = address({ ...filter, before: "", status: name ?? "" });
+      link.href = address({ ...filter, before: "", after: "", status: name ?? "" });
       if ((name ?? "") === filter.status) link.setAttribute("aria-current", "true");
       else link.removeAttribute("aria-current");
     }
     options(workflow, "workflows", filter.workflow);
     options(machine, "machines", filter.machine);
     session.value = filter.session;
+    if (document.activeElement !== search) search.value = filter.search;
+    order.value = filter.order;
     const bounded = Boolean(filter.from || filter.to);
     period.value = bounded ? "custom" : filter.since;
     custom.hidden = !bounded;
@@ -227,14 +247,14 @@ export function runsView(root, first) {
   }
 
   function isFiltered() {
-    return ["status", "workflow", "machine", "session", "since", "from", "to"].some((name) => filter[name]);
+    return ["status", "workflow", "machine", "session", "search", "since", "from", "to"].some((name) => filter[name]);
   }
 
   // --- rounds ---------------------------------------------------------------------------------------------------------
 
   async function round(signal) {
     const asked = filter;
-    const behind = adopted ? fresh().length : 0;
+    const behind = adopted && !byCursor() ? fresh().length : 0;
     const { data } = await page("runs", { query: { ...query(asked), fields: FIELDS, limit: Math.min(1000, PAGE + behind) }, lean: LEAN, signal });
     if (asked !== filter) return;
     latest = data;
@@ -256,7 +276,7 @@ export function runsView(root, first) {
   async function loadCounts(asked, signal) {
     const counted = await Promise.all(
       [null, ...STATUSES].map(async (name) => {
-        const { data } = await call("GET", "runs", { query: { ...query({ ...asked, before: "" }), status: name, fields: "id", limit: 1 }, signal });
+        const { data } = await call("GET", "runs", { query: { ...query({ ...asked, before: "", after: "" }), status: name, fields: "id", limit: 1 }, signal });
         return [name, data.total];
       }),
     );
@@ -271,11 +291,21 @@ export function runsView(root, first) {
     if (number.textContent !== text) number.textContent = text;
   }
 
+  /** Whether pages follow each other by the service's cursors: other lists go by the time of creation. */
+  function byCursor() {
+    return Boolean(filter.order || filter.search);
+  }
+
+  function at(run) {
+    return filter.order ? run.changed_at : run.created_at;
+  }
+
   /** Runs that came into the list since it was painted. */
   function fresh() {
+    if (filter.after) return [];
     if (rows.size < PAGE) return latest.items.filter((run) => !rows.has(run.id));
-    const oldest = [...rows.values()].at(-1).run.created_at;
-    return latest.items.filter((run) => !rows.has(run.id) && run.created_at > oldest);
+    const oldest = at([...rows.values()].at(-1).run);
+    return latest.items.filter((run) => !rows.has(run.id) && at(run) > oldest);
   }
 
   function draw() {
@@ -285,14 +315,14 @@ export function runsView(root, first) {
     for (const [id, row] of rows) {
       const run = known.get(id);
       if (run) update(row, run);
-      else if (!last || latest.items.length < PAGE || row.run.created_at > last.created_at) leave(row);
+      else if (!last || latest.items.length < PAGE || at(row.run) > at(last)) leave(row);
     }
-    if (!rows.size) drawEmpty();
+    if (!rows.size && !latest.next) drawEmpty();
     drawNews();
     drawChoice();
     if (!filter.before) setCount(filter.status || null, latest.total);
     const shown = rows.size;
-    fill(summary, latest.total > shown ? `${shown.toLocaleString()} of ${count(latest.total, "run")}` : count(shown, "run"), filter.before ? ` from ${new Date(filter.before.split("~")[0]).toLocaleString()} back` : ", newest first");
+    fill(summary, latest.total > shown ? `${shown.toLocaleString()} of ${count(latest.total, "run")}` : count(shown, "run"), filter.before ? ` from ${new Date(filter.before.split("~")[0]).toLocaleString()} back` : filter.order ? ", last changed first" : ", newest first", latest.list_is_partial || latest.search_is_partial ? ". Only the newest 10,000 were looked at" : "");
   }
 
   function drawNews() {
@@ -322,15 +352,23 @@ export function runsView(root, first) {
     for (const run of items) rows.set(run.id, newRow(run));
     fill(body, [...rows.values()].map((row) => row.tr));
     table.hidden = items.length === 0;
-    if (items.length) fill(below, pager(items));
+    if (items.length || latest.next) fill(below, pager(items));
     drawChoice();
+    inList = items.map((run) => run.id);
+    if (left?.address === address(filter)) comeBack(left);
+    left = null;
+  }
+
+  function comeBack({ top, id }) {
+    rows.get(id)?.link.focus({ preventScroll: true });
+    scrollTo(0, top);
   }
 
   // --- rows -----------------------------------------------------------------------------------------------------------
 
   function newRow(run) {
-    const link = h("a", { href: `#/runs/${run.id}` }, short(run.id));
-    const cells = Object.fromEntries(["status", "id", "workflow", "attempt", "machine", "why", "age"].map((name) => [name, h(`td.c-${name}`)]));
+    const link = h("a", { href: `#/runs/${run.id}`, onclick: () => (opened = run.id) }, short(run.id));
+    const cells = Object.fromEntries(["status", "id", "workflow", "attempt", "machine", "why", "age", "changed"].map((name) => [name, h(`td.c-${name}`)]));
     cells.id.append(link);
     cells.age.append(time(run.created_at, "age"));
     const cellsOf = Object.values(cells);
@@ -344,6 +382,7 @@ export function runsView(root, first) {
         onclick: (event) => {
           // A click anywhere on the row opens it, unless it ends the selection of some text.
           if (event.target.closest("a, input") || event.ctrlKey || event.metaKey || String(getSelection())) return;
+          opened = run.id;
           location.hash = link.hash;
         },
       },
@@ -367,6 +406,7 @@ export function runsView(root, first) {
     set(cells.status, run.status, () => status(run.status));
     set(cells.attempt, run.attempt, () => String(run.attempt));
     set(cells.why, shown, () => why(run));
+    set(cells.changed, run.changed_at, () => time(run.changed_at, "age"));
     row.tr.classList.remove("gone");
     row.tr.classList.toggle("flash", Boolean(moved));
   }
@@ -386,6 +426,14 @@ export function runsView(root, first) {
   }
 
   function pager(items) {
+    if (byCursor()) {
+      return h(
+        "nav.pager",
+        { "aria-label": "Pages" },
+        filter.after ? h("a.button", { href: address({ ...filter, after: "" }) }, icon("back"), "First page") : null,
+        latest.next ? h("a.button", { href: address({ ...filter, after: latest.next }) }, "Older", icon("next")) : h("span.faint", null, "That is all."),
+      );
+    }
     const oldest = items.at(-1).created_at;
     const twins = items.filter((run) => run.created_at === oldest).length;
     const [anchor, skipped] = filter.before.split("~");
@@ -393,7 +441,7 @@ export function runsView(root, first) {
     return h(
       "nav.pager",
       { "aria-label": "Pages" },
-      filter.before ? h("a.button", { href: address({ ...filter, before: "" }) }, icon("back"), "Newest") : null,
+      filter.before ? h("a.button", { href: address({ ...filter, before: "", after: "" }) }, icon("back"), "Newest") : null,
       items.length === PAGE ? h("a.button", { href: address({ ...filter, before: `${oldest}~${skip}` }) }, "Older", icon("next")) : h("span.faint", null, "That is all."),
     );
   }
@@ -406,7 +454,7 @@ export function runsView(root, first) {
   }
 
   function empty() {
-    if (filter.before) return notice("info", "No older runs", h("p", null, h("a", { href: address({ ...filter, before: "" }) }, "Back to the newest")));
+    if (filter.before) return notice("info", "No older runs", h("p", null, h("a", { href: address({ ...filter, before: "", after: "" }) }, "Back to the newest")));
     if (isFiltered()) return notice("info", "No run matches these filters", h("button", { type: "button", onclick: () => clear.click() }, "Show all runs"));
     const text = () => createCurl(names.all("workflows")[0]);
     return notice(
@@ -442,7 +490,7 @@ export function runsView(root, first) {
     change({ params }) {
       const next = read(params);
       if (JSON.stringify(next) === JSON.stringify(filter)) return;
-      if (JSON.stringify({ ...next, before: "" }) !== JSON.stringify({ ...filter, before: "" })) leaveAll();
+      if (JSON.stringify({ ...next, before: "", after: "" }) !== JSON.stringify({ ...filter, before: "", after: "" })) leaveAll();
       filter = next;
       countsAt = 0;
       drawFilters();
@@ -450,6 +498,11 @@ export function runsView(root, first) {
       poll.now(true).catch((error) => aborted(error) || console.error(error));
     },
     round,
+    destroy() {
+      const row = [...rows.values()].find(({ tr }) => tr.contains(document.activeElement));
+      left = { address: address(filter), top: place, id: row?.run.id ?? opened };
+      removeEventListener("scroll", remember);
+    },
     keys: { j: () => step(1), k: () => step(-1), r: retryFocused, x: pickFocused, R: retryChosen },
   };
 }
@@ -468,7 +521,10 @@ function read(params) {
     since: Object.hasOwn(PERIODS, get("since")) ? get("since") : "",
     from: at("from"),
     to: at("to"),
+    search: get("search").trim().slice(0, 200),
+    order: get("order") === "changed" ? "changed" : "",
     before: /^[0-9T:.Z+-]{10,40}~\d{1,9}$/.test(get("before")) ? get("before") : "",
+    after: /^[A-Za-z0-9_-]{1,200}$/.test(get("after")) ? get("after") : "",
   };
 }
 
@@ -478,7 +534,7 @@ function address(filter) {
 }
 
 /** What the API is asked for. */
-function query({ status: wanted, workflow, machine, session, since, from, to, before }) {
+function query({ status: wanted, workflow, machine, session, search, order, since, from, to, before, after }) {
   const [anchor, skip] = before ? before.split("~") : [];
   return {
     status: wanted,
@@ -487,6 +543,9 @@ function query({ status: wanted, workflow, machine, session, since, from, to, be
     session_id: session,
     created_at_from: since ? new Date(now() - PERIODS[since][1] * 1000).toISOString() : from,
     created_at_to: anchor ?? to,
+    search,
+    order,
+    after,
     skip,
   };
 }

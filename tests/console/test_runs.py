@@ -197,7 +197,8 @@ def test_it_is_read_with_the_keyboard_alone(console: Console, api: Client) -> No
     console.sees(console.page.locator(".runhead .id", has_text=runs[1]))
     console.do(console.page.go_back())
     console.do(expect(console.rows).to_have_count(3))
-    console.do(press("j"))
+    console.do(expect(console.rows.nth(1).get_by_role("link")).to_be_focused())  # where one was
+    console.do(press("k"))
     console.do(press("r"))
     console.sees(console.dialog)
     console.until("(id) => location.hash === `#/runs/${id}/now`", runs[0])
@@ -312,3 +313,54 @@ def _painted(console: Console) -> float:
     console.do(console.page.reload())
     console.until("() => window.painted")
     return float(console.do(console.page.evaluate("window.painted")))
+
+
+def test_the_last_changed_come_first_and_search_finds_by_text_and_by_the_beginning_of_an_id(
+    console: Console, api: Client
+) -> None:
+    old, new = (api.run(input_values={"customer": name})["id"] for name in ("Ada", "Grace"))
+    api.report(old, status="error", error=["Login failed."])
+    console.sign_in()
+    console.do(expect(console.rows).to_have_count(2))
+    assert ids(console) == [new, old]
+    console.do(console.page.get_by_label("Order").select_option("changed"))
+    console.reads(console.page.locator(".summary"), "last changed first")
+    console.do(expect(console.rows).to_have_count(2))
+    assert ids(console) == [old, new]
+    search = console.page.get_by_role("searchbox", name="Search in")
+    for text, found in (("Grace", new), ("login FAILED", old), (new[:8], new)):
+        console.do(search.fill(text))
+        console.do(search.press("Enter"))
+        console.do(expect(console.rows).to_have_count(1))
+        console.until("(id) => document.querySelector('.c-id .id')?.title === id", found)
+
+
+def test_back_from_a_run_keeps_place_and_focus_and_its_neighbours_are_a_key_away(console: Console, api: Client) -> None:
+    workflow = api.workflow()
+    body = {"workflow_id": workflow, "count": 60}
+    runs = [run["id"] for run in api.json_of(api.post("/v1/runs/bulk", json=body), 201)["created_runs"]]
+    console.sign_in()
+    console.do(expect(console.rows).to_have_count(60))
+    target = console.rows.nth(50).get_by_role("link")
+    opened = ids(console)[50]
+    assert opened in runs
+    console.do(target.scroll_into_view_if_needed())
+    before = console.do(console.page.evaluate("scrollY"))
+    assert before > 0
+    console.do(target.click())
+    console.sees(console.page.locator(".runhead .id", has_text=opened))
+    _, after = (link for link in ids_of_neighbours(console) if link.startswith("#/runs/"))
+    console.do(console.page.get_by_role("link", name="Next run").click())
+    console.until("(hash) => location.hash === hash", after)
+    console.do(console.page.get_by_role("link", name="Previous run").click())
+    console.until("(id) => location.hash.includes(id)", opened)
+    console.do(console.page.get_by_role("link", name="Runs", exact=True).last.click())
+    console.do(expect(console.rows).to_have_count(60))
+    console.do(expect(console.rows.nth(50).get_by_role("link")).to_be_focused())
+    assert abs(console.do(console.page.evaluate("scrollY")) - before) < 5
+
+
+def ids_of_neighbours(console: Console) -> list[str]:
+    links = console.page.get_by_role("navigation", name="The list").get_by_role("link", name="run")
+    found: list[str] = console.do(links.evaluate_all("(nodes) => nodes.map((node) => node.hash)"))
+    return found

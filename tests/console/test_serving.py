@@ -75,7 +75,7 @@ def test_answers_head_and_no_other_method(anyone: httpx.Client) -> None:
     for method in ("POST", "PUT", "PATCH", "DELETE"):
         reply = anyone.request(method, "/console/style.css")
         assert (reply.status_code, reply.json()["code"]) == (405, "method_not_allowed")
-        assert reply.headers["allow"] == "GET, HEAD"
+        assert reply.headers["allow"] == "GET, HEAD, OPTIONS"
 
 
 def test_an_address_without_the_slash_is_sent_to_the_one_with_it(anyone: httpx.Client) -> None:
