@@ -37,14 +37,24 @@ FIND = statement(
     """,
 )
 
+
+def _locked(organization_id: str, key: str) -> str:
+    """The numbers of a key's advisory lock (the first is ours). Whoever stores a reply holds it until its COMMIT: a set finds
+    out by it that a twin is under way, where the primary key would make it wait."""
+    return f"1768187245, hashtext({organization_id} || ' ' || {key})"
+
+
 # A key that is taken fails the statement, and with it all that the transaction has done.
 STORE = statement(
     "idempotency.store",
-    """
+    f"""
     INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, ids, expires_at)
-    VALUES (:organization_id, :key, :fingerprint, :status, :body, :ids, now() + make_interval(secs => :ttl_seconds))
+    SELECT :organization_id::text, :key::text, :fingerprint, :status, :body, :ids, now() + make_interval(secs => :ttl_seconds)
+    FROM pg_advisory_xact_lock({_locked(":organization_id::text", ":key::text")})
     """,
 )
+
+WAIT = statement("idempotency.wait", f"SELECT pg_advisory_xact_lock({_locked(':organization_id::text', ':key::text')})")
 
 # An expired key that was not collected yet is free again.
 FREE = statement(
@@ -61,6 +71,13 @@ STORED = """
            now() + make_interval(secs => :ttl_seconds)
     FROM shown WHERE key IS NOT NULL
 """
+
+
+def no_twin(write: str) -> str:
+    """Part of a statement that stores replies: whether this write has no twin under way, and from now on none can be. Whoever
+    has no key, has none."""
+    locked = _locked(f"{write}.organization_id", f"{write}.key")
+    return f"CASE WHEN {write}.key IS NULL THEN true ELSE pg_try_advisory_xact_lock({locked}) END"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +177,30 @@ async def find(connection: Connection, write: WriteRequest, resource: Resource |
     return Reply(row["status"], body, replayed=True)
 
 
+async def store(connection: Connection, write: WriteRequest, reply: Reply) -> None:
+    """Store the reply under its key, if it has one, as the last act of the transaction that has its effect.
+
+    Waits for a twin that is under way; raises UniqueViolation if it has stored its reply.
+    """
+    if write.key is not None:
+        await connection.execute(
+            STORE,
+            organization_id=write.principal.organization_id,
+            key=write.key,
+            fingerprint=write.fingerprints[0],
+            status=reply.status,
+            body=reply.body if len(reply.body) <= write.most_bytes else b"",
+            ids=reply.ids,
+            ttl_seconds=write.ttl_seconds,
+        )
+
+
+async def wait_for_twin(connection: Connection, write: WriteRequest) -> None:
+    """Until no twin is under way, nor can be before the end of this transaction. Raises LockTimeout."""
+    if write.key is not None:
+        await connection.execute(WAIT, organization_id=write.principal.organization_id, key=write.key)
+
+
 async def check_or_replay(
     services: Services, write: WriteRequest, resource: Resource, check: Callable[[Connection], Awaitable[T]]
 ) -> Reply | T:
@@ -207,17 +248,7 @@ async def once(
     async def attempt() -> Reply:
         async with services.database.transaction() as connection:
             reply = await work(connection)
-            if write.key is not None:
-                await connection.execute(
-                    STORE,
-                    organization_id=write.principal.organization_id,
-                    key=write.key,
-                    fingerprint=write.fingerprints[0],
-                    status=reply.status,
-                    body=reply.body if len(reply.body) <= write.most_bytes else b"",
-                    ids=reply.ids,
-                    ttl_seconds=write.ttl_seconds,
-                )
+            await store(connection, write, reply)
         return reply
 
     return await attempt_or_replay(services, write, attempt, resource)

@@ -5,8 +5,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
@@ -16,7 +17,7 @@ import pytest
 
 from app.auth import Actor, Principal
 from app.errors import Invalid, OutcomeUnknown, Refusal, RunNotFound
-from app.idempotency import Reply, WriteRequest
+from app.idempotency import Reply, WriteRequest, store
 from app.quotas import Policy, RunQuotas
 from app.runs.retry import Outcome, Retry, retry_runs
 from app.schemas.runs import RunRetry
@@ -27,6 +28,12 @@ from tests.support.stack import Stack, settings_of
 from tests.support.waiting import until
 
 MANY = 10
+
+# Another request's reply under the key `taken`.
+TAKEN = (
+    "INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, ids, expires_at)"
+    " VALUES ($1, 'taken', 'another', 200, '', '{}', now() + interval '1 h')"
+)
 
 
 class Desk:
@@ -110,17 +117,63 @@ def test_a_run_that_is_held_keeps_nobody_waiting(desk: Desk, sets: list[tuple[st
 
 def test_a_key_that_a_twin_has_taken_is_its_own_affair(desk: Desk, sets: list[tuple[str, int]]) -> None:
     runs = desk.runs()
-    taken = (
-        "INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, ids, expires_at)"
-        " VALUES ($1, 'taken', 'another', 200, '', '{}', now() + interval '1 h')"
-    )
-    desk.stack.sql(taken, desk.client.organization)
+    desk.stack.sql(TAKEN, desk.client.organization)
     retries = [desk.retry(run_id, "taken" if place == 4 else uuid4().hex) for place, run_id in enumerate(runs)]
     outcomes = done(desk.stack, lambda services: retry_runs(services, retries))
     assert isinstance(outcomes[4], Invalid)
     assert codes(outcomes[:4] + outcomes[5:]) == ["200"] * (MANY - 1)
     assert ("switch", MANY) in sets
     assert desk.attempts(runs) == [2] * 4 + [1] + [2] * 5
+
+
+@asynccontextmanager
+async def twin_under_way(services: Services, desk: Desk, kind: str) -> AsyncIterator[None]:
+    """Another write under the key `taken` that has done all but its COMMIT."""
+    async with services.database.transaction() as connection:
+        if kind == "retry":
+            [other] = await asyncio.to_thread(desk.runs, 1)
+            [outcome] = await retry_runs(services, [desk.retry(other, "taken")], connection=connection)
+            assert codes([outcome]) == ["200"]
+        else:
+            write = desk.retry(uuid4(), "taken").write
+            assert write is not None
+            await store(connection, write, Reply(201, b"{}"))
+        yield
+
+
+@pytest.mark.parametrize("kind", ["retry", "another write"])
+def test_a_twin_that_is_under_way_keeps_nobody_waiting(desk: Desk, sets: list[tuple[str, int]], kind: str) -> None:
+    runs = desk.runs()
+
+    async def scenario(services: Services) -> list[Outcome]:
+        async with twin_under_way(services, desk, kind):
+            tasks = [
+                asyncio.create_task(retry_runs(services, [desk.retry(run_id, uuid4().hex if place else "taken")]))
+                for place, run_id in enumerate(runs)
+            ]
+            first = await asyncio.wait_for(asyncio.gather(*tasks[1:]), 1.5)
+            assert codes([outcome for [outcome] in first]) == ["200"] * (MANY - 1)
+            await asyncio.to_thread(until, lambda: desk.stack.waiting() == 1, what="the twin waits")
+            assert not tasks[0].done()
+        return await tasks[0]
+
+    [late] = done(desk.stack, scenario)
+    assert isinstance(late, Reply)
+    assert late.replayed
+    assert ("switch", MANY) in sets
+    assert desk.attempts(runs) == [1] + [2] * (MANY - 1)
+
+
+def test_a_twin_of_the_version_before_is_waited_for(desk: Desk) -> None:
+    """It takes its key without saying so first: those that met its twin are late, and right."""
+    runs = desk.runs(4)
+    retries = [desk.retry(run_id, uuid4().hex if place else "taken") for place, run_id in enumerate(runs)]
+    with ThreadPoolExecutor(1) as threads:
+        with desk.stack.held(TAKEN, desk.client.organization):
+            waiting = threads.submit(done, desk.stack, lambda services: retry_runs(services, retries))
+            until(lambda: desk.stack.waiting() == 1, what="a set that waits")
+        assert codes(waiting.result()) == ["200"] * 4
+    assert desk.attempts(runs) == [2] * 4
 
 
 def test_one_key_twice_at_once_is_one_retry(desk: Desk, sets: list[tuple[str, int]]) -> None:

@@ -6,8 +6,9 @@ switch   one statement: archive, clear, requeue, and take what was staged off th
          whose row is still the one on which the rules decided, and only if it finds the rest of what they decided on
 settle   after the commit the background task deletes what was replaced and looks for a machine (background.py)
 
-Retries that meet go together through each statement (together.py). A retry whose run is held, or changes again and again, goes
-through a transaction that waits for the run's lock first, and then through the same statements.
+Retries that meet go together through each statement (together.py). A retry whose run is held, or changes again and again, or
+whose Idempotency-Key a twin is about to take, goes through a transaction that waits for it first, and then through the same
+statements.
 
 A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
 """
@@ -21,7 +22,7 @@ from uuid import UUID, uuid4
 from app import in_flight
 from app.auth import Principal
 from app.errors import IdempotencyInProgress, Refusal, StorageUnavailable, VaultUnavailable
-from app.idempotency import Reply, WriteRequest, attempt_or_replay, unless_replayed
+from app.idempotency import Reply, WriteRequest, attempt_or_replay, unless_replayed, wait_for_twin
 from app.quotas import Standing
 from app.runs import quotas, replays, staging
 from app.runs.retry_rules import Retry, decide
@@ -173,9 +174,11 @@ async def _switch(services: Services, asked: _Asked, checked: Change | None) -> 
 
 
 async def _switch_locked(services: Services, asked: _Asked) -> Reply:
-    """Wait for the run, and for what else may be held, and then do the same in that transaction."""
+    """Wait for a twin, for the run, and for what else may be held, and then do the same in that transaction."""
     retry = asked.retry
     async with services.database.transaction() as connection:
+        if retry.write is not None:
+            await wait_for_twin(connection, retry.write)
         secret = await connection.fetchval(LOCK, run_id=retry.run_id, organization_id=retry.organization_id)
         names = [*asked.staged.names(), *([] if secret is None else [Name("vault", secret)])]
         if names:

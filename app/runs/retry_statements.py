@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from app.events import record
-from app.idempotency import STORED
+from app.idempotency import STORED, no_twin
 from app.runs import projection, quotas, staging
 from app.runs.retry_rules import Next, Retry, overridden
 from app.runs.staging import Staged
@@ -123,9 +123,10 @@ def _switch_statement(
     input_ids: str = projection.RUN_COLUMNS["input_attachment_ids"],
     also: Sequence[str] = (),
 ) -> Statement:
-    """All that a retry does, for each run that is still in the version that the rules saw and that nobody else holds, if its
-    other guards hold: archive the attempt, list and remove the files that go, leave the outputs behind (a run has those of
-    its own attempt number), clear and requeue the run, record the event, make the reply and store it under the key.
+    """All that a retry does, for each run that is still in the version that the rules saw and that nobody else holds, if no
+    twin is under way and its other guards hold: archive the attempt, list and remove the files that go, leave the outputs
+    behind (a run has those of its own attempt number), clear and requeue the run, record the event, make the reply and store
+    it under the key.
 
     `first` comes before what is `seen`, and is for the guards; what is done `also` must depend on `seen`.
     """
@@ -162,7 +163,8 @@ def _switch_statement(
             WHERE id = wanted.run_id AND organization_id = wanted.organization_id AND xmin::text = wanted.version
             OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED
         ) AS run
-        WHERE (inputs_expire_at IS NULL OR inputs_expire_at > clock_timestamp()) AND {quotas.room_of("wanted")} {guard}
+        WHERE (inputs_expire_at IS NULL OR inputs_expire_at > clock_timestamp()) AND {quotas.room_of("wanted")}
+            AND {no_twin("wanted")} {guard}
     ), archived AS (
         INSERT INTO run_attempts (run_id, attempt, status, error, error_code, machine_id, session_id, started_at,
                                   ended_at, retried_by_key_id, retried_by_user_id, retried_by, bulk_retry_id,
