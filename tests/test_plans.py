@@ -623,8 +623,12 @@ ACTIONS: dict[str, tuple[int, Callable[[Database], Awaitable[object]]]] = {
     ),
     "runs by change, of a workflow": (60_000, _runs("changed", workflow_id=an_id("workflow", 1))),
     "runs by creation, changed in a window of time": (1_000, _runs(changed_from=A_WHILE_AGO)),
-    "a search in runs": (80_000, _runs(searched=Search("nobody has this"))),
-    "a search for the beginning of an id": (1_500, _runs(searched=Search(str(ENDED)[:8]), status=RunStatus.RUNNING)),
+    "a search in runs": (61_000, _runs(searched=Search("nobody has this"))),  # 10,001 runs, and the outputs of each
+    # None that runs has ended: beside what begins with it, no run is looked at.
+    "a search for the beginning of an id": (
+        100,
+        _runs(searched=Search(str(ENDED)[:8]), status=RunStatus.RUNNING, ended_from=LONG_AGO),
+    ),
     "runs of a workflow": (100, _runs(workflow_id=an_id("workflow", 101))),
     "runs of another machine's key": (500, _runs(bound_to=an_id("machine", 15_001))),
     "files of a run": (400, lambda database: list_attachments(database, NOBODY_BOUND, ENDED, None, PART)),

@@ -54,12 +54,14 @@ NEXT_DUE = statement(
     "SELECT extract(epoch FROM min(due_at) - clock_timestamp())::float8 FROM bulk_retries WHERE state = 'running'",
 )
 
-# After the lock, by a statement of its own: it sees what the replica before has committed.
+# After the lock, by a statement of its own: it sees what the replica before has committed. The order has the outcome, and no
+# condition says that it is one: so only the index by outcome serves it, and never the primary key, by which every set would
+# read all items that were decided before it.
 TAKE = statement(
     "bulk.take",
     """
     SELECT place, run_id, attempt FROM bulk_retry_items
-    WHERE bulk_retry_id = :bulk_retry_id AND outcome = 'pending' ORDER BY place LIMIT :most
+    WHERE bulk_retry_id = :bulk_retry_id AND outcome BETWEEN 'pending' AND 'pending' ORDER BY outcome, place LIMIT :most
     """,
 )
 

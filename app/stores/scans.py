@@ -192,6 +192,7 @@ def _look_at(listing: Listing, branches: tuple[str, ...], matches: str, shown: L
                           ORDER BY {order} LIMIT :slice::bigint) AS chosen
                 ) AS looked
                 CROSS JOIN LATERAL (SELECT * FROM {table} WHERE {key} = looked.{key} LIMIT 1) AS {alias}
+                OFFSET 0  -- else each row would be asked twice, once for each of the arrays
             ) AS asked
             """
         ),
