@@ -77,6 +77,14 @@ def _sentences() -> list[tuple[str, str]]:
     return [(name, part) for name, text in texts for part in re.split(r"(?<=[.;:])\s+", text) if part]
 
 
+def _prose(page: Path) -> list[str]:
+    """The sentences of a page, without its headings, tables, code and comments. A list's entries are sentences of their own."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$|<!--.*?-->|^ {4}.*?$|^#.*?$|^ *\|.*?$", "\n", page.read_text(encoding="utf-8"))
+    text = re.sub(r"(?m)^ *(?:[-*]|\d+\.) ", "\n\n", text)
+    blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
+    return [part for block in blocks for part in re.split(r"(?<=[.;:!?])[*)\"]*\s+", block) if part]
+
+
 def _below(kind: type[errors.Refusal]) -> list[type[errors.Refusal]]:
     return [kind, *(found for one in kind.__subclasses__() for found in _below(one))]
 
@@ -85,3 +93,19 @@ def test_settings_and_errors_are_plain_english() -> None:
     assert len(_sentences()) > 150
     assert [found for found in _sentences() if len(found[1].split()) > 35] == []
     assert [found for found in _sentences() if RIDDLES.search(found[1])] == []
+
+
+PAGES = sorted(
+    page.relative_to(ROOT)
+    for pattern in ("*.md", "docs/*.md", "deploy/*/*.md", "benchmarks/*.md")
+    for page in ROOT.glob(pattern)
+    if page.name != "CHANGELOG.md"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_pages_are_plain_english(page: Path) -> None:
+    sentences = _prose(ROOT / page)
+    assert sentences
+    assert [sentence for sentence in sentences if len(sentence.split()) > 35] == []
+    assert [sentence for sentence in sentences if RIDDLES.search(sentence)] == []
