@@ -42,53 +42,53 @@ from app.telemetry.logs import configure
 
 T = TypeVar("T")
 
-_MOST_TIME = 1_000_000  # days or hours: far more than anybody means, and no date beyond all bounds
+_MOST_TIME = 1_000_000  # days or hours: more than any real key needs, and a date that Python can hold
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    serve = commands.add_parser("serve", help="serve HTTP, with the settings of the environment")
+    serve = commands.add_parser("serve", help="serve HTTP, with the settings from the environment")
     serve.set_defaults(run=_serve)
     worker = commands.add_parser(
-        "worker", help="run Temporal's workflows (docs/temporal.md); only with TEMPORAL_ADDRESS"
+        "worker", help="run the Temporal worker (docs/temporal.md); needs TEMPORAL_ADDRESS"
     )
     worker.set_defaults(run=_worker)
     version = commands.add_parser("version", help="print the version and the commit")
     version.set_defaults(run=_version)
-    migrate = commands.add_parser("migrate", help="bring the database's schema up to date")
+    migrate = commands.add_parser("migrate", help="migrate the database to this version's schema")
     migrate.set_defaults(run=_migrate)
 
-    key = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="action")
-    create = key.add_parser("create", help="make a key; it is shown this once, on the last line")
-    create.add_argument("--organization", required=True, help="organization the key belongs to")
-    create.add_argument("--user", type=UUID, help="user the key belongs to")
+    key = commands.add_parser("keys", help="make, list, rotate and revoke API keys").add_subparsers(required=True, metavar="action")
+    create = key.add_parser("create", help="make a key; the key is shown only this once, on the last line")
+    create.add_argument("--organization", required=True, help="the organization that the key belongs to")
+    create.add_argument("--user", type=UUID, help="the user that the key belongs to")
     create.add_argument("--name", help="what the key is for")
-    create.add_argument("--expires-in-days", type=_span, help="default: never")
+    create.add_argument("--expires-in-days", type=_span, help="days until the key expires; default: never")
     scopes = [*auth.SCOPES, auth.EVERYTHING]
-    create.add_argument("--scope", action="append", choices=scopes, help="what it may do; may be repeated; default: *")
-    create.add_argument("--machine", type=UUID, help="for an executor: it sees and reports only this machine's runs")
+    create.add_argument("--scope", action="append", choices=scopes, help="what the key may do; may be repeated; default: *")
+    create.add_argument("--machine", type=UUID, help="for an executor: the key sees and reports only runs of this machine")
     create.set_defaults(run=_create_key)
-    show = key.add_parser("list", help="keys of an organization, or of all")
+    show = key.add_parser("list", help="list the keys of an organization, or of all organizations")
     show.add_argument("--organization")
-    show.add_argument("--json", action="store_true", help="for programs")
+    show.add_argument("--json", action="store_true", help="print JSON, for programs")
     show.set_defaults(run=_list_keys)
     rotate = key.add_parser(
-        "rotate", help="make a key like an old one, which ends after a while; shown on the last line"
+        "rotate", help="make a new key with the rights of an old key, which ends later; shown on the last line"
     )
     rotate.add_argument("id", type=UUID)
-    rotate.add_argument("--overlap-hours", type=_span, default=24, help="how long the old one still works; default: 24")
+    rotate.add_argument("--overlap-hours", type=_span, default=24, help="hours that the old key still works; default: 24")
     rotate.set_defaults(run=_rotate_key)
-    revoke = key.add_parser("revoke", help="make a key useless at once")
+    revoke = key.add_parser("revoke", help="end a key at once")
     revoke.add_argument("id", type=UUID)
     revoke.set_defaults(run=_revoke_key)
 
-    organization = commands.add_parser("organizations", help="organizations").add_subparsers(
+    organization = commands.add_parser("organizations", help="delete organizations").add_subparsers(
         required=True, metavar="action"
     )
     delete = organization.add_parser(
-        "delete", help="delete an organization with all it has; if it is broken off, run it again"
+        "delete", help="delete an organization with everything that belongs to it; if interrupted, run it again"
     )
     delete.add_argument("name")
     delete.add_argument("--confirm", metavar="NAME", help="the name again, for scripts; default: ask for it")
@@ -96,19 +96,19 @@ def main(arguments: list[str] | None = None) -> int:
         "--grace-seconds",
         type=float,
         default=90,
-        help="how long requests may take that were under way when the keys were revoked: longer than"
+        help="seconds to wait for requests that were under way when the keys were revoked; must be longer than"
         " STAGE_TIMEOUT_SECONDS; default: 90",
     )
     delete.set_defaults(run=_delete_organization)
 
-    stores = commands.add_parser("stores", help="Vault and the file store").add_subparsers(
+    stores = commands.add_parser("stores", help="compare Vault and the file store with the database").add_subparsers(
         required=True, metavar="action"
     )
     comparison = stores.add_parser(
         "compare",
-        help="list what the database names and the stores lack, and what they hold and nobody names; without"
-        " --mark it changes nothing."
-        " Exit status 1: there are differences; 2: it could not be told",
+        help="list secrets and files that the database names and the stores lack, and those that the stores hold"
+        " and the database does not name; without --mark it changes nothing."
+        " Exit status 1: there are differences; 2: the comparison failed",
     )
     comparison.add_argument(
         "--mark",
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="mark secrets of ended runs that Vault does not have as expired: their retry is then 409"
         " `sensitive_inputs_expired`, instead of a run without its secrets",
     )
-    comparison.add_argument("--json", action="store_true", help="one JSON object a line")
+    comparison.add_argument("--json", action="store_true", help="print one JSON object per line")
     comparison.set_defaults(run=_compare_stores)
 
     chosen = parser.parse_args(arguments)
@@ -143,9 +143,9 @@ def application() -> object:
     configure(settings.log_level)
     tracing.start(settings.database_url.get_secret_value())
     app = create_app(settings)
-    app.openapi()  # it takes a third of a second, in which a first reader of the document would hold up everybody
+    app.openapi()  # takes a third of a second: made now, so that the first request for the document delays no other request
     gc.collect()
-    gc.freeze()  # what start-up made lives as long as the process: collections need not go through it again and again
+    gc.freeze()  # objects made at the start live as long as the process: the garbage collector need not visit them again
     return app
 
 
@@ -160,7 +160,7 @@ def _serve(_: argparse.Namespace) -> int:
             metrics.share(settings.workers)
         except OSError as problem:
             raise ConfigurationError(
-                f"PROMETHEUS_MULTIPROC_DIR: the folder cannot be used ({problem.strerror}). Name one that may be written."
+                f"PROMETHEUS_MULTIPROC_DIR: the folder cannot be used ({problem.strerror}). Name a folder that the service may write."
             ) from None
     uvicorn.run(
         "app.cli:application",
@@ -171,13 +171,13 @@ def _serve(_: argparse.Namespace) -> int:
         loop="uvloop",
         http="app.api.server:Protocol",
         ws="none",
-        access_log=False,  # the edge writes one line a request, without queries
+        access_log=False,  # the edge writes one line per request, without the query
         log_config=None,
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
         backlog=BACKLOG,
-        timeout_keep_alive=75,  # longer than balancers keep idle connections: else they send requests into closed ones
+        timeout_keep_alive=75,  # longer than load balancers keep idle connections; otherwise they send requests into closed connections
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     return 0
@@ -188,7 +188,7 @@ def _worker(_: argparse.Namespace) -> int:
     settings = Settings()
     configure(settings.log_level)
     if not settings.hands_over:
-        raise ConfigurationError("TEMPORAL_ADDRESS: is not set; the worker is only for Temporal (docs/temporal.md).")
+        raise ConfigurationError("TEMPORAL_ADDRESS: is not set. The worker needs it (docs/temporal.md).")
     startup.check_temporal(settings)
     from app.handoff.worker import serve
 
@@ -201,25 +201,25 @@ def _migrate(_: argparse.Namespace) -> int:
         command.upgrade(Config(FILES / "alembic.ini"), "head")
     except DBAPIError as problem:
         raise ConfigurationError(f"{DatabaseSettings().owner[0]}: {_failure(problem)}") from None
-    except CommandError as problem:  # of Alembic: about our own files
+    except CommandError as problem:  # Alembic's, about the migration files of this package
         raise ConfigurationError(f"migrate: {problem}") from None
     return 0
 
 
 def _failure(problem: DBAPIError) -> str:
-    """What went wrong in a migration, by its class. Never the driver's text: it shows rows."""
+    """The sentence about a failed migration, by the class of the failure. Never the driver's text, because it shows rows."""
     cause = problem.orig.__cause__ if problem.orig is not None else None
     if isinstance(cause, asyncpg.LockNotAvailableError):
         return "the running service held a table for too long. Nothing was changed; run `migrate` again."
     if isinstance(cause, asyncpg.InsufficientPrivilegeError):
-        return "its role may not do this. It must own the database's tables; nothing was changed."
+        return "its role has too few rights. Nothing was changed; name the role that owns the database's tables."
     return (
         f"a migration failed ({type(cause or problem).__name__}). Nothing was changed; PostgreSQL's log has the reason."
     )
 
 
 def _span(written: str) -> float:
-    """Days or hours. Raises argparse.ArgumentTypeError."""
+    """Parse a number of days or hours. Raises argparse.ArgumentTypeError."""
     with suppress(ValueError):
         if abs(float(written)) <= _MOST_TIME:
             return float(written)
@@ -231,7 +231,7 @@ def _create_key(options: argparse.Namespace) -> int:
     days: float | None = options.expires_in_days
     scopes = options.scope or (["runs:read", "runs:execute"] if options.machine else [auth.EVERYTHING])
     if not re.fullmatch(ORGANIZATION_PATTERN, options.organization):
-        print("An organization's id is 1 to 64 of A-Z a-z 0-9 _ -.", file=sys.stderr)
+        print("An organization's id has 1 to 64 characters of A-Z a-z 0-9 _ -. No key was made.", file=sys.stderr)
         return 2
     if options.machine and not auth.EXECUTOR_SCOPES.issuperset(scopes):
         print(
@@ -255,14 +255,14 @@ def _create_key(options: argparse.Namespace) -> int:
         machine_id=options.machine,
     )
     if not _with_database(lambda connection: keys.insert(connection, new)):
-        print("The organization has no machine with this id.", file=sys.stderr)
+        print("The organization has no machine with this id. No key was made.", file=sys.stderr)
         return 1
     _show_key(key_id, key)
     return 0
 
 
 def _show_key(key_id: UUID, key: str) -> None:
-    print(f"Its id is {key_id}. Keep this key: it is not stored and not shown again.")
+    print(f"The key's id is {key_id}. Keep this key: it is not stored and not shown again.")
     print(key)
 
 
@@ -270,7 +270,7 @@ def _rotate_key(options: argparse.Namespace) -> int:
     key, key_id, overlap = auth.new_key(), uuid4(), options.overlap_hours * 3600
     digest = auth.digest(key.encode())
     if not _with_database(lambda connection: keys.rotate(connection, options.id, key_id, digest, overlap)):
-        print("There is no key with this id that still works; see `keys list`.", file=sys.stderr)
+        print("There is no valid key with this id. No key was made; see `keys list`.", file=sys.stderr)
         return 1
     print(f"The old key ends in {options.overlap_hours:g} hours.")
     _show_key(key_id, key)
@@ -291,7 +291,7 @@ def _list_keys(options: argparse.Namespace) -> int:
 
 
 def _plain(value: object) -> str:
-    """A value as people read it: times to the second, in UTC."""
+    """Return a value as text for people: times to the second, in UTC."""
     if value is None:
         return "-"
     if isinstance(value, datetime):
@@ -300,13 +300,13 @@ def _plain(value: object) -> str:
 
 
 def _visible(text: str) -> str:
-    """The text with escapes for what a terminal would act on: controls, and what turns the direction of text."""
+    """Return the text with escapes for control characters and for characters that change the direction of text."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _revoke_key(options: argparse.Namespace) -> int:
     if not _with_database(lambda connection: keys.revoke(connection, options.id)):
-        print("There is no key with this id; see `keys list`.", file=sys.stderr)
+        print("There is no key with this id. Nothing was changed; see `keys list`.", file=sys.stderr)
         return 1
     print("Revoked.")
     return 0
@@ -316,26 +316,26 @@ def _delete_organization(options: argparse.Namespace) -> int:
     name: str = options.name
     found = _with_database(lambda connection: organizations.count(connection, name))
     if not found:
-        print("There is nothing of an organization with this name.")
+        print("There is no organization with this name. Nothing was changed.")
         return 1
     most = organizations.COUNTED
     had = ", ".join(f"{kind}: {number:,}{' or more' if number == most else ''}" for kind, number in found.items())
-    print(f"All that {name} has will be deleted for good. {had}.")
+    print(f"Everything that belongs to {name} will be deleted for good. {had}.")
     again = options.confirm
     if again is None:
         try:
-            again = input("Its name again, to confirm: ")
+            again = input("Type the name again to confirm: ")
         except EOFError:
-            print("Give --confirm NAME where nobody can answer.")
+            print("Nothing was changed. Without a terminal, confirm with --confirm NAME.")
             return 2
     if again != name:
-        print("That is another name. Nothing was changed.")
+        print("The names differ. Nothing was changed.")
         return 1
     done = _with_database(lambda connection: organizations.delete(connection, name, options.grace_seconds, _Told()))
     if not done:
-        print("Something new of it comes up again and again. Run this once more.")
+        print("New data of the organization appeared during the deletion. Run the command again.")
         return 1
-    print("Done. The service now deletes its secrets and files, as they are on the deletion list.")
+    print("Done. The organization's secrets and files are on the deletion list; the running service deletes them.")
     return 0
 
 
@@ -373,19 +373,19 @@ def _compare_stores(options: argparse.Namespace) -> int:
         return asyncio.run(list_differences())
     except NotGrantedError:
         raise ConfigurationError(
-            "VAULT_TOKEN: it may not list. The service's own login cannot; give a token with policies/compare.hcl."
+            "VAULT_TOKEN: this token may not list. Nothing was changed; set a token with policies/compare.hcl."
         ) from None
     except Unavailable as problem:
         print(
             f"The comparison is not complete ({problem.code}): a store did not answer. Run it again.", file=sys.stderr
         )
         return 2
-    except ValueError as problem:  # of the file store, which names the setting
+    except ValueError as problem:  # the file store's error, which names the setting
         raise ConfigurationError(str(problem)) from None
 
 
 class _Told:
-    """Prints how far it is, once in a while."""
+    """Prints the progress of a deletion, at most once a second."""
 
     def __init__(self) -> None:
         self._next = 0.0
@@ -399,7 +399,7 @@ class _Told:
 
 
 def _with_database(work: Callable[[Connection], Awaitable[T]]) -> T:
-    """Run it as the tables' owner. Raises ConfigurationError."""
+    """Run `work` with a connection of the role that owns the tables. Raises ConfigurationError."""
     name, url = DatabaseSettings().owner
 
     async def connected() -> T:
@@ -420,7 +420,7 @@ def _with_database(work: Callable[[Connection], Awaitable[T]]) -> T:
         raise ConfigurationError(f"{name}: the database has not been migrated: run `python -m app migrate`.") from None
     except asyncpg.InsufficientPrivilegeError:
         raise ConfigurationError(
-            f"{name}: its role may not do this; set DATABASE_OWNER_URL to the role that owns the tables."
+            f"{name}: its role has too few rights. Nothing was changed; set DATABASE_OWNER_URL to the role that owns the tables."
         ) from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as problem:
         raise ConfigurationError(f"{name}: the database failed ({type(problem).__name__}); try again.") from None
