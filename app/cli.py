@@ -51,24 +51,26 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     serve = commands.add_parser("serve", help="serve HTTP, with the settings from the environment")
     serve.set_defaults(run=_serve)
-    worker = commands.add_parser(
-        "worker", help="run the Temporal worker (docs/temporal.md); needs TEMPORAL_ADDRESS"
-    )
+    worker = commands.add_parser("worker", help="run the Temporal worker (docs/temporal.md); needs TEMPORAL_ADDRESS")
     worker.set_defaults(run=_worker)
     version = commands.add_parser("version", help="print the version and the commit")
     version.set_defaults(run=_version)
     migrate = commands.add_parser("migrate", help="migrate the database to this version's schema")
     migrate.set_defaults(run=_migrate)
 
-    key = commands.add_parser("keys", help="make, list, rotate and revoke API keys").add_subparsers(required=True, metavar="action")
+    key = commands.add_parser("keys", help="manage API keys").add_subparsers(required=True, metavar="action")
     create = key.add_parser("create", help="make a key; the key is shown only this once, on the last line")
     create.add_argument("--organization", required=True, help="the organization that the key belongs to")
     create.add_argument("--user", type=UUID, help="the user that the key belongs to")
     create.add_argument("--name", help="what the key is for")
     create.add_argument("--expires-in-days", type=_span, help="days until the key expires; default: never")
     scopes = [*auth.SCOPES, auth.EVERYTHING]
-    create.add_argument("--scope", action="append", choices=scopes, help="what the key may do; may be repeated; default: *")
-    create.add_argument("--machine", type=UUID, help="for an executor: the key sees and reports only runs of this machine")
+    create.add_argument(
+        "--scope", action="append", choices=scopes, help="what the key may do; may be repeated; default: *"
+    )
+    create.add_argument(
+        "--machine", type=UUID, help="for an executor: the key sees and reports only runs of this machine"
+    )
     create.set_defaults(run=_create_key)
     show = key.add_parser("list", help="list the keys of an organization, or of all organizations")
     show.add_argument("--organization")
@@ -78,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         "rotate", help="make a new key with the rights of an old key, which ends later; shown on the last line"
     )
     rotate.add_argument("id", type=UUID)
-    rotate.add_argument("--overlap-hours", type=_span, default=24, help="hours that the old key still works; default: 24")
+    rotate.add_argument(
+        "--overlap-hours", type=_span, default=24, help="hours that the old key still works; default: 24"
+    )
     rotate.set_defaults(run=_rotate_key)
     revoke = key.add_parser("revoke", help="end a key at once")
     revoke.add_argument("id", type=UUID)
@@ -160,7 +164,7 @@ def _serve(_: argparse.Namespace) -> int:
             metrics.share(settings.workers)
         except OSError as problem:
             raise ConfigurationError(
-                f"PROMETHEUS_MULTIPROC_DIR: the folder cannot be used ({problem.strerror}). Name a folder that the service may write."
+                f"PROMETHEUS_MULTIPROC_DIR: the folder cannot be used ({problem.strerror}). Name a writable folder."
             ) from None
     uvicorn.run(
         "app.cli:application",
@@ -177,7 +181,7 @@ def _serve(_: argparse.Namespace) -> int:
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
         backlog=BACKLOG,
-        timeout_keep_alive=75,  # longer than load balancers keep idle connections; otherwise they send requests into closed connections
+        timeout_keep_alive=75,  # longer than load balancers keep idle connections: they must not use a closed one
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     return 0
@@ -420,7 +424,7 @@ def _with_database(work: Callable[[Connection], Awaitable[T]]) -> T:
         raise ConfigurationError(f"{name}: the database has not been migrated: run `python -m app migrate`.") from None
     except asyncpg.InsufficientPrivilegeError:
         raise ConfigurationError(
-            f"{name}: its role has too few rights. Nothing was changed; set DATABASE_OWNER_URL to the role that owns the tables."
+            f"{name}: its role has too few rights. Nothing was changed; set DATABASE_OWNER_URL to the tables' owner."
         ) from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as problem:
         raise ConfigurationError(f"{name}: the database failed ({type(problem).__name__}); try again.") from None

@@ -1,6 +1,6 @@
 """Settings, read once at start from the environment. Every name here is an environment variable in upper case.
 
-It knows only what can be said of a value by itself; whether a store can be opened with it is looked at in startup.py.
+This file checks each value by itself. startup.py checks whether a store can be opened with the values.
 """
 
 import os
@@ -17,20 +17,20 @@ from app.database_url import DatabaseUrl
 
 MIB = 1024 * 1024
 
-# Runs are counted one by one, so far at most.
+# PostgreSQL counts runs one by one, so a quota on runs may not be larger.
 MAX_RUNS_QUOTA = 10_000
 
 
 class ConfigurationError(Exception):
-    """A wrong way to start, in one line for whoever starts it: the setting and the fix, never a value."""
+    """The service cannot start. One line for the operator names the setting and the fix, never a value."""
 
 
 def lines_of(error: ValidationError) -> list[str]:
-    """One line for each wrong setting: its name, what is wrong, and what it wants. No value."""
+    """Return one line for each wrong setting: its name, the problem, and its description. No line has a value."""
     lines = []
     for problem in error.errors(include_input=False, include_url=False):
         message = problem["msg"].removeprefix("Value error, ")
-        if not problem["loc"]:  # of several settings together; the sentence names them
+        if not problem["loc"]:  # the problem is about several settings; its sentence names them
             lines.append(message)
             continue
         name = str(problem["loc"][0])
@@ -38,7 +38,7 @@ def lines_of(error: ValidationError) -> list[str]:
             message = "is not set"
         elif problem["type"] in {"too_short", "string_too_short"}:
             message = f"is too short; it needs at least {problem['ctx']['min_length']} characters"
-        if problem["type"] != "value_error":  # ours say what to do
+        if problem["type"] != "value_error":  # the validators of this file already say what to do
             message += f". {Settings.model_fields[name].description}"
         lines.append(f"{name.upper()}: {message}")
     return lines
@@ -50,7 +50,7 @@ class MountedSecrets(PydanticBaseSettingsSource):
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         name = field_name.upper()
         path = os.environ.get(f"{name}_FILE")
-        # A setting whose own name ends in _file (vault_token_file) is a path by itself and read elsewhere, again and again.
+        # vault_token_file is a setting of its own that ends in _file: its file is read elsewhere, and again after each change.
         if not path or f"{field_name}_file" in self.settings_cls.model_fields:
             return None, field_name, False
         if os.environ.get(name):
@@ -73,7 +73,7 @@ class MountedSecrets(PydanticBaseSettingsSource):
 
 
 def _url(value: str, *schemes: str) -> SplitResult | None:
-    """The parts of a URL, if it is one of these schemes and names a host."""
+    """Return the parts of a URL; None if it has another scheme or no host."""
     try:
         parts = urlsplit(value)
         parts.port  # noqa: B018 - raises if it is no number
@@ -83,14 +83,14 @@ def _url(value: str, *schemes: str) -> SplitResult | None:
 
 
 class DatabaseSettings(BaseSettings):
-    """All that migrations and key management need."""
+    """The settings that migrations and key management need."""
 
     model_config = SettingsConfigDict(
         extra="ignore",
         frozen=True,
-        # Values are hidden in errors: what is printed when a start fails must not show a key or a password.
+        # Errors hide values: the lines of a failed start must not show a key or a password.
         hide_input_in_errors=True,
-        env_ignore_empty=True,  # a compose file passes on what is not set as an empty value
+        env_ignore_empty=True,  # a compose file passes a setting that is not set as an empty value
     )
 
     database_url: SecretStr = Field(description="postgresql://user:password@host:port/database of the service's role.")
@@ -108,14 +108,14 @@ class DatabaseSettings(BaseSettings):
 
     @property
     def owner(self) -> tuple[str, str]:
-        """The setting that names the owner's role, and its value."""
+        """Return the name of the setting for the owner's role, and its value."""
         if self.database_owner_url is None:
             return "DATABASE_URL", self.database_url.get_secret_value()
         return "DATABASE_OWNER_URL", self.database_owner_url.get_secret_value()
 
     @property
     def database_urls(self) -> list[tuple[str, DatabaseUrl]]:
-        """All URLs of the database that are set, each after the name of its setting."""
+        """Return the name and the URL of each setting for a database that is set."""
         names = ("database_url", "database_owner_url", "database_direct_url")
         found = ((name.upper(), getattr(self, name, None)) for name in names)
         return [(name, DatabaseUrl.parse(url.get_secret_value())) for name, url in found if url is not None]
@@ -140,7 +140,7 @@ class DatabaseSettings(BaseSettings):
 
 
 class Settings(DatabaseSettings):
-    """What an operator can set. Durations are seconds and sizes are bytes unless a name says otherwise."""
+    """The settings of the service. Durations are seconds and sizes are bytes unless a name says otherwise."""
 
     # HTTP
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -234,7 +234,7 @@ class Settings(DatabaseSettings):
         "valid key must read the whole reply within this time.",
     )
 
-    # Quotas; 0 is none. Those that are not on runs are counted in each process.
+    # Quotas; 0 means no quota. Quotas on runs are counted in the database, all others in each process.
     quota_key_requests_per_minute: int = Field(
         0,
         ge=0,
@@ -439,7 +439,7 @@ class Settings(DatabaseSettings):
     webhook_retention_days: int = Field(
         7, ge=2, le=90, description="Days for which webhook events and their deliveries are kept."
     )
-    # Temporal, and what becomes of attempts that are handed over to it
+    # Temporal, and the timeouts of attempts that are handed over to Temporal
     temporal_address: str | None = Field(
         None,
         description="Address of Temporal's frontend, host:port. Set it on all replicas to hand attempts over to "
@@ -498,12 +498,12 @@ class Settings(DatabaseSettings):
 
     @property
     def hands_over(self) -> bool:
-        """Attempts go to Temporal."""
+        """Whether attempts are handed over to Temporal."""
         return self.temporal_address is not None
 
     @property
     def temporal_uses_tls(self) -> bool:
-        """As set, or because something that is set needs it."""
+        """Whether connections to Temporal use TLS: as TEMPORAL_TLS says, else if another setting needs TLS."""
         if self.temporal_tls is not None:
             return self.temporal_tls
         needing = (self.temporal_api_key, self.temporal_tls_server_ca_cert_path, self.temporal_tls_client_cert_path)
@@ -563,7 +563,7 @@ class Settings(DatabaseSettings):
         try:
             if value is not None:
                 ssl.create_default_context(cafile=value)
-        except OSError:  # ssl's own errors are some, too
+        except OSError:  # errors of ssl are OSErrors, too
             raise ValueError("the file cannot be read as certificates; name a readable file in PEM form.") from None
         return value
 
@@ -585,7 +585,7 @@ class Settings(DatabaseSettings):
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
                     self.temporal_tls_client_cert_path, self.temporal_tls_client_key_path, password=""
                 )
-            except OSError:  # ssl's own errors are some, too
+            except OSError:  # errors of ssl are OSErrors, too
                 raise ValueError(
                     "TEMPORAL_TLS_CLIENT_CERT_PATH, TEMPORAL_TLS_CLIENT_KEY_PATH: the files cannot be read as a certificate "
                     "and its key; name readable files in PEM form, the key without a passphrase."

@@ -1,6 +1,6 @@
 """The tables. The migrations are written by hand; `alembic check` proves that they and this file agree.
 
-It knows columns, indexes and constraints. What may happen to a row is decided elsewhere.
+This file has columns, indexes and constraints. The rules for changes of a row are in the file of its subject.
 """
 
 import enum
@@ -51,7 +51,7 @@ _IS_AT_WORK = "(status = 'running' OR (status = 'scheduling' AND assigned_machin
 
 
 class Base(DeclarativeBase):
-    """Constraints have names, so that an error or a migration can speak of them."""
+    """The base of all tables. Constraints have names, so that errors and migrations can name them."""
 
     metadata = MetaData(
         naming_convention={
@@ -96,7 +96,8 @@ class ApiKey(Base):
     name: Mapped[str | None]
     key_hash: Mapped[bytes] = mapped_column(unique=True)
     scopes: Mapped[list[str]] = mapped_column(server_default=text("'{*}'"))
-    machine_id: Mapped[UUID | None]  # no foreign key: a key of a machine that is gone sees nothing, and not everything
+    # No foreign key: when its machine is deleted, the key must see no run, instead of all runs.
+    machine_id: Mapped[UUID | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
@@ -156,11 +157,12 @@ class Machine(Base):
     alerts_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
     reserved_session_id: Mapped[UUID | None]
     last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
-    # When we next check whether it has fallen silent. Null while it is offline, and until its first sign of life.
+    # When the service next checks whether the machine is silent. Null while it is offline, and until its first sign of life.
     look_at: Mapped[datetime | None]
-    silenced_at: Mapped[datetime | None]  # since when it is offline only because it was silent
-    starts_with_claim: Mapped[bool] = mapped_column(server_default=text("false"))  # the last run that began on it did
-    begun_session_id: Mapped[UUID | None]  # the session of that run
+    silenced_at: Mapped[datetime | None]  # since when the machine is offline only because it was silent
+    # Whether the last run that began here had a claim.
+    starts_with_claim: Mapped[bool] = mapped_column(server_default=text("false"))
+    begun_session_id: Mapped[UUID | None]  # the session of the last run that began here
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -195,9 +197,9 @@ class Run(Base):
     """One execution of a workflow, retried in place.
 
     JSON columns are `json`, not `jsonb`: they are stored and returned, never searched, and `json` keeps numbers as sent.
-    The CHECKs are those that hold states together: PostgreSQL parses each of them anew for every statement that writes, so
-    what a wire type or an API key already guarantees (the shape of JSON, the form of organization ids) is not said again.
-    `secret_path` names the run's secret in Vault; rows that name something outside are never removed by a cascade.
+    PostgreSQL parses each CHECK again for every statement that writes. The CHECKs therefore only keep states consistent. They
+    repeat no rule that a wire type or an API key already guarantees (the shape of JSON, the form of organization ids).
+    `secret_path` names the run's secret in Vault. A row that names a secret or a file is never removed by a cascade.
     """
 
     __tablename__ = "runs"
@@ -212,12 +214,12 @@ class Run(Base):
         CheckConstraint(f"{_IS_ACTIVE} OR ended_at IS NOT NULL", name="terminal_has_ended"),
         CheckConstraint("session_alias IS NULL OR session_id IS NOT NULL", name="alias_has_session"),
         CheckConstraint("secret_path IS NULL OR sensitive_input_aliases IS NOT NULL", name="secret_has_aliases"),
-        # Lists, newest first: one index per filter, each enough for an index-only count.
+        # Lists, newest first: one index per filter. Each index suffices for an index-only count.
         Index("ix_runs_organization", "organization_id", text("created_at DESC"), text("id DESC")),
         Index("ix_runs_workflow", "workflow_id", "organization_id", text("created_at DESC"), text("id DESC")),
-        # In the database this index has the collation "C" on status, so the planner takes it only for conditions that say so
-        # (runs/listing.py). Conditions on status and something else have indexes of their own: with old statistics the
-        # planner could prefer this one for them, and read all runs that wait or run.
+        # In the database this index has the collation "C" on status, so the planner uses it only for conditions with that
+        # collation (runs/listing.py). Conditions on status and another column have their own indexes: with old statistics,
+        # the planner could prefer this index for them, and read all active runs.
         Index("ix_runs_status", "organization_id", "status", text("created_at DESC"), text("id DESC")),
         Index(
             "ix_runs_assigned_machine",
@@ -241,7 +243,7 @@ class Run(Base):
             text("id DESC"),
             postgresql_where=text("session_id IS NOT NULL"),
         ),
-        # The queue: within a lane the next run is the first entry (placement.py).
+        # The queue: the next run of a lane (queue partition) is its first entry (placement.py).
         Index(
             "ix_runs_waiting",
             "organization_id",
@@ -251,14 +253,14 @@ class Run(Base):
             "id",
             postgresql_where=text(_IS_WAITING),
         ),
-        # A machine has at most one active run, whatever the code does.
+        # A machine has at most one active run, even if the code has a defect.
         Index(
             "uq_runs_active_machine",
             "assigned_machine_id",
             unique=True,
             postgresql_where=text(f"assigned_machine_id IS NOT NULL AND {_IS_ACTIVE}"),
         ),
-        # The active runs of a session; and the one that keeps the others waiting, which may be many.
+        # The active runs of a session; and separately the run at work, because many runs may wait for it.
         Index(
             "ix_runs_active_session", "session_id", postgresql_where=text(f"session_id IS NOT NULL AND {_IS_ACTIVE}")
         ),
@@ -267,12 +269,12 @@ class Run(Base):
             "session_id",
             postgresql_where=text(f"session_id IS NOT NULL AND {_IS_AT_WORK}"),
         ),
-        # The longest silent running runs.
+        # The running runs by their last report, to find silent ones.
         Index("ix_runs_reported", "reported_at", postgresql_where=text("status = 'running'")),
-        # By last change, and ended runs by age. Its status has the collation "POSIX", which orders as "C" does: a condition
-        # says by its collation which of the two indexes serves it.
+        # Runs by their last change, and ended runs by age. Its status has the collation "POSIX", which orders like "C": the
+        # collation of a condition decides which of the two indexes the planner uses.
         Index("ix_runs_changed", "organization_id", "status", "changed_at", "id"),
-        # Those that were given to a machine and are not begun.
+        # The runs that a machine was given and has not begun.
         Index(
             "ix_runs_awaited",
             "awaited_since",
@@ -287,14 +289,14 @@ class Run(Base):
     status: Mapped[str]
     is_priority: Mapped[bool] = mapped_column(server_default=text("false"))
     attempt: Mapped[int] = mapped_column(server_default=text("1"))
-    assignment: Mapped[int] = mapped_column(server_default=text("0"))  # how often it was given to a machine
-    # Which executor process began it, and in which attempt: what an earlier attempt left means nothing.
+    assignment: Mapped[int] = mapped_column(server_default=text("0"))  # how often the run was given to a machine
+    # The claim of the executor process that began the run, and its attempt: a claim of an earlier attempt is not valid.
     claim: Mapped[UUID | None]
     claim_attempt: Mapped[int | None]
     pinned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
-    pin_is_deleted: Mapped[bool] = mapped_column(server_default=text("false"))  # the machine that it was pinned to
+    pin_is_deleted: Mapped[bool] = mapped_column(server_default=text("false"))  # was its pinned machine deleted
     assigned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
-    awaited_since: Mapped[datetime | None]  # since when its machine is expected to begin it; null: no longer
+    awaited_since: Mapped[datetime | None]  # since when the machine should begin the run; null: no longer
     pool_ids: Mapped[list[UUID] | None]
     input_values: Mapped[dict[str, Any] | None]
     sensitive_input_aliases: Mapped[dict[str, Any] | None]
@@ -306,25 +308,26 @@ class Run(Base):
     error_code: Mapped[str | None]
     main_prompt: Mapped[str | None]
     model_metadata: Mapped[dict[str, Any] | None]
-    lane: Mapped[str] = mapped_column(Text(collation="C"))  # placement.py hops along it: plain byte order
+    # In byte order: placement.py skips from one lane to the next.
+    lane: Mapped[str] = mapped_column(Text(collation="C"))
     queue_rank: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     queued_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    queued_by_key_id: Mapped[UUID | None]  # of the key that created it or retried it last
-    traceparent: Mapped[str | None]  # of that request: whoever executes the attempt goes on with its trace
+    queued_by_key_id: Mapped[UUID | None]  # the key that created the run or last retried it
+    traceparent: Mapped[str | None]  # of the request that queued the run: its executor continues the trace
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     reported_at: Mapped[datetime | None]
-    # When it was created, retried, started or ended last, by the database's clock. `started_at` and `ended_at` may be by an
-    # executor's: they are shown, and nothing is decided by them.
+    # When the run was last created, retried, started or ended, by the database's clock. `started_at` and `ended_at` may come
+    # from an executor's clock: they are shown, and no decision uses them.
     changed_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
 
 
 class RunOutput(Base):
-    """What an attempt produced; a run shows that of its current attempt.
+    """The outputs and the history of an attempt. A run shows those of its current attempt.
 
-    Apart from the run, so that a retry leaves it behind without touching its bytes: to clear a long history in place,
-    PostgreSQL deletes it 2 KB at a time. The background task removes what is superseded.
+    They have a table of their own, so that a retry need not touch their bytes: to clear a long history in place, PostgreSQL
+    would delete it in pieces of 2 KB. A background loop removes superseded rows.
     """
 
     __tablename__ = "run_outputs"
@@ -339,7 +342,7 @@ class RunOutput(Base):
 
 
 class RunAttempt(Base):
-    """A finished attempt, archived by the retry that replaced it. Names of overridden fields, never values."""
+    """A finished attempt, archived by the retry that replaced it. It has the names of overridden fields, never values."""
 
     __tablename__ = "run_attempts"
     __table_args__ = (
@@ -347,7 +350,7 @@ class RunAttempt(Base):
         Index("ix_run_attempts_retried_at", "retried_at", postgresql_using="brin"),
     )
 
-    # Names nothing outside the database, so it may go with its run.
+    # The row names no secret and no file, so a cascade may delete it with its run.
     run_id: Mapped[UUID] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True)
     status: Mapped[str]
@@ -367,10 +370,10 @@ class RunAttempt(Base):
 
 
 class RunEvent(Base):
-    """One change of a run (events.py): who, when, from which status to which; names of changed fields, never a value.
+    """One change of a run (events.py): who, when, the old and the new status; names of changed fields, never values.
 
-    `xact` is the transaction that made it: transactions end in another order than they began in, and readers go on from
-    the last event they saw. No CHECKs and few indexes: every retry writes one.
+    `xact` is the transaction that wrote the event. Readers continue from the last event that they saw, but transactions do not
+    commit in the order in which they began. No CHECKs and few indexes, because every retry writes an event.
     """
 
     __tablename__ = "run_events"
@@ -400,7 +403,7 @@ class RunEvent(Base):
 
 
 class RunAttachment(Base):
-    """A file of a run. `storage_path` names its bytes; it is null once an expired input's bytes were collected."""
+    """A file of a run. `storage_path` names its bytes; it is null after the bytes of an expired input were deleted."""
 
     __tablename__ = "run_attachments"
     __table_args__ = (
@@ -432,7 +435,7 @@ class RunAttachment(Base):
 
 
 class Deletion(Base):
-    """The deletion list: names in Vault or storage that go at `due_at` (deletions.py has the rules)."""
+    """The deletion list: names in Vault or the file store to delete at `due_at` (deletions.py has the rules)."""
 
     __tablename__ = "deletions"
     __table_args__ = (
@@ -452,7 +455,7 @@ class Deletion(Base):
 class IdempotencyKey(Base):
     """The first successful reply under a caller's Idempotency-Key, stored with its effect.
 
-    `ids` are those of what it shows. With an empty `body` they are all that is kept of it, unless it never had one (204).
+    `ids` are the ids of the objects that the reply shows. An empty `body` means: only the ids are kept, or the reply was a 204.
     """
 
     __tablename__ = "idempotency_keys"
@@ -468,7 +471,7 @@ class IdempotencyKey(Base):
 
 
 class StoredReply(Base):
-    """How many bytes of an organization's stored replies expire at about this time, added up (stores/replies.py)."""
+    """The sum of bytes of an organization's stored replies that expire at about the same time (stores/replies.py)."""
 
     __tablename__ = "stored_replies"
     __table_args__ = (Index("ix_stored_replies_until", "until"),)
@@ -479,7 +482,7 @@ class StoredReply(Base):
 
 
 class WebhookEndpoint(Base):
-    """Where an organization wants its events sent. No delivery references it: its rows go with time, or when they are due."""
+    """A URL that gets an organization's events. Deliveries have no foreign key to it: they are deleted by age, or when due."""
 
     __tablename__ = "webhook_endpoints"
     __table_args__ = (
@@ -503,7 +506,7 @@ class WebhookEndpoint(Base):
 
 
 class WebhookSecret(Base):
-    """A signing secret of an endpoint, by its path in Vault; one that was rotated away signs too until `expires_at`."""
+    """A signing secret of an endpoint, by its path in Vault. A rotated secret also signs until `expires_at`."""
 
     __tablename__ = "webhook_secrets"
     __table_args__ = (
@@ -518,9 +521,9 @@ class WebhookSecret(Base):
 
 
 class WebhookEvent(Base):
-    """The outbox: what happened, in the bytes that are sent. One for each ending; a test has no run.
+    """The outbox: one event for each end of a run, in the bytes that are sent. A test event has no run.
 
-    `body` is null once its run was deleted.
+    `body` is null after its run was deleted.
     """
 
     __tablename__ = "webhook_events"
@@ -542,9 +545,9 @@ class WebhookEvent(Base):
 
 
 class WebhookDelivery(Base):
-    """One event on its way to one endpoint. Its id is the message's, the same each time it is sent.
+    """The delivery of one event to one endpoint. Its id is the message's id, the same each time the message is sent.
 
-    `lease` is the token of whoever sends it now, until `due_at`.
+    `lease` is the token of the process that sends it now. The lease ends at `due_at`.
     """
 
     __tablename__ = "webhook_deliveries"
@@ -573,7 +576,7 @@ class WebhookDelivery(Base):
 
 
 class WebhookRecovery(Base):
-    """An endpoint's events since a time are being sent to it again, in batches: how far that has come."""
+    """The progress of a recovery: an endpoint's events since a time are sent to it again, in batches."""
 
     __tablename__ = "webhook_recoveries"
     __table_args__ = (Index("ix_webhook_recoveries_moved_at", "moved_at"),)
@@ -589,7 +592,7 @@ class WebhookRecovery(Base):
 class BulkRetry(Base):
     """A job that retries many runs (app/bulk). Its row is locked by the replica that works on it.
 
-    `moved_at` is when the job last had its turn, `due_at` is the earliest time of its next one.
+    `moved_at` is the time of the job's last turn. `due_at` is the earliest time of its next turn.
     """
 
     __tablename__ = "bulk_retries"
@@ -619,7 +622,7 @@ class BulkRetry(Base):
     overrides: Mapped[dict[str, Any]]
     pace_per_second: Mapped[float | None]
     first: Mapped[int] = mapped_column(server_default=text("0"))
-    is_first_over: Mapped[bool] = mapped_column(server_default=text("false"))  # the rest may go
+    is_first_over: Mapped[bool] = mapped_column(server_default=text("false"))  # the rest may be retried
     stop_after_failures: Mapped[int] = mapped_column(server_default=text("0"))
     failures_forgiven: Mapped[int] = mapped_column(server_default=text("0"))  # failures before the last resume
     total: Mapped[int]
@@ -632,9 +635,9 @@ class BulkRetry(Base):
 
 
 class BulkRetryItem(Base):
-    """One run of a bulk retry, with the attempt that the run had when it was chosen; null: there was no such run.
+    """One run of a bulk retry, with the attempt that the run had when it was chosen; null: the run did not exist.
 
-    It names nothing outside the database, so it goes with its job.
+    The row names no secret and no file, so a cascade deletes it with its job.
     """
 
     __tablename__ = "bulk_retry_items"
@@ -645,7 +648,7 @@ class BulkRetryItem(Base):
     )
 
     bulk_retry_id: Mapped[UUID] = mapped_column(ForeignKey("bulk_retries.id", ondelete="CASCADE"), primary_key=True)
-    place: Mapped[int] = mapped_column(primary_key=True)  # in the job, from 1
+    place: Mapped[int] = mapped_column(primary_key=True)  # its place in the job, from 1
     run_id: Mapped[UUID]  # no foreign key: the item outlives the run
     attempt: Mapped[int | None]
     outcome: Mapped[str] = mapped_column(server_default="pending")
@@ -655,7 +658,7 @@ class BulkRetryItem(Base):
 
 
 class Dispatch(Base):
-    """What Temporal is to be told (handoff/dispatches.py). No foreign key: a cancel outlives its run."""
+    """A call to Temporal that is to be made (handoff/dispatches.py). No foreign key: a cancel outlives its run."""
 
     __tablename__ = "dispatches"
     __table_args__ = (
@@ -675,9 +678,9 @@ class Dispatch(Base):
 
 
 class SharedRound(Base):
-    """How far a round is that all replicas go through together: whoever is free takes the next slice.
+    """The progress of a round that all replicas share: a replica that is free takes the next slice.
 
-    `position` is null while no round is under way; `slices` is how many full ones it had so far.
+    `position` is null while no round is under way. `slices` is the number of full slices so far.
     """
 
     __tablename__ = "shared_rounds"

@@ -79,7 +79,9 @@ def _sentences() -> list[tuple[str, str]]:
 
 def _prose(page: Path) -> list[str]:
     """The sentences of a page, without its headings, tables, code and comments. A list's entries are sentences of their own."""
-    text = re.sub(r"(?ms)^ *```.*?^ *```$|<!--.*?-->|^ {4}.*?$|^#.*?$|^ *\|.*?$", "\n", page.read_text(encoding="utf-8"))
+    text = re.sub(
+        r"(?ms)^ *```.*?^ *```$|<!--.*?-->|^ {4}.*?$|^#.*?$|^ *\|.*?$", "\n", page.read_text(encoding="utf-8")
+    )
     text = re.sub(r"(?m)^ *(?:[-*]|\d+\.) ", "\n\n", text)
     blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
     return [part for block in blocks for part in re.split(r"(?<=[.;:!?])[*)\"]*\s+", block) if part]
