@@ -17,6 +17,7 @@ from app.bulk.working import Worker, prune_bulk_retries
 from app.errors import DatabaseUnavailable, InternalError, Unavailable
 from app.events import prune_events
 from app.idempotency import forget_keys
+from app.retry_policies.working import RetryWorker
 from app.runs.attachments import expire_attachments
 from app.runs.ending import end_silent_runs, note_expired_secrets
 from app.runs.listing import announce_assignments
@@ -149,6 +150,7 @@ def loops(services: Services) -> list[Loop]:
         Loop("webhooks", deliverer.round, period, wakeups.deliveries, rest=0.02, close=deliverer.close),
         Loop("old_webhooks", partial(prune_webhooks, database, settings.webhook_retention_days), period),
         Loop("bulk_retries", Worker(services).round, TRY_AGAIN, wakeups.bulk_retries, rest_for_work=BULK_REST_FOR_WORK),
+        Loop("planned_retries", RetryWorker(services).round, TRY_AGAIN, rest_for_work=BULK_REST_FOR_WORK),
         Loop("old_bulk_retries", partial(prune_bulk_retries, database, settings.event_retention_days), period),
         *_handing_over(services),
     ]

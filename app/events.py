@@ -32,6 +32,7 @@ def record(
     changed: str = "'{}'",
     by: str = "NULL",
     bulk_retry_id: str = "NULL",
+    code: str = "NULL",
     actor: str = ":key_id::uuid, :user_id::uuid, :request_id::text, :reason::text",
 ) -> str:
     """Part of a statement that changes runs: SQL for an event of each row of `source` (id, organization_id, attempt).
@@ -42,9 +43,9 @@ def record(
     """
     return f"""
         INSERT INTO run_events (organization_id, run_id, attempt, event, from_status, to_status,
-                                key_id, user_id, request_id, reason, changed, by, bulk_retry_id)
+                                key_id, user_id, request_id, reason, changed, by, bulk_retry_id, code)
         SELECT organization_id, id, {attempt}, {event}, {from_status}, {to_status},
-               {actor}, {changed}, {by}, {bulk_retry_id}
+               {actor}, {changed}, {by}, {bulk_retry_id}, {code}
         FROM {source}
     """
 
@@ -71,7 +72,7 @@ def announce(
 COLUMNS = """
     at, run_id::text, attempt, event, from_status, to_status,
     coalesce(by, CASE WHEN key_id IS NULL THEN 'service' ELSE 'request' END) AS by, bulk_retry_id::text,
-    key_id::text, user_id::text, request_id, reason, changed
+    key_id::text, user_id::text, request_id, reason, changed, code
 """
 
 # Transactions end in another order than they began in. Below the oldest one that still runs nothing can appear any more, so

@@ -26,6 +26,7 @@ MACHINES_COUNTED = 20_000
 DELETIONS_COUNTED = 100_000
 DELIVERIES_SEEN = 10_000
 DISPATCHES_SEEN = 10_000
+PLANS_COUNTED = 10_000
 
 # Runs that wait are counted by lane, from the index of the queue alone; why they do is asked of the head of each of the longest
 # lanes. A name on the deletion list has been due since it was first taken: its failures tell how long ago that was.
@@ -55,6 +56,8 @@ GAUGES = statement(
         ) AS listed WHERE failures > 0 OR due_at <= now()
     ), untold AS MATERIALIZED (
         SELECT created_at FROM dispatches ORDER BY due_at LIMIT {DISPATCHES_SEEN}
+    ), planned AS MATERIALIZED (
+        SELECT due_at FROM planned_retries ORDER BY look_at LIMIT {PLANS_COUNTED}
     ), machines_seen AS MATERIALIZED (
         SELECT CASE
             WHEN m.silenced_at IS NOT NULL THEN 'silent'
@@ -92,6 +95,11 @@ GAUGES = statement(
     UNION ALL
     SELECT 'runs_dispatches_oldest_age_seconds', NULL, coalesce(extract(epoch FROM now() - min(created_at)), 0)::float
     FROM untold
+    UNION ALL
+    SELECT 'runs_planned_retries', NULL, count(*)::float FROM planned
+    UNION ALL
+    SELECT 'runs_planned_retries_oldest_overdue_seconds', NULL,
+        greatest(0, coalesce(extract(epoch FROM now() - min(due_at)), 0))::float FROM planned
     UNION ALL
     SELECT 'runs_webhook_oldest_pending_age_seconds', NULL, coalesce(extract(epoch FROM now() - least(
         (SELECT occurred_at FROM webhook_events WHERE NOT is_fanned_out ORDER BY occurred_at LIMIT 1),

@@ -122,6 +122,7 @@ class Workflow(Base):
     output_schema: Mapped[str | None]
     includes_file_exports: Mapped[bool] = mapped_column(server_default=text("false"))
     is_webhooks_enabled: Mapped[bool] = mapped_column(server_default=text("false"))
+    retry_policy: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
@@ -313,6 +314,8 @@ class Run(Base):
     queue_rank: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     queued_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    # Retries by the workflow's policy since a request or a bulk retry last asked for this run; null: none are wanted.
+    automatic_retries: Mapped[int | None] = mapped_column(SmallInteger, server_default=text("0"))
     queued_by_key_id: Mapped[UUID | None]  # the key that created the run or last retried it
     traceparent: Mapped[str | None]  # of the request that queued the run: its executor continues the trace
     started_at: Mapped[datetime | None]
@@ -400,6 +403,27 @@ class RunEvent(Base):
     changed: Mapped[list[str]]
     by: Mapped[str | None]  # request, bulk or policy; null: a request if there is a key, else the service
     bulk_retry_id: Mapped[UUID | None]
+    code: Mapped[str | None]  # why a planned retry was dropped
+
+
+class PlannedRetry(Base):
+    """A retry that a workflow's policy has planned for an ended attempt (app/retry_policies).
+
+    `look_at` is when it is tried next: at `due_at`, and later again if that was not possible.
+    """
+
+    __tablename__ = "planned_retries"
+    __table_args__ = (Index("ix_planned_retries_look_at", "look_at"),)
+
+    # Names nothing outside the database, so it may go with its run.
+    run_id: Mapped[UUID] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    organization_id: Mapped[str]
+    due_at: Mapped[datetime]
+    look_at: Mapped[datetime]
+    rule: Mapped[int] = mapped_column(SmallInteger)  # of the policy, the one that matched; 0: it has none
+    avoids_last_machine: Mapped[bool]
+    owes_event: Mapped[bool]  # the attempt's `run_complete` was not sent, and is if the plan is dropped
 
 
 class RunAttachment(Base):

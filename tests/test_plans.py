@@ -57,8 +57,9 @@ SHORT = 30  # while plans are made
 FILL = (
     "INSERT INTO api_keys (id, organization_id, key_hash, revoked_at)"
     " SELECT md5('key' || n)::uuid, 'k' || n % 5000, sha256(n::text::bytea), CASE WHEN n % 2 = 0 THEN now() END FROM {rows}",
-    "INSERT INTO workflows (id, organization_id, main_prompt, is_webhooks_enabled, created_at)"
-    " SELECT md5('workflow' || n)::uuid, 'big', 'Do it.', true, now() - n * interval '1 s' FROM {rows}",
+    "INSERT INTO workflows (id, organization_id, main_prompt, is_webhooks_enabled, retry_policy, created_at)"
+    " SELECT md5('workflow' || n)::uuid, 'big', 'Do it.', true, '{{\"max_retries\": 3}}', now() - n * interval '1 s'"
+    " FROM {rows}",
     "INSERT INTO machines (id, organization_id, fingerprint, unkey_key_id, reserved_session_id, look_at, last_seen, created_at)"
     " SELECT md5('machine' || n)::uuid, 'big', n::text, 'x', CASE WHEN n % 5 = 0 THEN md5('session' || n)::uuid END,"
     " now() + (n % 100 - 1) * interval '1 min' - n * interval '1 ms', now() - interval '1 h', now() - n * interval '1 s'"
@@ -100,6 +101,10 @@ FILL = (
     " FROM {runs}, generate_series(1, 2) AS attempt WHERE {kind} < 5",
     "INSERT INTO run_attempts (run_id, attempt, status, retried_at, overridden)"
     " SELECT md5('run' || n)::uuid, 1, 'error', now() - n * interval '1 min', '{{}}' FROM {runs} WHERE {kind} < 5",
+    "INSERT INTO planned_retries"
+    " (run_id, attempt, organization_id, due_at, look_at, rule, avoids_last_machine, owes_event)"
+    " SELECT md5('run' || n)::uuid, 2, 'big', due, due, 1, false, true"
+    " FROM {runs}, LATERAL (SELECT now() + (n - 300) * interval '1 min' AS due) AS planned WHERE {kind} < 5",
     "INSERT INTO run_events (organization_id, xact, at, run_id, attempt, event, changed)"
     " SELECT 'big', 3 + n % 300, now() - n * interval '1 min', md5('run' || n)::uuid, 1, event, '{{}}'"
     " FROM {runs}, unnest('{{created,ended}}'::text[]) AS event",
@@ -275,6 +280,7 @@ SAMPLES: dict[str, Any] = {
     "replaces_inputs": True,
     "request_id": "r",
     "rest_for_slice": 0.35,
+    "retry_policy": None,
     "run_id": ENDED,
     "run_ids": SOME_RUNS,
     "run_message_history": b"[]",
@@ -451,12 +457,27 @@ OWN: dict[str, dict[str, Any]] = {
     "runs.create.created": {"run_ids": WAITING_RUNS},
     "runs.create.insert": _NEW_RUN,
     "runs.dry_run.placement": {"lane": "pools:1", "pool_ids": [an_id("pool", 2)]},
+    **{f"retry_policies.{name}": {"attempts": [2, 2]} for name in ("lock_ended", "remove")},
+    "retry_policies.drop": {"attempts": [2, 2], "codes": ["policy_removed", "pool_deleted"]},
+    "retry_policies.plan": {
+        "attempts": [3, 3],
+        "organization_ids": ["big"] * 2,
+        "statuses": ["error"] * 2,
+        "codes": [None, "input_attachments_expired"],
+        "reasons": ["x"] * 2,
+        "due_ats": [LONG_AGO, None],
+        "rules": [1, 1],
+        "avoids": [False] * 2,
+        "owed": [True] * 2,
+    },
+    "retry_policies.postpone": {"attempts": [2, 2], "wait_seconds": 1.0},
     "runs.ending.end": {"run_ids": ASSIGNED_RUNS, "status": "cancelled"},
     "runs.ending.delete": {"run_ids": [WAITING]},
     "runs.ending.release": {"run_ids": [ENDED]},
     "runs.ending.release_active": {"run_ids": [RUNNING]},
     "runs.record_ended": {"run_ids": [an_id("run", 30_019)]},
     "runs.ending.retain": {"run_ids": [an_id("run", 10_060)]},
+    "runs.ending.retain_for_plan": {"run_ids": [an_id("run", 10_060)], "due_ats": [LONG_AGO]},
     "runs.ending.secrets_expired": {"paths": ["runs/big/10030", "runs/big/10040"]},
     "runs.get": {"most": 10**6},
     "runs.lane_reasons": {"run_ids": [POOLED, IN_SESSION, PINNED]},

@@ -20,6 +20,7 @@ KEYS = {
     "output_schema",
     "includes_file_exports",
     "is_webhooks_enabled",
+    "retry_policy",
     "includes_input_variables",
     "terminal_command_allowlist",
     "model_metadata",

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
+import orjson
+
 from app import in_flight
 from app.auth import Principal
 from app.errors import WorkflowNotFound
@@ -13,11 +15,12 @@ from app.resources.crud import Change, locked_runs
 from app.runs import projection
 from app.runs.ending import remove_runs
 from app.schemas.resources import WorkflowCreate, WorkflowUpdate
+from app.schemas.retry_policies import RetryPolicy
 from app.services import Services
 from app.stores.database import Connection, Database, Record
 from app.stores.pages import Listing, Slice, in_order, where
 from app.stores.scans import page_of_search
-from app.stores.statements import statement
+from app.stores.statements import json_bytes, statement
 
 COLUMNS = {
     "id": "workflows.id::text",
@@ -29,6 +32,7 @@ COLUMNS = {
     "output_schema": "output_schema",
     "includes_file_exports": "includes_file_exports",
     "is_webhooks_enabled": "is_webhooks_enabled",
+    "retry_policy": "retry_policy",
     "created_at": "created_at",
     "updated_at": "updated_at",
 }
@@ -59,15 +63,16 @@ INSERT = statement(
     "workflows.insert",
     """
     INSERT INTO workflows (id, organization_id, user_id, name, main_prompt, input_schema, output_schema,
-                           includes_file_exports, is_webhooks_enabled)
+                           includes_file_exports, is_webhooks_enabled, retry_policy)
     VALUES (:id, :organization_id, :user_id, :name, :main_prompt, :input_schema, :output_schema,
-            :includes_file_exports, :is_webhooks_enabled)
+            :includes_file_exports, :is_webhooks_enabled, :retry_policy)
     """,
 )
 
 CHANGE = Change(
     Workflow,
     *("name", "main_prompt", "input_schema", "output_schema", "includes_file_exports", "is_webhooks_enabled"),
+    "retry_policy",
     always="updated_at = now()",
 )
 
@@ -78,7 +83,12 @@ DELETE = statement("workflows.delete", f"DELETE FROM workflows WHERE {_THE_WORKF
 
 def show(row: Record) -> dict[str, Any]:
     """A workflow as it is sent."""
-    return dict(row.items()) | UNSUPPORTED
+    policy = row["retry_policy"]
+    return dict(row.items()) | {"retry_policy": None if policy is None else orjson.Fragment(policy)} | UNSUPPORTED
+
+
+def _stored(policy: RetryPolicy | None) -> bytes | None:
+    return None if policy is None else json_bytes(policy.model_dump(mode="json"))
 
 
 async def get(connection: Connection, organization_id: str, workflow_id: UUID) -> dict[str, Any]:
@@ -156,6 +166,7 @@ async def create(services: Services, write: WriteRequest, options: WorkflowCreat
             output_schema=options.output_schema,
             includes_file_exports=options.includes_file_exports,
             is_webhooks_enabled=options.is_webhooks_enabled,
+            retry_policy=_stored(options.retry_policy),
         )
         return Reply(201, await _show(connection, write.principal, [workflow_id]), [workflow_id])
 
@@ -167,7 +178,10 @@ async def change(services: Services, write: WriteRequest, workflow_id: UUID, opt
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        await CHANGE.apply(connection, organization_id, workflow_id, CHANGE.named(options))
+        values = CHANGE.named(options)
+        if "retry_policy" in values:
+            values["retry_policy"] = _stored(options.retry_policy)
+        await CHANGE.apply(connection, organization_id, workflow_id, values)
         return Reply(200, await _show(connection, write.principal, [workflow_id]), [workflow_id])
 
     return await once(services, write, work, RESOURCE)

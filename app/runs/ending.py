@@ -4,7 +4,7 @@ and blobs on the deletion list in the same transaction.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 from uuid import UUID
 
@@ -17,6 +17,9 @@ from app.events import By, announce, record
 from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Run, RunStatus
+from app.retry_policies import plans
+from app.retry_policies.plans import SECRET_SECONDS, Plans
+from app.retry_policies.rules import FAILED
 from app.runs import projection
 from app.services import Services
 from app.stores import deletions
@@ -61,6 +64,20 @@ RETAIN = statement(
     INSERT INTO deletions (store, name, due_at)
     SELECT 'vault', secret_path, now() + make_interval(secs => :seconds)
     FROM {found("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
+    """,
+)
+
+# Of a run that is to be retried by itself: until then, and a little longer.
+RETAIN_FOR_PLAN = statement(
+    "runs.ending.retain_for_plan",
+    f"""
+    INSERT INTO deletions (store, name, due_at)
+    SELECT 'vault', secret_path, greatest(now() + make_interval(secs => :seconds),
+                                          planned.due_at + interval '{SECRET_SECONDS} s')
+    FROM unnest(:run_ids::uuid[], :due_ats::timestamptz[]) AS planned (run_id, due_at), LATERAL (
+        SELECT secret_path FROM runs WHERE id = planned.run_id OFFSET 0
+    ) AS run
+    WHERE secret_path IS NOT NULL
     """,
 )
 
@@ -163,33 +180,60 @@ RECORD = outbox.insert_events(
 # What the end of a run may ask for, of a locked run `r`: most have none of it, and then need none of those statements.
 LEAVES = """
     secret_path IS NOT NULL AS has_secrets, session_id IS NOT NULL AS has_session,
-    (SELECT is_webhooks_enabled FROM workflows WHERE workflows.id = r.workflow_id) AS is_watched
+    (SELECT ARRAY[is_webhooks_enabled, retry_policy IS NOT NULL] FROM workflows
+     WHERE workflows.id = r.workflow_id) AS is_watched_and_has_policy
 """
 
 
 async def ended(
     connection: Connection,
     run_ids: Sequence[UUID],
+    status: RunStatus,
     settings: Settings,
     *,
     has_secrets: bool = True,
     has_session: bool = True,
     is_watched: bool = True,
+    has_policy: bool = True,
 ) -> bool:
-    """What follows in the same transaction when runs become terminal. Their machines are free by their status alone.
+    """What follows in the same transaction when runs become terminal, all in one status. Their machines are free by that alone.
 
     The flags are those of LEAVES, of one run. Returns whether there is now an event to send.
     """
+    planned = Plans()
+    if has_policy and status in FAILED:
+        planned = await plans.make(connection, run_ids, settings)
     if has_secrets:
-        await connection.execute(RETAIN, run_ids=run_ids, seconds=float(settings.secret_retention_seconds))
+        seconds = float(settings.secret_retention_seconds)
+        if planned.due:
+            due_ats = [*planned.due.values()]
+            await connection.execute(RETAIN_FOR_PLAN, run_ids=[*planned.due], due_ats=due_ats, seconds=seconds)
+        others = [run_id for run_id in run_ids if run_id not in planned.due]
+        if others:
+            await connection.execute(RETAIN, run_ids=others, seconds=seconds)
     if has_session:
         await release(connection, run_ids)
+    if not is_watched:
+        return False
+    return await _record_ended(connection, [one for one in run_ids if one not in planned.silent], settings)
+
+
+async def _record_ended(connection: Connection, run_ids: Sequence[UUID], settings: Settings) -> bool:
+    """Write the events of these endings; whether there is one to send."""
     recorded = False
-    for start in range(0, len(run_ids) if is_watched else 0, _EVENT_RUNS):
+    for start in range(0, len(run_ids), _EVENT_RUNS):
         some = run_ids[start : start + _EVENT_RUNS]
         done = await connection.execute(RECORD, run_ids=some, max_bytes=settings.webhook_max_bytes)
         recorded |= done != "INSERT 0 0"
     return recorded
+
+
+async def drop_plans(
+    connection: Connection, codes: Mapping[UUID, str], attempts: Sequence[int], settings: Settings, actor: Actor
+) -> bool:
+    """Drop the planned retries of locked runs that are at these attempts. Then these were their endings: whether there is an
+    event to send."""
+    return await _record_ended(connection, await plans.drop(connection, codes, attempts, actor), settings)
 
 
 async def end_runs(
@@ -215,7 +259,7 @@ async def end_runs(
         error_code=error_code,
         **actor.parameters(),
     )
-    await ended(connection, [row["id"] for row in rows], settings)
+    await ended(connection, [row["id"] for row in rows], status, settings)
     announce(connection, status.value, by, [row["id"] for row in rows])
 
 

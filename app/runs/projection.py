@@ -92,6 +92,18 @@ END
 """
 
 
+# What a workflow's retry policy will do. A plan of an earlier attempt is void.
+_NEXT_RETRY_AT = """
+CASE WHEN r.status IN ('error', 'task_failed') THEN (
+    SELECT due_at FROM planned_retries WHERE run_id = r.id AND attempt = r.attempt LIMIT 1
+) END
+"""
+_RETRIES_LEFT = """
+(SELECT CASE WHEN w.retry_policy IS NULL THEN NULL WHEN r.automatic_retries IS NULL THEN 0
+     ELSE greatest((w.retry_policy->>'max_retries')::integer - r.automatic_retries, 0) END
+ FROM workflows w WHERE w.id = r.workflow_id LIMIT 1)
+"""
+
 # From `runs r`, RUN_SOURCE and outputs_source.
 RUN_COLUMNS = {
     "id": "r.id::text",
@@ -121,6 +133,8 @@ RUN_COLUMNS = {
     "started_at": "r.started_at",
     "ended_at": "r.ended_at",
     "changed_at": "r.changed_at",
+    "next_retry_at": _NEXT_RETRY_AT,
+    "retries_left": _RETRIES_LEFT,
     "main_prompt": "r.main_prompt",
     "model_metadata": "r.model_metadata",
     "usage_metadata": "o.usage_metadata",

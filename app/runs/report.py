@@ -16,7 +16,7 @@ from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
 from app.runs import fences, projection, replays
-from app.runs.ending import LEAVES, ended, release
+from app.runs.ending import LEAVES, drop_plans, ended, release
 from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
 from app.services import Services
@@ -107,6 +107,9 @@ TRANSITIONS = {
     RunStatus.RUNNING: TERMINAL,
 }
 
+# The code of a plan that was dropped by a request.
+REQUESTED = "requested"
+
 # What an attempt produces: a run that waits for its attempt has none of it.
 PRODUCED = (
     "error",
@@ -121,6 +124,8 @@ PRODUCED = (
 
 async def report(services: Services, write: WriteRequest, run_id: UUID, options: RunUpdate) -> Reply:
     """An executor's PATCH, decided under the row lock. Raises every refusal of the route."""
+    if "next_retry_at" in options.model_fields_set:
+        return await _drop_planned_retry(services, write, run_id, options)
     _refuse_scope(write.principal, options)
     _refuse_times(options)
     machine_id: UUID | None = None
@@ -156,8 +161,17 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
             await connection.execute(SAVE_OUTPUTS, run_id=run_id, attempt=run["attempt"], **values, **named)
         has_event = False
         if status in TERMINAL and current not in TERMINAL:
-            leaves = {name: run[name] for name in ("has_secrets", "has_session", "is_watched")}
-            has_event = await ended(connection, [run_id], services.settings, **leaves)
+            is_watched, has_policy = run["is_watched_and_has_policy"]
+            has_event = await ended(
+                connection,
+                [run_id],
+                status,
+                services.settings,
+                has_secrets=run["has_secrets"],
+                has_session=run["has_session"],
+                is_watched=is_watched,
+                has_policy=has_policy,
+            )
         elif status in TERMINAL and options.release_session_after:
             await release(connection, [run_id])
         if status is not current:
@@ -171,6 +185,35 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
     if machine_id is not None and not _only_stops(options):  # anybody can cancel: no sign of life
         services.signs_of_life.note(write.principal.organization_id, machine_id)
     return reply
+
+
+# What may stand beside next_retry_at.
+_DROPPING = {"next_retry_at", "reason"}
+
+
+async def _drop_planned_retry(services: Services, write: WriteRequest, run_id: UUID, options: RunUpdate) -> Reply:
+    """Drop the retry that the workflow's policy has planned, if there is one: this attempt was the last.
+
+    Raises InsufficientScope, Invalid, RunNotFound and AttemptSuperseded.
+    """
+    principal = write.principal
+    if not principal.may("runs:write"):
+        raise InsufficientScope(["runs:write"], "next_retry_at needs runs:write; nothing was changed.")
+    if others := sorted(options.model_fields_set - _DROPPING - fences.FIELDS):
+        sentence = "Not together with next_retry_at; nothing was changed. Send it in a request of its own."
+        raise Invalid(*((("body", name), sentence, "not_together") for name in others))
+
+    async def work(connection: Connection) -> Reply:
+        run = await connection.fetchrow(LOCK, run_id=run_id, **principal.sees())
+        if run is None:
+            raise RunNotFound
+        fences.refuse_late(run, options, only_stops=True)
+        actor, settings = write.actor(options.reason), services.settings
+        has_event = await drop_plans(connection, {run_id: REQUESTED}, [run["attempt"]], settings, actor)
+        shown = projection.encode(await projection.get(connection, run_id, principal))
+        return Reply(200, shown, [run_id], has_event=has_event)
+
+    return await once(services, write, work, replays.RUN)
 
 
 # All that a key without runs:execute may send: enough to stop a run. No claim is needed for that.

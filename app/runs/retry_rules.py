@@ -149,4 +149,6 @@ def overridden(options: RunRetry) -> list[str]:
         changed.discard("reuse_session")
     if not options.start_session:
         changed.discard("start_session")
+    if options.automatic_retries is not False:
+        changed.discard("automatic_retries")
     return sorted(changed - {"reason", "expected_attempt"})

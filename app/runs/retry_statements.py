@@ -50,7 +50,7 @@ READ = statement(
                SELECT FROM unnest(run.pool_ids) AS kept (id) WHERE NOT {rules.exists(_POOL)}
            ) AS pool_is_deleted,
            (run.pin_is_deleted OR cardinality(run.pool_ids) > 0) AND {rules.exists(_SESSION_MACHINE)} AS session_has_machine,
-           run.changed_at, clock_timestamp() AS now, {_KEPT_OCTETS} AS kept_octets
+           run.automatic_retries, run.changed_at, clock_timestamp() AS now, {_KEPT_OCTETS} AS kept_octets
     FROM unnest(:run_ids::uuid[], :organization_ids::text[], :session_ids::uuid[])
         WITH ORDINALITY AS wanted (run_id, organization_id, session_id, place),
     LATERAL (
@@ -88,6 +88,7 @@ COLUMNS = {
     "pinned_machine_id": "uuid",
     "pool_ids": "text",
     "is_priority": "bool",
+    "automatic_retries": "smallint",
     "session_id": "uuid",
     "session_alias": "text",
     "release_session_after": "bool",
@@ -136,6 +137,7 @@ def _switch_statement(
         "output_data": "NULL",
         "run_message_history": "NULL",
         "usage_metadata": "NULL",
+        "next_retry_at": "NULL",
         "output_attachment_ids": "'[]'::json",
         "input_attachment_ids": input_ids,
     }
@@ -196,7 +198,8 @@ def _switch_statement(
             error = NULL, error_code = NULL, started_at = NULL, ended_at = NULL, reported_at = NULL, assigned_machine_id = NULL,
             pinned_machine_id = seen.pinned_machine_id, pool_ids = coalesce(seen.pool_ids::uuid[], runs.pool_ids),
             pin_is_deleted = runs.pin_is_deleted AND seen.pinned_machine_id IS NULL AND seen.pool_ids IS NULL,
-            is_priority = seen.is_priority, session_id = seen.session_id, session_alias = seen.session_alias,
+            is_priority = seen.is_priority, automatic_retries = seen.automatic_retries,
+            session_id = seen.session_id, session_alias = seen.session_alias,
             release_session_after = seen.release_session_after,
             input_values = coalesce(seen.input_values, runs.input_values) {requeued}
         FROM seen WHERE runs.ctid = ANY (ARRAY(SELECT tid FROM seen)) AND runs.id = seen.id
@@ -304,6 +307,7 @@ class Change:
             following.pinned_machine_id,
             None if options.pool_ids is None else _listed(options.pool_ids),
             following.is_priority,
+            _automatic_retries(retry, run),
             session.id,
             session.alias,
             session.release_after,
@@ -327,6 +331,14 @@ class Change:
             replaces_inputs,
             _listed(file.id for file in staged.files) if replaces_inputs else None,
         )
+
+
+def _automatic_retries(retry: Retry, run: Record) -> int | None:
+    """How many the run will have had. Whoever asks for a retry begins anew."""
+    if retry.actor.by == "policy":
+        before: int | None = run["automatic_retries"]
+        return None if before is None else before + 1
+    return None if retry.options.automatic_retries is False else 0
 
 
 async def read(connection: Connection, retries: Sequence[Retry]) -> list[Record | None]:

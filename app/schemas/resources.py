@@ -6,6 +6,7 @@ from uuid import UUID
 
 from pydantic import Field
 
+from app.schemas.retry_policies import RetryPolicy
 from app.schemas.values import (
     EXAMPLE_ID,
     Description,
@@ -40,6 +41,7 @@ class WorkflowCreate(Payload):
     is_webhooks_enabled: bool = Field(
         default=False, description="Its runs' endings are sent to the organization's webhook endpoints."
     )
+    retry_policy: RetryPolicy | None = Field(None, description="Which of its runs are retried by themselves, and when.")
     terminal_command_allowlist: NotSupported = None
     model_metadata: NotSupported = None
     post_run_check_failure_cleanup_prompt: NotSupported = None
@@ -64,6 +66,9 @@ class WorkflowUpdate(Payload):
     is_webhooks_enabled: bool | None = Field(
         None, description="Its runs' endings are sent to the organization's webhook endpoints."
     )
+    retry_policy: RetryPolicy | None = Field(
+        None, description="Which of its runs are retried by themselves, and when; null: none."
+    )
     terminal_command_allowlist: NotSupported = None
     model_metadata: NotSupported = None
     post_run_check_failure_cleanup_prompt: NotSupported = None
@@ -83,6 +88,7 @@ class WorkflowResponse(Reply):
     output_schema: str | None = Field(description="JSON Schema of output_data, as text.")
     includes_file_exports: bool = Field(description="Its runs hand in files.")
     is_webhooks_enabled: bool = Field(description="Its runs' endings are sent to the organization's webhook endpoints.")
+    retry_policy: RetryPolicy | None = Field(description="Which of its runs are retried by themselves, and when.")
     includes_input_variables: bool = Field(description="Always false.")
     terminal_command_allowlist: Unsupported
     model_metadata: Unsupported

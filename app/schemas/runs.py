@@ -76,6 +76,10 @@ class RunRetry(_SessionOverrides):
     expected_attempt: Attempt | None = Field(
         None, description="Retry only if the run is at this attempt; else 409 attempt_changed."
     )
+    automatic_retries: bool | None = Field(
+        default=True,
+        description="false: the workflow's retry policy does not retry the attempt that this retry begins.",
+    )
     # A run keeps its own, and a retry cannot replace it.
     main_prompt: NotSupported = None
     main_agent_model_id: NotSupported = None
@@ -162,9 +166,25 @@ class RunUpdate(Payload):
     )
     reason: Reason | None = Field(None, description="Why it ends; kept with the event, never interpreted.")
     release_session_after: bool | None = Field(None, description="Release the session's machine when this run ends.")
+    next_retry_at: None = Field(
+        None,
+        description="Only null: drops the retry that the workflow's policy has planned. Needs runs:write, and a request of its"
+        " own.",
+    )
 
 
-EVENTS = Literal["created", "assigned", "started", "ended", "retried", "deleted", "secrets_expired", "unassigned"]
+EVENTS = Literal[
+    "created",
+    "assigned",
+    "started",
+    "ended",
+    "retried",
+    "deleted",
+    "secrets_expired",
+    "unassigned",
+    "retry_planned",
+    "retry_dropped",
+]
 
 SCHEDULING_REASONS = Literal[
     "assigned",
@@ -216,6 +236,12 @@ class RunResponse(Reply):
     ended_at: datetime | None = Field(description="When the work ended, as the executor reported it.")
     changed_at: datetime = Field(
         description="When it was created, retried, started or ended last, by the service's own clock."
+    )
+    next_retry_at: datetime | None = Field(
+        description="When the workflow's retry policy will retry this attempt; null: it will not."
+    )
+    retries_left: int | None = Field(
+        description="Retries that the workflow's policy still allows, a planned one included; null: there is no policy."
     )
     main_prompt: str | None = Field(description="What the agent is told to do; null: the workflow's prompt.")
     model_metadata: dict[str, Any] | None = Field(description="Which models this run uses, as given.")
@@ -282,6 +308,9 @@ class RunEventResponse(Reply):
     request_id: str | None = Field(description="X-Request-ID of the request behind it.")
     reason: str | None = Field(description="Why, as the caller said.")
     changed: list[str] = Field(description="Names of the fields that the request gave.")
+    code: str | None = Field(
+        description="Of `retry_dropped`: the code of the refusal, `policy_removed` or `requested`."
+    )
 
 
 class EventPage(Reply):

@@ -56,7 +56,7 @@ class Reading:
     has_tiny: bool = False  # a zero with a point, or a number near it
 
 
-def _storable_text(value: str) -> str:
+def storable_text(value: str) -> str:
     if "\x00" in value:
         raise PydanticCustomError("string_nul", "NUL is not allowed")
     try:
@@ -89,7 +89,7 @@ def _checked_json(value: T, reading: Reading | None, *, may_refer: bool) -> T:
     while stack:
         item = stack.pop()
         if isinstance(item, str):
-            _storable_text(item)
+            storable_text(item)
         elif isinstance(item, dict):
             if not may_refer and len(item) == 1 and "$ref" in item:
                 raise PydanticCustomError("reference_not_supported", "references are not supported")
@@ -139,7 +139,7 @@ def _utc(value: datetime) -> datetime:
         raise PydanticCustomError("datetime_parsing", "out of range") from None
 
 
-def _whole(value: object, info: ValidationInfo) -> object:
+def whole(value: object, info: ValidationInfo) -> object:
     """1.0 is an integer, as JSON Schema has it: some languages send every number with a fraction."""
     if isinstance(value, float) and isinstance(info.context, Reading):
         info.context.has_fractions = True
@@ -206,30 +206,28 @@ def _not_supported(value: object) -> None:
 # The patterns say in the document what the validators check; those give the better sentences.
 NO_NUL = {"pattern": "^[^\\u0000]*$"}
 
-Attempt = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_whole)]
-Assignment = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(_whole)]
-Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
-AtMostRuns = Annotated[int, Field(ge=0, le=10_000), BeforeValidator(_whole)]
+Attempt = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(whole)]
+Assignment = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(whole)]
+Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(whole)]
+AtMostRuns = Annotated[int, Field(ge=0, le=10_000), BeforeValidator(whole)]
 # A length before a validator, or its error would be the one of a list.
-Line = Annotated[str, Field(max_length=MAX_LINE, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+Line = Annotated[str, Field(max_length=MAX_LINE, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
 Lines = Annotated[list[Line], Field(max_length=1000, fail_fast=True), AfterValidator(_few_bytes_in_all)]
-Description = Annotated[
-    str, Field(max_length=MAX_DESCRIPTION, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
-]
-Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+Description = Annotated[str, Field(max_length=MAX_DESCRIPTION, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
+Name = Annotated[str, Field(max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
 NonEmptyName = Annotated[
-    str, Field(min_length=1, max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(_storable_text)
+    str, Field(min_length=1, max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(storable_text)
 ]
 ErrorCode = Annotated[str, Field(pattern=r"^[a-z0-9_.]{1,100}$")]
 # Of a search; the empty text is none.
-SearchText = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
-Reason = Annotated[str, Field(max_length=MAX_REASON, json_schema_extra=NO_NUL), AfterValidator(_storable_text)]
+SearchText = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
+Reason = Annotated[str, Field(max_length=MAX_REASON, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
 # In a query; the empty text is false, as the vendor's clients send it.
 Flag = Annotated[bool, BeforeValidator(lambda value: value or False)]
 Prompt = Annotated[
     str,
     Field(json_schema_extra=NO_NUL | {"maxLength": MAX_PROMPT_BYTES}),
-    AfterValidator(_storable_text),
+    AfterValidator(storable_text),
     AfterValidator(_few_bytes),
 ]
 JsonObject = Annotated[
@@ -367,13 +365,13 @@ Base64 = Annotated[
 FileName = Annotated[
     str,
     Field(min_length=1, max_length=MAX_NAME, json_schema_extra=_FILENAME),
-    AfterValidator(_storable_text),
+    AfterValidator(storable_text),
     AfterValidator(_filename),
 ]
 TargetPath = Annotated[
     str,
     Field(max_length=4096, json_schema_extra=_TARGET_PATH),
-    AfterValidator(_storable_text),
+    AfterValidator(storable_text),
     AfterValidator(_target_path),
 ]
 

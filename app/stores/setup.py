@@ -22,6 +22,7 @@ GRANTS = {
     "alembic_version": "SELECT",
     "api_keys": "SELECT, UPDATE (last_used_at)",  # `keys` makes and revokes them, as the owner
     "bulk_retries": _ALL,
+    "planned_retries": _ALL,
     "bulk_retry_items": "SELECT, INSERT, UPDATE",  # they go with their job
     "deletions": _ALL,
     "dispatches": _ALL,

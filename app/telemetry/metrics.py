@@ -247,6 +247,9 @@ build_info = _Gauge("runs_build_info", "The version that serves; always 1.", "ve
 retries = _Counter(
     "runs_retries_total", "Retries that were asked for, by whom, and what came of them.", "outcome", "code", "by"
 )
+planned_retries = _Counter(
+    "runs_planned_retries_total", "Retries by workflows' policies: planned, done, dropped or void.", "outcome", "code"
+)
 transitions = _Counter("runs_transitions_total", "Changes of a run's status, and by whom.", "to", "by")
 placement_wait = _Histogram("runs_placement_wait_seconds", "From queueing a run to its machine.", bounds=_LONG_SECONDS)
 store_calls = _Histogram(
@@ -304,6 +307,8 @@ FROM_DATABASE: dict[str, tuple[str, Labels]] = {
     "runs_machines": ("Machines, counted up to 20,000.", ("state",)),
     "runs_deletions_pending": ("Names that are due to be deleted, counted up to 100,000.", ("store",)),
     "runs_deletions_oldest_age_seconds": ("Since when the oldest of them has been due.", ("store",)),
+    "runs_planned_retries": ("Retries that policies have planned, counted up to 10,000.", ()),
+    "runs_planned_retries_oldest_overdue_seconds": ("How long ago the oldest of them was due.", ()),
     "runs_dispatches_pending": ("What Temporal is still to be told, counted up to 10,000.", ()),
     "runs_dispatches_oldest_age_seconds": ("Since when the oldest of it has waited.", ()),
     "runs_webhook_oldest_pending_age_seconds": ("Since when the oldest webhook has waited to be delivered.", ()),
@@ -340,6 +345,9 @@ def begin() -> None:
     for outcome in ("accepted", "replayed"):
         retries.add(outcome, "", "request", count=0)
     retries.add("accepted", "", "bulk", count=0)
+    retries.add("accepted", "", "policy", count=0)
+    for outcome in ("planned", "retried", "void"):
+        planned_retries.add(outcome, "", count=0)
     for store in ("vault", "files"):
         deletions.add(store, count=0)
         deletions_failed.add(store, count=0)

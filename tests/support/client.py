@@ -14,6 +14,8 @@ RUN_KEYS = {
         "ended_at",
         "error_code",
         "changed_at",
+        "next_retry_at",
+        "retries_left",
         "is_priority",
         "attempt",
         "assignment",
