@@ -33,6 +33,7 @@ from app import cli, together
 from app.api.server import Protocol
 from app.bulk.working import Worker
 from app.config import Settings
+from app.retry_policies.working import RetryWorker
 from app.runs.retry_statements import SWITCH, SWITCH_STAGED
 from app.services import Services
 from app.stores import deletions, files
@@ -297,6 +298,23 @@ def work_on_bulk_retries(folder: Path, environment: Mapping[str, str], plan: Pla
     asyncio.run(rounds())
 
 
+def work_on_planned_retries(folder: Path, environment: Mapping[str, str], plan: Plan, _: float) -> None:
+    """What a replica does for retry policies, until nothing is due."""
+    enter(environment, folder / "app.log")
+    faults = Faults(folder, plan)
+    faults.install()
+    IN_REQUEST.set(True)
+
+    async def rounds() -> None:
+        services = Services.open(Settings())
+        worker = RetryWorker(services)
+        while 0 <= (await worker.round() or -1) <= 1:  # True is 1: there is more
+            pass
+        await services.close()
+
+    asyncio.run(rounds())
+
+
 async def deliver_until_idle(settings: Settings, ahead: float) -> None:
     """Rounds until one finds nothing new and all that was begun has been settled."""
     services = Services.open(settings)
@@ -390,6 +408,13 @@ def deliver_as_process(stack: Stack, plan: Plan, *, ahead: float = 0) -> list[st
 def work_on_bulk_retries_as_process(stack: Stack, plan: Plan) -> list[str]:
     """One process that works on bulk retries, with a fault; returns the points it passed, without one."""
     code, points = _as_process(stack, work_on_bulk_retries, stack.environment(), plan, 0)
+    assert code == (0 if plan.point is None else -signal.SIGKILL)
+    return points
+
+
+def work_on_planned_retries_as_process(stack: Stack, plan: Plan) -> list[str]:
+    """One process that works on planned retries, with a fault; returns the points it passed, without one."""
+    code, points = _as_process(stack, work_on_planned_retries, stack.environment(), plan, 0)
     assert code == (0 if plan.point is None else -signal.SIGKILL)
     return points
 
