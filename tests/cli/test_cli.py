@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs_cli import __version__
 
 from tests.cli.conftest import Terminal
 from tests.support.client import Client, file_input
@@ -190,6 +191,7 @@ def test_every_command_has_help_with_an_example(terminal: Terminal) -> None:
     for name in set(names) - {"bulk"}:
         assert f"runs {name}" in terminal.run(name, "--help").stdout or name == "login"
     assert "\x1b[" not in main, "no colours where there is no terminal"
+    assert terminal.run("--version").stdout == f"runs-cli {__version__}\n"
 
 
 # --- many -------------------------------------------------------------------------------------------------------------

@@ -58,15 +58,20 @@ Reason = Annotated[str | None, typer.Option(help="Why; kept with the attempt, at
 Timeout = Annotated[float, typer.Option(min=1, help="Wait at most this many seconds.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"runs-cli {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     profile: Annotated[str | None, typer.Option(help="The profile of `runs login` to use.")] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     _state.profile = profile
-    if version:
-        print(f"runs-cli {__version__}")
-        raise typer.Exit
 
 
 def _api() -> Api:
