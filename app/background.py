@@ -47,6 +47,9 @@ TRY_AGAIN = 1.0
 # How often the machine's clock is compared with the database's, beside each connect.
 CLOCK_SECONDS = 60.0
 
+# How often the stores are asked whether their disks are full, beside each write that finds no room.
+DISK_SECONDS = 10.0
+
 # A process tells others at most so often: the server lets those who tell commit one after the other.
 TELL_REST = 0.02
 
@@ -116,6 +119,8 @@ def loops(services: Services) -> list[Loop]:
     telling = [
         Loop("tell", partial(tell, database, wakeups), TRY_AGAIN, wakeups.to_tell, rest=TELL_REST, rest_for_work=0),
         Loop("clock", database.measure_clock, CLOCK_SECONDS),
+        Loop("database_disk", database.look_at_disk, DISK_SECONDS),
+        Loop("storage_disk", services.files.look_at_disk, DISK_SECONDS),
         Loop("listen", partial(database.listen, channels, wakeups.heard), TRY_AGAIN),
     ]
     if answers:

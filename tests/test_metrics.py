@@ -48,6 +48,7 @@ PROMISED: dict[str, set[str]] = {
     "db_client_connection_count": {"state"},
     "runs_pool_wait_seconds": set(),
     "runs_clock_offset_seconds": set(),
+    "runs_disk_is_full": {"store"},
     "runs_commits_given_up_total": set(),
     "runs_set_size": {"what"},
     "runs_idempotency_total": {"outcome"},

@@ -1,6 +1,7 @@
 """Files in a real folder and in a real S3 server (SeaweedFS)."""
 
 import asyncio
+import errno
 import logging
 import os
 import resource
@@ -19,6 +20,7 @@ from pydantic import SecretStr
 
 from app.config import MIB, Settings
 from app.errors import StorageUnavailable
+from app.stores.disks import REMEMBERED_SECONDS, Disk
 from app.stores.files import CHUNK, FileMissingError, FileStore
 from tests.support.seaweedfs import SeaweedFS
 
@@ -292,6 +294,43 @@ async def test_disk_full(store: FileStore, folder: Path) -> None:
     assert await store.delete([key]) == {key}
     assert names(folder) == []
     await store.put(key, b"x" * 2 * MIB, deadline=soon())
+
+
+def is_full(store: FileStore) -> bool:
+    return store.disk.is_full
+
+
+async def test_a_full_disk_is_known(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the free space, and by a write that finds no room where there seems to be some, as under a quota."""
+    assert await store.ready()
+    assert not is_full(store)
+    seen = os.statvfs("/")
+
+    def left(**fields: int) -> Callable[[object], os.statvfs_result]:
+        names = ["f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_flag"]
+        changed = [fields.get(name, getattr(seen, name)) for name in [*names, "f_namemax"]]
+        return lambda _: os.statvfs_result(changed)
+
+    for fields, expected in (({"f_bavail": 1}, True), ({}, False), ({"f_files": 9, "f_favail": 0}, True), ({}, False)):
+        monkeypatch.setattr(os, "statvfs", left(**fields))
+        assert await store.ready()
+        assert is_full(store) is expected
+    for number in (errno.ENOSPC, errno.EDQUOT):
+
+        def write(*_: object, number: int = number) -> int:
+            raise OSError(number, "no room")
+
+        with monkeypatch.context() as full:
+            full.setattr(os, "write", write)
+            with pytest.raises(StorageUnavailable):
+                await store.put(store.new_key("org", RUN), b"x", deadline=soon())
+        assert await store.ready()
+        assert is_full(store)
+        later = time.monotonic() + REMEMBERED_SECONDS
+        with monkeypatch.context() as moved:
+            moved.setattr("app.stores.disks.time.monotonic", lambda later=later: later)
+            assert not is_full(store)
+        store.disk = Disk("storage")
 
 
 async def test_a_folder_that_hangs(store: FileStore, folder: Path) -> None:

@@ -53,13 +53,16 @@ class ValidationProblem(BaseModel):
 
 
 class Health(BaseModel):
-    """`ok`, or what is down."""
+    """`ok`, or what is down, or what is full."""
 
-    status: Literal["ok", "unavailable"]
+    status: Literal["ok", "degraded", "unavailable"] = Field(
+        description="`degraded`: the disk of a store is full, so writes are refused. Reads work, and the reply is 200."
+    )
     down: list[str] = Field(description="Dependencies that cannot be used.")
     reasons: dict[str, str] = Field(
         description="Why, by dependency: `unreachable`; `login_refused` (Vault); `not_migrated`, `incompatible`, "
-        "`role_settings` (database). `webhooks` is `not_granted` when Vault's policy lacks their lines; the rest works."
+        "`role_settings` (database); `disk_full` (database, storage). "
+        "`webhooks` is `not_granted` when Vault's policy lacks their lines; the rest works."
     )
 
 

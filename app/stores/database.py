@@ -19,7 +19,7 @@ import asyncpg
 from app.config import Settings
 from app.database_url import DatabaseUrl
 from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
-from app.stores import setup
+from app.stores import disks, setup
 from app.stores.clock import DatabaseClock, steady
 from app.stores.counts import SharedCounts
 from app.stores.pool import NoneFreeError, Pool
@@ -302,6 +302,8 @@ def _unavailable(error: BaseException) -> DatabaseUnavailable:
             failed.kind = "timeout"
         case asyncpg.InvalidAuthorizationSpecificationError():
             failed.kind = "authentication"
+        case asyncpg.DiskFullError():
+            failed.kind = disks.FULL
         case asyncpg.InsufficientResourcesError():
             failed.kind = "resources"
         case asyncpg.OperatorInterventionError():
@@ -329,6 +331,7 @@ class Database:
         self._listening_servers = Servers(direct_url.get_secret_value())
         self._listening_lost = asyncio.Event()
         self.clock = DatabaseClock()
+        self.disk = disks.Disk("database")
         self._pool = Pool(self._connect, settings.database_pool_size, self._patience)
         self.counts = SharedCounts()
 
@@ -376,6 +379,18 @@ class Database:
         async with self.connection() as connection:
             began = steady()
             self.clock.measured(await connection.fetchval(setup.NOW), began, steady())
+
+    async def look_at_disk(self) -> None:
+        """Find out whether PostgreSQL's disk is full. Only a temporary file is written. Raises DatabaseUnavailable."""
+        try:
+            async with self.transaction() as connection:
+                await connection.execute(setup.LITTLE_MEMORY)
+                await connection.fetchval(setup.TEMPORARY_FILE)
+        except DatabaseUnavailable as failed:
+            if failed.kind != disks.FULL:
+                raise
+        else:
+            self.disk.seen(full=False)
 
     async def ready(self) -> None:
         """Whether a connection of the pool can read and may write. Raises DatabaseUnavailable, with Unfit."""
@@ -468,6 +483,8 @@ class Database:
             self._give_up_read_only()
             raise _unavailable(error) from None
         except _TRANSIENT as error:
+            if isinstance(error, asyncpg.DiskFullError):
+                self.disk.refused()
             raise _unavailable(error) from None
         except (*_LOST, OutcomeUnknown, asyncio.CancelledError) as lost:
             # Perhaps in the middle of a statement: asyncpg would wait for the server to confirm that it has stopped, and it

@@ -25,6 +25,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
 from app.config import MIB, Settings
 from app.errors import StorageUnavailable
+from app.stores.disks import Disk
 from app.stores.threads import Slots, fresh_name, measured
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ _LONGEST_WAIT = 3.0
 _BYTES_PER_SECOND = 10 * MIB
 # Meeting a collector in the same folder is rare, and twice in a row rarer; this many times is another fault.
 _FOLDER_ATTEMPTS = 10
+# What a write says that found no room, and how much there must be before the disk counts as full.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_LEAST_FREE_BYTES = MIB
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
@@ -113,6 +117,7 @@ class FileStore:
             raise ValueError(
                 f"STORAGE_URL: user {os.geteuid()} may not write in the folder, or it is mounted read-only."
             )
+        self.disk = Disk("storage")
         self._requests = Slots("storage", settings.storage_concurrency)
         self._collector = Slots("storage-collector", _COLLECTOR_SLOTS)
         self._health = Slots("storage-health", _HEALTH_SLOTS)
@@ -225,6 +230,10 @@ class FileStore:
         except StorageUnavailable:
             return False
 
+    async def look_at_disk(self) -> None:
+        """Find out whether the folder's disk is full; of an object store nothing can be known."""
+        await self.ready()
+
     async def close(self) -> None:
         """Wait for the calls under way."""
         for slots in (self._requests, self._collector, self._health):
@@ -238,6 +247,8 @@ class FileStore:
             try:
                 return call()
             except (BaseError, OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                    self.disk.refused()
                 # The kind alone: the text of these errors holds paths and URLs.
                 log.warning("File store call failed: %s", type(error).__name__)
                 raise StorageUnavailable from None
@@ -276,6 +287,7 @@ class FileStore:
 
     def _answers(self) -> bool:
         if self._root is not None:
+            self.disk.seen(full=_is_full(self._root))
             return self._root.is_dir() and os.access(self._root, os.W_OK | os.X_OK)
         # An answer all the same: S3 says "denied" of a missing key to a role that may not list.
         with suppress(FileNotFoundError, PermissionDeniedError):
@@ -303,6 +315,12 @@ def _opened(path: str | Path, within: int | None = None) -> Iterator[int]:
         yield folder
     finally:
         os.close(folder)
+
+
+def _is_full(root: Path) -> bool:
+    """Whether the disk has no room, or no name, for one more file. Raises OSError."""
+    left = os.statvfs(root)
+    return left.f_bavail * left.f_frsize < _LEAST_FREE_BYTES or (left.f_files > 0 and left.f_favail == 0)
 
 
 def _write_file(root: Path, key: str, data: bytes) -> None:

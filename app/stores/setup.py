@@ -152,6 +152,17 @@ IS_READ_ONLY = statement("setup.is_read_only", f"SELECT {_IS_READ_ONLY}")
 
 NOW = statement("setup.now", "SELECT extract(epoch FROM clock_timestamp())::float8")
 
+# Together they sort 4 MiB in a temporary file, which needs room on the same disk as tables do.
+LITTLE_MEMORY = statement("setup.little_memory", "SELECT set_config('work_mem', '64kB', true)")
+TEMPORARY_FILE = statement(
+    "setup.temporary_file",
+    """
+    SELECT max(length(filler)) FROM (
+        SELECT repeat(number::text, 1000) AS filler FROM generate_series(1000, 2000) AS number ORDER BY number % 7 OFFSET 0
+    ) AS sorted
+    """,
+)
+
 # Whoever may read this table has been migrated.
 READABLE = statement("setup.readable", "SELECT 1 FROM runs LIMIT 1")
 

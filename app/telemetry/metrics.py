@@ -270,6 +270,12 @@ commits_given_up = _Counter(
     "runs_commits_given_up_total",
     "Commits that were not confirmed in time or lost their connection: their outcome is unknown.",
 )
+disk_is_full = _Gauge(
+    "runs_disk_is_full",
+    "1 while the disk of a store has no room for writes, else 0.",
+    "store",
+    of="livemostrecent",
+)
 clock_offset = _Gauge(
     "runs_clock_offset_seconds",
     "How far the database's clock is ahead of this machine's.",
@@ -348,6 +354,8 @@ def begin() -> None:
     retries.add("accepted", "", "policy", count=0)
     for outcome in ("planned", "retried", "void"):
         planned_retries.add(outcome, "", count=0)
+    for store in ("database", "storage"):
+        disk_is_full.set(0, store)
     for store in ("vault", "files"):
         deletions.add(store, count=0)
         deletions_failed.add(store, count=0)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from fastapi import APIRouter, Request, Response
 
@@ -12,6 +12,7 @@ from app.runs.projection import encode
 from app.schemas.problems import Alive, Health
 from app.services import Services
 from app.stores.database import READ_ONLY
+from app.stores.disks import FULL
 from app.stores.setup import Unfit
 
 router = APIRouter(tags=["health"])
@@ -23,13 +24,17 @@ _ALIVE = encode({"status": "ok", "down": [], "reasons": {}, "version": __version
 _RESPONSES: dict[int | str, dict[str, object]] = {503: {"model": Health, "description": "A dependency is down."}}
 
 
-def _reply(webhooks: str | None = None, **problems: str | None) -> Response:
-    """What is wrong with webhooks is said, and takes no replica out of service: runs do not need them."""
+def _reply(full: Iterable[str] = (), webhooks: str | None = None, **problems: str | None) -> Response:
+    """What takes no replica out of service is said all the same: a full disk, because reads go on, and what is wrong with
+    webhooks, because runs do not need them."""
     reasons = {name: problem for name, problem in problems.items() if problem is not None}
     down = list(reasons)
+    degraded = {name: FULL for name in full if name not in reasons}
+    reasons |= degraded
     if webhooks is not None:
         reasons["webhooks"] = webhooks
-    body = encode({"status": "unavailable" if down else "ok", "down": down, "reasons": reasons})
+    status = "unavailable" if down else "degraded" if degraded else "ok"
+    body = encode({"status": status, "down": down, "reasons": reasons})
     return Response(body, 503 if down else 200, {"Retry-After": "2"} if down else None, "application/json")
 
 
@@ -75,6 +80,11 @@ class Checks:
         self.storage = _Shared(lambda: _storage_problem(own))
         self._own = own
 
+    def full(self, *stores: str) -> Sequence[str]:
+        """Those of these stores whose disks have no room, as far as is known."""
+        disks = {"database": self._own.database.disk, "storage": self._own.files.disk}
+        return [store for store in stores if disks[store].is_full]
+
     def webhooks(self) -> str | None:
         """What was seen when Vault was asked last."""
         return self._own.secrets.webhooks_problem
@@ -102,15 +112,19 @@ async def live() -> Response:
 @router.get("/v1/health/db", name="health_db", response_model=Health, responses=_RESPONSES)
 async def database(request: Request) -> Response:
     """PostgreSQL answers."""
-    return _reply(database=await _checks(request).database())
+    checks = _checks(request)
+    problem = await checks.database()
+    return _reply(checks.full("database"), database=problem)
 
 
 @router.get("/health/ready", name="health_ready", response_model=Health, responses=_RESPONSES)
 async def ready(request: Request) -> Response:
     """All three stores can be used; Vault accepts the service's own login. Nothing is written to find out.
 
+    `degraded`, and 200, while the disk of the database or of the file store is full: reads work, and some writes do not.
     `reasons` names `webhooks` when Vault's policy keeps them from being sent; the replica is ready all the same.
     """
     checks = _checks(request)
     database, vault, storage = await asyncio.gather(checks.database(), checks.vault(), checks.storage())
-    return _reply(checks.webhooks(), database=database, vault=vault, storage=storage)
+    full = checks.full("database", "storage")
+    return _reply(full, checks.webhooks(), database=database, vault=vault, storage=storage)
