@@ -161,7 +161,7 @@ def test_its_name_is_asked_for_again(
 
 def test_an_unknown_organization_is_said_to_be_one(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     assert delete("nobody-has-this-name") == 1
-    assert "nothing" in capsys.readouterr().out
+    assert "no organization" in capsys.readouterr().out
 
 
 def test_the_services_own_role_may_not_do_it(
