@@ -41,6 +41,9 @@ REST_FOR_WORK = 4
 # Bulk retries rest less: beside requests the connections and the runs' locks divide the work.
 BULK_REST_FOR_WORK = 0.1
 
+# Webhooks too: what ends while much is fanned out waits for a round and a rest.
+WEBHOOKS_REST_FOR_WORK = 0.2
+
 # Seconds after which a loop that has nothing to look for by itself goes on with what a failure left.
 TRY_AGAIN = 1.0
 
@@ -152,7 +155,15 @@ def loops(services: Services) -> list[Loop]:
         Loop("old_runs", partial(remove_old_runs, database, settings), period),
         Loop("old_attempts", partial(prune_attempts, database, settings.attempt_retention_days), period),
         Loop("events", partial(prune_events, database, settings.event_retention_days), period),
-        Loop("webhooks", deliverer.round, period, wakeups.deliveries, rest=0.02, close=deliverer.close),
+        Loop(
+            "webhooks",
+            deliverer.round,
+            period,
+            wakeups.deliveries,
+            rest=0.02,
+            rest_for_work=WEBHOOKS_REST_FOR_WORK,
+            close=deliverer.close,
+        ),
         Loop("old_webhooks", partial(prune_webhooks, database, settings.webhook_retention_days), period),
         Loop("bulk_retries", Worker(services).round, TRY_AGAIN, wakeups.bulk_retries, rest_for_work=BULK_REST_FOR_WORK),
         Loop("planned_retries", RetryWorker(services).round, TRY_AGAIN, rest_for_work=BULK_REST_FOR_WORK),

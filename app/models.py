@@ -554,6 +554,7 @@ class WebhookEvent(Base):
     __table_args__ = (
         Index("uq_webhook_events_run_attempt", "run_id", "attempt", unique=True),
         Index("ix_webhook_events_new", "occurred_at", postgresql_where=text("NOT is_fanned_out")),
+        Index("ix_webhook_events_turns", "organization_id", "occurred_at", postgresql_where=text("NOT is_fanned_out")),
         Index("ix_webhook_events_organization", "organization_id", "occurred_at", "id"),
         Index("ix_webhook_events_occurred_at", "occurred_at"),
     )

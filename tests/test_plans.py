@@ -525,6 +525,7 @@ OWN: dict[str, dict[str, Any]] = {
         "places": [2],
         "places_failing": [1],
     },
+    "webhooks.fan_out": {"after": ""},
     "webhooks.deliveries.rows": {"ids": some("delivery")},
     "webhooks.drop": {"ids": some("delivery"), "leases": some("lease"), "errors": ["x", "x"]},
     "webhooks.endpoint.change": {"names_description": True, "endpoint_id": an_id("endpoint", 2)},

@@ -64,18 +64,38 @@ MAX_SLOW = 10_000  # endpoints that are remembered
 
 BATCH = 100  # events in one round of fanning out, endpoints in one claim
 LOOK_AROUND = 1_000  # endpoints looked at in one round
+FAN_OUTS = 2  # batches in one round: however much is new, what was fanned out is sent meanwhile
 CLAIMS = 4  # in one round: what is dropped takes no place, and however much it is, what is new is fanned out meanwhile
 CLOSE_SECONDS = 5.0  # how long a stop waits for what is under way
 
 # --- the statements ---------------------------------------------------------------------------------------------------
 
-# An endpoint that was made after the event does not get it; one that is disabled can have it later (RECOVER).
+# From one organization that has something new to the next, by the index, and of each an equal part of the batch: however much
+# one of them has, it is one turn. An endpoint that was made after the event does not get it; one that is disabled can have it
+# later (RECOVER). `share` is that part; `last` is where the next batch goes on if there were as many organizations as turns.
 FAN_OUT = statement(
     "webhooks.fan_out",
     """
-    WITH taken AS (
-        SELECT ctid AS tid, id, organization_id, event_type, occurred_at FROM webhook_events
-        WHERE NOT is_fanned_out ORDER BY occurred_at LIMIT :batch FOR UPDATE SKIP LOCKED
+    WITH RECURSIVE organizations AS (
+        (SELECT organization_id FROM webhook_events
+         WHERE NOT is_fanned_out AND organization_id > :after ORDER BY organization_id LIMIT 1)
+        UNION ALL
+        SELECT next.* FROM organizations CROSS JOIN LATERAL (
+            SELECT organization_id FROM webhook_events
+            WHERE NOT is_fanned_out AND organization_id > organizations.organization_id ORDER BY organization_id LIMIT 1
+        ) AS next
+    ), turns AS MATERIALIZED (
+        SELECT organization_id FROM organizations LIMIT CAST(:batch AS integer)
+    ), part AS MATERIALIZED (
+        SELECT CAST(:batch AS integer) / greatest(count(*), 1) AS share,
+               CASE WHEN count(*) = CAST(:batch AS integer) THEN max(organization_id) END AS last
+        FROM turns
+    ), taken AS MATERIALIZED (
+        SELECT event.* FROM turns CROSS JOIN LATERAL (
+            SELECT ctid AS tid, id, organization_id, event_type, occurred_at FROM webhook_events
+            WHERE NOT is_fanned_out AND organization_id = turns.organization_id
+            ORDER BY occurred_at LIMIT (SELECT share FROM part) FOR UPDATE SKIP LOCKED
+        ) AS event
     ), done AS (
         UPDATE webhook_events SET is_fanned_out = true WHERE ctid = ANY (ARRAY(SELECT tid FROM taken))
     ), made AS (
@@ -90,7 +110,8 @@ FAN_OUT = statement(
         ON CONFLICT (event_id, endpoint_id) DO NOTHING
         RETURNING event_id, endpoint_id
     )
-    SELECT taken.id, taken.organization_id, made.endpoint_id FROM taken LEFT JOIN made ON made.event_id = taken.id
+    SELECT taken.id, taken.organization_id, made.endpoint_id, part.share, part.last
+    FROM part CROSS JOIN taken LEFT JOIN made ON made.event_id = taken.id
     """,
 )
 
@@ -333,6 +354,7 @@ class Deliverer:
         self._is_closing = False
         self._look_around_at = 0.0
         self._looked_up_to = UUID(int=0)
+        self._fanned_out_up_to = ""  # an organization
 
     @property
     def is_sending(self) -> bool:
@@ -342,7 +364,11 @@ class Deliverer:
     async def round(self) -> bool:
         """Fan out what is new, look for what is due, and begin to send as much as there are places for; whether there is more
         to do at once."""
-        await self._fan_out()
+        is_behind = False
+        for _ in range(FAN_OUTS):
+            is_behind = await self._fan_out()
+            if not is_behind:
+                break
         more = False
         if time.monotonic() >= self._look_around_at:
             self._look_around_at = time.monotonic() + self._services.settings.background_period_seconds
@@ -350,7 +376,7 @@ class Deliverer:
             await self._look_around()
         for _ in range(CLAIMS):
             if not await self._claim():
-                return more
+                return more or is_behind
         return True
 
     async def close(self) -> None:
@@ -368,15 +394,15 @@ class Deliverer:
 
     # --- what is due ---
 
-    async def _fan_out(self) -> None:
-        taken = BATCH
-        while taken >= BATCH:
-            async with self._database.connection() as connection:
-                rows = await connection.fetch(FAN_OUT, batch=BATCH)
-            taken = len({row["id"] for row in rows})
-            self._ready |= {
-                row["endpoint_id"]: row["organization_id"] for row in rows if row["endpoint_id"] is not None
-            }
+    async def _fan_out(self) -> bool:
+        """One batch of what is new; whether there may be more of it."""
+        after = self._fanned_out_up_to
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(FAN_OUT, after=after, batch=BATCH)
+        self._ready |= {row["endpoint_id"]: row["organization_id"] for row in rows if row["endpoint_id"] is not None}
+        self._fanned_out_up_to = (rows[0]["last"] if rows else None) or ""
+        taken = Counter({row["id"]: row["organization_id"] for row in rows}.values())
+        return after != "" or any(count >= rows[0]["share"] for count in taken.values())
 
     async def _look_around(self) -> None:
         """What is due again, and what another process has left; a part of all endpoints each time."""

@@ -3,6 +3,8 @@
 import asyncio
 import secrets
 import time
+from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from email.utils import formatdate
 from typing import Any
@@ -11,7 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.services import Services
-from app.webhooks.delivery import SCHEDULE, Deliverer, delay_after
+from app.webhooks.delivery import BATCH, FAN_OUT, SCHEDULE, Deliverer, delay_after
 from tests.support.client import Client
 from tests.support.server import Server
 from tests.support.stack import Stack, settings_of
@@ -326,6 +328,52 @@ def test_what_is_dropped_delays_nobody(hooked: Hooked, hooking_server: Server, s
     assert max(waits) < 1, waits
     assert are_left, "it was over too soon to show anything"
     assert hooked.receiver.of("/disabled") == []
+
+
+def test_endings_of_one_organization_keep_no_other_waiting(
+    hooked: Hooked, hooking_server: Server, stack: Stack
+) -> None:
+    """Thousands of one organization are to be fanned out, and meanwhile another's run ends."""
+    hooked.endpoint("/healthy")
+    hooked.receiver.behaviours["/busy"] = hooked.receiver.hang
+    with hooking_server.client() as api:
+        api.webhook_endpoint(f"{hooked.receiver.url}/busy")
+        stack.new_events(api.organization, 10_000)
+    run_id = hooked.started()
+    hooked.api.report(run_id, status="success")
+    ended = time.monotonic()
+    until(lambda: hooked.receiver.of("/healthy"))
+    waiting = "SELECT count(*) AS n FROM webhook_events WHERE organization_id = $1 AND NOT is_fanned_out"
+    [left] = stack.sql(waiting, api.organization)
+    stack.sql("DELETE FROM webhook_events WHERE organization_id = $1", api.organization)
+    [message] = hooked.receiver.of("/healthy")
+    assert left["n"] > 1_000, "it was over too soon to show anything"
+    assert message.at - ended < 1
+
+
+NEW_EVENT = (
+    "INSERT INTO webhook_events (id, organization_id, run_id, attempt, event_type, occurred_at, body)"
+    " SELECT gen_random_uuid(), organization_id, gen_random_uuid(), 1, 'run_complete', now() - age * interval '1 s', '{}'"
+    " FROM unnest($1::text[], $2::int[]) AS event (organization_id, age)"
+)
+
+
+def test_organizations_are_fanned_out_in_turns(stack: Stack) -> None:
+    """Of as many as a batch has places for, each has a part of it; of more, the next batch begins after the last one."""
+
+    def batch(run: Callable[..., list[dict[str, Any]]], after: str) -> Counter[str]:
+        rows = run(FAN_OUT.sql, *FAN_OUT.arguments({"after": after, "batch": BATCH}))
+        return Counter(row["organization_id"] for row in rows)
+
+    busy, *quiet = [f"turns-{place:03}" for place in range(6)]
+    with stack.held(NEW_EVENT, [busy] * 300 + quiet, [60] * 300 + [0] * 5) as run:
+        assert batch(run, "turns") == {busy: BATCH // 6, **dict.fromkeys(quiet, 1)}
+        assert batch(run, "turns") == {busy: BATCH}
+    many = [f"turns-{place:03}" for place in range(BATCH + 50)]
+    with stack.held(NEW_EVENT, many * 2, [60] * len(many) * 2) as run:
+        assert batch(run, "turns") == dict.fromkeys(many[:BATCH], 1)
+        assert batch(run, many[BATCH - 1]) == dict.fromkeys(many[BATCH:], 2)
+        assert batch(run, "turns") == dict.fromkeys(many[:BATCH], 1)
 
 
 # --- leases -----------------------------------------------------------------------------------------------------------
