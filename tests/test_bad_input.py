@@ -41,8 +41,8 @@ ROWS = " UNION ALL ".join(
 )
 
 
-# What is filled in is a number, or names that the document allows.
-FILLED_IN = r"([0-9.]+|'[a-z_]+'(, '[a-z_]+')*( or '[a-z_]+')?)"
+# What is filled in is a number, a pattern of ours, or names that the document allows.
+FILLED_IN = r"([0-9.]+|\^\S+\$|'[a-z_]+'(, '[a-z_]+')*( or '[a-z_]+')?)"
 KNOWN = {
     *SENTENCES.values(),
     "Must be 1 to 255 visible ASCII characters, sent once.",
@@ -59,7 +59,7 @@ KNOWN = {
     "The host is neither a name nor an address in its usual form.",
     f"Must be names of fields of a run: {', '.join(sorted(FIELDS))}.",
 }
-SENTENCE = re.compile("|".join(re.sub(r"\\{[a-z_]+\\}", FILLED_IN, re.escape(known)) for known in KNOWN))
+SENTENCE = re.compile("|".join(re.sub(r"\\{[a-z_]+\\}", lambda _: FILLED_IN, re.escape(known)) for known in KNOWN))
 
 
 class Scene:
@@ -83,6 +83,8 @@ class Scene:
         }
         sent = client.post(f"/v1/webhook-endpoints/{self.ids['webhook_endpoint_id']}/test")
         self.ids["webhook_delivery_id"] = client.json_of(sent, 201)["id"]
+        nobodys = {"run_ids": [str(uuid4())]}  # a bulk retry that has nothing to do
+        self.ids["bulk_retry_id"] = client.json_of(client.post("/v1/bulk-retries", json=nobodys), 202)["id"]
         # In bodies; an output is handed in for a running run.
         self.values = self.ids | {"run_id": running, "machine_ids": [machine], "pool_ids": [self.ids["pool_id"]]}
         self.names = {name for schema in self.schemas.values() for name in schema.get("properties", {})}
@@ -207,7 +209,8 @@ class Field(NamedTuple):
             return [*STRINGS, LONG] if "maxLength" in self.schema else STRINGS
         if kinds in ("integer", "number"):
             # JSON Schema takes -0.0 for the integer 0.
-            return [value for value in NUMBERS if value != "-0.0" or self.schema.get("minimum", 1) > 0]
+            taken = {"-0.0"} if self.schema.get("minimum", 1) <= 0 else set()
+            return [value for value in NUMBERS if value not in taken | ({"0.5"} if kinds == "number" else set())]
         return [*STRINGS, *NO_NUMBERS]
 
 

@@ -71,7 +71,7 @@ class BulkRetryFilter(Payload):
     A field that is not known here is refused: without it more runs would match.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid") | example(workflow_id=EXAMPLE_ID, created_at_from="24h")
 
     status: Terminal = Field([RunStatus.ERROR], description="Runs in one of these statuses.")
     workflow_id: UUID | None = Field(None, description="Runs of this workflow.")
@@ -91,7 +91,7 @@ class BulkRetryFilter(Payload):
 class BulkRetryOverrides(Payload):
     """What to change for the next attempt of every run. Absent and null both mean: keep. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid") | example(is_priority=True)
 
     input_values: Inputs | None = Field(None, description="Values of the workflow's variables.")
     machine_id: UUID | None = Field(None, description="Pin this machine; wins over pool_ids.")

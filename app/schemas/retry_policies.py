@@ -22,7 +22,7 @@ Contained = Annotated[
 class RetryRule(Payload):
     """Which endings are retried: all that is given must hold."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid") | example(status="error", error_code="executor_lost")
 
     status: Literal["error", "task_failed"] = Field(description="The attempt ended in this status.")
     error_contains: Contained | None = Field(
