@@ -23,6 +23,7 @@ from app.runs.ending import end_silent_runs, note_expired_secrets
 from app.runs.listing import announce_assignments
 from app.runs.outputs import prune_outputs
 from app.runs.retention import prune_attempts, remove_old_runs
+from app.scheduling.held import release_due
 from app.scheduling.rounds import look_around, place_large, place_woken
 from app.scheduling.silence import look_for_silence
 from app.services import Services
@@ -146,6 +147,7 @@ def loops(services: Services) -> list[Loop]:
             "large_placement", partial(place_large, services), TRY_AGAIN, wakeups.large_placement.event, rest_for_work=0
         ),
         Loop("look_around", partial(look_around, services), period),
+        Loop("held_runs", partial(release_due, services), TRY_AGAIN),
         Loop("deletions", collect, period, wakeups.collector, rest=0.1),
         Loop("silent_runs", _waking(services, partial(end_silent_runs, database, settings)), period),
         Loop("silent_machines", _waking(services, partial(look_for_silence, database, settings)), period),

@@ -287,6 +287,26 @@ class InputAttachmentsExpired(Conflict):
     detail = "An input attachment of the run has expired; send file_inputs with the files, or [] to go on without."
 
 
+class InputExpiresBefore(InputAttachmentsExpired):
+    detail = (
+        "An input attachment of the run expires before not_before; nothing was changed. Give it more time with"
+        " PUT /v1/run-attachments/{id}, ask for an earlier not_before, or retry with file_inputs."
+    )
+
+
+class RunNotWaiting(Conflict):
+    code = "run_not_waiting"
+
+    def __init__(self, status: str) -> None:
+        is_assigned = status == "scheduling"
+        state = "already has a machine" if is_assigned else f"is {status}"
+        super().__init__(
+            f"The run {state}; only a scheduling run without a machine can be moved. Nothing was changed. "
+            "Read the run and decide again.",
+            current_status=status,
+        )
+
+
 class MachineDeleted(Conflict):
     code = "machine_deleted"
     detail = (

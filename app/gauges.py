@@ -76,6 +76,10 @@ GAUGES = statement(
     UNION ALL
     SELECT 'runs_oldest_waiting_age_seconds', NULL, coalesce(extract(epoch FROM now() - min(oldest)), 0)::float FROM waiting
     UNION ALL
+    SELECT 'runs_held', NULL, count(*)::float FROM (
+        SELECT FROM runs q WHERE {rules.held("q")} ORDER BY q.queued_at LIMIT {RUNS_COUNTED}
+    ) AS held
+    UNION ALL
     SELECT 'runs_running', NULL, count(*)::float FROM (
         SELECT FROM runs WHERE status = 'running' AND reported_at IS NOT NULL ORDER BY reported_at LIMIT {RUNS_COUNTED}
     ) AS running

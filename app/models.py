@@ -46,6 +46,7 @@ TERMINAL = frozenset(RunStatus) - ACTIVE
 
 _IS_ACTIVE = "status IN ('scheduling', 'running')"
 _IS_WAITING = "status = 'scheduling' AND assigned_machine_id IS NULL"
+_IS_HELD = f"{_IS_WAITING} AND lane > '~' COLLATE \"C\""
 _IS_UNDER_WAY = "state IN ('running', 'paused')"
 _IS_AT_WORK = "(status = 'running' OR (status = 'scheduling' AND assigned_machine_id IS NOT NULL))"
 
@@ -254,6 +255,8 @@ class Run(Base):
             "id",
             postgresql_where=text(_IS_WAITING),
         ),
+        # Beyond its lanes stand the runs that are held, which are due at their `queued_at` (held.py).
+        Index("ix_runs_held", "queued_at", postgresql_where=text(_IS_HELD)),
         # A machine has at most one active run, even if the code has a defect.
         Index(
             "uq_runs_active_machine",
@@ -297,6 +300,7 @@ class Run(Base):
     pinned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
     pin_is_deleted: Mapped[bool] = mapped_column(server_default=text("false"))  # was its pinned machine deleted
     assigned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
+    avoided_machine_id: Mapped[UUID | None]  # that another one is preferred to; no foreign key: it excludes nothing
     awaited_since: Mapped[datetime | None]  # since when the machine should begin the run; null: no longer
     pool_ids: Mapped[list[UUID] | None]
     input_values: Mapped[dict[str, Any] | None]

@@ -39,6 +39,7 @@ PROMISED: dict[str, set[str]] = {
     "runs_placement_wait_seconds": set(),
     "runs_waiting": {"reason"},
     "runs_oldest_waiting_age_seconds": set(),
+    "runs_held": set(),
     "runs_machines": {"state"},
     "runs_deletions_pending": {"store"},
     "runs_deletions_oldest_age_seconds": {"store"},

@@ -88,8 +88,11 @@ FILL = (
         kind IN (0, 9),
         CASE WHEN kind = 6 THEN 'pools:' || n / 10 % 300
              WHEN kind = 7 AND n / 10 % 2 = 1 THEN 'session:' || md5('waiting' || n / 10 % 1000)::uuid
-             WHEN kind = 7 THEN 'machine:' || md5('machine' || 10000 + n / 10 % 500)::uuid ELSE 'any' END,
-        now() - n * interval '1 s', now() - n * interval '1 s', md5('key1')::uuid,
+             WHEN kind = 7 THEN 'machine:' || md5('machine' || 10000 + n / 10 % 500)::uuid
+             WHEN kind = 5 AND n % 100 = 95 THEN '~any' ELSE 'any' END,
+        now() - n * interval '1 s',
+        CASE WHEN kind = 5 AND n % 100 = 95 THEN now() + (n - 10400) * interval '1 s' ELSE now() - n * interval '1 s' END,
+        md5('key1')::uuid,
         CASE WHEN kind < 5 OR kind = 9 THEN now() - n * interval '1 s' END,
         CASE WHEN kind < 5 THEN now() - n * interval '1 min' END,
         CASE WHEN kind < 5 OR kind = 9 THEN now() - n * interval '1 s' END,
@@ -257,6 +260,7 @@ SAMPLES: dict[str, Any] = {
     "name": "x",
     "named": ["name"],
     "names": ["runs/big/101", "runs/big/102"],
+    "not_before": None,
     "occurred_at": LONG_AGO,
     "organization_free_after": 50,
     "organization_id": "big",
@@ -323,6 +327,7 @@ _RETRIED: dict[str, Any] = {
     "overriddens": ["{}"] * 2,
     "lanes": ["any"] * 2,
     "queue_ranks": [1] * 2,
+    "avoids_last_machines": [True, False],
     "is_prioritys": [False] * 2,
     "keys": ["a key", "another key"],
     "fingerprints": [b"x"] * 2,
@@ -484,6 +489,8 @@ OWN: dict[str, dict[str, Any]] = {
     "runs.lock_by.assigned_machine_id": {"owner_id": an_id("machine", 2007), "run_id": ENDED},
     "runs.lock_by.pinned_machine_id": {"owner_id": an_id("machine", 10_002), "run_id": ENDED},
     "runs.lock_by.workflow_id": {"owner_id": an_id("workflow", 1)},
+    "runs.moving.input_expires": {"not_before": FAR_AHEAD},
+    "runs.moving.move": {"run_id": WAITING},
     "runs.outputs.save": dict.fromkeys(
         ("names_output_data", "names_run_message_history", "names_usage_metadata"), True
     ),
@@ -499,7 +506,12 @@ OWN: dict[str, dict[str, Any]] = {
         "started_at": datetime.now(UTC),
     },
     "runs.staging.attach": {**_NEW_FILE, "file_run_ids": [WAITING]},
-    "runs.retry.read": {"run_ids": [ENDED, *SOME_RUNS], "organization_ids": ["big"] * 3, "session_ids": [None] * 3},
+    "runs.retry.read": {
+        "run_ids": [ENDED, *SOME_RUNS],
+        "organization_ids": ["big"] * 3,
+        "session_ids": [None] * 3,
+        "not_befores": [None] * 3,
+    },
     "runs.retry.switch": _RETRIED,
     "runs.retry.switch_staged": _RETRIED
     | _NEW_FILE
@@ -560,7 +572,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 # What goes before it in its transaction.
-FIRST = {"runs.queue.lanes": queue.BY_THE_QUEUES_INDEX}
+FIRST = dict.fromkeys(("runs.queue.lanes", "runs.queue.count_held"), queue.BY_THE_QUEUES_INDEX)
 
 # Run by the operator's commands, as the owner of the tables.
 OWNERS = ("comparison.", "keys.", "organizations.")

@@ -16,6 +16,7 @@ from app.errors import Invalid, Refusal
 from app.runs.dry_run import placement
 from app.runs.retry_rules import Next, decide
 from app.runs.retry_statements import READ
+from app.scheduling.held import check_not_before
 from app.scheduling.targets import check_targets
 from app.schemas.bulk import BulkRetryCreate, BulkRetryOverrides
 from app.schemas.runs import RunRetry
@@ -45,6 +46,7 @@ async def dry_run(services: Services, principal: Principal, options: BulkRetryCr
     changes = jobs.changes(options.overrides or BulkRetryOverrides())
     async with services.database.transaction() as connection:
         await check_targets(connection, organization_id, changes)
+        await check_not_before(connection, changes.not_before, ("body", "overrides", "not_before"))
         chosen = await choosing.choice(connection, organization_id, options)
         rows = await choosing.read(connection, chosen)
         if rows is None:
@@ -80,6 +82,7 @@ async def _decide(
         run_ids=[row["run_id"] for row in rows],
         organization_ids=[organization_id] * len(rows),
         session_ids=[None] * len(rows),
+        not_befores=[changes.not_before] * len(rows),
     )
     runs = {run["place"]: run for run in found}
     decided: list[tuple[Record, Next | Refusal]] = []
@@ -139,7 +142,7 @@ def _place(run_id: UUID, following: Next) -> dict[str, object]:
 
 def _start(lane: Record, following: Next) -> tuple[int, str]:
     """How many runs of a lane can start at once, and why the others wait."""
-    if lane["reason"] == "waiting_for_session" or not lane["eligible_machines"]:
+    if lane["reason"] in ("waiting_for_session", "not_before") or not lane["eligible_machines"]:
         return 0, lane["reason"]
     if following.session.id is not None:
         return 1, "waiting_for_session"

@@ -12,6 +12,7 @@ from app.errors import BulkRetryEnded, BulkRetryNotFound, Invalid
 from app.idempotency import Reply, Resource, WriteRequest, once
 from app.quotas import Standing, exceeded, policy
 from app.runs.projection import columns, encode
+from app.scheduling.held import check_not_before
 from app.scheduling.targets import check_targets
 from app.schemas.bulk import BulkRetryCreate, BulkRetryOverrides, Outcome
 from app.schemas.runs import RunRetry
@@ -208,6 +209,7 @@ async def create(services: Services, write: WriteRequest, options: BulkRetryCrea
         await connection.execute(ALONE, organization_id=principal.organization_id)
         await _check_quota(connection, services, principal)
         await check_targets(connection, principal.organization_id, changes(overrides))
+        await check_not_before(connection, overrides.not_before, ("body", "overrides", "not_before"))
         job_id = uuid4()
         chosen = await choosing.choice(connection, principal.organization_id, options)
         stored = await choosing.store(

@@ -1,6 +1,7 @@
 """Create runs, one or many that are alike, in the steps of a retry: check, stage, switch, settle."""
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,6 +15,7 @@ from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.models import Workflow
 from app.runs import projection, quotas, replays, staging
 from app.runs.sessions import Session, alias_needs_session, refuse_contradictions
+from app.scheduling.held import check_not_before, until
 from app.scheduling.targets import check_targets, lane
 from app.schemas.runs import RunBulkCreate, RunCreate
 from app.services import Services
@@ -38,8 +40,8 @@ INSERT = statement(
                           changed_at, queued_by_key_id, traceparent)
         SELECT id, :organization_id, :workflow_id, :user_id, 'scheduling', :is_priority, :pinned_machine_id, :pool_ids,
                :input_values::json, :session_id, :session_alias, :release_session_after, :lane, :queue_rank,
-               :main_prompt, :model_metadata::json, aliases::json, secret_path, clock_timestamp(), clock_timestamp(),
-               clock_timestamp(), :key_id::uuid, :traceparent::text
+               :main_prompt, :model_metadata::json, aliases::json, secret_path, clock_timestamp(),
+               greatest(clock_timestamp(), :not_before::timestamptz), clock_timestamp(), :key_id::uuid, :traceparent::text
         FROM unnest(:run_ids::uuid[], :aliases::text[], :secret_paths::text[]) AS planned (id, aliases, secret_path)
         RETURNING id, organization_id, attempt
     )
@@ -107,9 +109,9 @@ async def _create(
     )
 
     async def switch(connection: Connection) -> Reply:
-        await _check(connection, principal.organization_id, options)
+        not_before = await _check(connection, principal.organization_id, options)
         standings = await quotas.admit(connection, services.run_quotas, principal, waiting=count, created=count)
-        following_lane, queue_rank = lane(session.id, options.machine_id, options.pool_ids, bool(options.is_priority))
+        wanted, queue_rank = lane(session.id, options.machine_id, options.pool_ids, bool(options.is_priority))
         await connection.execute(
             INSERT,
             organization_id=principal.organization_id,
@@ -121,8 +123,9 @@ async def _create(
             session_id=session.id,
             session_alias=session.alias,
             release_session_after=session.release_after,
-            lane=following_lane,
+            lane=until(not_before, wanted),
             queue_rank=queue_rank,
+            not_before=not_before,
             main_prompt=options.main_prompt,
             model_metadata=json_bytes(_model_metadata(options)),
             traceparent=write.traceparent,
@@ -168,7 +171,9 @@ def _model_metadata(options: RunCreate | RunBulkCreate) -> dict[str, Any] | None
     return (options.model_metadata or {}) | {"main_agent_model_id": str(options.main_agent_model_id)}
 
 
-async def _check(connection: Connection, organization_id: str, options: RunCreate | RunBulkCreate) -> None:
+async def _check(connection: Connection, organization_id: str, options: RunCreate | RunBulkCreate) -> datetime | None:
+    """Until when the runs are to be held. Raises WorkflowNotFound, Invalid, and what check_targets raises."""
     if not await connection.fetchval(KNOWN_WORKFLOW, workflow_id=options.workflow_id, organization_id=organization_id):
         raise WorkflowNotFound
     await check_targets(connection, organization_id, options)
+    return await check_not_before(connection, options.not_before)

@@ -18,6 +18,7 @@ from app.runs.retry_rules import Next, decide, overridden
 from app.runs.retry_statements import READ
 from app.runs.sessions import refuse_contradictions
 from app.scheduling import rules
+from app.scheduling.held import until
 from app.scheduling.targets import lane, missing_targets
 from app.schemas.runs import RunRetry
 from app.services import Services
@@ -95,7 +96,11 @@ async def dry_run(services: Services, principal: Principal, run_id: UUID, option
     new_session_id = uuid4()
     async with services.database.transaction(snapshot=True) as connection:
         run = await connection.fetchrow(
-            READ, run_ids=[run_id], organization_ids=[principal.organization_id], session_ids=[options.session_id]
+            READ,
+            run_ids=[run_id],
+            organization_ids=[principal.organization_id],
+            session_ids=[options.session_id],
+            not_befores=[options.not_before],
         )
         seen = await connection.fetchrow(SEEN, **named)
         missing = await missing_targets(connection, principal.organization_id, options, lock=False)
@@ -148,7 +153,8 @@ def _unless_missing(following: Next, missing: Sequence[Refusal]) -> Next:
     if SessionNotFound in gone:
         session = replace(session, id=uuid4())
     new_lane, rank = lane(session.id, pinned, pool_ids, following.is_priority)
-    return Next(pinned, pool_ids, following.is_priority, session, new_lane, rank)
+    new_lane = until(following.not_before, new_lane)
+    return Next(pinned, pool_ids, following.is_priority, session, new_lane, rank, following.not_before)
 
 
 def _shown(refusal: Refusal) -> dict[str, Any]:
@@ -197,7 +203,7 @@ async def _placement(connection: Connection, named: dict[str, Any], following: N
         queue_rank=following.queue_rank,
     )
     found = dict(row or {})
-    waits = found["reason"] == "waiting_for_session"
+    waits = found["reason"] in ("waiting_for_session", "not_before")
     return {
         "session_machine_id": found["session_machine_id"],
         "eligible_machines": found["eligible_machines"],

@@ -86,6 +86,7 @@ CASE
     WHEN r.status <> 'scheduling' THEN NULL
     WHEN r.assigned_machine_id IS NOT NULL THEN
         CASE WHEN {rules.exists(_SILENT)} THEN 'machine_not_responding' ELSE 'assigned' END
+    WHEN {rules.held("r")} THEN 'not_before'
     WHEN {_WAITS_FOR_SESSION} THEN 'waiting_for_session'
     ELSE {of_the_lane}
 END
@@ -114,6 +115,7 @@ RUN_COLUMNS = {
     "organization_id": "r.organization_id",
     "status": "r.status",
     "scheduling_reason": scheduling_reason(),
+    "not_before": f"CASE WHEN {rules.held('r')} THEN r.queued_at END",
     "attempt": "r.attempt",
     "assignment": "r.assignment",
     "is_priority": "r.is_priority",
@@ -168,10 +170,14 @@ def document(overrides: dict[str, str]) -> str:
 
 def json_object(overrides: dict[str, str], without: Iterable[str] = ()) -> str:
     """A SQL expression for a run's reply as JSON, with other expressions for some of its keys, and without some."""
-    shown = {name: rfc3339(text) if name.endswith("_at") else text for name, text in RUN_COLUMNS.items()} | overrides
+    shown = {name: rfc3339(text) if _is_time(name) else text for name, text in RUN_COLUMNS.items()} | overrides
     shown |= dict.fromkeys(RUN_UNSUPPORTED, "NULL")
     pairs = ", ".join(f"'{name}', {text}" for name, text in shown.items() if name not in set(without))
     return f"json_build_object({pairs})"
+
+
+def _is_time(name: str) -> bool:
+    return name.endswith("_at") or name == "not_before"
 
 
 def rfc3339(time: str) -> str:

@@ -53,6 +53,16 @@ LANES = statement(
     """,
 )
 
+COUNT_HELD = statement(
+    "runs.queue.count_held",
+    f"""
+    SELECT count(*) FROM (
+        SELECT FROM runs q WHERE q.organization_id = :organization_id AND {rules.held("q")}
+        ORDER BY q.lane, q.queue_rank, q.queued_at, q.id LIMIT {RUNS_COUNTED}
+    ) AS held
+    """,
+)
+
 
 # Before LANES, in its transaction. Each look into the queue asks for an order that its index alone has. Statistics that were
 # made before a crowd came let others seem as good, which read the whole crowd for each lane and then sort a few: seconds. What
@@ -61,13 +71,14 @@ BY_THE_QUEUES_INDEX = statement("runs.queue.by_index", "SELECT set_config('enabl
 
 
 async def list_lanes(database: Database, organization_id: str) -> dict[str, Any]:
-    """The lanes of an organization, the one with the oldest run first."""
+    """The lanes of an organization, the one with the oldest run first, and how many runs are held until a time."""
     items = []
     async with database.transaction() as connection:
         await connection.fetch(BY_THE_QUEUES_INDEX)
         rows = await connection.fetch(LANES, organization_id=organization_id)
+        held = await connection.fetchval(COUNT_HELD, organization_id=organization_id)
     for row in rows:
         lane = dict(row.items())
         lane["wants"] = {name: lane.pop(name) for name in ("session_id", "machine_id", "pool_ids")}
         items.append(lane)
-    return {"items": items}
+    return {"items": items, "held": held}

@@ -3,6 +3,8 @@
 They are counted in the database, by index and never further than the quota goes, in the transaction that adds to them. No
 request of an organization waits for another one, until little is left of a quota: then they take turns from the count to the
 commit, so that the last of it is given once. What is little for a bulk can be much for a single run: such a bulk decides alone.
+
+A run that is held until a time counts as one that waits from when it is asked for, and is not counted again when it is due.
 """
 
 import time
@@ -28,7 +30,7 @@ SHARES = 64
 
 def _waiting(organization_id: str, most: str) -> str:
     return f"""
-    SELECT w.queued_by_key_id FROM runs w WHERE w.organization_id = {organization_id} AND {rules.waits("w")}
+    SELECT w.queued_by_key_id FROM runs w WHERE w.organization_id = {organization_id} AND {rules.unassigned("w")}
     ORDER BY w.lane, w.queue_rank, w.queued_at, w.id LIMIT {most}
     """
 

@@ -15,7 +15,7 @@ from app.events import By, announce, record
 from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
-from app.runs import fences, projection, replays
+from app.runs import fences, moving, projection, replays
 from app.runs.ending import LEAVES, drop_plans, ended, release
 from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
@@ -126,6 +126,8 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
     """An executor's PATCH, decided under the row lock. Raises every refusal of the route."""
     if "next_retry_at" in options.model_fields_set:
         return await _drop_planned_retry(services, write, run_id, options)
+    if not moving.FIELDS.isdisjoint(options.model_fields_set):
+        return await moving.move(services, write, run_id, options)
     _refuse_scope(write.principal, options)
     _refuse_times(options)
     machine_id: UUID | None = None
@@ -229,7 +231,7 @@ def _refuse_scope(principal: Principal, options: RunUpdate) -> None:
     if not principal.may("runs:execute") and not (_only_stops(options) and options.model_fields_set <= _STOPPING):
         raise InsufficientScope(
             ["runs:execute"],
-            "A key without runs:execute may send only status: cancelled, reason and release_session_after.",
+            "A key without runs:execute may send only status: cancelled, reason and release_session_after, or not_before.",
         )
     fences.require(principal, options)
     fences.check(options)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from math import ceil
 from uuid import UUID
 
@@ -12,6 +12,7 @@ from app.auth import Actor, Principal
 from app.errors import (
     AttemptChanged,
     InputAttachmentsExpired,
+    InputExpiresBefore,
     Invalid,
     MachineDeleted,
     PoolDeleted,
@@ -24,6 +25,7 @@ from app.errors import (
 from app.idempotency import WriteRequest
 from app.models import TERMINAL
 from app.runs.sessions import Session, next_session
+from app.scheduling.held import held_until, too_far_ahead, until
 from app.scheduling.targets import lane
 from app.schemas.runs import RunRetry
 from app.stores.database import Record
@@ -60,6 +62,7 @@ class Next:
     session: Session
     lane: str
     queue_rank: int
+    not_before: datetime | None  # null: it takes its place in the queue at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,29 +99,35 @@ def decide(
     except Invalid as contradiction:
         refusals.append(contradiction)
         session = next_session(run, options.model_copy(update={"session_alias": None}), new_session_id)
+    not_before = held_until(options.not_before, run["now"])
+    if not_before is not None and (too_late := too_far_ahead(not_before, run["now"])) is not None:
+        refusals.append(too_late)
     # An active run keeps its secrets and its files.
     keeps_secret = options.sensitive_input_values is None and run["secret_path"] is not None
     if has_ended and keeps_secret and not run["secret_is_kept"]:
         refusals.append(SensitiveInputsExpired(sorted(orjson.loads(run["sensitive_input_aliases"]))))
     if has_ended and options.file_inputs is None and run["input_is_expired"]:
         refusals.append(InputAttachmentsExpired())
+    elif has_ended and options.file_inputs is None and not_before is not None and run["input_expires_before"]:
+        refusals.append(InputExpiresBefore())
     refusals += missing
-    following = _next(run, options, session)
+    following = _next(run, options, session, not_before)
     if (gone := _deleted_target(run, options, following)) is not None:
         refusals.append(gone)
-    if cooldown_seconds and has_ended and (wait := _cools_down(run, cooldown_seconds)) is not None:
+    if cooldown_seconds and has_ended and (wait := _cools_down(run, cooldown_seconds, not_before)) is not None:
         refusals.append(wait)
     return Decision(refusals, following)
 
 
-def _next(run: Record, options: RunRetry, session: Session) -> Next:
+def _next(run: Record, options: RunRetry, session: Session, not_before: datetime | None) -> Next:
     """An assignment is always dropped, a pin only by pool_ids."""
     pinned = options.machine_id
     if pinned is None and options.pool_ids is None:
         pinned = run["pinned_machine_id"]
     pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
     is_priority = run["is_priority"] if options.is_priority is None else options.is_priority
-    return Next(pinned, pool_ids, is_priority, session, *lane(session.id, pinned, pool_ids, is_priority))
+    wanted, rank = lane(session.id, pinned, pool_ids, is_priority)
+    return Next(pinned, pool_ids, is_priority, session, until(not_before, wanted), rank, not_before)
 
 
 def _deleted_target(run: Record, options: RunRetry, following: Next) -> Refusal | None:
@@ -133,11 +142,13 @@ def _deleted_target(run: Record, options: RunRetry, following: Next) -> Refusal 
     return PoolDeleted() if run["pool_is_deleted"] else None
 
 
-def _cools_down(run: Record, cooldown_seconds: int) -> RetryTooSoon | None:
-    """Why a run that has ended may not be retried yet."""
+def _cools_down(run: Record, cooldown_seconds: int, not_before: datetime | None) -> RetryTooSoon | None:
+    """Why a run that has ended may not be retried yet, or not for that time."""
     works_at = run["changed_at"] + timedelta(seconds=cooldown_seconds)
     left = (works_at - run["now"]).total_seconds()
     if not 0 < left <= cooldown_seconds:  # more: the database's clock was set back since, and nobody waits for that
+        return None
+    if not_before is not None and works_at <= not_before:
         return None
     return RetryTooSoon(ceil(left), f"{works_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z")
 
@@ -151,4 +162,6 @@ def overridden(options: RunRetry) -> list[str]:
         changed.discard("start_session")
     if options.automatic_retries is not False:
         changed.discard("automatic_retries")
+    if not options.avoid_last_machine:
+        changed.discard("avoid_last_machine")
     return sorted(changed - {"reason", "expected_attempt"})

@@ -46,13 +46,14 @@ READ = statement(
            run.secret_path IS NOT NULL AND {rules.exists(_KEPT)} AS secret_is_kept,
            inputs.count AS input_count, inputs.expire_at AS inputs_expire_at,
            coalesce(inputs.expire_at <= clock_timestamp(), false) AS input_is_expired,
+           coalesce(inputs.expire_at <= wanted.not_before, false) AS input_expires_before,
            cardinality(run.pool_ids) > 0 AND EXISTS (
                SELECT FROM unnest(run.pool_ids) AS kept (id) WHERE NOT {rules.exists(_POOL)}
            ) AS pool_is_deleted,
            (run.pin_is_deleted OR cardinality(run.pool_ids) > 0) AND {rules.exists(_SESSION_MACHINE)} AS session_has_machine,
            run.automatic_retries, run.changed_at, clock_timestamp() AS now, {_KEPT_OCTETS} AS kept_octets
-    FROM unnest(:run_ids::uuid[], :organization_ids::text[], :session_ids::uuid[])
-        WITH ORDINALITY AS wanted (run_id, organization_id, session_id, place),
+    FROM unnest(:run_ids::uuid[], :organization_ids::text[], :session_ids::uuid[], :not_befores::timestamptz[])
+        WITH ORDINALITY AS wanted (run_id, organization_id, session_id, not_before, place),
     LATERAL (
         SELECT xmin::text AS version, * FROM runs  -- xmin changes with every UPDATE of the row
         WHERE id = wanted.run_id AND organization_id = wanted.organization_id OFFSET 0
@@ -85,6 +86,8 @@ COLUMNS = {
     "traceparent": "text",
     "lane": "text",
     "queue_rank": "smallint",
+    "not_before": "timestamptz",
+    "avoids_last_machine": "bool",
     "pinned_machine_id": "uuid",
     "pool_ids": "text",
     "is_priority": "bool",
@@ -192,9 +195,10 @@ def _switch_statement(
         ))
     ), recorded AS ({recorded}), {"".join(f"{part}, " for part in also)} r AS (
         UPDATE runs
-        SET status = 'scheduling', changed_at = clock_timestamp(), attempt = runs.attempt + 1, queued_at = clock_timestamp(),
-            queued_by_key_id = seen.key_id, traceparent = seen.traceparent,
-            lane = seen.lane, queue_rank = seen.queue_rank,
+        SET status = 'scheduling', changed_at = clock_timestamp(), attempt = runs.attempt + 1,
+            queued_at = greatest(clock_timestamp(), seen.not_before), queued_by_key_id = seen.key_id,
+            traceparent = seen.traceparent, lane = seen.lane, queue_rank = seen.queue_rank,
+            avoided_machine_id = CASE WHEN seen.avoids_last_machine THEN seen.assigned_machine_id END,
             error = NULL, error_code = NULL, started_at = NULL, ended_at = NULL, reported_at = NULL, assigned_machine_id = NULL,
             pinned_machine_id = seen.pinned_machine_id, pool_ids = coalesce(seen.pool_ids::uuid[], runs.pool_ids),
             pin_is_deleted = runs.pin_is_deleted AND seen.pinned_machine_id IS NULL AND seen.pool_ids IS NULL,
@@ -304,6 +308,8 @@ class Change:
             retry.traceparent,
             following.lane,
             following.queue_rank,
+            following.not_before,
+            bool(options.avoid_last_machine),
             following.pinned_machine_id,
             None if options.pool_ids is None else _listed(options.pool_ids),
             following.is_priority,
@@ -347,6 +353,7 @@ async def read(connection: Connection, retries: Sequence[Retry]) -> list[Record 
         run_ids=[one.run_id for one in retries],
         organization_ids=[one.organization_id for one in retries],
         session_ids=[one.options.session_id for one in retries],
+        not_befores=[one.options.not_before for one in retries],
     )
     return _in_order(rows, len(retries))
 

@@ -8,6 +8,8 @@ a pass looks at the heads of lanes, not at every waiting run.
     pools:<hash>   runs whose machine must be in all of these pools
     any            runs that take any machine
 
+Runs that are held until a time have lanes beyond all of these (rules.HELD), which a pass does not look at.
+
 Lanes compete by their heads: priority first, then queue time. One pass per organization runs at a time, on any replica (an
 advisory lock, taken before any row). Rows that someone else holds are passed over. So a pass waits for no lock and cannot
 deadlock. Two unique indexes hold the truth whatever the code does: one active run per machine, one machine per session.
@@ -22,6 +24,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from uuid import UUID
 
 from app.auth import NOBODY
@@ -36,7 +39,7 @@ SLICE = 1000  # machines, and lanes, that one statement looks at
 MOST = 200  # assignments of a pass, and runs of one lane that one statement reads
 LANES_READ_ON = 8  # how often a pass reads on in a lane
 KEPT = 5000  # heads that a pass over many slices keeps in memory
-BEYOND_LANES = "~"  # after the last lane
+BEYOND_LANES = rules.HELD  # after the last lane
 
 # --- what a pass reads ------------------------------------------------------------------------------------------------
 
@@ -67,7 +70,7 @@ IDLE_MACHINES = statement(
 # The next runs of each open lane of a slice, in its order. It hops from lane to lane along the index, over all lanes of pinned
 # runs (those of idle machines are given), instead of reading every waiting run. Each lane has at least one row, without a run
 # if it has none that may start. Of many lanes it reads less each: two at least, so that heads can be compared.
-_RUN = "id, is_priority, queue_rank, queued_at, session_id, pinned_machine_id, pool_ids"
+_RUN = "id, is_priority, queue_rank, queued_at, session_id, pinned_machine_id, pool_ids, avoided_machine_id"
 HEADS = statement(
     "placement.heads",
     f"""
@@ -126,7 +129,7 @@ LOCK_RUNS = statement(
     "placement.lock_runs",
     f"""
     SELECT r.id, r.queued_at FROM unnest(:run_ids::uuid[]) AS wanted (id), LATERAL (
-        SELECT id, queued_at, status, assigned_machine_id FROM runs WHERE id = wanted.id
+        SELECT id, queued_at, status, assigned_machine_id, lane FROM runs WHERE id = wanted.id
         OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED
     ) AS r
     WHERE {rules.waits("r")}
@@ -446,7 +449,10 @@ class _Machines:
         self._suiting: dict[frozenset[UUID], bool] = {}
 
     def take(self, run: Record) -> Machine | None:
-        """An eligible machine: the session's reserved one, else the pinned one, else the least sought-after."""
+        """An eligible machine: the session's reserved one, else the pinned one, else the least sought-after.
+
+        The one that the run avoids is taken only if there is no other.
+        """
         machine: Machine | None
         if run["reserved_machine_id"] is not None or run["pinned_machine_id"] is not None:
             machine = self._named(run)
@@ -454,10 +460,19 @@ class _Machines:
             pools = _pools(run)
             if pools not in self._in_pools:
                 self._in_pools[pools] = self._in_all(pools)
-            machine = next((machine for machine in self._in_pools[pools] if machine.id in self._left), None)
+            machine = self._next(pools)
+            if machine is not None and machine.id == run["avoided_machine_id"]:
+                avoided, machine = machine, self._next(pools)
+                if machine is None:
+                    machine = avoided
+                else:
+                    self._in_pools[pools] = chain([avoided], self._in_pools[pools])
         if machine is not None:
             del self._left[machine.id]
         return machine
+
+    def _next(self, pools: frozenset[UUID]) -> Machine | None:
+        return next((machine for machine in self._in_pools[pools] if machine.id in self._left), None)
 
     def suits(self, run: Record) -> bool:
         """Whether a machine is eligible as long as none is taken."""

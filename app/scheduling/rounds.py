@@ -10,7 +10,7 @@ import time
 
 from app.errors import Unavailable
 from app.scheduling import rules
-from app.scheduling.placement import BEYOND_LANES, Left, place
+from app.scheduling.placement import Left, place
 from app.services import Services
 from app.stores.database import LockTimeout
 from app.stores.statements import statement
@@ -34,6 +34,7 @@ LOOK_AROUND_SECONDS = 8.0
 REST_FOR_SLICE = 0.35
 LANES = 500  # that one slice looks at,
 LANES_OF_ONE = 200  # and of one organization in it
+BEYOND_HELD = rules.HELD * 2  # after the last lane of held runs
 
 
 async def place_woken(services: Services) -> None:
@@ -98,12 +99,13 @@ _ANY = f"""(
 
 _FIRST_OF_LANE = f"""
     SELECT r.organization_id, r.lane, r.session_id, r.pinned_machine_id, r.pool_ids FROM runs r
-    WHERE {rules.waits("r")} AND (r.organization_id, r.lane) > ({{organization_id}}, {{lane}})
+    WHERE {rules.unassigned("r")} AND (r.organization_id, r.lane) > ({{organization_id}}, {{lane}})
     ORDER BY r.organization_id, r.lane, r.queue_rank, r.queued_at, r.id LIMIT 1
 """
 
 # The next slice of the round that all replicas share, if it is time and nobody else is at it: it hops from lane to lane, over
-# all organizations, and keeps those in which the first run of a lane could start now. One of many lanes is left to a pass.
+# all organizations, and keeps those in which the first run of a lane could start now. One of many lanes is left to a pass. It
+# meets one of an organization's held runs, and goes on behind them all.
 LOOK_AROUND = statement(
     "placement.look_around",
     f"""
@@ -124,7 +126,8 @@ LOOK_AROUND = statement(
             {
         _FIRST_OF_LANE.format(
             organization_id="h.organization_id",
-            lane=f"CASE WHEN h.of_organization = {LANES_OF_ONE} THEN '{BEYOND_LANES}' ELSE h.lane END",
+            lane=f"CASE WHEN h.of_organization = {LANES_OF_ONE} OR {rules.is_of_held('h.lane')}"
+            f" THEN '{BEYOND_HELD}' ELSE h.lane END",
         )
     }
         ) AS next
@@ -142,7 +145,7 @@ LOOK_AROUND = statement(
         FROM heads h LEFT JOIN LATERAL (
             SELECT id FROM machines WHERE reserved_session_id = h.session_id LIMIT 1
         ) AS m ON true
-        WHERE h.session_id IS NULL OR NOT {rules.session_at_work("h")}
+        WHERE NOT {rules.is_of_held("h.lane")} AND (h.session_id IS NULL OR NOT {rules.session_at_work("h")})
     )
     SELECT (SELECT more FROM moved) AS more, ARRAY(
         SELECT DISTINCT head.organization_id FROM wishes head WHERE head.is_large OR CASE

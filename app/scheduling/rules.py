@@ -13,9 +13,29 @@ def exists(source: str) -> str:
     return f"((SELECT true FROM {source} LIMIT 1) IS NOT NULL)"
 
 
+# What the lane of a held run begins with: every lane of the queue sorts before it. What follows is the lane that the run joins
+# when it is due. "C": where a lane is not read from the table, it would have the collation of the database.
+HELD = "~"
+
+
+def is_of_held(lane: str) -> str:
+    """The lane is one of held runs."""
+    return f"{lane} > '{HELD}' COLLATE " + '"C"'
+
+
+def unassigned(run: str) -> str:
+    """It has no machine yet: it waits in the queue, or is held until a time."""
+    return f"{run}.status = 'scheduling' AND {run}.assigned_machine_id IS NULL"
+
+
 def waits(run: str) -> str:
     """In the queue of its lane."""
-    return f"{run}.status = 'scheduling' AND {run}.assigned_machine_id IS NULL"
+    return f"{unassigned(run)} AND {run}.lane < '{HELD}' COLLATE " + '"C"'
+
+
+def held(run: str) -> str:
+    """Held until its `queued_at`: it waits for a time, and not for a machine."""
+    return f"{unassigned(run)} AND {is_of_held(f'{run}.lane')}"
 
 
 def at_work(run: str) -> str:

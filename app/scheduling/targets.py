@@ -79,7 +79,7 @@ def lane(
     """The lane a run waits in, and its rank there: 0 goes before 1.
 
     Runs that want the same thing have the same lane; that is all it says. Pools are hashed: an entry of an index has room for
-    the ids of 71, and a run may ask for more.
+    the ids of 71, and a run may ask for more. A held run has this lane behind a mark (held.py).
     """
     rank = 0 if is_priority and session_id is None else 1
     if session_id is not None:

@@ -99,14 +99,18 @@ class BulkRetryOverrides(Payload):
     is_priority: bool | None = Field(None, description="Start before runs without priority.")
     reuse_session: bool | None = Field(None, description="false drops the session of each run.")
     release_session_after: bool | None = Field(None, description="Release the session's machine when a run ends.")
+    not_before: Timestamp | None = Field(
+        None, description="Start at this time or later, at most 30 days ahead. A time in the past means now."
+    )
+    avoid_last_machine: bool | None = Field(
+        None, description="Of the machines that could start a run, take the one of its last attempt last."
+    )
     # Each run has its own.
     sensitive_input_values: NotSupported = None
     file_inputs: NotSupported = None
     session_id: NotSupported = None
     session_alias: NotSupported = None
     start_session: NotSupported = None
-    not_before: NotSupported = None
-    avoid_last_machine: NotSupported = None
     main_prompt: NotSupported = None
     main_agent_model_id: NotSupported = None
     model_metadata: NotSupported = None

@@ -52,6 +52,10 @@ class _Overrides(Payload):
     pool_ids: PoolIds | None = Field(None, description="The machine must be in all of these pools.")
     session_id: UUID | None = Field(None, description="Join this session.")
     start_session: bool | None = Field(default=False, description="Start a new session. Not together with session_id.")
+    not_before: Timestamp | None = Field(
+        None,
+        description="Start at this time or later, at most 30 days ahead, by the service's own clock. The past means now.",
+    )
     post_run_checks: NotSupported = None
 
 
@@ -79,6 +83,9 @@ class RunRetry(_SessionOverrides):
     automatic_retries: bool | None = Field(
         default=True,
         description="false: the workflow's retry policy does not retry the attempt that this retry begins.",
+    )
+    avoid_last_machine: bool | None = Field(
+        default=False, description="Of the machines that could start it, take the one of the last attempt last."
     )
     # A run keeps its own, and a retry cannot replace it.
     main_prompt: NotSupported = None
@@ -121,7 +128,7 @@ class RunBulkCreate(_New):
 
 
 class RunUpdate(Payload):
-    """An executor's report. Absent keys stay as they are; null empties a value."""
+    """An executor's report, or another not_before. Absent keys stay as they are; null empties a value."""
 
     model_config = example(
         status="success",
@@ -171,6 +178,11 @@ class RunUpdate(Payload):
         description="Only null: drops the retry that the workflow's policy has planned. Needs runs:write, and a request of its"
         " own.",
     )
+    not_before: Timestamp | None = Field(
+        None,
+        description="Only for a run that has no machine yet, with the scope runs:write, and beside nothing but reason: start at"
+        " this time or later, at most 30 days ahead; null: start now.",
+    )
 
 
 EVENTS = Literal[
@@ -184,6 +196,8 @@ EVENTS = Literal[
     "unassigned",
     "retry_planned",
     "retry_dropped",
+    "rescheduled",
+    "due",
 ]
 
 SCHEDULING_REASONS = Literal[
@@ -194,6 +208,7 @@ SCHEDULING_REASONS = Literal[
     "machine_not_responding",
     "no_machine_in_pools",
     "waiting_for_session",
+    "not_before",
 ]
 
 
@@ -210,6 +225,9 @@ class RunResponse(Reply):
     organization_id: str | None
     status: RunStatus
     scheduling_reason: SCHEDULING_REASONS | None = Field(description="Why a scheduling run has not started.")
+    not_before: datetime | None = Field(
+        description="The run is held until this time, and then takes its place in the queue; null: it is not held."
+    )
     attempt: int = Field(description="1 at creation, one more with each retry.")
     assignment: int = Field(description="0 at creation, one more each time it is given to a machine; never reset.")
     traceparent: str | None = Field(
@@ -402,3 +420,4 @@ class QueueResponse(Reply):
     """Who waits, for what, how long."""
 
     items: list[LaneResponse] = Field(description="At most 200 lanes, the one with the oldest run first.")
+    held: int = Field(description="Runs that are held until their not_before and wait in no lane, counted to 1,000.")

@@ -308,6 +308,7 @@ webhook_deliveries = _Counter("runs_webhook_deliveries_total", "Attempts to deli
 FROM_DATABASE: dict[str, tuple[str, Labels]] = {
     "runs_waiting": ("Runs that wait for a machine, counted up to 100,000.", ("reason",)),
     "runs_oldest_waiting_age_seconds": ("How long the oldest of them has waited.", ()),
+    "runs_held": ("Runs that are held until their not_before, counted up to 100,000.", ()),
     "runs_running": ("Runs that their executors work on, counted up to 100,000.", ()),
     "runs_oldest_silent_age_seconds": ("How long a running run has had no report, at most.", ()),
     "runs_machines": ("Machines, counted up to 20,000.", ("state",)),

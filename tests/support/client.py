@@ -20,6 +20,7 @@ RUN_KEYS = {
         "attempt",
         "assignment",
         "traceparent",
+        "not_before",
         "scheduling_reason",
         "main_prompt",
         "model_metadata",
