@@ -616,6 +616,7 @@ MORE: dict[str, tuple[int, str]] = {
     "runs.ending.silent": (1_200, "a batch of 100; of all that run, if statistics know of none that runs"),
     "runs.lock_by.workflow_id": (1_600, "a batch of 200; all 1,300 runs of the workflow, if statistics expect few"),
     "runs.outputs.prune": (1_500, "a batch of 200"),
+    "runs.queue.count_held": (600, "what is held is counted to 1,000; a fresh row is looked at in its page"),
     "runs.queue.lanes": (15_000, "2,000 lanes, and 200 of them closely"),
     "runs.retry.switch": (300, "two runs, each in nine indexes, its attempt, outputs, files and events"),
     "runs.retry.switch_staged": (380, "as runs.retry.switch, with new files and names"),

