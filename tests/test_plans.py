@@ -664,7 +664,7 @@ ACTIONS: dict[str, tuple[int, Callable[[Database], Awaitable[object]]]] = {
     ),
     "runs by change, of a workflow": (60_000, _runs("changed", workflow_id=an_id("workflow", 1))),
     "runs by creation, changed in a window of time": (1_000, _runs(changed_from=A_WHILE_AGO)),
-    "a search in runs": (61_000, _runs(searched=Search("nobody has this"))),  # 10,001 runs, and the outputs of each
+    "a search in runs": (66_000, _runs(searched=Search("nobody has this"))),  # 10,001 runs, and the outputs of each
     # None that runs has ended: beside what begins with it, no run is looked at.
     "a search for the beginning of an id": (
         100,
