@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -362,9 +363,10 @@ class Postgres(Part):
     def _create(self) -> None:
         """Beside the final place, so that a half-made cluster is never started."""
         private_folder(self.folder)
-        fresh = self.folder / "data.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(mode=0o700)
+        for left in self.folder.glob("data.new*"):
+            shutil.rmtree(left, ignore_errors=True)
+        # A folder of its own: the initdb of a start that was killed may still write into the last one.
+        fresh = Path(tempfile.mkdtemp(prefix="data.new-", dir=self.folder))
         if self._not_root():
             shutil.chown(fresh, self._not_root())
         command = self._creating(fresh)

@@ -336,9 +336,10 @@ def test_delete_ends_active_runs_and_keeps_all(api: Client, stack: Stack) -> Non
         UUID(running),
     )
     assert [row["later"] for row in retained] == [True]
-    # A retry finds another machine: the pin went with the one that is gone.
+    # The pin is gone with its machine, and a retry has to say where the run goes now.
     other = api.machine()
-    assert api.json_of(api.retry(pinned))["machine_id"] is None
+    assert api.json_of(api.retry(pinned), 409)["code"] == "machine_deleted"
+    assert api.json_of(api.retry(pinned, pool_ids=[]))["machine_id"] is None
     assigned(api, pinned, other)
 
 
@@ -416,7 +417,7 @@ def test_delete_against_everything_that_needs_the_machine(api: Client, stack: St
             ]
             codes |= {one.result().status_code for one in work}
             api.json_of(api.get(f"/v1/machines/{machine_id}"), 404)
-    assert codes <= {200, 201, 204, 404}  # a deadlock would be a 503
+    assert codes <= {200, 201, 204, 404, 409}  # 409: machine_deleted; a deadlock would be a 503
     stuck = stack.sql(
         "SELECT id, status, lane FROM runs WHERE organization_id = $1 AND status IN ('scheduling', 'running')"
         " AND lane LIKE 'machine:%'",

@@ -490,7 +490,7 @@ def test_simulation(stack: Stack, *, deaths: bool, period: float) -> None:
     if (
         not deaths
     ):  # the plans of a database with many more machines: the order of a join's rows is no longer its input's
-        settings["DATABASE_URL"] = f"{stack.postgres.app_url}?enable_nestloop=off"
+        settings["DATABASE_URL"] = f"{stack.postgres.app_url}?options=-c%20enable_nestloop%3Doff"
     names = [f"simulation-{secrets.token_hex(4)}" for _ in range(ORGANIZATIONS)]
     keys = {name: stack.new_key(name) for name in names}
     asyncio.run(simulate(stack, settings, keys, seed, deaths=deaths))

@@ -173,5 +173,5 @@ async def drop(connection: Connection, codes: Mapping[UUID, str], attempts: Sequ
 
 def _tell(run_id: UUID, organization_id: str, code: str | None) -> None:
     metrics.planned_retries.add("planned" if code is None else "dropped", code or "")
-    line = {"event": "retry_planned" if code is None else "retry_dropped", "run_id": run_id}
+    line = {"run_id": run_id} | ({"event": "retry_planned"} if code is None else {"event": "retry_dropped"})
     log.info(line | {"organization_id": organization_id} | ({} if code is None else {"code": code}))

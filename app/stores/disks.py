@@ -44,5 +44,5 @@ class Disk:
         metrics.disk_is_full.set(float(is_full), self._store)
         if is_full != self._told:
             self._told = is_full
-            line = {"event": "disk_full" if is_full else "disk_has_room", "store": self._store}
+            line = {"store": self._store} | ({"event": "disk_full"} if is_full else {"event": "disk_has_room"})
             log.log(logging.ERROR if is_full else logging.INFO, line)
