@@ -27,8 +27,8 @@ from app.scheduling.held import release_due
 from app.scheduling.rounds import look_around, place_large, place_woken
 from app.scheduling.silence import look_for_silence
 from app.services import Services
-from app.stores.channels import tell
 from app.stores.deletions import collect_all
+from app.stores.notify import tell
 from app.stores.pool import party
 from app.telemetry import metrics
 from app.telemetry.logs import describe

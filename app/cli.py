@@ -25,14 +25,15 @@ from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
-from app import FILES, __version__, auth, commit, keys, startup
+from app import FILES, __version__, commit
+from app.access import auth, keys
 from app.api.server import BACKLOG
 from app.config import ConfigurationError, DatabaseSettings, Settings, lines_of
 from app.errors import Unavailable
 from app.main import create_app
 from app.models import ORGANIZATION_PATTERN
-from app.resources import organizations
-from app.resources.comparison import compare, mark_expired
+from app.operator import delete_organization, startup
+from app.operator.compare_stores import compare, mark_expired
 from app.stores import setup
 from app.stores.database import Connection, Database, Unreachable, connect
 from app.stores.files import FileStore
@@ -318,11 +319,11 @@ def _revoke_key(options: argparse.Namespace) -> int:
 
 def _delete_organization(options: argparse.Namespace) -> int:
     name: str = options.name
-    found = _with_database(lambda connection: organizations.count(connection, name))
+    found = _with_database(lambda connection: delete_organization.count(connection, name))
     if not found:
         print("There is no organization with this name. Nothing was changed.")
         return 1
-    most = organizations.COUNTED
+    most = delete_organization.COUNTED
     had = ", ".join(f"{kind}: {number:,}{' or more' if number == most else ''}" for kind, number in found.items())
     print(f"Everything that belongs to {name} will be deleted for good. {had}.")
     again = options.confirm
@@ -335,7 +336,9 @@ def _delete_organization(options: argparse.Namespace) -> int:
     if again != name:
         print("The names differ. Nothing was changed.")
         return 1
-    done = _with_database(lambda connection: organizations.delete(connection, name, options.grace_seconds, _Told()))
+    done = _with_database(
+        lambda connection: delete_organization.delete(connection, name, options.grace_seconds, _Told())
+    )
     if not done:
         print("New data of the organization appeared during the deletion. Run the command again.")
         return 1
@@ -395,7 +398,7 @@ class _Told:
         self._next = 0.0
 
     def __call__(self, what: str, number: int) -> None:
-        if what == organizations.WAITING:
+        if what == delete_organization.WAITING:
             print(f"Waiting {number} s for requests that were under way when the keys were revoked.", flush=True)
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + 1

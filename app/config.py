@@ -1,6 +1,6 @@
 """Settings, read once at start from the environment. Every name here is an environment variable in upper case.
 
-This file checks each value by itself. startup.py checks whether a store can be opened with the values.
+This file checks each value by itself. operator/startup.py checks whether a store can be opened with the values.
 """
 
 import os

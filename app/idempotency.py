@@ -1,7 +1,8 @@
 """Idempotency-Key on every write: the first successful reply is stored with its effect and replayed byte for byte.
 
-A reply is stored unless it is long, or its organization has used up its share (stores/replies.py). Then only the ids of
-what it showed are stored, and a replay shows those as they are now. No replay shows anything of a run that is gone.
+A reply is stored unless it is long, or unless its organization has used up its limit of stored bytes
+(write_behind/reply_bytes.py). Then only the ids of the objects in the reply are stored, and a replay shows the objects as they
+are now. No replay shows anything of a run that was deleted.
 
 No record says "in progress". Twins may both do the work; the primary key decides in the transaction that has the effect, and
 the loser, whose work was rolled back, replays the winner's reply.
@@ -13,14 +14,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 from uuid import UUID
 
-from app.auth import Actor, Principal
+from app.access.auth import Actor, Principal
 from app.errors import IdempotencyInProgress, Invalid, NotFound, Refusal
-from app.quotas import Standing
+from app.limits.quotas import Standing
 from app.services import Services
-from app.stores import replies
 from app.stores.database import Connection, Database, Deadlock, LockTimeout, StatementTimeout, UniqueViolation
 from app.stores.statements import statement
 from app.telemetry import metrics
+from app.write_behind import reply_bytes
 
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ FORGET = statement(
 async def forget_keys(database: Database) -> bool:
     """Remove a batch of expired keys, and of what was counted of them; whether there may be more keys."""
     async with database.connection() as connection:
-        await connection.execute(replies.FORGET)
+        await connection.execute(reply_bytes.FORGET)
         return await connection.execute(FORGET) != "DELETE 0"
 
 

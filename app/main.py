@@ -14,8 +14,8 @@ from starlette.routing import Route
 from app import __version__, background
 from app.api import console, docs, openapi, refusals
 from app.api.edge import Edge
-from app.api.limits import Limits
 from app.api.methods import Methods
+from app.api.request_quotas import Limits
 from app.api.routes import ROUTERS, health, metrics
 from app.api.routes.health import Checks
 from app.api.server import Connections, room_for_connections

@@ -499,7 +499,7 @@ class IdempotencyKey(Base):
 
 
 class StoredReply(Base):
-    """The sum of bytes of an organization's stored replies that expire at about the same time (stores/replies.py)."""
+    """Bytes of an organization's stored replies that expire at about the same time (write_behind/reply_bytes.py)."""
 
     __tablename__ = "stored_replies"
     __table_args__ = (Index("ix_stored_replies_until", "until"),)

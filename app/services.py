@@ -7,19 +7,19 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Self
 
-from app.auth import Principal, digest, find_principals
+from app.access.auth import Principal, digest, find_principals
 from app.config import Settings
 from app.errors import Unauthorized
-from app.in_flight import Budget
-from app.last_used import KeysUsed
-from app.quotas import RunQuotas
-from app.signs_of_life import SignsOfLife
+from app.limits.memory_budget import Budget
+from app.limits.quotas import RunQuotas
 from app.stores.database import Database, may_be_of_others
 from app.stores.files import FileStore
-from app.stores.replies import StoredReplies
+from app.stores.together import Together
 from app.stores.vault import SHOWING_SLOTS, SecretStore
-from app.together import Together
-from app.wakeups import Wakeups
+from app.stores.wakeups import Wakeups
+from app.write_behind.heartbeats import SignsOfLife
+from app.write_behind.key_usage import KeysUsed
+from app.write_behind.reply_bytes import StoredReplies
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import uvloop
 
-from app.auth import Actor
+from app.access.auth import Actor
 from app.config import Settings
 from app.idempotency import Reply
 from app.runs.retry import Retry, retry_runs

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from app.auth import digest, new_key
+from app.access.auth import digest, new_key
 from benchmarks import load
 from benchmarks.load import Plan, Pressure
 from benchmarks.measure import Case, Group, Round, Sample, Target

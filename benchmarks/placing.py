@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from app.auth import digest, new_key
+from app.access.auth import digest, new_key
 from app.config import Settings
 from app.scheduling.placement import Left, place
 from app.scheduling.rounds import ALL_SLICES

@@ -9,13 +9,13 @@ from typing import Any
 import asyncpg
 from pydantic import SecretStr
 
-from app.auth import AUTHENTICATE, digest
+from app.access.auth import AUTHENTICATE, digest
 from app.config import MIB, Settings
 from app.models import RunStatus
 from app.runs import projection, retry_statements
 from app.runs.listing import FIELDS, RunFilter, list_runs
 from app.stores.database import Connection, Database, Record
-from app.stores.pages import Slice
+from app.stores.paging import Slice
 from benchmarks.world import ORGANIZATION, Data, run_id
 
 EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, COSTS OFF, TIMING OFF)"

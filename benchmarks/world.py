@@ -23,7 +23,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import psutil
 
-from app.auth import digest, new_key
+from app.access.auth import digest, new_key
 from benchmarks import load
 from benchmarks.load import Pressure
 from benchmarks.measure import Sample

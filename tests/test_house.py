@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,27 @@ def test_http_writes_no_sql() -> None:
     """Each statement lives with its subject, below HTTP."""
     for file in (ROOT / "app/api").rglob("*.py"):
         assert "app.stores.statements" not in file.read_text(encoding="utf-8"), file
+
+
+def test_every_module_stands_on_a_layer() -> None:
+    """A module that no layer names could import anything, and anything could import it."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = pyproject["tool"]["importlinter"]["contracts"][0]["layers"]
+    named = {name.strip() for layer in layers for name in layer.replace("|", ":").split(":")}
+    files = [file.relative_to(ROOT).with_suffix("") for file in (ROOT / "app").rglob("*.py")]
+    modules = [file.parts for file in files if file.name != "__init__"]
+    homeless = [
+        ".".join(parts) for parts in modules if not any(".".join(parts[:n]) in named for n in range(len(parts) + 1))
+    ]
+    assert homeless == []
+    assert [
+        name for name in named if not (ROOT / name.replace(".", "/")).exists() and tuple(name.split(".")) not in modules
+    ] == []
+
+
+def test_the_top_of_the_app_has_few_files() -> None:
+    """A newcomer reads the top first: a thirteenth file belongs into a folder."""
+    assert len(list((ROOT / "app").glob("*.py"))) <= 12
 
 
 def test_the_stopwatch_says_what_each_of_its_groups_asks() -> None:

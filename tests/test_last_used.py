@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from app.auth import digest
-from app.last_used import MOST_KEYS, KeysUsed
+from app.access.auth import digest
+from app.write_behind.key_usage import MOST_KEYS, KeysUsed
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
 from tests.support.waiting import until

@@ -24,7 +24,7 @@ from orjson import dumps
 from pydantic import SecretStr
 
 import app
-from app.auth import Principal
+from app.access.auth import Principal
 from app.config import Settings
 from app.errors import Refusal
 from app.models import RunStatus
@@ -36,7 +36,7 @@ from app.runs.listing import FIELDS, Order, RunFilter, Search, bits, list_runs
 from app.runs.retry_statements import COLUMNS
 from app.scheduling.placement import Pass, place
 from app.stores.database import Database
-from app.stores.pages import Slice
+from app.stores.paging import Slice
 from app.stores.setup import role_settings
 from app.stores.statements import REGISTRY, Statement
 from tests.support.stack import Stack, own_database

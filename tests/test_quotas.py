@@ -16,7 +16,7 @@ from uuid import UUID
 import httpx
 import pytest
 
-from app.api.limits import HELD_SECONDS, REFUSED_AT_ONCE
+from app.api.request_quotas import HELD_SECONDS, REFUSED_AT_ONCE
 from tests.support.client import Client
 from tests.support.concurrent_requests import Call, finished_runs, send_at_once, tally
 from tests.support.raw_http import raw_exchange

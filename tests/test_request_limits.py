@@ -14,7 +14,7 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from app.auth import Principal
+from app.access.auth import Principal
 from app.config import Settings
 from app.resources.machines import list_machines
 from app.resources.pools import list_pools
@@ -22,7 +22,7 @@ from app.resources.workflows import list_workflows
 from app.runs.attachments import list_attachments
 from app.runs.listing import FIELDS, RunFilter, list_runs
 from app.stores.database import Database
-from app.stores.pages import Slice
+from app.stores.paging import Slice
 from tests.support.client import Client, file_input, file_inputs
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack

@@ -300,7 +300,7 @@ def serving(environment: pytest.MonkeyPatch, stack: Stack, url: str) -> None:
     """`serve` up to the point at which it would listen, on a database of its own."""
     environment.setattr("uvicorn.run", lambda *_, **__: None)
     environment.setattr("app.cli.configure", lambda _: None)
-    environment.setattr("app.startup.keep_out_of_dumps", lambda: None)
+    environment.setattr("app.operator.startup.keep_out_of_dumps", lambda: None)
     for setting, given in stack.beside(url).environment(PORT=0).items():
         environment.setenv(setting, given)
     migrate(stack.postgres, url)

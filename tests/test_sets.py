@@ -15,10 +15,10 @@ from uuid import UUID, uuid4
 import orjson
 import pytest
 
-from app.auth import Actor, Principal
+from app.access.auth import Actor, Principal
 from app.errors import Invalid, OutcomeUnknown, Refusal, RunNotFound
 from app.idempotency import Reply, WriteRequest, store
-from app.quotas import Policy, RunQuotas
+from app.limits.quotas import Policy, RunQuotas
 from app.runs.retry import Outcome, Retry, retry_runs
 from app.schemas.runs import RunRetry
 from app.services import Services

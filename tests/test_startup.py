@@ -39,7 +39,7 @@ def environment(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyP
         monkeypatch.setenv(name, value)
     # What belongs to a process of its own, and this one is the test runner's.
     monkeypatch.setattr("app.cli.configure", lambda _: None)
-    monkeypatch.setattr("app.startup.keep_out_of_dumps", lambda: None)
+    monkeypatch.setattr("app.operator.startup.keep_out_of_dumps", lambda: None)
     monkeypatch.setattr("uvicorn.run", lambda *_, **__: pytest.fail("it started"))
     return monkeypatch
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app import together
-from app.together import Together
+from app.stores import together
+from app.stores.together import Together
 from tests.support.stored_state import SOAK
 
 

@@ -8,13 +8,13 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from app.api import pages
-from app.api.pages import TYPES, PageFile
+from app.api import static_files
+from app.api.static_files import TYPES, PageFile
 from app.config import Settings
 from app.errors import RouteNotFound
 
 FOLDER: Final = Path(__file__).resolve().parent.parent / "console"
-POLICY: Final = f"{pages.POLICY}; require-trusted-types-for 'script'"  # and no string becomes code or markup
+POLICY: Final = f"{static_files.POLICY}; require-trusted-types-for 'script'"  # and no string becomes code or markup
 
 
 def _limits(settings: Settings) -> bytes:

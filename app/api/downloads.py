@@ -12,10 +12,10 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from app import in_flight
 from app.api.requests import is_head
 from app.config import Settings
 from app.errors import AttachmentNotFound, RangeNotSatisfiable
+from app.limits import memory_budget
 from app.runs.attachments import readable
 from app.services import Services
 from app.stores.database import Database, Record
@@ -61,7 +61,8 @@ async def respond(services: Services, file: Record, request: Request) -> Respons
     wanted = requested_range(request.headers, size, etag)
     start, end = wanted or (0, size)
     stop = min(end, start + 1) if is_head(request) else end
-    await in_flight.hold(min(stop - start, 2 * CHUNK), party=file["organization_id"])  # one is sent, the next one read
+    # One chunk is sent while the next one is read.
+    await memory_budget.hold(min(stop - start, 2 * CHUNK), party=file["organization_id"])
     try:
         chunks = await services.files.stream(file["storage_path"], start, stop)
     except FileMissingError:

@@ -14,9 +14,8 @@ from uuid import uuid4
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import in_flight
-from app.api.limits import Limits, address
-from app.auth import Principal, bearer
+from app.access.auth import Principal, bearer
+from app.api.request_quotas import Limits, address
 from app.errors import (
     IncompleteRequest,
     InternalError,
@@ -30,7 +29,8 @@ from app.errors import (
     Unauthorized,
     Unavailable,
 )
-from app.quotas import Standing, fields
+from app.limits import memory_budget
+from app.limits.quotas import Standing, fields
 from app.services import Services, authenticate
 from app.stores.pool import party
 from app.telemetry import metrics, tracing
@@ -87,7 +87,7 @@ class Edge:
             scope["state"]["is_head"] = True
         services: Services = scope["app"].state.services
         share = services.in_flight.share("")
-        in_flight.share.set(share)
+        memory_budget.share.set(share)
         exchange = _Exchange(scope, receive, send, share, method)
         refusal: Refusal | None = None
         self.active += 1
@@ -125,7 +125,7 @@ def note(state: dict[str, Any], refusal: Refusal) -> None:
         state["cause"] = refusal.kind
 
 
-async def _admit(exchange: "_Exchange", services: Services, share: in_flight.Share) -> None:
+async def _admit(exchange: "_Exchange", services: Services, share: memory_budget.Share) -> None:
     """Find out who calls, and count the request for them. Raises Unauthorized and QuotaExceeded."""
     scope = exchange.scope
     limits: Limits = scope["app"].state.limits
@@ -161,7 +161,7 @@ async def _authenticate(exchange: "_Exchange", services: Services, limits: Limit
 class _Exchange:
     """One request and its reply."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, share: in_flight.Share, method: str) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, share: memory_budget.Share, method: str) -> None:
         self.scope = scope
         self.method = method  # as it was sent
         self._share = share
@@ -230,7 +230,7 @@ class _Exchange:
 
     def _has_room(self, count: int) -> bool:
         """What is sent whole stays in memory until its reader has taken it."""
-        return self.principal is None or count <= in_flight.FREE_BYTES or self._share.hold_if_it_fits(count)
+        return self.principal is None or count <= memory_budget.FREE_BYTES or self._share.hold_if_it_fits(count)
 
     async def begin(self) -> None:
         """Send the head of the reply, if it waits for the body."""

@@ -16,9 +16,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from app.api.pages import PageFile
 from app.api.requests import refuse_unsupported_query
 from app.api.scopes import BOUND
+from app.api.static_files import PageFile
 from app.errors import (
     TITLES,
     DatabaseUnavailable,

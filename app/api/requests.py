@@ -15,12 +15,12 @@ from uuid import UUID
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from app import in_flight
-from app.api import weights
-from app.auth import still_valid
+from app.access.auth import still_valid
+from app.api import body_cost
 from app.config import MIB, Settings
 from app.errors import Invalid, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from app.idempotency import WriteRequest, fingerprint
+from app.limits import memory_budget
 from app.schemas import numbers
 from app.schemas.values import Reading
 from app.services import Services
@@ -40,7 +40,7 @@ _SHORTEST_ID = 32  # characters: hexadecimal digits alone
 KNOWN_SECONDS = 1.0
 
 # Shorter bodies are not weighed.
-LIGHT_BYTES = in_flight.FREE_BYTES
+LIGHT_BYTES = memory_budget.FREE_BYTES
 # Bodies of more bytes or values are parsed in a thread, because they may take longer than a few milliseconds.
 QUICK_BYTES = 2 * MIB
 QUICK_VALUES = 2_000
@@ -192,7 +192,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
     if declared.isdigit():
         if int(declared) > limit:
             raise too_large
-        await in_flight.hold(int(declared))
+        await memory_budget.hold(int(declared))
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType
     settings = services(request).settings
@@ -200,7 +200,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
     # In each stretch of that many seconds so many bytes must come, or the rest: a fast start buys no time for later.
     seconds = settings.body_timeout_seconds
     wanted = seconds * settings.body_min_bytes_per_second
-    buffer, promised = BytesIO(), in_flight.FREE_BYTES if not declared else limit
+    buffer, promised = BytesIO(), memory_budget.FREE_BYTES if not declared else limit
     try:
         async with asyncio.timeout(seconds) as timeout:
             while True:
@@ -216,7 +216,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
                 if size > promised:  # no length was declared
                     timeout.reschedule(None)
                     promised = min(2 * size, limit)
-                    await in_flight.hold(promised)
+                    await memory_budget.hold(promised)
                     timeout.reschedule(loop.time() + seconds)
                 if size >= wanted:
                     wanted = size + seconds * settings.body_min_bytes_per_second
@@ -308,12 +308,12 @@ async def _parsed(request: Request, raw: bytes, model: type[Model]) -> Model:
     if len(raw) <= LIGHT_BYTES:
         parsed = _parse(raw or b"{}", model, settings)
     else:
-        most = weights.most_values(raw) if len(raw) <= QUICK_BYTES else None
+        most = body_cost.most_values(raw) if len(raw) <= QUICK_BYTES else None
         run = _at_once if most is not None and most <= QUICK_VALUES else partial(_in_turn, request)
-        before = await run(weights.before, raw, settings, most)
-        await in_flight.hold(before)
+        before = await run(body_cost.before, raw, settings, most)
+        await memory_budget.hold(before)
         parsed, units = await run(_parse_and_weigh, raw, model, settings, before - len(raw))
-        in_flight.hold_at_once(units)
+        memory_budget.hold_at_once(units)
     await still_known(request)
     return parsed
 
@@ -351,7 +351,7 @@ def _limit(settings: Settings, model: type[BaseModel]) -> int:
 
 def _parse_and_weigh(raw: bytes, model: type[Model], settings: Settings, values: int) -> tuple[Model, int]:
     parsed = _parse(raw, model, settings)
-    return parsed, weights.after(raw, parsed, settings, values)
+    return parsed, body_cost.after(raw, parsed, settings, values)
 
 
 def _parse(raw: bytes, model: type[Model], settings: Settings) -> Model:

@@ -11,8 +11,8 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
+from app.access.auth import Principal
 from app.api.requests import refuse_repeated
-from app.auth import Principal
 from app.errors import InsufficientScope
 
 # The scope that a key bound to a machine needs for this route. Such a key sees only its machine's rows. Null: not for it.

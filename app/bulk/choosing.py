@@ -13,7 +13,7 @@ from app.errors import Invalid, RunNotFound, RunNotTerminal
 from app.runs.listing import RunFilter
 from app.schemas.bulk import MAX_RUNS, BulkRetryCreate
 from app.stores.database import Connection, Database, QueryCanceled, Record
-from app.stores.pages import Listing, count
+from app.stores.paging import Listing, count
 from app.stores.statements import Statement, composed, fragment, statement
 
 # The plan of a choice must see its values: one for all of them could read all runs of an organization for a window of a minute.

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import orjson
 
-from app.auth import Principal
+from app.access.auth import Principal
 from app.bulk import choosing, jobs
 from app.errors import Invalid, Refusal
 from app.runs.dry_run import placement

@@ -6,11 +6,11 @@ from uuid import UUID, uuid4
 
 import orjson
 
-from app.auth import Principal
+from app.access.auth import Principal
 from app.bulk import choosing
 from app.errors import BulkRetryEnded, BulkRetryNotFound, Invalid
 from app.idempotency import Reply, Resource, WriteRequest, once
-from app.quotas import Standing, exceeded, policy
+from app.limits.quotas import Standing, exceeded, policy
 from app.runs.projection import columns, encode
 from app.scheduling.held import check_not_before
 from app.scheduling.targets import check_targets
@@ -18,7 +18,7 @@ from app.schemas.bulk import BulkRetryCreate, BulkRetryOverrides, Outcome
 from app.schemas.runs import RunRetry
 from app.services import Services
 from app.stores.database import Connection, Database, Record
-from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import json_bytes, statement
 
 # Items that are looked at for one page of jobs: of each retried run it is read what has become of it.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from app.auth import Actor, Principal
+from app.access.auth import Actor, Principal
 from app.bulk import jobs
 from app.errors import InternalError, Invalid, QuotaExceeded, Refusal, Unavailable
 from app.idempotency import Reply

@@ -16,9 +16,9 @@ from app.config import Settings
 from app.handoff import flow
 from app.handoff.temporal import connect
 from app.runs.conclude import conclude
-from app.stores.channels import tell
 from app.stores.database import Database
-from app.wakeups import Wakeups
+from app.stores.notify import tell
+from app.stores.wakeups import Wakeups
 
 log = logging.getLogger("app.handoff")
 

@@ -9,20 +9,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
-from app.auth import Actor, Principal
+from app.access.auth import Actor, Principal
 from app.config import Settings
 from app.errors import InsufficientScope, Invalid, MachineNotFound, PoolNotFound
 from app.handoff import dispatches
 from app.idempotency import Reply, Resource, WriteRequest, once
 from app.models import Machine, RunStatus
-from app.resources.crud import Change, Owner, locked_runs
+from app.resources.patching import Change, Owner, locked_runs
 from app.runs import projection
 from app.runs.ending import end_runs
 from app.schemas.resources import MachineCreate, MachinePoolUpdate, MachineUpdate
 from app.schemas.values import MAX_POOLS
 from app.services import Services
 from app.stores.database import Connection, Database, Deadlock, Record
-from app.stores.pages import Listing, Slice, in_order, where
+from app.stores.paging import Listing, Slice, in_order, where
 from app.stores.scans import page_of_search
 from app.stores.statements import by_id, found, locked, statement
 

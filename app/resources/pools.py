@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
-from app import in_flight
-from app.auth import Principal
+from app.access.auth import Principal
 from app.errors import Invalid, PoolNotFound
 from app.idempotency import Reply, Resource, WriteRequest, once
+from app.limits import memory_budget
 from app.models import Pool
 from app.resources import machines
-from app.resources.crud import Change
 from app.resources.machines import POOL_COLUMNS, POOL_OCTETS, POOLS, join, lock_machines, lock_pools, show_pool
+from app.resources.patching import Change
 from app.runs import projection
 from app.schemas.resources import MachinePoolAssignment, PoolCreate, PoolUpdate
 from app.services import Services
 from app.stores.database import Connection, Database
-from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import statement
 
 MEMBERS = statement(
@@ -84,7 +84,7 @@ async def get_with_machines(
     if octets > max_bytes:
         sentence = f"The pool with its machines would have more than {max_bytes} bytes; have fewer machines in it."
         raise Invalid((asked_by, sentence, "pool_too_large"))
-    in_flight.hold_reply(octets)
+    memory_budget.hold_reply(octets)
     members = await connection.fetch(MEMBERS, pool_id=pool_id, organization_id=organization_id)
     return pool | {"machines": await machines.show(connection, organization_id, members)}
 

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 import orjson
 
-from app.auth import Principal
+from app.access.auth import Principal
 from app.errors import (
     DatabaseUnavailable,
     Invalid,
@@ -33,7 +33,7 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
-from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import statement
 from app.webhooks import signing
 from app.webhooks.addresses import Allowed, NotAllowed

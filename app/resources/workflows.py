@@ -6,19 +6,19 @@ from uuid import UUID, uuid4
 
 import orjson
 
-from app import in_flight
-from app.auth import Principal
+from app.access.auth import Principal
 from app.errors import WorkflowNotFound
 from app.idempotency import Reply, Resource, WriteRequest, once
+from app.limits import memory_budget
 from app.models import Workflow
-from app.resources.crud import Change, locked_runs
+from app.resources.patching import Change, locked_runs
 from app.runs import projection
 from app.runs.ending import remove_runs
 from app.schemas.resources import WorkflowCreate, WorkflowUpdate
 from app.schemas.retry_policies import RetryPolicy
 from app.services import Services
 from app.stores.database import Connection, Database, Record
-from app.stores.pages import Listing, Slice, in_order, where
+from app.stores.paging import Listing, Slice, in_order, where
 from app.stores.scans import page_of_search
 from app.stores.statements import json_bytes, statement
 
@@ -96,7 +96,7 @@ async def get(connection: Connection, organization_id: str, workflow_id: UUID) -
     row = await connection.fetchrow(GET, workflow_id=workflow_id, organization_id=organization_id)
     if row is None:
         raise WorkflowNotFound
-    in_flight.hold_reply(sum(len(row[name] or "") for name in ("main_prompt", "input_schema", "output_schema")))
+    memory_budget.hold_reply(sum(len(row[name] or "") for name in ("main_prompt", "input_schema", "output_schema")))
     return show(row)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-from app.auth import Actor
+from app.access.auth import Actor
 from app.config import Settings
 from app.events import record
 from app.retry_policies.rules import Dropped, Ending, Planned, RetryPolicy, decide, reason

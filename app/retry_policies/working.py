@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from app.auth import Actor, Principal
+from app.access.auth import Actor, Principal
 from app.errors import (
     AttemptChanged,
     QuotaExceeded,

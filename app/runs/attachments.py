@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import bindparam
 from sqlalchemy import delete as delete_from
 
-from app.auth import SEEN, Principal
+from app.access.auth import SEEN, Principal
 from app.errors import (
     AttachmentNotFound,
     AttemptSuperseded,
@@ -29,7 +29,7 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
-from app.stores.pages import Listing, Slice, in_order, page, where
+from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import by_id, found, statement
 
 COLUMNS = projection.columns(projection.ATTACHMENT_COLUMNS)

@@ -2,11 +2,11 @@
 
 from uuid import UUID
 
-from app.auth import SEEN, Principal
+from app.access.auth import SEEN, Principal
 from app.errors import RunNotFound
 from app.runs import projection
 from app.stores.database import Connection, Database, Record
-from app.stores.pages import Listing, Slice, page
+from app.stores.paging import Listing, Slice, page
 from app.stores.statements import statement
 
 KNOWN = statement("attempts.known", f"SELECT 1 FROM runs r WHERE r.id = :run_id AND {SEEN}")

@@ -6,7 +6,7 @@ assignment, and doing it twice is doing it once. It knows nothing of Temporal.
 
 from uuid import UUID
 
-from app.auth import Actor
+from app.access.auth import Actor
 from app.config import Settings
 from app.events import By
 from app.models import TERMINAL, RunStatus

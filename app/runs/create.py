@@ -8,10 +8,10 @@ from uuid import UUID, uuid4
 import orjson
 from sqlalchemy import bindparam, literal_column, select
 
-from app import in_flight
 from app.errors import PayloadTooLarge, WorkflowNotFound
 from app.events import record
 from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
+from app.limits import memory_budget
 from app.models import Workflow
 from app.runs import projection, quotas, replays, staging
 from app.runs.sessions import Session, alias_needs_session, refuse_contradictions
@@ -95,7 +95,9 @@ async def _create(
     if len(run_ids) * len(input_values or b"") > services.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal, count = write.principal, len(run_ids)
-    await in_flight.hold(in_flight.COPIES * _reply_octets(services, principal.organization_id, options, run_ids))
+    await memory_budget.hold(
+        memory_budget.COPIES * _reply_octets(services, principal.organization_id, options, run_ids)
+    )
     if options.sensitive_input_values or options.file_inputs:
 
         async def check(connection: Connection) -> None:

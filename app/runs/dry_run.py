@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import orjson
 
-from app.auth import Principal
+from app.access.auth import Principal
 from app.errors import Invalid, MachineNotFound, PoolNotFound, Refusal, RunNotFound, SessionNotFound
 from app.runs import projection, staging
 from app.runs.retry_rules import Next, decide, overridden

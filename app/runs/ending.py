@@ -10,7 +10,7 @@ from uuid import UUID
 
 from sqlalchemy import bindparam, literal_column, select
 
-from app.auth import NOBODY, Actor
+from app.access.auth import NOBODY, Actor
 from app.config import Settings
 from app.errors import RunNotFound
 from app.events import By, announce, record

@@ -10,7 +10,7 @@ Without any of them nothing is fenced, as with the vendor's executors.
 from typing import Protocol
 from uuid import UUID
 
-from app.auth import Principal
+from app.access.auth import Principal
 from app.errors import AlreadyClaimed, AssignmentSuperseded, AttemptSuperseded, Invalid
 from app.models import RunStatus
 from app.stores.database import Record

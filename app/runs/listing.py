@@ -16,14 +16,14 @@ from functools import lru_cache
 from typing import Any, Literal
 from uuid import UUID
 
-from app import in_flight
 from app.errors import Invalid
+from app.limits import memory_budget
 from app.models import TERMINAL, RunStatus
 from app.runs import projection
 from app.services import Services
-from app.stores import pages, search
+from app.stores import paging, search
 from app.stores.database import Connection, Database
-from app.stores.pages import Listing, Slice, in_order, page
+from app.stores.paging import Listing, Slice, in_order, page
 from app.stores.scans import Scan, scan
 from app.stores.statements import Statement, composed, fragment, statement
 
@@ -99,7 +99,7 @@ class RunFilter:
 
     def _beside(self) -> tuple[str, dict[str, object]]:
         """A condition for what it asks beside organization, status, machine and last change; and its values."""
-        return pages.where(
+        return paging.where(
             "r",
             workflow_id=self.workflow_id,
             session_id=self.session_id,
@@ -262,7 +262,7 @@ async def list_runs(
     order: Order = "created",
     searched: Search | None = None,
 ) -> dict[str, object]:
-    """One page of runs, with these keys, newest first by this order. Raises Invalid as pages.page does."""
+    """One page of runs, with these keys, newest first by this order. Raises Invalid as paging.page does."""
     told = bits(fields)
 
     async def read_runs(connection: Connection, ids: list[UUID]) -> list[dict[str, Any]]:
@@ -340,7 +340,7 @@ async def read(connection: Connection, ids: Sequence[UUID], max_bytes: int) -> l
     octets = await connection.fetchval(OCTETS, ids=ids, shown=_ALL)
     if len(ids) > 1 and octets > max_bytes:
         return None
-    in_flight.hold_reply(octets)
+    memory_budget.hold_reply(octets)
     return await projection.many(connection, await connection.fetch(ROWS, ids=ids, shown=_ALL))
 
 

@@ -9,9 +9,9 @@ from uuid import UUID
 
 import orjson
 
-from app import in_flight
-from app.auth import SEEN, Principal
+from app.access.auth import SEEN, Principal
 from app.errors import RunNotFound
+from app.limits import memory_budget
 from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import found, statement
@@ -216,7 +216,7 @@ async def get(connection: Connection, run_id: UUID, principal: Principal) -> dic
         octets = await connection.fetchval(WEIGH_RUN, **named)
         if octets is None:
             raise RunNotFound
-        in_flight.hold_reply(octets)
+        memory_budget.hold_reply(octets)
         row = await connection.fetchrow(GET_RUN, **named, most=octets)
     return run(row)
 
@@ -228,7 +228,7 @@ async def find(database: Database, run_id: UUID, principal: Principal) -> dict[s
         async with database.connection() as connection:
             return await get(connection, run_id, principal)
 
-    return await in_flight.with_room(read)
+    return await memory_budget.with_room(read)
 
 
 def run(row: Record) -> dict[str, Any]:

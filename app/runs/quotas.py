@@ -11,9 +11,9 @@ import time
 from math import ceil
 from typing import NamedTuple
 
-from app.auth import Principal
+from app.access.auth import Principal
 from app.errors import QuotaExceeded
-from app.quotas import Policy, RunQuotas, Standing, exceeded
+from app.limits.quotas import Policy, RunQuotas, Standing, exceeded
 from app.scheduling import rules
 from app.stores.database import Connection, Record
 from app.stores.statements import statement

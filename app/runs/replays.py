@@ -5,7 +5,7 @@ from uuid import UUID
 
 import orjson
 
-from app.auth import SEEN, Principal
+from app.access.auth import SEEN, Principal
 from app.errors import PayloadTooLarge, RunNotFound
 from app.idempotency import Resource
 from app.runs import listing, projection

@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import Boolean, ColumnElement, Text, bindparam, case, func, literal_column, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute
 
-from app.auth import SEEN, Principal
+from app.access.auth import SEEN, Principal
 from app.errors import InsufficientScope, Invalid, InvalidTransition, RunNotFound
 from app.events import By, announce, record
 from app.handoff import dispatches

@@ -4,7 +4,7 @@ Small batches, so that a round holds no row for long; its loop rests between the
 what they name outside, as everything that removes a run.
 """
 
-from app.auth import Actor
+from app.access.auth import Actor
 from app.config import Settings
 from app.runs.ending import remove_runs
 from app.stores.database import Database

@@ -6,9 +6,9 @@ switch   one statement: archive, clear, requeue, and take what was staged off th
          whose row is still the one on which the rules decided, and only if it finds the rest of what they decided on
 settle   after the commit the background task deletes what was replaced and looks for a machine (background.py)
 
-Retries that meet go together through each statement (together.py). A retry whose run is held, or changes again and again, or
-whose Idempotency-Key a twin is about to take, goes through a transaction that waits for it first, and then through the same
-statements.
+Retries that meet go through each statement together (stores/together.py). A retry goes through a transaction of its own if its
+run is locked, if its run changes again and again, or if a twin is about to take its Idempotency-Key: the transaction waits for
+the lock first, and then runs the same statements.
 
 A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
 """
@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from uuid import UUID, uuid4
 
-from app import in_flight
-from app.auth import Principal
+from app.access.auth import Principal
 from app.errors import IdempotencyInProgress, Refusal, StorageUnavailable, VaultUnavailable
 from app.idempotency import Reply, WriteRequest, attempt_or_replay, unless_replayed, wait_for_twin
-from app.quotas import Standing
+from app.limits import memory_budget
+from app.limits.quotas import Standing
 from app.runs import quotas, replays, staging
 from app.runs.retry_rules import Retry, decide
 from app.runs.retry_statements import LOCK, Change, read, write
@@ -105,7 +105,7 @@ class _Asked:
             missing=missing,
         )
         if run is not None:
-            in_flight.hold_reply(run["kept_octets"])
+            memory_budget.hold_reply(run["kept_octets"])
         for refusal in decided.refusals:
             raise refusal
         assert run is not None and decided.following is not None  # noqa: S101, PT018 - else it is refused
@@ -254,7 +254,7 @@ async def _written(services: Services, change: Change) -> bytes | None:
     if retry.options.input_values is not None:
         length += len(json_bytes(retry.options.input_values) or b"")
 
-    if length > in_flight.FREE_BYTES:  # others would wait for it
+    if length > memory_budget.FREE_BYTES:  # others would wait for it
         return (await _write_set(services, [change]))[0]
     together = services.together.switch if change.is_plain() else services.together.switch_staged
     key = None if retry.write is None else retry.write.key

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import orjson
 
-from app.auth import Actor, Principal
+from app.access.auth import Actor, Principal
 from app.errors import (
     AttemptChanged,
     InputAttachmentsExpired,

@@ -9,7 +9,7 @@ Only the database's clock says what is due. All replicas look, and row locks div
 
 from datetime import datetime, timedelta
 
-from app.auth import NOBODY
+from app.access.auth import NOBODY
 from app.errors import Invalid
 from app.events import record
 from app.scheduling import rules

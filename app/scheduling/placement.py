@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from uuid import UUID
 
-from app.auth import NOBODY
+from app.access.auth import NOBODY
 from app.events import announce, record
 from app.handoff import dispatches
 from app.scheduling import rules

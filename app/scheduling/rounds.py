@@ -14,8 +14,8 @@ from app.scheduling.placement import Left, place
 from app.services import Services
 from app.stores.database import LockTimeout
 from app.stores.statements import statement
+from app.stores.wakeups import Turns
 from app.telemetry.logs import describe
-from app.wakeups import Turns
 
 log = logging.getLogger("app.background")
 

@@ -1,7 +1,7 @@
 """Silence: machines that give no sign of life any more, and runs that their machines do not begin.
 
-MACHINE_SILENCE_SECONDS  A machine that gave signs of life (signs_of_life.py) and gives none for so long is disconnected until
-                         the next one. One on which a run is running is never silent: RUN_SILENCE_SECONDS is for that.
+MACHINE_SILENCE_SECONDS  A machine that gave signs of life (write_behind/heartbeats.py) is disconnected if it gives none for
+                         this long, until the next sign. While a run is running on it, only RUN_SILENCE_SECONDS counts.
 START_TIMEOUT_SECONDS    A run that its machine does not begin in time is taken from it and placed again, and the machine is
                          disconnected as above. Only if the last run on it was begun with a claim: nothing else fences an
                          executor that is late.
@@ -13,7 +13,7 @@ keep a round from the rest.
 import logging
 from collections.abc import Sequence
 
-from app.auth import Actor
+from app.access.auth import Actor
 from app.config import Settings
 from app.events import record
 from app.handoff import dispatches

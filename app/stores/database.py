@@ -21,7 +21,7 @@ from app.database_url import DatabaseUrl
 from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
 from app.stores import disks, setup
 from app.stores.clock import DatabaseClock, steady
-from app.stores.counts import SharedCounts
+from app.stores.list_totals import SharedCounts
 from app.stores.pool import NoneFreeError, Pool
 from app.stores.statements import Statement
 from app.telemetry import metrics, tracing

@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
-from app import in_flight
-from app.stores import pages, search
-from app.stores.counts import Total
+from app.limits import memory_budget
+from app.stores import paging, search
 from app.stores.database import Connection, Database, StatementTimeout
-from app.stores.pages import Found, Listing, Read, Slice
+from app.stores.list_totals import Total
+from app.stores.paging import Found, Listing, Read, Slice
 from app.stores.statements import Statement, composed, fragment
 
 ROWS: Final = 10_000
@@ -29,7 +29,7 @@ FULL_SECONDS: Final = 0.2
 SLICE_SECONDS: Final = 0.1
 
 # In a cursor: no row is before it.
-BEFORE_ALL: Final = f"{pages.microseconds(datetime.max.replace(tzinfo=UTC))} {UUID(int=2**128 - 1)}"
+BEFORE_ALL: Final = f"{paging.microseconds(datetime.max.replace(tzinfo=UTC))} {UUID(int=2**128 - 1)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ class _Seen:
 
 
 async def scan(database: Database, wanted: Scan, part: Slice, read: Statement | Read, **weighed: object) -> Found:
-    """The rows of a page. Raises what pages.page raises, but for a `skip` that takes too long."""
+    """The rows of a page. Raises what paging.page raises, but for a `skip` that takes too long."""
     place = {}
     if part.after is not None:
-        place = pages.place_after(wanted.name, (*wanted.shown.order, "found_before"), part.after)
+        place = paging.place_after(wanted.name, (*wanted.shown.order, "found_before"), part.after)
     before = place.pop("after_found_before", 0)
     assert isinstance(before, int)  # noqa: S101 - what its pattern matches
     seen = _Seen(place if wanted.goes_on else {})
@@ -96,14 +96,14 @@ async def scan(database: Database, wanted: Scan, part: Slice, read: Statement | 
         keys = [key for _, key in shown]
         async with database.connection() as connection:
             weight = await connection.fetchval(_weigh(wanted.shown), ids=keys, max_bytes=part.max_bytes, **weighed)
-            return await pages.rows_of(connection, read, keys, weight, part)
+            return await paging.rows_of(connection, read, keys, weight, part)
 
-    rows = await in_flight.with_room(read_page)
+    rows = await memory_budget.with_room(read_page)
     following = None
     if len(found) > part.skip + part.limit:
-        following = pages.cursor(wanted.name, f"{shown[-1][0]} {before + part.skip + part.limit}")
+        following = paging.cursor(wanted.name, f"{shown[-1][0]} {before + part.skip + part.limit}")
     elif wanted.goes_on and not seen.is_all and seen.last is not None:
-        following = pages.cursor(wanted.name, f"{seen.last} {before + len(found)}")
+        following = paging.cursor(wanted.name, f"{seen.last} {before + len(found)}")
     return Found(rows, Total(total, not seen.is_all), following, not seen.is_all)
 
 
@@ -117,9 +117,9 @@ async def page_of_search(
     searched: str,
     texts: Sequence[str],
 ) -> Found:
-    """As pages.page; with a text that is searched for, a scan for it in these SQL texts of each row."""
+    """As paging.page; with a text that is searched for, a scan for it in these SQL texts of each row."""
     if not searched:
-        return await pages.page(database, listing, branches, part, values, read)
+        return await paging.page(database, listing, branches, part, values, read)
     matches, named = search.found_in(*texts), {**values, "pattern": search.pattern(searched)}
     return await scan(database, Scan(listing, tuple(branches), matches, named, listing), part, read)
 
@@ -130,7 +130,7 @@ def _newest(one: tuple[str, UUID]) -> tuple[int, int]:
 
 
 def _order(value: object) -> int:
-    return value.int if isinstance(value, UUID) else pages.microseconds(value)
+    return value.int if isinstance(value, UUID) else paging.microseconds(value)
 
 
 async def _look(database: Database, wanted: Scan, seen: _Seen, enough: int) -> None:
@@ -139,7 +139,7 @@ async def _look(database: Database, wanted: Scan, seen: _Seen, enough: int) -> N
     try:
         async with database.transaction() as connection:
             if size < ROWS:
-                await connection.execute(pages.PATIENCE, milliseconds=str(database.at_most_ms(SECONDS)))
+                await connection.execute(paging.PATIENCE, milliseconds=str(database.at_most_ms(SECONDS)))
             while not seen.is_all:
                 started = time.monotonic()
                 await _look_on(connection, wanted, seen, min(size, ROWS - seen.rows) or 1)
@@ -166,13 +166,13 @@ async def _look_on(connection: Connection, wanted: Scan, seen: _Seen, size: int)
     seen.found += zip(row["places"], row["keys"], strict=True)
     if row["last"] is not None:
         seen.last = row["last"]
-        seen.after = pages.read_place(wanted.listing.order, row["last"])
+        seen.after = paging.read_place(wanted.listing.order, row["last"])
 
 
 @lru_cache(maxsize=256)
 def _look_at(listing: Listing, branches: tuple[str, ...], matches: str, shown: Listing, *, is_after: bool) -> Statement:
     """A statement for each shape of a request, made once."""
-    order, columns = pages.newest_first(listing.order), ", ".join(listing.order)
+    order, columns = paging.newest_first(listing.order), ", ".join(listing.order)
     table, alias = listing.source.partition(" ")[0], listing.source.rpartition(" ")[2]
     key = listing.order[-1]
     of_row = ", ".join(f"{alias}.{name}" for name in shown.order)
@@ -185,10 +185,10 @@ def _look_at(listing: Listing, branches: tuple[str, ...], matches: str, shown: L
                    coalesce(array_agg(shown ORDER BY n) FILTER (WHERE is_found), '{{}}') AS places
             FROM (
                 SELECT looked.n, looked.place, looked.{key} AS key, ({matches}) AS is_found,
-                       (SELECT {pages.written(shown.order)} FROM (SELECT {of_row}) AS one) AS shown
+                       (SELECT {paging.written(shown.order)} FROM (SELECT {of_row}) AS one) AS shown
                 FROM (
-                    SELECT {columns}, {pages.written(listing.order)} AS place, row_number() OVER (ORDER BY {order}) AS n
-                    FROM ({pages.following(listing, branches, ":slice::bigint", is_after=is_after)}
+                    SELECT {columns}, {paging.written(listing.order)} AS place, row_number() OVER (ORDER BY {order}) AS n
+                    FROM ({paging.following(listing, branches, ":slice::bigint", is_after=is_after)}
                           ORDER BY {order} LIMIT :slice::bigint) AS chosen
                 ) AS looked
                 CROSS JOIN LATERAL (SELECT * FROM {table} WHERE {key} = looked.{key} LIMIT 1) AS {alias}

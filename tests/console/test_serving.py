@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from app.api.console import FOLDER
-from app.api.pages import TYPES
+from app.api.static_files import TYPES
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
 

@@ -29,14 +29,14 @@ import httpx
 import hvac.api.secrets_engines.kv_v2
 import uvicorn
 
-from app import cli, together
+from app import cli
 from app.api.server import Protocol
 from app.bulk.working import Worker
 from app.config import Settings
 from app.retry_policies.working import RetryWorker
 from app.runs.retry_statements import SWITCH, SWITCH_STAGED
 from app.services import Services
-from app.stores import deletions, files
+from app.stores import deletions, files, together
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.pool import party

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from app.auth import digest, new_key
+from app.access.auth import digest, new_key
 from app.config import Settings
 from dev.stack import Bao, Postgres
 

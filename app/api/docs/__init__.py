@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import FILES
-from app.api.pages import PageFile
+from app.api.static_files import PageFile
 from app.errors import RouteNotFound
 
 _SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")

@@ -20,7 +20,7 @@ from app.schemas.bulk import (
     Outcome,
 )
 from app.schemas.values import Page
-from app.stores.pages import Slice
+from app.stores.paging import Slice
 
 router = APIRouter(route_class=Route, prefix="/v1/bulk-retries", tags=["bulk retries"])
 

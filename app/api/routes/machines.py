@@ -22,7 +22,7 @@ from app.schemas.resources import (
     PoolResponse,
 )
 from app.schemas.values import Name, SearchedPage, SearchText
-from app.stores.pages import Slice
+from app.stores.paging import Slice
 
 _HEALTH = operation(scope="runs:read", bound="runs:read")
 _HEALTH["responses"][503]["content"]["application/json"] = {"schema": {"$ref": "#/components/schemas/MachinesHealth"}}

@@ -11,9 +11,9 @@ from ipaddress import IPv6Address, ip_address
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import Headers
 
-from app import gauges
 from app.config import Settings
 from app.errors import Unauthorized
+from app.operator import database_gauges
 from app.telemetry import metrics
 
 _PROXY_HEADERS = frozenset({"forwarded", "via", "x-real-ip"})
@@ -26,7 +26,7 @@ def router(settings: Settings) -> APIRouter:
         metrics.turn_off()
         return made
     token = None if settings.metrics_token is None else settings.metrics_token.get_secret_value().encode()
-    page, found = metrics.Page(), gauges.Gauges()
+    page, found = metrics.Page(), database_gauges.Gauges()
 
     @made.get("/metrics", include_in_schema=False)
     async def show(request: Request) -> Response:
@@ -68,5 +68,5 @@ def _was_forwarded(headers: Headers) -> bool:
     return any(name in _PROXY_HEADERS or name.startswith("x-forwarded-") for name in headers)
 
 
-def _reading(request: Request, found: gauges.Gauges) -> Callable[[], Awaitable[metrics.Found]]:
+def _reading(request: Request, found: database_gauges.Gauges) -> Callable[[], Awaitable[metrics.Found]]:
     return lambda: found.read(request.app.state.services.database)

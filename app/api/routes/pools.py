@@ -5,12 +5,12 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 
-from app import in_flight
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
 from app.api.responses import Part, json_reply, send
 from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
+from app.limits import memory_budget
 from app.resources import pools
 from app.schemas.resources import MachinePoolAssignment, PoolCreate, PoolResponse, PoolUpdate, PoolWithMachines
 from app.schemas.values import Page
@@ -59,7 +59,7 @@ async def get_pool(
                 asked_by=("query", "include_machines"),
             )
 
-    return json_reply(await in_flight.with_room(find))
+    return json_reply(await memory_budget.with_room(find))
 
 
 @router.patch(

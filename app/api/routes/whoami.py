@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
-from app import auth
+from app.access import auth
 from app.api.openapi import operation
 from app.api.requests import services
 from app.api.responses import json_reply

@@ -1,4 +1,4 @@
-"""API keys: who is calling, and on behalf of which organization. It makes and changes no keys (keys.py)."""
+"""API keys: who is calling, and on behalf of which organization. It makes and changes no keys (access/keys.py)."""
 
 import hashlib
 import re

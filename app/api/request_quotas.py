@@ -13,11 +13,11 @@ from ipaddress import IPv6Address, ip_address
 
 from starlette.types import Scope
 
-from app.auth import Principal, digest
+from app.access.auth import Principal, digest
 from app.config import Settings
 from app.errors import QuotaExceeded, Unauthorized
-from app.in_flight import Share
-from app.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, Standing, beyond, exceeded, policy
+from app.limits.memory_budget import Share
+from app.limits.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, Standing, beyond, exceeded, policy
 
 # An organization's long polls may take this part of the connections, so that others always find some.
 LONG_POLLS_PART = 2

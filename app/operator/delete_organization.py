@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
-from app.auth import NOBODY
+from app.access.auth import NOBODY
 from app.resources.webhooks import remove_endpoint
 from app.runs.ending import remove_runs
 from app.stores.database import IN_THE_WAY, Connection

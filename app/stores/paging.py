@@ -17,10 +17,10 @@ from uuid import UUID
 
 import orjson
 
-from app import in_flight
 from app.errors import Invalid
-from app.stores.counts import EXACT, SECONDS, Total
+from app.limits import memory_budget
 from app.stores.database import Connection, Database, Record, StatementTimeout
+from app.stores.list_totals import EXACT, SECONDS, Total
 from app.stores.statements import Statement, composed, fragment, statement
 
 
@@ -124,7 +124,7 @@ async def page(
             assert found is not None  # noqa: S101 - it has no FROM
             return found, await rows_of(connection, read, list(found["keys"]), found["weight"], part)
 
-    found, rows = await in_flight.with_room(find)
+    found, rows = await memory_budget.with_room(find)
     # No connection is held while others' counts are waited for.
     total = Total(found["total"]) if not is_long and found["total"] <= EXACT else await many.total()
     return Found(rows, total, None if found["last"] is None else cursor(listing.name, found["last"]))
@@ -141,7 +141,7 @@ async def rows_of(
     if shown > 1 and octets > part.max_bytes:
         sentence = f"The page would have more than {part.max_bytes} bytes; limit={shown - 1} fits."
         raise Invalid((("query", "limit"), sentence, "page_too_large"))
-    in_flight.hold_reply(octets)
+    memory_budget.hold_reply(octets)
     if not keys:
         return []
     return await (connection.fetch(read, ids=keys) if isinstance(read, Statement) else read(connection, keys))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from app.stores.database import Database
 from app.stores.statements import statement
-from app.wakeups import Wakeups
+from app.stores.wakeups import Wakeups
 
 # Nobody needs it on disk.
 TELL = statement(

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import TypeVar
 
 from app.errors import Overloaded
-from app.quotas import AtOnce, exceeded
+from app.limits.quotas import AtOnce, exceeded
 
 T = TypeVar("T")
 

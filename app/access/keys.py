@@ -1,5 +1,5 @@
 """Make, list, rotate and revoke API keys. For the command line, in the role that owns the
-tables: the service itself may do none of this. Whom a key stands for when it is used is found out in auth.py.
+tables: the service itself may do none of this. Whom a key stands for when it is used is found out in access/auth.py.
 """
 
 from datetime import datetime

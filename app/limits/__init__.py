@@ -1,0 +1,1 @@
+"""How much each caller may use: requests by time, memory by bytes."""

@@ -1,0 +1,1 @@
+"""Notes that requests make in memory and that one statement writes later, outside of any request."""
