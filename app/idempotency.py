@@ -18,6 +18,7 @@ from app.access.auth import Actor, Principal
 from app.errors import IdempotencyInProgress, Invalid, NotFound, Refusal
 from app.limits.quotas import Standing
 from app.services import Services
+from app.stores import locks
 from app.stores.database import Connection, Database, Deadlock, LockTimeout, StatementTimeout, UniqueViolation
 from app.stores.statements import statement
 from app.telemetry import metrics
@@ -39,10 +40,9 @@ FIND = statement(
 )
 
 
-def _locked(organization_id: str, key: str) -> str:
-    """The numbers of a key's advisory lock (the first is ours). Whoever stores a reply holds it until its COMMIT: a set finds
-    out by it that a twin is under way, where the primary key would make it wait."""
-    return f"1768187245, hashtext({organization_id} || ' ' || {key})"
+def _key(organization_id: str = ":organization_id::text", key: str = ":key::text") -> str:
+    """SQL for the subject of a key's advisory lock."""
+    return f"{organization_id} || ' ' || {key}"
 
 
 # A key that is taken fails the statement, and with it all that the transaction has done.
@@ -51,11 +51,11 @@ STORE = statement(
     f"""
     INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, ids, expires_at)
     SELECT :organization_id::text, :key::text, :fingerprint, :status, :body, :ids, now() + make_interval(secs => :ttl_seconds)
-    FROM pg_advisory_xact_lock({_locked(":organization_id::text", ":key::text")})
+    FROM {locks.wait_for(locks.IDEMPOTENCY_KEY, _key())}
     """,
 )
 
-WAIT = statement("idempotency.wait", f"SELECT pg_advisory_xact_lock({_locked(':organization_id::text', ':key::text')})")
+WAIT = statement("idempotency.wait", f"SELECT {locks.wait_for(locks.IDEMPOTENCY_KEY, _key())}")
 
 # An expired key that was not collected yet is free again.
 FREE = statement(
@@ -75,10 +75,12 @@ STORED = """
 
 
 def no_twin(write: str) -> str:
-    """Part of a statement that stores replies: whether this write has no twin under way, and from now on none can be. Whoever
-    has no key, has none."""
-    locked = _locked(f"{write}.organization_id", f"{write}.key")
-    return f"CASE WHEN {write}.key IS NULL THEN true ELSE pg_try_advisory_xact_lock({locked}) END"
+    """Part of a statement that stores replies: whether no twin of this write is under way. Until COMMIT none can begin.
+
+    A write without a key has no twin.
+    """
+    lock = locks.try_for(locks.IDEMPOTENCY_KEY, _key(f"{write}.organization_id", f"{write}.key"))
+    return f"CASE WHEN {write}.key IS NULL THEN true ELSE {lock} END"
 
 
 @dataclass(frozen=True, slots=True)

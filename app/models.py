@@ -44,7 +44,9 @@ class RunStatus(enum.StrEnum):
 ACTIVE = frozenset({RunStatus.SCHEDULING, RunStatus.RUNNING})
 TERMINAL = frozenset(RunStatus) - ACTIVE
 
-_IS_ACTIVE = "status IN ('scheduling', 'running')"
+
+# SQL for ACTIVE; rules.is_active() says it of a row with an alias.
+IS_ACTIVE = "status IN ('scheduling', 'running')"
 _IS_WAITING = "status = 'scheduling' AND assigned_machine_id IS NULL"
 _IS_HELD = f"{_IS_WAITING} AND lane > '~' COLLATE \"C\""
 _IS_UNDER_WAY = "state IN ('running', 'paused')"
@@ -213,7 +215,7 @@ class Run(Base):
             name="scheduling_is_clear",
         ),
         CheckConstraint("status <> 'running' OR started_at IS NOT NULL", name="running_has_started"),
-        CheckConstraint(f"{_IS_ACTIVE} OR ended_at IS NOT NULL", name="terminal_has_ended"),
+        CheckConstraint(f"{IS_ACTIVE} OR ended_at IS NOT NULL", name="terminal_has_ended"),
         CheckConstraint("session_alias IS NULL OR session_id IS NOT NULL", name="alias_has_session"),
         CheckConstraint("secret_path IS NULL OR sensitive_input_aliases IS NOT NULL", name="secret_has_aliases"),
         # Lists, newest first: one index per filter. Each index suffices for an index-only count.
@@ -262,12 +264,10 @@ class Run(Base):
             "uq_runs_active_machine",
             "assigned_machine_id",
             unique=True,
-            postgresql_where=text(f"assigned_machine_id IS NOT NULL AND {_IS_ACTIVE}"),
+            postgresql_where=text(f"assigned_machine_id IS NOT NULL AND {IS_ACTIVE}"),
         ),
         # The active runs of a session; and separately the run at work, because many runs may wait for it.
-        Index(
-            "ix_runs_active_session", "session_id", postgresql_where=text(f"session_id IS NOT NULL AND {_IS_ACTIVE}")
-        ),
+        Index("ix_runs_active_session", "session_id", postgresql_where=text(f"session_id IS NOT NULL AND {IS_ACTIVE}")),
         Index(
             "ix_runs_session_at_work",
             "session_id",

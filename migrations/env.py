@@ -19,13 +19,8 @@ from sqlalchemy.pool import NullPool
 
 from app.config import ConfigurationError, DatabaseSettings
 from app.models import Base
-from app.stores import setup
+from app.stores import locks, setup
 from app.stores.database import Unreachable, connect, is_pooled
-
-# Replicas that start together queue here; the number is "runs" in ASCII.
-MIGRATION_LOCK = 0x72756E73
-# And here for an instant: two sessions cannot change the same role's settings at once.
-ROLE_LOCK = MIGRATION_LOCK + 1
 
 # Seconds for a connection, and for a statement: the server's own limits end it before.
 PATIENCE = (10, 3600)
@@ -65,7 +60,7 @@ def _migrate(connection: Connection, role: str, progress: "_Progress") -> None:
     # Asked for again and again: whoever waits in a statement holds a snapshot, which an index that is built CONCURRENTLY waits
     # for in turn.
     waits = False
-    while not connection.scalar(text(f"SELECT pg_try_advisory_lock({MIGRATION_LOCK})")):
+    while not connection.scalar(text(f"SELECT {locks.try_for_migration()}")):
         if not waits:
             _say("Another `migrate` is at work: waiting for it ...")
         waits = True
@@ -175,7 +170,7 @@ async def _carry_settings(settings: DatabaseSettings) -> str:
         raise ConfigurationError(f"DATABASE_URL: {problem.cause}.") from None
     try:
         async with connection.transaction():  # this may go through a pooler
-            await connection.execute(f"SELECT pg_advisory_xact_lock({ROLE_LOCK})")
+            await connection.execute(f"SELECT {locks.wait_for_role_settings()}")
             for name, value in setup.role_settings(settings.database_timeout_seconds).items():
                 carry = setup.CARRY.arguments({"name": name, "value": value})
                 await connection.execute(await connection.fetchval(setup.CARRY.sql, *carry))

@@ -11,7 +11,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from app.scheduling.targets import lane
+from app.scheduling.lanes import lane
 from dev import settings_page
 from dev.run import ROOT
 from tests.support.stack import Stack

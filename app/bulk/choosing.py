@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from app.errors import Invalid, RunNotFound, RunNotTerminal
 from app.runs.listing import RunFilter
+from app.scheduling import rules
 from app.schemas.bulk import MAX_RUNS, BulkRetryCreate
 from app.stores.database import Connection, Database, QueryCanceled, Record
 from app.stores.paging import Listing, count
@@ -22,12 +23,12 @@ PLAN_WITH_VALUES = statement("bulk.plan_with_values", "SELECT set_config('plan_c
 NOW = statement("bulk.now", "SELECT now()")
 
 # What is chosen: place (from 1, in the order of the job), run_id, attempt and, if it is skipped at once, why.
-_WITH_CODE = """
+_WITH_CODE = f"""
     SELECT place, run_id, attempt,
            CASE WHEN status IS NULL THEN 'run_not_found'
-                WHEN status IN ('scheduling', 'running') THEN 'run_not_terminal' END AS code,
+                WHEN {rules.is_active()} THEN 'run_not_terminal' END AS code,
            CASE WHEN status IS NULL THEN :not_found::text
-                WHEN status IN ('scheduling', 'running') THEN replace(:not_terminal::text, :status_here::text, status)
+                WHEN {rules.is_active()} THEN replace(:not_terminal::text, :status_here::text, status)
                 END AS detail
 """
 

@@ -17,6 +17,7 @@ from app.scheduling.targets import check_targets
 from app.schemas.bulk import BulkRetryCreate, BulkRetryOverrides, Outcome
 from app.schemas.runs import RunRetry
 from app.services import Services
+from app.stores import locks
 from app.stores.database import Connection, Database, Record
 from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import json_bytes, statement
@@ -186,8 +187,7 @@ JOB = Resource(_show, _left)
 
 # --- create -----------------------------------------------------------------------------------------------------------
 
-# A number of ours: whoever starts a bulk retry of an organization is alone until its commit, so that the quota holds.
-ALONE = statement("bulk.alone", "SELECT pg_advisory_xact_lock(1903259747, hashtext(:organization_id))")
+ALONE = statement("bulk.alone", f"SELECT {locks.wait_for(locks.BULK_RETRY)}")
 
 UNDER_WAY = statement(
     "bulk.under_way",

@@ -8,6 +8,7 @@ executor. Nothing is written without TEMPORAL_ADDRESS. It knows the tables and n
 from collections.abc import Sequence
 from uuid import UUID
 
+from app.models import IS_ACTIVE
 from app.stores.database import Connection
 from app.stores.statements import found, statement
 
@@ -23,7 +24,7 @@ CANCEL = statement(
     f"""
     INSERT INTO dispatches (run_id, attempt, assignment, kind, machine_id, organization_id)
     SELECT id, attempt, assignment, 'cancel', assigned_machine_id, organization_id FROM {found("runs", "run_ids")} AS run
-    WHERE assigned_machine_id IS NOT NULL AND status IN ('scheduling', 'running')
+    WHERE assigned_machine_id IS NOT NULL AND {IS_ACTIVE}
     ON CONFLICT (run_id, assignment, kind) DO NOTHING
     """,
 )
@@ -73,10 +74,10 @@ POSTPONE = statement(
 # without TEMPORAL_ADDRESS writes no row. Due so late that whatever is begun meanwhile is dropped without a call.
 SWEEP = statement(
     "handoff.sweep",
-    """
+    f"""
     WITH seen AS MATERIALIZED (
         SELECT id, attempt, assignment, assigned_machine_id, organization_id, status FROM runs
-        WHERE assigned_machine_id > :after AND status IN ('scheduling', 'running')
+        WHERE assigned_machine_id > :after AND {IS_ACTIVE}
         ORDER BY assigned_machine_id LIMIT :most
     ), again AS (
         INSERT INTO dispatches (run_id, attempt, assignment, kind, machine_id, organization_id, due_at)

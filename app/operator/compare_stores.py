@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 from uuid import UUID
 
+from app.scheduling import rules
 from app.stores.database import Database, Record
 from app.stores.files import FileStore
 from app.stores.statements import found, statement
@@ -70,7 +71,7 @@ def _is_kept(store: str, name: str, *, until: str) -> str:
 
 # An active run needs its secret; one that has ended needs it while a retry may keep it.
 _SECRET_NEEDED = f"""
-    run.secret_path IS NOT NULL AND (run.status IN ('scheduling', 'running')
+    run.secret_path IS NOT NULL AND ({rules.is_active("run")}
         OR {_is_kept("vault", "run.secret_path", until="d.condemned_at IS NULL AND d.due_at > now()")})
 """
 # What is due is as good as gone.

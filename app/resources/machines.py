@@ -18,6 +18,7 @@ from app.models import Machine, RunStatus
 from app.resources.patching import Change, Owner, locked_runs
 from app.runs import projection
 from app.runs.ending import end_runs
+from app.scheduling import rules
 from app.schemas.resources import MachineCreate, MachinePoolUpdate, MachineUpdate
 from app.schemas.values import MAX_POOLS
 from app.services import Services
@@ -196,7 +197,7 @@ CHANGE = Change(
 _SESSION_RUNS = f"""
 FROM runs
 WHERE session_id = (SELECT reserved_session_id FROM machines WHERE {_THE_MACHINE})
-  AND organization_id = :organization_id AND status IN ('scheduling', 'running')
+  AND organization_id = :organization_id AND {rules.is_active()}
 """
 _LOCK_SESSION_RUNS = f"SELECT id {_SESSION_RUNS} ORDER BY created_at DESC, id DESC FOR NO KEY UPDATE"
 LOCK_SESSION_RUNS = statement("machines.session.lock_runs", _LOCK_SESSION_RUNS)

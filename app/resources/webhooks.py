@@ -30,7 +30,7 @@ from app.models import RunStatus
 from app.runs import attempts, projection
 from app.schemas.webhooks import WebhookEndpointCreate, WebhookEndpointUpdate, WebhookRecover
 from app.services import Services
-from app.stores import deletions
+from app.stores import deletions, locks
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
 from app.stores.paging import Listing, Slice, in_order, page, where
@@ -203,10 +203,7 @@ async def list_deliveries(
 
 # --- endpoints --------------------------------------------------------------------------------------------------------
 
-# Two creations of one organization count one after the other; the number is "webh" in ASCII.
-LOCK_ORGANIZATION = statement(
-    "webhooks.lock_organization", "SELECT pg_advisory_xact_lock(2003132008, hashtext(:organization_id))"
-)
+LOCK_ORGANIZATION = statement("webhooks.lock_organization", f"SELECT {locks.wait_for(locks.WEBHOOK_ENDPOINTS)}")
 
 COUNT = statement(
     "webhooks.endpoint.count",

@@ -24,6 +24,7 @@ from app.idempotency import Reply
 from app.retry_policies.rules import reason
 from app.runs.ending import drop_plans
 from app.runs.retry import Outcome, Retry, retry_runs
+from app.scheduling import rules
 from app.schemas.runs import RunRetry
 from app.services import Services
 from app.stores.database import Connection, Record
@@ -48,9 +49,9 @@ NEXT_DUE = statement(
 
 DUE = statement(
     "retry_policies.due",
-    """
+    f"""
     SELECT p.run_id, p.attempt, p.organization_id, p.rule, p.avoids_last_machine,
-           (SELECT r.attempt <> p.attempt OR r.status IN ('scheduling', 'running') FROM runs r
+           (SELECT r.attempt <> p.attempt OR {rules.is_active("r")} FROM runs r
             WHERE r.id = p.run_id LIMIT 1) AS is_void,
            (SELECT w.retry_policy IS NULL FROM runs r, workflows w
             WHERE r.id = p.run_id AND w.id = r.workflow_id LIMIT 1) AS policy_is_removed
@@ -62,10 +63,10 @@ DUE = statement(
 # Of the runs that are still at the planned attempt, and that nobody holds.
 LOCK_ENDED = statement(
     "retry_policies.lock_ended",
-    """
+    f"""
     SELECT run.id FROM unnest(:run_ids::uuid[], :attempts::integer[]) AS wanted (run_id, attempt), LATERAL (
         SELECT id FROM runs
-        WHERE id = wanted.run_id AND attempt = wanted.attempt AND status NOT IN ('scheduling', 'running')
+        WHERE id = wanted.run_id AND attempt = wanted.attempt AND NOT {rules.is_active()}
         OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED
     ) AS run
     """,

@@ -24,6 +24,7 @@ from app.errors import (
 from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.models import TERMINAL, RunAttachment, RunStatus
 from app.runs import fences, projection, replays, staging
+from app.scheduling import rules
 from app.schemas.attachments import AttachmentType, RunAttachmentCreate, RunAttachmentUpdate
 from app.services import Services
 from app.stores import deletions
@@ -291,13 +292,13 @@ async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -
 # An active run keeps its inputs: it may be reading them. The run's lock keeps a retry from adopting what is expiring.
 EXPIRED = statement(
     "attachments.expired",
-    """
+    f"""
     SELECT a.id, run.organization_id FROM (
         SELECT id, run_id, attachment_type FROM run_attachments
         WHERE expires_at <= now() + :ahead AND storage_path IS NOT NULL ORDER BY expires_at
     ) AS a, LATERAL (
         SELECT organization_id FROM runs
-        WHERE id = a.run_id AND (a.attachment_type = 'output' OR status NOT IN ('scheduling', 'running'))
+        WHERE id = a.run_id AND (a.attachment_type = 'output' OR NOT {rules.is_active()})
         FOR NO KEY UPDATE SKIP LOCKED
     ) AS run
     LIMIT 200

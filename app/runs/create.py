@@ -15,8 +15,9 @@ from app.limits import memory_budget
 from app.models import Workflow
 from app.runs import projection, quotas, replays, staging
 from app.runs.sessions import Session, alias_needs_session, refuse_contradictions
-from app.scheduling.held import check_not_before, until
-from app.scheduling.targets import check_targets, lane
+from app.scheduling.held import check_not_before
+from app.scheduling.lanes import held_lane, lane
+from app.scheduling.targets import check_targets
 from app.schemas.runs import RunBulkCreate, RunCreate
 from app.services import Services
 from app.stores.database import Connection
@@ -125,7 +126,7 @@ async def _create(
             session_id=session.id,
             session_alias=session.alias,
             release_session_after=session.release_after,
-            lane=until(not_before, wanted),
+            lane=held_lane(not_before, wanted),
             queue_rank=queue_rank,
             not_before=not_before,
             main_prompt=options.main_prompt,

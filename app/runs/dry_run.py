@@ -18,8 +18,8 @@ from app.runs.retry_rules import Next, decide, overridden
 from app.runs.retry_statements import READ
 from app.runs.sessions import refuse_contradictions
 from app.scheduling import rules
-from app.scheduling.held import until
-from app.scheduling.targets import lane, missing_targets
+from app.scheduling.lanes import held_lane, lane
+from app.scheduling.targets import missing_targets
 from app.schemas.runs import RunRetry
 from app.services import Services
 from app.stores.database import Connection, Record
@@ -153,7 +153,7 @@ def _unless_missing(following: Next, missing: Sequence[Refusal]) -> Next:
     if SessionNotFound in gone:
         session = replace(session, id=uuid4())
     new_lane, rank = lane(session.id, pinned, pool_ids, following.is_priority)
-    new_lane = until(following.not_before, new_lane)
+    new_lane = held_lane(following.not_before, new_lane)
     return Next(pinned, pool_ids, following.is_priority, session, new_lane, rank, following.not_before)
 
 

@@ -21,6 +21,7 @@ from app.retry_policies import plans
 from app.retry_policies.plans import SECRET_SECONDS, Plans
 from app.retry_policies.rules import FAILED
 from app.runs import projection
+from app.scheduling import rules
 from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database
@@ -42,7 +43,7 @@ END = statement(
     "runs.ending.end",
     f"""
     WITH seen AS (
-        SELECT run.* FROM {found("runs", "run_ids")} AS run WHERE run.status IN ('scheduling', 'running')
+        SELECT run.* FROM {found("runs", "run_ids")} AS run WHERE {rules.is_active("run")}
     ), ended AS (
         UPDATE runs SET status = :status, error = :error, error_code = :error_code,
                         -- now() may be before its start, for which this has waited; a reported start may be ahead
@@ -96,7 +97,7 @@ def _release(which: str) -> str:
 
 
 RELEASE = statement("runs.ending.release", _release("true"))
-RELEASE_ACTIVE = statement("runs.ending.release_active", _release("status IN ('scheduling', 'running')"))
+RELEASE_ACTIVE = statement("runs.ending.release_active", _release(rules.is_active()))
 
 
 async def release(connection: Connection, run_ids: Sequence[UUID], how: Statement = RELEASE) -> None:

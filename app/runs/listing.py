@@ -20,6 +20,7 @@ from app.errors import Invalid
 from app.limits import memory_budget
 from app.models import TERMINAL, RunStatus
 from app.runs import projection
+from app.scheduling import rules
 from app.services import Services
 from app.stores import paging, search
 from app.stores.database import Connection, Database
@@ -141,7 +142,7 @@ class RunFilter:
             values["statuses"] = tuple(one.value for one in self.statuses)
         window, bounds = self._window()
         if (self.ended_from, self.ended_to) != (None, None):
-            window += f" AND NOT ({projection.IS_ACTIVE})"
+            window += f" AND NOT ({rules.is_active('r')})"
         common, values = f"{common}{window}", values | bounds
         if self.machine_id is None:
             return (common,), values
@@ -154,10 +155,10 @@ class RunFilter:
 # The three ways in which `machine_id` of a run is :machine_id.
 _SHOWS_MACHINE = (
     "r.assigned_machine_id = :machine_id",
-    f"r.assigned_machine_id IS NULL AND {projection.IS_ACTIVE}"
+    f"r.assigned_machine_id IS NULL AND {rules.is_active('r')}"
     " AND r.session_id = (SELECT reserved_session_id FROM machines WHERE id = :machine_id)",
     "r.assigned_machine_id IS NULL AND r.pinned_machine_id = :machine_id"
-    f" AND NOT ({projection.IS_ACTIVE} AND EXISTS (SELECT FROM machines WHERE reserved_session_id = r.session_id))",
+    f" AND NOT ({rules.is_active('r')} AND EXISTS (SELECT FROM machines WHERE reserved_session_id = r.session_id))",
 )
 
 
@@ -395,10 +396,10 @@ async def wait_for_run(services: Services, wanted: RunFilter, seconds: float) ->
 
 ASSIGNED = statement(
     "runs.assigned",
-    """
+    f"""
     SELECT run.assigned_machine_id FROM unnest(:machine_ids::uuid[]) AS wanted (id), LATERAL (
         SELECT assigned_machine_id, status FROM runs
-        WHERE assigned_machine_id = wanted.id AND status IN ('scheduling', 'running') LIMIT 1
+        WHERE assigned_machine_id = wanted.id AND {rules.is_active()} LIMIT 1
     ) AS run
     WHERE run.status = 'scheduling'
     """,

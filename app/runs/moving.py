@@ -8,7 +8,8 @@ from app.events import record
 from app.idempotency import Reply, WriteRequest, once
 from app.models import RunStatus
 from app.runs import projection, replays
-from app.scheduling.held import check_not_before, until, wanted_lane
+from app.scheduling.held import check_not_before
+from app.scheduling.lanes import held_lane, wanted_lane
 from app.schemas.runs import RunUpdate
 from app.services import Services
 from app.stores.database import Connection
@@ -65,7 +66,7 @@ async def move(services: Services, write: WriteRequest, run_id: UUID, options: R
         wanted = wanted_lane(run["lane"])
         if not_before is not None or run["lane"] != wanted:  # else it waits in the queue already, and keeps its place
             await connection.execute(
-                MOVE, **named, lane=until(not_before, wanted), **write.actor(options.reason).parameters()
+                MOVE, **named, lane=held_lane(not_before, wanted), **write.actor(options.reason).parameters()
             )
         return Reply(200, projection.encode(await projection.get(connection, run_id, write.principal)), [run_id])
 

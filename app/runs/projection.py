@@ -18,11 +18,10 @@ from app.stores.statements import found, statement
 
 # `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
 # have ended: their session may have gone on to a machine that they were never on.
-IS_ACTIVE = "r.status IN ('scheduling', 'running')"
 RUN_SOURCE = f"""
 LEFT JOIN LATERAL (
     SELECT id FROM machines
-    WHERE r.session_id IS NOT NULL AND {IS_ACTIVE} AND reserved_session_id = r.session_id
+    WHERE r.session_id IS NOT NULL AND {rules.is_active("r")} AND reserved_session_id = r.session_id
       AND organization_id = r.organization_id
     LIMIT 1  -- it is unique; the limit keeps the planner from joining all machines with the few runs that are shown
 ) AS m ON true

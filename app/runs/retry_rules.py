@@ -25,8 +25,8 @@ from app.errors import (
 from app.idempotency import WriteRequest
 from app.models import TERMINAL
 from app.runs.sessions import Session, next_session
-from app.scheduling.held import held_until, too_far_ahead, until
-from app.scheduling.targets import lane
+from app.scheduling.held import held_until, too_far_ahead
+from app.scheduling.lanes import held_lane, lane
 from app.schemas.runs import RunRetry
 from app.stores.database import Record
 
@@ -127,7 +127,7 @@ def _next(run: Record, options: RunRetry, session: Session, not_before: datetime
     pool_ids = run["pool_ids"] if options.pool_ids is None else options.pool_ids
     is_priority = run["is_priority"] if options.is_priority is None else options.is_priority
     wanted, rank = lane(session.id, pinned, pool_ids, is_priority)
-    return Next(pinned, pool_ids, is_priority, session, until(not_before, wanted), rank, not_before)
+    return Next(pinned, pool_ids, is_priority, session, held_lane(not_before, wanted), rank, not_before)
 
 
 def _deleted_target(run: Record, options: RunRetry, following: Next) -> Refusal | None:

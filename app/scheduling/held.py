@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from app.access.auth import NOBODY
 from app.errors import Invalid
 from app.events import record
-from app.scheduling import rules
+from app.scheduling import lanes, rules
 from app.services import Services
 from app.stores.database import Connection
 from app.stores.statements import statement
@@ -37,7 +37,7 @@ RELEASE = statement(
         SELECT ctid AS tid FROM runs q WHERE {rules.held("q")} AND q.queued_at <= now()
         ORDER BY q.queued_at LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
     ), released AS (
-        UPDATE runs SET lane = substr(lane, 1 + length('{rules.HELD}')) WHERE ctid = ANY (ARRAY(SELECT tid FROM due))
+        UPDATE runs SET lane = substr(lane, 1 + length('{lanes.HELD}')) WHERE ctid = ANY (ARRAY(SELECT tid FROM due))
         RETURNING id, organization_id, attempt, status
     ), recorded AS (
         {record("released", "'due'", from_status="status", to_status="status")}
@@ -50,16 +50,6 @@ RELEASE = statement(
 def held_until(not_before: datetime | None, now: datetime) -> datetime | None:
     """Until when a run is held that is asked for with this; None: it takes its place in the queue at once."""
     return None if not_before is None or not_before <= now else not_before
-
-
-def until(not_before: datetime | None, lane: str) -> str:
-    """The lane of a run that is held until then and that wants to wait in `lane`; None: it is not held."""
-    return lane if not_before is None else f"{rules.HELD}{lane}"
-
-
-def wanted_lane(lane: str) -> str:
-    """The lane that a run wants to wait in, also while it is held."""
-    return lane.removeprefix(rules.HELD)
 
 
 def too_far_ahead(not_before: datetime, now: datetime, loc: tuple[str, ...] = ("body", "not_before")) -> Invalid | None:

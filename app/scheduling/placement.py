@@ -8,7 +8,7 @@ a pass looks at the heads of lanes, not at every waiting run.
     pools:<hash>   runs whose machine must be in all of these pools
     any            runs that take any machine
 
-Runs that are held until a time have lanes beyond all of these (rules.HELD), which a pass does not look at.
+Runs that are held until a time have lanes beyond all of these (lanes.HELD), which a pass does not look at.
 
 Lanes compete by their heads: priority first, then queue time. One pass per organization runs at a time, on any replica (an
 advisory lock, taken before any row). Rows that someone else holds are passed over. So a pass waits for no lock and cannot
@@ -30,7 +30,8 @@ from uuid import UUID
 from app.access.auth import NOBODY
 from app.events import announce, record
 from app.handoff import dispatches
-from app.scheduling import rules
+from app.scheduling import lanes, rules
+from app.stores import locks
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import by_id, statement
 from app.telemetry import metrics
@@ -39,15 +40,11 @@ SLICE = 1000  # machines, and lanes, that one statement looks at
 MOST = 200  # assignments of a pass, and runs of one lane that one statement reads
 LANES_READ_ON = 8  # how often a pass reads on in a lane
 KEPT = 5000  # heads that a pass over many slices keeps in memory
-BEYOND_LANES = rules.HELD  # after the last lane
+BEYOND_LANES = lanes.HELD  # after the last lane
 
 # --- what a pass reads ------------------------------------------------------------------------------------------------
 
-# Two replicas never place runs of one organization at once: the second could take a session that the first, not yet
-# committed, is about to make busy.
-LOCK_ORGANIZATION = statement(
-    "placement.lock_organization", "SELECT pg_try_advisory_xact_lock(1382379123, hashtext(:organization_id))"
-)
+LOCK_ORGANIZATION = statement("placement.lock_organization", f"SELECT {locks.try_for(locks.PLACEMENT)}")
 
 # The idle ones of the next slice of machines, newest first. A last row without pools says that there may be more.
 IDLE_MACHINES = statement(
@@ -82,15 +79,15 @@ HEADS = statement(
         SELECT hops.n + 1, (
             SELECT r.lane FROM runs r
             WHERE r.organization_id = :organization_id AND {rules.waits("r")}
-              AND r.lane > CASE WHEN hops.lane < 'machine:~' THEN 'machine:~' ELSE hops.lane END
+              AND r.lane > CASE WHEN hops.lane < '{lanes.AFTER_MACHINES}' THEN '{lanes.AFTER_MACHINES}' ELSE hops.lane END
             ORDER BY r.lane LIMIT 1)
         FROM hops WHERE hops.lane IS NOT NULL AND hops.n < :slice::bigint
     ), open AS MATERIALIZED (
-        SELECT n, lane FROM hops WHERE lane NOT LIKE 'machine:%'
+        SELECT n, lane FROM hops WHERE lane NOT LIKE '{lanes.MACHINE}%'
         UNION ALL
         SELECT 0, unnest(:pinned::text[]) WHERE EXISTS (  -- any at all: mostly nobody asks for a machine by name
             SELECT FROM runs r WHERE r.organization_id = :organization_id AND {rules.waits("r")}
-              AND r.lane > 'machine:' AND r.lane < 'machine:~')
+              AND r.lane > '{lanes.MACHINE}' AND r.lane < '{lanes.AFTER_MACHINES}')
     ), reading AS MATERIALIZED (
         SELECT least(:most::bigint, greatest(2, 1000 / greatest(1, count(*)))) AS depth FROM open
     )
@@ -100,7 +97,8 @@ HEADS = statement(
             SELECT {_RUN} FROM runs r
             WHERE r.organization_id = :organization_id AND r.lane = open.lane AND {rules.waits("r")}
             ORDER BY r.queue_rank, r.queued_at, r.id
-            LIMIT CASE WHEN open.lane LIKE 'session:%' OR open.lane LIKE 'machine:%' THEN 1 ELSE reading.depth END
+            LIMIT CASE WHEN open.lane LIKE '{lanes.SESSION}%' OR open.lane LIKE '{lanes.MACHINE}%' THEN 1
+                       ELSE reading.depth END
         ) AS next
         LEFT JOIN LATERAL (
             SELECT id FROM machines WHERE reserved_session_id = next.session_id LIMIT 1
@@ -269,7 +267,7 @@ class _Queue:
 
 
 async def _heads(connection: Connection, organization_id: str, idle: dict[UUID, Machine], slices: int) -> _Queue:
-    pinned = [f"machine:{machine.id}" for machine in idle.values() if machine.session_id is None]
+    pinned = [f"{lanes.MACHINE}{machine.id}" for machine in idle.values() if machine.session_id is None]
     machines = _Machines(idle, set())
     queue = _Queue([], {}, may_read_on=True)
     after: str | None = ""

@@ -9,7 +9,7 @@ import logging
 import time
 
 from app.errors import Unavailable
-from app.scheduling import rules
+from app.scheduling import lanes, rules
 from app.scheduling.placement import Left, place
 from app.services import Services
 from app.stores.database import LockTimeout
@@ -34,7 +34,7 @@ LOOK_AROUND_SECONDS = 8.0
 REST_FOR_SLICE = 0.35
 LANES = 500  # that one slice looks at,
 LANES_OF_ONE = 200  # and of one organization in it
-BEYOND_HELD = rules.HELD * 2  # after the last lane of held runs
+BEYOND_HELD = lanes.HELD * 2  # after the last lane of held runs
 
 
 async def place_woken(services: Services) -> None:

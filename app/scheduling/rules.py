@@ -4,6 +4,9 @@ Placement, lists and the reason of a waiting run must mean the same by them, and
 (models.py). Each takes the name that the row has in the statement.
 """
 
+from app.models import IS_ACTIVE
+from app.scheduling.lanes import HELD
+
 
 def exists(source: str) -> str:
     """Whether there is a row, by a look into an index for each row that asks.
@@ -13,14 +16,14 @@ def exists(source: str) -> str:
     return f"((SELECT true FROM {source} LIMIT 1) IS NOT NULL)"
 
 
-# What the lane of a held run begins with: every lane of the queue sorts before it. What follows is the lane that the run joins
-# when it is due. "C": where a lane is not read from the table, it would have the collation of the database.
-HELD = "~"
-
-
 def is_of_held(lane: str) -> str:
-    """The lane is one of held runs."""
+    """The lane is one of held runs. "C": a lane that is not read from the table would have the database's collation."""
     return f"{lane} > '{HELD}' COLLATE " + '"C"'
+
+
+def is_active(run: str = "") -> str:
+    """Neither ended nor cancelled: in the queue, held until a time, given to a machine, or running."""
+    return f"{run}.{IS_ACTIVE}" if run else IS_ACTIVE
 
 
 def unassigned(run: str) -> str:
@@ -53,9 +56,7 @@ def up(machine: str) -> str:
 
 
 def occupied(machine: str) -> str:
-    return exists(
-        f"runs occupant WHERE occupant.assigned_machine_id = {machine}.id AND occupant.status IN ('scheduling', 'running')"
-    )
+    return exists(f"runs occupant WHERE occupant.assigned_machine_id = {machine}.id AND {is_active('occupant')}")
 
 
 def idle(machine: str) -> str:

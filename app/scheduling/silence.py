@@ -17,6 +17,7 @@ from app.access.auth import Actor
 from app.config import Settings
 from app.events import record
 from app.handoff import dispatches
+from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import by_id, found, statement
 
@@ -29,14 +30,14 @@ MOST = 200  # machines, and runs, of one round
 # What it waits for is a sign of life: any moves `last_seen`, so that a look that comes too early is only put off.
 SILENT = statement(
     "silence.machines",
-    """
+    f"""
     WITH due AS MATERIALIZED (
         SELECT ctid AS tid, id, status = 'connected' AS is_up, last_seen FROM machines
         WHERE look_at <= now() ORDER BY look_at LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
     ), judged AS MATERIALIZED (
         SELECT tid, CASE WHEN is_up THEN greatest(least(last_seen, now()), (
             SELECT CASE WHEN status = 'running' THEN now() END FROM runs
-            WHERE assigned_machine_id = due.id AND status IN ('scheduling', 'running') LIMIT 1
+            WHERE assigned_machine_id = due.id AND {rules.is_active()} LIMIT 1
         )) + make_interval(secs => :seconds) END AS next
         FROM due
     ), changed AS (

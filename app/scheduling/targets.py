@@ -1,7 +1,5 @@
-"""Targets: where a run may go, whether its organization has that, and the lane it waits in."""
+"""Targets: where a run may go, and whether its organization has these machines, pools and sessions."""
 
-import hashlib
-from collections.abc import Iterable
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -71,20 +69,3 @@ async def check_targets(connection: Connection, organization_id: str, targets: T
     """Raises the first of what `missing_targets` finds."""
     for refusal in await missing_targets(connection, organization_id, targets):
         raise refusal
-
-
-def lane(
-    session_id: UUID | None, pinned: UUID | None, pool_ids: Iterable[UUID] | None, is_priority: bool
-) -> tuple[str, int]:
-    """The lane a run waits in, and its rank there: 0 goes before 1.
-
-    Runs that want the same thing have the same lane; that is all it says. Pools are hashed: an entry of an index has room for
-    the ids of 71, and a run may ask for more. A held run has this lane behind a mark (held.py).
-    """
-    rank = 0 if is_priority and session_id is None else 1
-    if session_id is not None:
-        return f"session:{session_id}", rank
-    if pinned is not None:
-        return f"machine:{pinned}", rank
-    pools = ",".join(sorted({str(pool) for pool in pool_ids or ()}))
-    return (f"pools:{hashlib.sha256(pools.encode()).hexdigest()}" if pools else "any"), rank
