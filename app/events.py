@@ -5,13 +5,11 @@ outlive their runs. The service may only add and read them; old ones go by age, 
 """
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 from uuid import UUID
 
-from app.errors import Invalid
-from app.schemas.values import MAX_INTEGER
+from app.stores.cursors import EVENTS_BEGIN, event_cursor, event_place
 from app.stores.database import Connection, Database
 from app.stores.statements import statement
 from app.telemetry import metrics
@@ -103,38 +101,23 @@ OF_RUN = statement(
     """,
 )
 
-_CURSOR = re.compile(r"([0-9]{1,19})\.([0-9]{1,19})")
-
 
 async def list_after(connection: Connection, organization_id: str, after: str | None, limit: int) -> dict[str, Any]:
-    """The organization's events beyond a cursor, oldest first, and the cursor to go on from. Raises Invalid.
-
-    A cursor is the place of an event in the order in which transactions began; it stays good for the life of the database.
-    """
-    xact, number = _place(after)
+    """The organization's events beyond a cursor, oldest first, and the cursor to go on from. Raises Invalid."""
+    xact, number = event_place(after)
     rows = await connection.fetch(AFTER, organization_id=organization_id, xact=xact, id=number, limit=limit)
     items = [dict(row.items()) for row in rows]
-    following = after or "0.0"
+    following = after or EVENTS_BEGIN
     for item in items:
-        following = f"{item.pop('xact')}.{item.pop('id')}"
+        following = event_cursor(item.pop("xact"), item.pop("id"))
     return {"items": items, "next": following, "limit": limit}
-
-
-def _place(cursor: str | None) -> tuple[int, int]:
-    found = _CURSOR.fullmatch(cursor or "0.0")
-    xact, number = (int(part) for part in found.groups()) if found else (MAX_INTEGER + 1, 0)
-    if max(xact, number) > MAX_INTEGER:
-        raise Invalid(
-            (("query", "after"), "Must be `next` of an earlier reply, or absent for the beginning.", "cursor")
-        )
-    return xact, number
 
 
 async def list_of_run(
     connection: Connection, organization_id: str, run_id: UUID, after: str | None, skip: int, limit: int
 ) -> dict[str, Any]:
     """One page of a run's events beyond a cursor, oldest first; also of a run that was deleted. Raises Invalid."""
-    xact, number = _place(after)
+    xact, number = event_place(after)
     rows = await connection.fetch(
         OF_RUN, run_id=run_id, organization_id=organization_id, xact=xact, id=number, skip=skip, limit=limit
     )
@@ -142,7 +125,7 @@ async def list_of_run(
     items = found[:limit]
     for item in items:
         del item["total"]
-    places = [f"{item.pop('xact')}.{item.pop('id')}" for item in items]
+    places = [event_cursor(item.pop("xact"), item.pop("id")) for item in items]
     return {
         "items": items,
         "total": total,

@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.access.auth import Principal, bearer
-from app.api.request_quotas import Limits, address
+from app.api.client_address import address, subscriber
+from app.api.request_quotas import Limits
 from app.errors import (
     IncompleteRequest,
     InternalError,
@@ -40,7 +41,6 @@ log = logging.getLogger("app.request")
 
 _UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
 _RETRY = re.compile(r"/v1/runs/[^/]+/retry")
-_LONGEST_ADDRESS = 64  # IPv6 with a zone
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 # How long a body that nobody wants is read and thrown away after the reply: closing at once would reset the connection before
@@ -148,7 +148,7 @@ async def _authenticate(exchange: "_Exchange", services: Services, limits: Limit
         key = bearer(exchange.only_header(b"authorization"))
         if strangers is not None:
             strangers.check(exchange.scope, key)
-        principal = await authenticate(services, key, address(exchange.scope))
+        principal = await authenticate(services, key, subscriber(exchange.scope))
     except Unauthorized:
         if strangers is None:
             raise
@@ -321,7 +321,7 @@ class _Exchange:
             "route": route or None,
             "status": status,
             "ms": round(seconds * 1000, 1),
-            "address": _address(scope),
+            "address": address(scope),
             "bytes_in": self._bytes_in,
             "bytes_out": self._bytes_out,
         }
@@ -349,9 +349,3 @@ class _Exchange:
             return
         if self.status < 300 and not replayed:
             metrics.transitions.add("scheduling", "caller")
-
-
-def _address(scope: Scope) -> str | None:
-    """Of the caller; what a trusted proxy says of it (TRUSTED_PROXIES) has been put in place by the server."""
-    host = (scope.get("client") or ("",))[0]
-    return host if 0 < len(host) <= _LONGEST_ADDRESS else None

@@ -9,11 +9,11 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import IPv6Address, ip_address
 
 from starlette.types import Scope
 
 from app.access.auth import Principal, digest
+from app.api.client_address import subscriber
 from app.config import Settings
 from app.errors import QuotaExceeded, Unauthorized
 from app.limits.memory_budget import Share
@@ -131,7 +131,7 @@ class Strangers:
 
     def check(self, scope: Scope, key: bytes) -> None:
         """Before the key is looked up. Raises QuotaExceeded."""
-        who, now = address(scope), time.monotonic()
+        who, now = subscriber(scope), time.monotonic()
         if self._failures.is_spent(who, now) and digest(key) not in self._good:
             raise self._refused(who, now)
 
@@ -147,7 +147,7 @@ class Strangers:
         """One more failure, and how it is answered."""
         if key is not None:
             self._good.pop(digest(key), None)
-        now, who = time.monotonic(), address(scope)
+        now, who = time.monotonic(), subscriber(scope)
         if self._failures.is_spent(who, now):
             return self._refused(who, now)
         self._failures.count(who, now)
@@ -157,18 +157,3 @@ class Strangers:
         standing = self._failures.count(who, now)
         assert standing is not None  # noqa: S101 - nothing was left before
         return beyond(standing)
-
-
-def address(scope: Scope) -> str:
-    """Where a request comes from: an IPv4 address, or the network of 64 bits that one subscriber has of IPv6.
-
-    The server has put there what a trusted proxy says (TRUSTED_PROXIES).
-    """
-    given = (scope.get("client") or ("", 0))[0]
-    try:
-        found = ip_address(given)
-    except ValueError:  # a proxy can say anything
-        return given[:64]
-    if isinstance(found, IPv6Address):
-        return str(found.ipv4_mapped or IPv6Address(int(found) >> 64 << 64))
-    return given

@@ -4,21 +4,17 @@ Pages are never cut short: callers add `limit` to `skip`, or go on from the page
 refused, with a limit that fits. What is listed, and how its rows are read and shown, is known elsewhere.
 """
 
-import base64
-import binascii
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
-from uuid import UUID
 
 import orjson
 
 from app.errors import Invalid
 from app.limits import memory_budget
+from app.stores.cursors import cursor, place_after, place_bound, place_written
 from app.stores.database import Connection, Database, Record, StatementTimeout
 from app.stores.list_totals import EXACT, SECONDS, Total
 from app.stores.statements import Statement, composed, fragment, statement
@@ -165,77 +161,7 @@ async def _in_time(database: Database, part: Slice) -> AsyncIterator[Connection]
         raise Invalid((("query", "skip"), sentence, "skip_too_large")) from None
 
 
-# --- where a page begins ----------------------------------------------------------------------------------------------
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def microseconds(moment: object) -> int:
-    """As a cursor has a moment."""
-    assert isinstance(moment, datetime)  # noqa: S101 - what the column of an order holds
-    return (moment - _EPOCH) // timedelta(microseconds=1)
-
-
-def _moment(written: str) -> datetime:
-    return _EPOCH + timedelta(microseconds=int(written))
-
-
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """How a value of an order's column is written in a cursor."""
-
-    type: str
-    written: str  # SQL for it
-    pattern: str
-    read: Callable[[str], object]
-
-
-def _time(name: str) -> _Column:
-    return _Column("timestamptz", f"(extract(epoch FROM {name}) * 1000000)::bigint", "-?[0-9]{1,18}", _moment)
-
-
-_COLUMNS = {
-    "created_at": _time("created_at"),
-    "changed_at": _time("changed_at"),
-    "id": _Column("uuid", "id", "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", UUID),
-    "attempt": _Column("integer", "attempt", "[0-9]{1,9}", int),
-    "place": _Column("integer", "place", "[0-9]{1,9}", int),
-    "found_before": _Column("bigint", "", "[0-9]{1,9}", int),  # of no table: how many rows the pages before have shown
-}
-
-
-def cursor(name: str, last: str) -> str:
-    """The cursor of the list with this name after its row `last`. Opaque: nobody should make one, and one of another list is
-    refused."""
-    return base64.urlsafe_b64encode(f"{name} {last}".encode()).decode().rstrip("=")
-
-
-def read_place(order: Sequence[str], last: str) -> dict[str, object]:
-    """The parameters of `following` for the rows after this one, as a cursor has it."""
-    return {f"after_{name}": _COLUMNS[name].read(text) for name, text in zip(order, last.split(" "), strict=True)}
-
-
-def place_after(name: str, order: Sequence[str], after: str) -> dict[str, object]:
-    """The row that a page begins after: `after_` and the name of each column of the order. Raises Invalid."""
-    columns = [_COLUMNS[column] for column in order]
-    pattern = " ".join([re.escape(name), *(f"({column.pattern})" for column in columns)])
-    try:
-        written = base64.b64decode(after + "=" * (-len(after) % 4), altchars=b"-_", validate=True).decode("ascii")
-        found = re.fullmatch(pattern, written)
-        if found is not None and cursor(name, written.partition(" ")[2]) == after:
-            return read_place(order, " ".join(found.groups()))
-    except (binascii.Error, ValueError, OverflowError):
-        pass
-    sentence = "Must be `next` of an earlier page of this list, or absent for the first."
-    raise Invalid((("query", "after"), sentence, "cursor"))
-
-
 # --- the statements ---------------------------------------------------------------------------------------------------
-
-
-def written(order: Sequence[str]) -> str:
-    """SQL for the columns of an order as a cursor has them."""
-    return f"concat_ws(' ', {', '.join(f'({_COLUMNS[name].written})::text' for name in order)})"
 
 
 def newest_first(order: Sequence[str], *, ascending: bool = False) -> str:
@@ -252,8 +178,7 @@ def following(listing: Listing, branches: Sequence[str], limit: str, *, is_after
     columns, order = ", ".join(listing.order), newest_first(listing.order, ascending=listing.ascending)
     after = ""
     if is_after:
-        place = ", ".join(f":after_{name}::{_COLUMNS[name].type}" for name in listing.order)
-        after = f"AND ({columns}) {'>' if listing.ascending else '<'} ({place})"
+        after = f"AND ({columns}) {'>' if listing.ascending else '<'} ({place_bound(listing.order)})"
     chosen = [f"SELECT {columns} FROM {listing.source} WHERE {branch} {after}" for branch in branches]
     if len(chosen) == 1:
         return chosen[0]
@@ -291,7 +216,7 @@ def _find(listing: Listing, branches: tuple[str, ...], counted: tuple[str, ...],
             SELECT CASE WHEN :counts::boolean THEN {total} END AS total, ARRAY(SELECT key FROM listed ORDER BY n) AS keys,
                    (SELECT ARRAY[n, octets::bigint] FROM weighed
                     WHERE (n > 1 AND octets > :max_bytes::bigint) OR n = (SELECT count(*) FROM listed) LIMIT 1) AS weight,
-                   (SELECT {written(listing.order)} FROM listed
+                   (SELECT {place_written(listing.order)} FROM listed
                     WHERE n = :limit::bigint AND (SELECT count(*) FROM chosen) > n) AS last
             """
         ),

@@ -13,7 +13,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from app.limits import memory_budget
-from app.stores import paging, search
+from app.stores import cursors, paging, search
 from app.stores.database import Connection, Database, StatementTimeout
 from app.stores.list_totals import Total
 from app.stores.paging import Found, Listing, Read, Slice
@@ -29,7 +29,7 @@ FULL_SECONDS: Final = 0.2
 SLICE_SECONDS: Final = 0.1
 
 # In a cursor: no row is before it.
-BEFORE_ALL: Final = f"{paging.microseconds(datetime.max.replace(tzinfo=UTC))} {UUID(int=2**128 - 1)}"
+BEFORE_ALL: Final = f"{cursors.microseconds(datetime.max.replace(tzinfo=UTC))} {UUID(int=2**128 - 1)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ async def scan(database: Database, wanted: Scan, part: Slice, read: Statement | 
     """The rows of a page. Raises what paging.page raises, but for a `skip` that takes too long."""
     place = {}
     if part.after is not None:
-        place = paging.place_after(wanted.name, (*wanted.shown.order, "found_before"), part.after)
+        place = cursors.place_after(wanted.name, (*wanted.shown.order, "found_before"), part.after)
     before = place.pop("after_found_before", 0)
     assert isinstance(before, int)  # noqa: S101 - what its pattern matches
     seen = _Seen(place if wanted.goes_on else {})
@@ -101,9 +101,9 @@ async def scan(database: Database, wanted: Scan, part: Slice, read: Statement | 
     rows = await memory_budget.with_room(read_page)
     following = None
     if len(found) > part.skip + part.limit:
-        following = paging.cursor(wanted.name, f"{shown[-1][0]} {before + part.skip + part.limit}")
+        following = cursors.cursor(wanted.name, f"{shown[-1][0]} {before + part.skip + part.limit}")
     elif wanted.goes_on and not seen.is_all and seen.last is not None:
-        following = paging.cursor(wanted.name, f"{seen.last} {before + len(found)}")
+        following = cursors.cursor(wanted.name, f"{seen.last} {before + len(found)}")
     return Found(rows, Total(total, not seen.is_all), following, not seen.is_all)
 
 
@@ -130,7 +130,7 @@ def _newest(one: tuple[str, UUID]) -> tuple[int, int]:
 
 
 def _order(value: object) -> int:
-    return value.int if isinstance(value, UUID) else paging.microseconds(value)
+    return value.int if isinstance(value, UUID) else cursors.microseconds(value)
 
 
 async def _look(database: Database, wanted: Scan, seen: _Seen, enough: int) -> None:
@@ -166,7 +166,7 @@ async def _look_on(connection: Connection, wanted: Scan, seen: _Seen, size: int)
     seen.found += zip(row["places"], row["keys"], strict=True)
     if row["last"] is not None:
         seen.last = row["last"]
-        seen.after = paging.read_place(wanted.listing.order, row["last"])
+        seen.after = cursors.read_place(wanted.listing.order, row["last"])
 
 
 @lru_cache(maxsize=256)
@@ -185,9 +185,9 @@ def _look_at(listing: Listing, branches: tuple[str, ...], matches: str, shown: L
                    coalesce(array_agg(shown ORDER BY n) FILTER (WHERE is_found), '{{}}') AS places
             FROM (
                 SELECT looked.n, looked.place, looked.{key} AS key, ({matches}) AS is_found,
-                       (SELECT {paging.written(shown.order)} FROM (SELECT {of_row}) AS one) AS shown
+                       (SELECT {cursors.place_written(shown.order)} FROM (SELECT {of_row}) AS one) AS shown
                 FROM (
-                    SELECT {columns}, {paging.written(listing.order)} AS place, row_number() OVER (ORDER BY {order}) AS n
+                    SELECT {columns}, {cursors.place_written(listing.order)} AS place, row_number() OVER (ORDER BY {order}) AS n
                     FROM ({paging.following(listing, branches, ":slice::bigint", is_after=is_after)}
                           ORDER BY {order} LIMIT :slice::bigint) AS chosen
                 ) AS looked
