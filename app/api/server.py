@@ -1,8 +1,11 @@
-"""HTTP/1.1 by uvicorn and httptools, with the limits that neither has: on heads, on what is read ahead, on sends that do not
-get on, and on connections.
+"""HTTP/1.1 by uvicorn and httptools, with limits that neither has: on heads, on bytes read ahead, on slow readers and on
+connections.
 
-Whoever connects has not said yet who they are. Until the edge has found out, a connection holds no more than one head and
-one small piece of what follows it. This module knows bytes and connections; what a request means is the edge's business.
+Until a request is authenticated, its connection may hold one request head and at most STRANGER_BYTES of what follows it. This
+module knows bytes and connections; what a request means is the edge's business.
+
+`Protocol` extends uvicorn's protocol and uses its private parts: `cycle` (the request that is being answered), `flow` and
+`headers`. tests/test_private_parts.py fails if uvicorn changes them: then read this file again beside uvicorn's.
 """
 
 import asyncio

@@ -41,7 +41,7 @@ class _Outages:
 
 
 class _Watched(HTTPConnection):
-    """urllib3 asks `is_connected` before it uses a connection again, and connects it anew otherwise."""
+    """urllib3's pool asks `is_connected` before it uses a connection again, and otherwise connects it anew."""
 
     def __init__(self, *arguments: Any, outages: _Outages, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -12,7 +12,7 @@ import tempfile
 import time
 import weakref
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -143,11 +143,7 @@ class _Histogram(_Family):
             child = self._children.get(values)
             if child is None:
                 child = self._children[values] = self._child(self.bounded(values))
-            # What `observe` does, for many at once: there is no public call for it.
-            for bucket, count in zip(child._buckets, counts, strict=True):
-                if count:
-                    bucket.inc(count)
-            child._sum.inc(total)
+            _add(child, counts, total)
 
     def _child(self, values: Labels) -> prometheus_client.Histogram:
         if self._metric is None:
@@ -155,6 +151,14 @@ class _Histogram(_Family):
                 self.name, self.says, self.labels, registry=_shared.registry, buckets=self._bounds
             )
         return self._metric.labels(*values) if values else self._metric
+
+
+def _add(histogram: prometheus_client.Histogram, counts: Sequence[float], total: float) -> None:
+    """What `observe` does, for many observations at once: there is no public call for it (tests/test_private_parts.py)."""
+    for bucket, count in zip(histogram._buckets, counts, strict=True):
+        if count:
+            bucket.inc(count)
+    histogram._sum.inc(total)
 
 
 class _Gauge(_Family):

@@ -121,6 +121,11 @@ class _Response(HTTPResponse):
         """The answer is complete, and its connection is not used again."""
 
 
+def _connect_by(connection: HTTPConnection, new_socket: Callable[[], socket.socket]) -> None:
+    """Let the connection use this socket: urllib3 connects to names, not to a checked address (tests/test_private_parts.py)."""
+    connection._new_conn = new_socket  # type: ignore[method-assign]
+
+
 class Post:
     """One POST, run in a thread by `send` and given up from another by `abort`."""
 
@@ -204,7 +209,7 @@ class Post:
                 raise
             return made
 
-        connection._new_conn = new_socket  # type: ignore[method-assign]
+        _connect_by(connection, new_socket)
         try:
             connection.connect()
         except BaseException:
