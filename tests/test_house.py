@@ -11,6 +11,7 @@ import pytest
 from app import errors
 from app.config import Settings
 from benchmarks.groups import GROUPS
+from dev.commit_subject import problems
 from dev.run import ROOT
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -133,3 +134,29 @@ def test_pages_are_plain_english(page: Path) -> None:
     assert sentences
     assert [sentence for sentence in sentences if len(sentence.split()) > 35] == []
     assert [sentence for sentence in sentences if RIDDLES.search(sentence)] == []
+
+
+# --- commits ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_subject_of_a_commit_is_short_and_an_order() -> None:
+    """.pre-commit-config.yaml checks each new commit with this."""
+    for good in (
+        "Add a field",
+        "Pass the key on\n\nBecause of this.",
+        "Re-read the run",
+        "Merge branch 'main' into other",
+    ):
+        assert problems(good) == []
+    for bad in (
+        "",
+        "Added a field",
+        "Adds a field",
+        "Adding a field",
+        "fix: add a field",
+        "add a field",
+        "Add a field.",
+        "Add a field\nbecause of this",
+        f"Add {'x' * 69}",
+    ):
+        assert problems(bad), bad
