@@ -28,6 +28,7 @@ from app.scheduling.rounds import look_around, place_large, place_woken
 from app.scheduling.silence import look_for_silence
 from app.services import Services
 from app.stores.deletions import collect_all
+from app.stores.health import CHECK_SECONDS, LOST_CHECK_SECONDS, STORES, Checks
 from app.stores.notify import tell
 from app.stores.pool import party
 from app.telemetry import metrics
@@ -51,7 +52,7 @@ TRY_AGAIN = 1.0
 # How often the machine's clock is compared with the database's, beside each connect.
 CLOCK_SECONDS = 60.0
 
-# How often the stores are asked whether their disks are full, beside each write that finds no room.
+# How often the database is asked whether its disk is full, beside each write that finds no room.
 DISK_SECONDS = 10.0
 
 # A process tells others at most so often: the server lets those who tell commit one after the other.
@@ -76,18 +77,19 @@ class Loop:
     rest_for_work: float = REST_FOR_WORK
     close: Callable[[], Awaitable[None]] | None = None
 
-    async def run(self) -> None:
+    async def run(self, checks: Checks) -> None:
         """Until cancelled."""
         party.set(f"loop {self.name}")
         for code in (DatabaseUnavailable.code, InternalError.code):
             metrics.loop_failures.add(self.name, code, count=0)
         try:
-            await self._rounds()
+            await self._rounds(checks)
         finally:
             if self.close is not None:
                 await self.close()
 
-    async def _rounds(self) -> None:
+    async def _rounds(self, checks: Checks) -> None:
+        telling: asyncio.Task[None] | None = None
         while True:
             began = time.monotonic()
             more: bool | float | None = False
@@ -97,7 +99,9 @@ class Loop:
             except Unavailable as error:
                 metrics.loop_failures.add(self.name, error.code)
                 line = {"event": "background_unavailable", "work": self.name, "code": error.code}
-                log.warning(line | ({} if error.kind is None else {"cause": error.kind}))
+                line |= {} if error.kind is None else {"cause": error.kind}
+                if telling is None or telling.done():  # a loop does not wait for a check of a store
+                    telling = asyncio.create_task(checks.tell(log, error, line))
                 self.wake.clear()  # whatever is woken now meets the same failure: wait a period
             except Exception as error:  # noqa: BLE001 - one bad round must not end the loop for ever
                 metrics.loop_failures.add(self.name, InternalError.code)
@@ -124,8 +128,18 @@ def loops(services: Services) -> list[Loop]:
         Loop("tell", partial(tell, database, wakeups), TRY_AGAIN, wakeups.to_tell, rest=TELL_REST, rest_for_work=0),
         Loop("clock", database.measure_clock, CLOCK_SECONDS),
         Loop("database_disk", database.look_at_disk, DISK_SECONDS),
-        Loop("storage_disk", services.files.look_at_disk, DISK_SECONDS),
         Loop("listen", partial(database.listen, channels, wakeups.heard), TRY_AGAIN),
+        *(
+            Loop(
+                f"{store}_check",
+                partial(services.checks.look, store),
+                CHECK_SECONDS,
+                services.checks.suspected(store),
+                rest=LOST_CHECK_SECONDS,
+                rest_for_work=0,
+            )
+            for store in STORES
+        ),
     ]
     if answers:
         used, signs = services.keys_used, services.signs_of_life
@@ -191,7 +205,7 @@ async def run(services: Services) -> None:
     """All loops, until cancelled."""
     async with asyncio.TaskGroup() as group:
         for loop in loops(services):
-            group.create_task(loop.run())
+            group.create_task(loop.run(services.checks))
 
 
 def _waking(services: Services, work: Callable[[], Awaitable[set[str]]]) -> Callable[[], Awaitable[None]]:

@@ -17,7 +17,6 @@ from app.api.edge import Edge
 from app.api.methods import Methods
 from app.api.request_quotas import Limits
 from app.api.routes import ROUTERS, health, metrics
-from app.api.routes.health import Checks
 from app.api.server import Connections, room_for_connections
 from app.config import Settings
 from app.services import Services
@@ -52,16 +51,13 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
         services = Services.open(settings)
         app.state.services = services
-        app.state.checks = Checks(services)
         _begin_to_count(services)
-        look = asyncio.create_task(app.state.checks.vault())  # the log says at once if Vault refuses our login
         connections = _max_connections(settings)
         app.state.limits = Limits(settings, connections)
         task = asyncio.create_task(background.run(services))
         _when_told_to_stop(services.wakeups.stop)
         # uvicorn hands it to app.api.server
         yield {"connections": Connections(connections, settings.send_timeout_seconds)}
-        look.cancel()
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task

@@ -14,6 +14,7 @@ from app.limits.memory_budget import Budget
 from app.limits.quotas import RunQuotas
 from app.stores.database import Database, may_be_of_others
 from app.stores.files import FileStore
+from app.stores.health import Checks
 from app.stores.together import Together
 from app.stores.vault import SHOWING_SLOTS, SecretStore
 from app.stores.wakeups import Wakeups
@@ -44,14 +45,15 @@ class Sets:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Settings, the three stores, the wake-ups, and what requests share: bytes in flight, turns to parse and to see signing
-    secrets, the keys that they use, how much of their replies is kept, the quotas on runs, machines' signs of life, and
-    what they do together."""
+    """Settings, the three stores and their checks, the wake-ups, and what requests share: bytes in flight, turns to parse and
+    to see signing secrets, the keys that they use, how much of their replies is kept, the quotas on runs, machines' signs
+    of life, and what they do together."""
 
     settings: Settings
     database: Database
     secrets: SecretStore
     files: FileStore
+    checks: Checks
     wakeups: Wakeups
     in_flight: Budget
     parsing: Budget
@@ -65,11 +67,13 @@ class Services:
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """They connect when they are first used. Raises ValueError for settings that cannot be used."""
+        database, secrets, files = Database(settings), SecretStore(settings), FileStore(settings)
         return cls(
             settings,
-            Database(settings),
-            SecretStore(settings),
-            FileStore(settings),
+            database,
+            secrets,
+            files,
+            Checks(database, secrets, files),
             Wakeups(settles=settings.background != "none"),
             Budget(settings.max_in_flight_bytes),
             Budget(1),

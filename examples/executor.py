@@ -25,6 +25,10 @@ import hvac
 LONG_POLL_SECONDS = 30  # the longest the service holds a request for us
 TRIES = 30  # of a report, a second apart
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}
+KEY_REFUSED = (
+    "The service refuses this executor's key (401): the key was revoked, has expired, or is not of this service."
+    " Make a key with `python -m app keys create --machine`, set API_KEY, and start the executor again."
+)
 
 
 class WorkFailed(Exception):
@@ -60,13 +64,18 @@ class Executor:
         self.work = work
 
     def serve(self) -> None:
-        """Until killed: wait for a run, do it."""
+        """Until killed: wait for a run, do it. Raises SystemExit if the service refuses the key."""
         while True:
             try:
                 if (run := self.take()) is not None:
                     self.execute(run)
             except Superseded:
                 say(f"attempt {run['attempt'] if run else '?'} is no longer ours, dropped")
+            except httpx.HTTPStatusError as problem:
+                if problem.response.status_code == 401:
+                    raise SystemExit(KEY_REFUSED) from None
+                say(f"the service answered {problem.response.status_code}, again in 1 s")
+                time.sleep(1)
             except httpx.HTTPError as problem:
                 say(f"the service cannot be reached ({problem}), again in 1 s")
                 time.sleep(1)

@@ -30,7 +30,7 @@ from temporalio.envconfig import ClientConfig
 from temporalio.exceptions import ApplicationError
 from temporalio.worker import Worker
 
-from examples.executor import Done, Executor, Superseded, WorkFailed, say
+from examples.executor import KEY_REFUSED, Done, Executor, Superseded, WorkFailed, say
 
 ALIVE_SECONDS = 30  # the service takes an idle machine that says nothing for MACHINE_SILENCE_SECONDS (90) off the list
 SHUTDOWN_SECONDS = 60  # what is under way may end
@@ -121,7 +121,8 @@ async def say_alive(api: httpx.Client) -> None:
     that set `status` would connect a machine that an operator has taken off."""
     while True:
         try:
-            await asyncio.to_thread(api.get, "/v1/whoami")
+            if (await asyncio.to_thread(api.get, "/v1/whoami")).status_code == 401:
+                say(KEY_REFUSED)
         except httpx.HTTPError as problem:
             say(f"the service cannot be reached ({type(problem).__name__})")
         await asyncio.sleep(ALIVE_SECONDS)

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import hvac
+import pytest
+
+from examples.executor import KEY_REFUSED, Executor, work
 from tests.sdk.environment import HERE
 from tests.support.client import Client
 from tests.support.server import Server
@@ -73,3 +77,14 @@ def test_says_what_is_missing(tmp_path: object) -> None:
     )
     assert done.returncode != 0
     assert done.stderr.endswith(f"Start it in another terminal: make run DATA_DIR={tmp_path}\n")
+
+
+def test_an_executor_whose_key_was_revoked_says_so_and_stops(api: Client, server: Server, stack: Stack) -> None:
+    key = stack.new_key(api.organization, scopes=["runs:read", "runs:execute"], machine_id=(machine := api.machine()))
+    with server.client(key=key) as client:
+        own = client.json_of(client.get("/v1/whoami"))["key_id"]
+        executor = Executor(client, hvac.Client(url=stack.bao.address), machine, work)
+        stack.sql("UPDATE api_keys SET revoked_at = now() WHERE id = $1", own)
+        with pytest.raises(SystemExit) as stopped:
+            executor.serve()
+    assert stopped.value.code == KEY_REFUSED

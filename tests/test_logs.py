@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.scrapes import scrape
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, migrate, own_database, own_stack
 from tests.support.waiting import until
@@ -50,6 +51,7 @@ def test_only_a_configured_proxy_is_believed_who_the_caller_is(stack: Stack) -> 
         )
         [line] = until(lambda: lines(server, "request", request_id=asked.headers["x-request-id"]))
         assert (line["address"], line["code"]) == ("203.0.113.7", "unauthorized")
+        assert line["route"] == "/v1/whoami"
     finally:
         server.app.stop()
 
@@ -92,13 +94,24 @@ def test_what_fails_is_a_warning_and_says_what_kind_of_failure_it_was(tmp_path_f
                 failed = api.retry(run, sensitive_input_values={"password": "new"})
                 [line] = until(lambda: lines(server, "request", request_id=failed.headers["x-request-id"]))
                 assert (line["level"], line["code"], line["status"]) == ("warning", "vault_unavailable", 503)
+                until(lambda: lines(server, "store_lost", store="vault", reason="unreachable"))
                 own.postgres.kill()
                 refusals = {"code": "database_unavailable", "cause": "refused", "level": "warning"}
+                refusals["route"] = "/v1/runs/{run_id}/retry"
                 assert until(lambda: api.retry(run).status_code == 503 and lines(server, "request", **refusals))
-                assert until(
-                    lambda: lines(server, "background_unavailable", code="database_unavailable", cause="refused")
-                )
+                until(lambda: lines(server, "store_lost", store="database", reason="unreachable"))
+                ready = httpx.get(f"{server.url}/health/ready", trust_env=False)
+                [line] = until(lambda: lines(server, "request", request_id=ready.headers["x-request-id"]))
+                assert (line["status"], line["down"]) == (503, ["database", "vault"])
+                # Many loops have failed by now, and none has a line of its own.
+                failures = ("runs_background_failures_total", "database_unavailable")
+                until(lambda: scrape(server.url).total(failures[0], code=failures[1]) > 10)
+                own.bao.start()
                 own.postgres.start()
+                until(lambda: {line["store"] for line in lines(server, "store_back")} == {"database", "vault"})
+                assert len(lines(server, "store_lost")) == len(lines(server, "store_back")) == 2
+                assert all(line["seconds"] > 0 for line in lines(server, "store_back"))
+                assert not lines(server, "background_unavailable")
                 own.sql("ALTER ROLE runs_app PASSWORD 'another'")
                 # It may have connected already with the old one.
                 own.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'runs_app'")

@@ -54,8 +54,9 @@ def promtool(*arguments: str) -> None:
 
 def test_each_alert_fires_and_clears() -> None:
     promtool("check", "config", "prometheus.yml")
-    promtool("test", "rules", "alerts_test.yml")
-    tested = {test["name"] for test in YAML(typ="safe").load(RULES / "alerts_test.yml")["tests"]}
+    files = sorted(file.name for file in RULES.glob("*_test.yml"))
+    promtool("test", "rules", *files)
+    tested = {test["name"] for file in files for test in YAML(typ="safe").load(RULES / file)["tests"]}
     assert tested == {alert["alert"] for alert in alerts()}
 
 

@@ -318,7 +318,7 @@ class _Exchange:
             "event": "request",
             "request_id": self.id,
             "method": method if method.isalpha() else "-",
-            "route": route or None,
+            "route": route or scope["app"].state.methods.template(scope["path"]),
             "status": status,
             "ms": round(seconds * 1000, 1),
             "address": address(scope),
@@ -330,7 +330,7 @@ class _Exchange:
             line["key_id"] = self.principal.key_id
         if self.state["traceparent"] is not None:
             _, line["trace_id"], line["span_id"], _ = self.state["traceparent"].split("-")
-        line |= {name: self.state[name] for name in ("code", "cause") if name in self.state}
+        line |= {name: self.state[name] for name in ("code", "cause", "down") if name in self.state}
         parameters = scope.get("path_params", {}).items()
         line |= {name: value for name, value in parameters if _UUID.fullmatch(str(value))}
         log.log(level, line)

@@ -22,6 +22,7 @@ from app.errors import DatabaseUnavailable, OutcomeUnknown, Refusal
 from app.stores import disks, setup
 from app.stores.clock import DatabaseClock, steady
 from app.stores.list_totals import SharedCounts
+from app.stores.outages import Outage
 from app.stores.pool import NoneFreeError, Pool
 from app.stores.statements import Statement
 from app.telemetry import metrics, tracing
@@ -161,6 +162,7 @@ def committing() -> Iterator[None]:
 
 
 READ_ONLY = "read_only"  # the kind of a failure: the server takes no writes, as a standby
+_OF_OLD_CONNECTIONS = frozenset({READ_ONLY, "lost", "stopping"})  # kinds that a new connection may not meet
 
 
 def may_be_of_others(error: Exception) -> bool:
@@ -332,6 +334,7 @@ class Database:
         self._listening_lost = asyncio.Event()
         self.clock = DatabaseClock()
         self.disk = disks.Disk("database")
+        self.outage = Outage("database")
         self._pool = Pool(self._connect, settings.database_pool_size, self._patience)
         self.counts = SharedCounts()
 
@@ -397,9 +400,9 @@ class Database:
         try:
             await self._ask_ready()
         except DatabaseUnavailable as failed:
-            if failed.kind != READ_ONLY:
+            if failed.kind not in _OF_OLD_CONNECTIONS:
                 raise
-            await self._ask_ready()  # of a new connection: the old one may have been to another server
+            await self._ask_ready()  # of another connection: the old one may have been to a server that was replaced
 
     async def _ask_ready(self) -> None:
         async with self.connection() as connection:

@@ -26,6 +26,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 from app.config import MIB, Settings
 from app.errors import StorageUnavailable
 from app.stores.disks import Disk
+from app.stores.outages import Outage
 from app.stores.threads import Slots, fresh_name, measured
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class FileStore:
                 f"STORAGE_URL: user {os.geteuid()} may not write in the folder, or it is mounted read-only."
             )
         self.disk = Disk("storage")
+        self.outage = Outage("storage")
         self._requests = Slots("storage", settings.storage_concurrency)
         self._collector = Slots("storage-collector", _COLLECTOR_SLOTS)
         self._health = Slots("storage-health", _HEALTH_SLOTS)
@@ -230,10 +232,6 @@ class FileStore:
         except StorageUnavailable:
             return False
 
-    async def look_at_disk(self) -> None:
-        """Find out whether the folder's disk is full; of an object store nothing can be known."""
-        await self.ready()
-
     async def close(self) -> None:
         """Wait for the calls under way."""
         for slots in (self._requests, self._collector, self._health):
@@ -250,19 +248,23 @@ class FileStore:
                 if isinstance(error, OSError) and error.errno in _NO_ROOM:
                     self.disk.refused()
                 # The kind alone: the text of these errors holds paths and URLs.
-                log.warning("File store call failed: %s", type(error).__name__)
+                log.log(self.outage.level, "File store call failed: %s", type(error).__name__)
                 raise StorageUnavailable from None
 
         with measured("files", operation):
             try:
                 return await slots.run(guarded, wait=self._wait, patience=patience)
             except TimeoutError:
-                log.warning("The file store did not answer in time")
+                log.log(self.outage.level, "The file store did not answer in time")
+                self.outage.suspected.set()
                 raise StorageUnavailable from None
+            except StorageUnavailable:
+                self.outage.suspected.set()
+                raise
 
     def _put(self, key: str, data: bytes, begin_by: float, attributes: Mapping[str, str] | None) -> None:
         if time.monotonic() >= begin_by:
-            log.warning("The file store was reached too late; the call was not begun")
+            log.log(self.outage.level, "The file store was reached too late; the call was not begun")
             raise StorageUnavailable
         # A killed multipart upload would leave parts that no listing shows.
         if self._root is None:
@@ -297,7 +299,7 @@ class FileStore:
     def _require_root(self, root: Path | None) -> None:
         """A folder that is gone (not mounted?) must not count as empty."""
         if root is not None and not root.is_dir():
-            log.warning("The storage folder is missing")
+            log.log(self.outage.level, "The storage folder is missing")
             raise StorageUnavailable
 
 

@@ -34,6 +34,7 @@ from urllib3.exceptions import HTTPError
 
 from app.config import Settings
 from app.errors import PayloadTooLarge, VaultUnavailable
+from app.stores.outages import Outage
 from app.stores.threads import Slots, fresh_name, measured
 from app.stores.vault_connections import open_pool
 
@@ -193,6 +194,7 @@ class SecretStore:
         self.prefix = settings.vault_prefix
         # Beside the prefix of runs: below it, an organization could bear the name.
         self.webhook_prefix = f"{settings.vault_prefix}-webhooks"
+        self.outage = Outage("vault")
         self._settings = settings
         self._timeout = settings.vault_timeout_seconds
         self._token: str | None = None
@@ -439,8 +441,12 @@ class SecretStore:
             try:
                 await slots.run(lambda: self._send(call, begin_by), wait=self._timeout, patience=patience)
             except TimeoutError:
-                log.warning("Vault did not answer in time")
+                log.log(self.outage.level, "Vault did not answer in time")
+                self.outage.suspected.set()
                 raise VaultUnavailable from None
+            except VaultUnavailable:
+                self.outage.suspected.set()
+                raise
 
     def _send(self, call: Callable[[hvac.Client], bool], begin_by: float) -> None:
         """Run one request in this thread; after a 403 log in again and run it once more, after anything else never.
@@ -450,7 +456,7 @@ class SecretStore:
 
         def begin() -> bool:
             if time.monotonic() >= begin_by:
-                log.warning("Vault was reached too late; the call was not begun")
+                log.log(self.outage.level, "Vault was reached too late; the call was not begun")
                 raise VaultUnavailable
             return call(client)
 
@@ -464,10 +470,10 @@ class SecretStore:
             if any("too large" in reason or "complexity" in reason for reason in reasons):
                 raise _too_large() from None
             # The kind alone, see above.
-            log.warning("Vault call failed: %s", type(error).__name__)
+            log.log(self.outage.level, "Vault call failed: %s", type(error).__name__)
             raise VaultUnavailable from None
         if not done:
-            log.warning("Vault gave an answer that does not confirm the call (a redirect?)")
+            log.log(self.outage.level, "Vault gave an answer that does not confirm the call (a redirect?)")
             raise VaultUnavailable
 
     def _with_login(self, client: hvac.Client, call: Callable[[], T]) -> T:

@@ -162,13 +162,13 @@ def _add(histogram: prometheus_client.Histogram, counts: Sequence[float], total:
 
 
 class _Gauge(_Family):
-    """What is so now: the sum over all processes that live, or the greatest or the latest of what they have said."""
+    """What is so now: the sum or the least over all processes that live, or the greatest or the latest that was set."""
 
     def __init__(
-        self, name: str, says: str, *labels: str, of: Literal["livesum", "max", "livemostrecent"] = "livesum"
+        self, name: str, says: str, *labels: str, of: Literal["livesum", "livemin", "max", "livemostrecent"] = "livesum"
     ) -> None:
         super().__init__(name, says, *labels)
-        self._mode: Literal["livesum", "max", "livemostrecent"] = of
+        self._mode: Literal["livesum", "livemin", "max", "livemostrecent"] = of
         self._now: dict[Labels, float] = {}
         self._metric: prometheus_client.Gauge | None = None
         self._read: Callable[[], Mapping[Labels, float]] | None = None
@@ -273,6 +273,12 @@ connections = _Gauge("db_client_connection_count", "Connections to PostgreSQL th
 commits_given_up = _Counter(
     "runs_commits_given_up_total",
     "Commits that were not confirmed in time or lost their connection: their outcome is unknown.",
+)
+dependency_up = _Gauge(
+    "runs_dependency_up",
+    "1 if the last check of a store found that it can be used, else 0.",
+    "store",
+    of="livemin",
 )
 disk_is_full = _Gauge(
     "runs_disk_is_full",

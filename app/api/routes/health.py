@@ -1,33 +1,31 @@
 """Health: for load balancers and for the person who looks. No key needed."""
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 from fastapi import APIRouter, Request, Response
 
 from app import __version__
-from app.errors import DatabaseUnavailable
+from app.api.requests import services
 from app.runs.projection import encode
 from app.schemas.problems import Alive, Health
-from app.services import Services
-from app.stores.database import READ_ONLY
 from app.stores.disks import FULL
-from app.stores.setup import Unfit
+from app.stores.health import STORES, Checks
+from app.stores.outages import Problem
 
 router = APIRouter(tags=["health"])
-
-SHARED_SECONDS = 1.0  # how long an answer of a store is good for
 
 _ALIVE = encode({"status": "ok", "down": [], "reasons": {}, "version": __version__})
 
 _RESPONSES: dict[int | str, dict[str, object]] = {503: {"model": Health, "description": "A dependency is down."}}
 
 
-def _reply(full: Iterable[str] = (), webhooks: str | None = None, **problems: str | None) -> Response:
+def _reply(
+    request: Request, full: Iterable[str] = (), webhooks: str | None = None, **problems: Problem | None
+) -> Response:
     """What takes no replica out of service is said all the same: a full disk, because reads go on, and what is wrong with
     webhooks, because runs do not need them."""
-    reasons = {name: problem for name, problem in problems.items() if problem is not None}
+    reasons = {name: problem.reason for name, problem in problems.items() if problem is not None}
     down = list(reasons)
     degraded = {name: FULL for name in full if name not in reasons}
     reasons |= degraded
@@ -35,71 +33,21 @@ def _reply(full: Iterable[str] = (), webhooks: str | None = None, **problems: st
         reasons["webhooks"] = webhooks
     status = "unavailable" if down else "degraded" if degraded else "ok"
     body = encode({"status": status, "down": down, "reasons": reasons})
-    return Response(body, 503 if down else 200, {"Retry-After": "2"} if down else None, "application/json")
-
-
-async def _database_problem(own: Services) -> str | None:
-    try:
-        await own.database.ready()
-    except Unfit as unfit:
-        return unfit.reason
-    except DatabaseUnavailable as failed:
-        return READ_ONLY if failed.kind == READ_ONLY else "unreachable"
-    return None
-
-
-async def _storage_problem(own: Services) -> str | None:
-    return None if await own.files.ready() else "unreachable"
-
-
-class _Shared:
-    """One answer for all who ask within a second: thousands of probes are one question to each store."""
-
-    def __init__(self, ask: Callable[[], Awaitable[str | None]]) -> None:
-        self._ask = ask
-        self._until = 0.0
-        self._answer: asyncio.Task[str | None] | None = None
-
-    async def __call__(self) -> str | None:
-        if self._answer is None or (self._answer.done() and time.monotonic() >= self._until):
-            self._answer = asyncio.create_task(self._find_out())
-        return await asyncio.shield(self._answer)  # the others go on waiting for it when one of them gives up
-
-    async def _find_out(self) -> str | None:
-        answer = await self._ask()
-        self._until = time.monotonic() + SHARED_SECONDS
-        return answer
-
-
-class Checks:
-    """What readiness knows of each store."""
-
-    def __init__(self, own: Services) -> None:
-        self.database = _Shared(lambda: _database_problem(own))
-        self.vault = _Shared(own.secrets.problem)
-        self.storage = _Shared(lambda: _storage_problem(own))
-        self._own = own
-
-    def full(self, *stores: str) -> Sequence[str]:
-        """Those of these stores whose disks have no room, as far as is known."""
-        disks = {"database": self._own.database.disk, "storage": self._own.files.disk}
-        return [store for store in stores if disks[store].is_full]
-
-    def webhooks(self) -> str | None:
-        """What was seen when Vault was asked last."""
-        return self._own.secrets.webhooks_problem
+    if not down:
+        return Response(body, media_type="application/json")
+    request.state.down = down  # for the line of the log
+    return Response(body, 503, {"Retry-After": "2"}, "application/json")
 
 
 def _checks(request: Request) -> Checks:
-    found: Checks = request.app.state.checks
-    return found
+    return services(request).checks
 
 
 @router.get("/health", name="health_as_the_vendor_has_it", response_model=Health)
 @router.get("/v1/health", name="health", response_model=Health)
-async def health() -> Response:
+async def health(request: Request) -> Response:
     """The process answers."""
-    return _reply()
+    return _reply(request)
 
 
 @router.get("/health/live", name="health_live", response_model=Alive)
@@ -113,8 +61,7 @@ async def live() -> Response:
 async def database(request: Request) -> Response:
     """PostgreSQL answers."""
     checks = _checks(request)
-    problem = await checks.database()
-    return _reply(checks.full("database"), database=problem)
+    return _reply(request, checks.full("database"), database=await checks.problem("database"))
 
 
 @router.get("/health/ready", name="health_ready", response_model=Health, responses=_RESPONSES)
@@ -125,6 +72,6 @@ async def ready(request: Request) -> Response:
     `reasons` names `webhooks` when Vault's policy keeps them from being sent; the replica is ready all the same.
     """
     checks = _checks(request)
-    database, vault, storage = await asyncio.gather(checks.database(), checks.vault(), checks.storage())
-    full = checks.full("database", "storage")
-    return _reply(full, checks.webhooks(), database=database, vault=vault, storage=storage)
+    found = await asyncio.gather(*(checks.problem(store) for store in STORES))
+    problems = dict(zip(STORES, found, strict=True))
+    return _reply(request, checks.full("database", "storage"), checks.webhooks_problem(), **problems)
