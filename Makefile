@@ -16,11 +16,14 @@ FUZZ_SECONDS ?= 1800
 UV ?= uv
 
 BIN := .venv/bin
+# mypy uses one processor for half a minute: other things run meanwhile. Its output does not mix with theirs.
+LINT_BESIDE = $(MAKE) --no-print-directory lint >.venv/lint.log 2>&1 & lint=$$!;
+LINT_ENDS = wait $$lint; linted=$$?; [ $$linted = 0 ] && echo "make lint: nothing found" || cat .venv/lint.log;
 INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run psql bao keys stop reset test soak fuzz test-sdk example observe containers screenshots lint fmt bench release lock
+.PHONY: help run psql bao keys stop reset test check soak fuzz test-sdk example observe containers screenshots lint fmt bench release lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -36,17 +39,26 @@ reset: .venv/run.stamp ## stop the stack and delete its data
 psql bao keys stop reset:
 	@$(BIN)/python -m dev.running $@ $(ARGS)
 
-test: lint ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
-	@# Two passes always run: beside each other, then alone what needs a quiet machine. What failed runs once more, alone: five whole
-	@# runs in a row without a failure have not been seen yet. 5 says that a pass had no test (PYTEST_ADDOPTS="-k ...").
+test: .venv/dev.stamp ## lint, types and all tests, on a real PostgreSQL and a real OpenBao
+	@# Two passes always run: beside each other (and beside lint), then alone what needs a quiet machine. What failed runs once more,
+	@# alone: five whole runs in a row without a failure have not been seen yet. 5 says that a pass had no test
+	@# (PYTEST_ADDOPTS="-k ...").
 	@pass() { echo "pytest $$*"; $(BIN)/python -m pytest "$$@"; status=$$?; [ $$status = 5 ] && return; chosen=1; \
 		[ $$status = 1 ] && { echo "Once more, alone:"; $(BIN)/python -m pytest --last-failed --last-failed-no-failures none "$$@" -n 0; status=$$?; }; \
 		worst=$$((worst ? worst : status)); }; \
-	worst=0; chosen=0; \
+	worst=0; chosen=0; $(LINT_BESIDE) \
 	pass -m "not alone" -n $(TEST_WORKERS) --dist worksteal; \
+	$(LINT_ENDS) \
 	pass -m alone; \
+	[ $$linted = 0 ] || { echo "make lint failed: see above, between the two passes." >&2; exit $$linted; }; \
 	[ $$chosen = 1 ] || exit 5; \
 	[ $$worst = 0 ] || { echo "make test failed: see the summary of each of the two passes." >&2; exit $$worst; }
+
+check: .venv/dev.stamp ## for the inner loop: lint, types, and the tests of rules and routes that share one server
+	@$(LINT_BESIDE) \
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not alone" $(CHECKED); status=$$?; \
+	$(LINT_ENDS) \
+	exit $$((linted ? linted : status))
 
 soak: .venv/dev.stamp ## attack for long: crashes, races, outages, canaries, random lives and placement (SOAK=20: times as much)
 	SOAK=$(SOAK) SOAK_SECONDS=$$((16 * (1 + $(SOAK)))) $(BIN)/python -m pytest -s tests/attack tests/handoff/test_kills.py tests/test_claims.py tests/test_placement_simulation.py tests/test_dry_run.py tests/test_docs.py tests/test_demo.py

@@ -137,7 +137,6 @@ def _ended(api: httpx.Client, run_id: str) -> dict[str, Any] | None:
     return run if run["status"] in TERMINAL else None
 
 
-@pytest.mark.alone
 def test_the_demo_from_its_first_start_to_a_power_cut(tmp_path: Path) -> None:
     """One test, because starting takes longest."""
     demo = MakeRun(tmp_path / "data").wait_for(READY)
@@ -154,7 +153,6 @@ def test_the_demo_from_its_first_start_to_a_power_cut(tmp_path: Path) -> None:
         demo.end()
 
 
-@pytest.mark.alone
 def test_with_temporal_a_retry_is_a_workflow(tmp_path: Path) -> None:
     demo = MakeRun(tmp_path / "data", TEMPORAL="1").wait_for(READY)
     try:
@@ -311,7 +309,6 @@ AFTER = [("Starting PostgreSQL", name) for name in SIGNALS]
 AFTER += [(READY, name) for name in SIGNALS if os.environ.get("SOAK")]  # the test above has one of these
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(("text", "name"), AFTER)
 def test_a_signal_to_make_alone_stops_everything(
     name: str, text: str, tmp_path_factory: pytest.TempPathFactory

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,9 +20,10 @@ import pytest
 from app.cli import main
 from app.config import Settings
 from app.stores.database import connect
-from dev.run import APP, ROOT
+from dev.run import ROOT
 from dev.stack import free_port, http
 from tests.support.client import Client
+from tests.support.fork_server import fork_service
 from tests.support.server import start_server
 from tests.support.stack import Stack, migrate
 from tests.support.waiting import until
@@ -286,8 +288,7 @@ class Serving:
 
     def __init__(self, environment: dict[str, str], folder: Path) -> None:
         self.log = folder / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*APP, "serve"], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        self.process = fork_service(environment, self.log)
         self.url = f"http://127.0.0.1:{environment['PORT']}"
 
     def status(self, path: str) -> int:
@@ -300,7 +301,7 @@ class Serving:
         return [json.loads(line) for line in self.log.read_text().splitlines() if text in line]
 
     def stop(self) -> None:
-        self.process.terminate()
+        self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
 
 

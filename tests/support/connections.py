@@ -33,13 +33,15 @@ def connect(server: Server, **options: int) -> socket.socket:
 def pour(connections: list[socket.socket], piece: bytes, *, seconds: float, at_most: int) -> int:
     """Send `piece` on all of them again and again, without reading, as fast as the server takes it; returns the bytes sent.
 
-    The kernel takes some megabytes more for each connection than the server does.
+    The kernel takes some megabytes more for each connection than the server does. It ends when the server has taken nothing for
+    a second.
     """
-    sent, end = 0, time.monotonic() + seconds
+    sent, began = 0, time.monotonic()
+    last = began
     rest = dict.fromkeys(connections, b"")
     for connection in connections:
         connection.setblocking(False)
-    while time.monotonic() < end:
+    while (now := time.monotonic()) < min(began + seconds, last + 1):
         moved = False
         if sent >= at_most:
             rest.clear()
@@ -54,7 +56,9 @@ def pour(connections: list[socket.socket], piece: bytes, *, seconds: float, at_m
                 continue
             rest[connection] = rest[connection][count:]
             sent, moved = sent + count, True
-        if not moved:
+        if moved:
+            last = now
+        else:
             time.sleep(0.01)
     return sent
 

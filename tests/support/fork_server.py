@@ -86,15 +86,20 @@ class ForkedProcess:
             os.kill(self.pid, number)
 
 
+def fork_service(environment: Mapping[str, str], log: Path) -> ForkedProcess:
+    """`python -m app serve` with this environment, ready or not; it writes to this file."""
+    process = forks.Process(target=serve, args=(environment, log), daemon=True)
+    process.start()
+    return ForkedProcess(process)
+
+
 class ForkedApp(App):
     """The service itself, as one forked process."""
 
     def start(self) -> Self:
         private_folder(self.folder)
         self.log.touch(mode=0o600)
-        process = forks.Process(target=serve, args=(self.environment, self.log), daemon=True)
-        process.start()
-        self._process = ForkedProcess(process)
+        self._process = fork_service(self.environment, self.log)
         write_private(self._pid_file, f"{self.pid} {psutil.Process(self.pid).create_time()}")
         self.wait_until(self._ready)
         return self
