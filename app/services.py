@@ -31,6 +31,7 @@ class Sets:
     read: Together[Any, Any]
     switch: Together[Any, bytes | None]
     switch_staged: Together[Any, bytes | None]
+    switch_counted: Together[Any, bytes | None]
     stage_names: Together[Any, None]
 
     @classmethod

@@ -258,7 +258,7 @@ class Server:
         self.requests = 0
         self._postgres = postgres
         self._bao = bao
-        self._pace = 1500.0  # requests per second, to size the stock
+        self._pace = 3000.0  # requests per second, to size the stock
 
     def head(self, method: str, path: str, *headers: str, body: bytes = b"", key: str | None = None) -> str:
         lines = [

@@ -8,9 +8,10 @@ and it keeps every party that comes, where these forget the oldest.
 The fields are those of draft-ietf-httpapi-ratelimit-headers-11: lists of structured fields (RFC 9651).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import ceil
 
 from app.config import Settings
@@ -126,27 +127,63 @@ def _begin(spans: dict[object, list[float]], party: object, span: list[float], n
     spans[party] = span
 
 
-class Allowances:
-    """How often a party may go on for a second without being counted: a count has shown how far from its quota it is."""
+@dataclass(slots=True)
+class Allowance:
+    """What a party may do uncounted, after a count has shown how far from its quota it is."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[object, list[float]] = {}  # when each ends, and how often
+    until: float = 0.0
+    left: int = 0
+    under_way: int = 0
+    is_counting: bool = False
 
-    def take(self, party: object, now: float) -> bool | None:
-        """True: once less is left. False: nothing is left. None: it is the first of a second."""
-        second = self._seconds.get(party)
-        if second is None or second[0] <= now:
-            _begin(self._seconds, party, [now + 1, 0], now)
-            return None
-        if second[1] < 1:
+    def is_to_be_counted(self, now: float) -> bool:
+        """False for the first of a second, and while there is something left or a count is under way."""
+        if self.until <= now:
+            self.until, self.left = now + 1, 0
             return False
-        second[1] -= 1
+        return self.left < 1 and not self.is_counting
+
+    @contextmanager
+    def counting(self) -> Iterator[Callable[[int], None]]:
+        """Call what this yields with how many the count allows. It has not seen those that were under way when it began."""
+        unseen, self.is_counting = self.under_way, True
+
+        def allow(count: int) -> None:
+            self.left = max(count - unseen, 0)
+
+        try:
+            yield allow
+        finally:
+            self.is_counting = False
+
+    def take(self) -> bool:
+        """Whether one may go uncounted. If so, call `end` when it has ended."""
+        if self.left < 1:
+            return False
+        self.left -= 1
+        self.under_way += 1
         return True
 
-    def give(self, party: object, count: int) -> None:
-        """So often until the second of the party ends."""
-        if (second := self._seconds.get(party)) is not None:
-            second[1] = count
+    def end(self) -> None:
+        """One that was taken is committed, or has failed."""
+        self.under_way -= 1
+
+
+class Allowances:
+    """The allowance of each party, for as long as it is used."""
+
+    def __init__(self) -> None:
+        self._parties: dict[object, Allowance] = {}
+
+    def of(self, party: object, now: float) -> Allowance:
+        """The allowance of a party; the oldest ones that nobody uses go."""
+        allowance = self._parties.get(party)
+        if allowance is None:
+            for oldest in list(islice(self._parties, 2)):
+                if (old := self._parties.pop(oldest)).under_way or old.is_counting or old.until > now:
+                    self._parties[oldest] = old
+            allowance = self._parties[party] = Allowance()
+        return allowance
 
 
 class AtOnce:

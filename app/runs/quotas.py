@@ -8,6 +8,8 @@ A run that is held until a time counts as one that waits from when it is asked f
 """
 
 import time
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from math import ceil
 from typing import NamedTuple
 
@@ -15,7 +17,8 @@ from app.access.auth import Principal
 from app.errors import QuotaExceeded
 from app.limits.quotas import Policy, RunQuotas, Standing, exceeded
 from app.scheduling import rules
-from app.stores.database import Connection, Record
+from app.stores import locks
+from app.stores.database import Connection, Database, Record
 from app.stores.statements import statement
 
 # Of one key so many runs of its organization are looked at: those of other keys stand in between.
@@ -54,12 +57,19 @@ COUNT = statement(
     """,
 )
 
-# Numbers of ours, for what is locked: the turn, and whether somebody has to be alone.
-TAKE_TURN = statement("runs.quotas.take_turn", "SELECT pg_advisory_xact_lock(1903259745, hashtext(:organization_id))")
-BESIDE_OTHERS = statement(
-    "runs.quotas.beside_others", "SELECT pg_advisory_xact_lock_shared(1903259746, hashtext(:organization_id))"
+TAKE_TURN = statement("runs.quotas.take_turn", f"SELECT {locks.wait_for(locks.QUOTA_TURN)}")
+BESIDE_OTHERS = statement("runs.quotas.beside_others", f"SELECT {locks.wait_beside_others(locks.QUOTA_BESIDE_OTHERS)}")
+ALONE = statement("runs.quotas.alone", f"SELECT {locks.wait_for(locks.QUOTA_BESIDE_OTHERS)}")
+
+# The same for the organizations of a set, in one order everywhere: two sets cannot wait for each other.
+_ORGANIZATIONS = "FROM (SELECT id FROM unnest(:organization_ids::text[]) AS id ORDER BY hashtext(id) OFFSET 0) AS one"
+SET_BESIDE_OTHERS = statement(
+    "runs.quotas.set_beside_others",
+    f"SELECT {locks.wait_beside_others(locks.QUOTA_BESIDE_OTHERS, 'one.id')} {_ORGANIZATIONS}",
 )
-ALONE = statement("runs.quotas.alone", "SELECT pg_advisory_xact_lock(1903259746, hashtext(:organization_id))")
+SET_TAKES_TURN = statement(
+    "runs.quotas.set_takes_turn", f"SELECT {locks.wait_for(locks.QUOTA_TURN, 'one.id')} {_ORGANIZATIONS}"
+)
 
 
 def room_of(retry: str) -> str:
@@ -88,27 +98,43 @@ class Room(NamedTuple):
 NO_QUOTA = Room(None, 0, 0)
 
 
-async def room(connection: Connection, quotas: RunQuotas | None, principal: Principal) -> Room:
-    """The columns of `room_of`.
+@asynccontextmanager
+async def room(database: Database, quotas: RunQuotas | None, principal: Principal | None) -> AsyncIterator[Room]:
+    """The columns of `room_of`, for a retry that is written in the block.
 
-    Whoever retries many runs a second, far from the quota, is counted once in a while.
+    Whoever retries many runs a second, far from the quota, is counted once in a while. What goes uncounted after such a count,
+    and what was under way when it began, is at most one of SHARES of what is left.
     """
-    if quotas is None or (quotas.key_waiting is None and quotas.organization_waiting is None):
-        return NO_QUOTA
-    allowed = quotas.allowances.take(principal.key_id, time.monotonic())
-    if allowed is False:
-        counted = await _count(connection, quotas, principal, 0)
-        left = min(
-            _before_turns(quotas.organization_waiting) - counted["organization_waiting"],
-            _before_turns(quotas.key_waiting) - counted["key_waiting"],
-        )
-        allowed = left >= SHARES
-        if allowed:
-            quotas.allowances.give(principal.key_id, left // SHARES - 1)
-    if allowed:
-        return NO_QUOTA
+    if principal is None or quotas is None or (quotas.key_waiting is None and quotas.organization_waiting is None):
+        yield NO_QUOTA
+        return
+    allowance = quotas.allowances.of(principal.key_id, time.monotonic())
+    if allowance.is_to_be_counted(time.monotonic()):
+        with allowance.counting() as allow:
+            async with database.connection() as connection:
+                counted = await _count(connection, quotas, principal, 0)
+            left = min(
+                _before_turns(quotas.organization_waiting) - counted["organization_waiting"],
+                _before_turns(quotas.key_waiting) - counted["key_waiting"],
+            )
+            allow(left // SHARES)
+    if allowance.take():
+        try:
+            yield NO_QUOTA
+        finally:
+            allowance.end()
+        return
     most, key_most = _before_turns(quotas.organization_waiting), _before_turns(quotas.key_waiting)
-    return Room(min(max(most, 0), LOOKED_AT) if quotas.key_waiting is None else LOOKED_AT, most, key_most)
+    yield Room(min(max(most, 0), LOOKED_AT) if quotas.key_waiting is None else LOOKED_AT, most, key_most)
+
+
+async def take_turns(connection: Connection, organization_ids: Collection[str]) -> None:
+    """Until the transaction ends no other set with retries of these organizations that must be counted is under way.
+
+    So each set counts what the one before it has committed; a set can have more retries than are left of a quota.
+    """
+    await connection.execute(SET_BESIDE_OTHERS, organization_ids=list(organization_ids))
+    await connection.execute(SET_TAKES_TURN, organization_ids=list(organization_ids))
 
 
 def _before_turns(policy: Policy | None, more: int = 1) -> int:

@@ -162,11 +162,8 @@ async def _switch(services: Services, asked: _Asked, checked: Change | None) -> 
         ):  # so the run is held, or something else that is needed, or there is no room
             await _check_quotas(services, asked)
             break
-        if services.run_quotas is not None and asked.retry.principal is not None:
-            async with services.database.connection() as connection:
-                room = await quotas.room(connection, services.run_quotas, asked.retry.principal)
-            change = replace(change, room=room)
-        body = await _written(services, change)
+        async with quotas.room(services.database, services.run_quotas, asked.retry.principal) as room:
+            body = await _written(services, replace(change, room=room))
         if body is not None:
             return Reply(200, body)
         checked, version = None, change.run["version"]
@@ -254,12 +251,15 @@ async def _written(services: Services, change: Change) -> bytes | None:
     if retry.options.input_values is not None:
         length += len(json_bytes(retry.options.input_values) or b"")
 
+    work = _write_set if change.room is quotas.NO_QUOTA else _write_counted_set
     if length > memory_budget.FREE_BYTES:  # others would wait for it
-        return (await _write_set(services, [change]))[0]
+        return (await work(services, [change]))[0]
     together = services.together.switch if change.is_plain() else services.together.switch_staged
+    if change.room is not quotas.NO_QUOTA:
+        together = services.together.switch_counted
     key = None if retry.write is None else retry.write.key
     marks = (retry.run_id,) if key is None else (retry.run_id, (retry.organization_id, key))
-    return await together(partial(_write_set, services), change, retry.organization_id, marks)
+    return await together(partial(work, services), change, retry.organization_id, marks)
 
 
 async def _read_set(services: Services, retries: Sequence[Retry]) -> list[Record | None]:
@@ -271,3 +271,10 @@ async def _write_set(services: Services, changes: Sequence[Change]) -> list[byte
     async with services.database.connection() as connection:
         with committing():
             return await write(connection, changes)
+
+
+async def _write_counted_set(services: Services, changes: Sequence[Change]) -> list[bytes | None]:
+    """The same for those that the quotas on waiting runs must count: sets of one organization go one after the other."""
+    async with services.database.transaction() as connection:
+        await quotas.take_turns(connection, {change.retry.organization_id for change in changes})
+        return await write(connection, changes)
