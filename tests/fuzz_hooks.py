@@ -29,13 +29,11 @@ def before_call(_: Any, case: schemathesis.Case[Any], __: Any) -> None:
     # A cursor is what a page has said: no pattern makes one of that very list. Those of events are numbers.
     if isinstance(after, str) and re.fullmatch("[A-Za-z0-9_-]{0,200}", after) and not case.path.endswith("/events"):
         case.query["after"] = ""
-    if str(case.query.get("dry_run")).lower() == "true":  # it ignores a key, also one that is none
-        case.query["dry_run"] = "false"
     key = case.headers.get("Idempotency-Key")
     # A key belongs to one request: the next one with it would be 422.
     if isinstance(key, str) and re.fullmatch("[!-~]{1,255}", key):
         case.headers["Idempotency-Key"] = uuid4().hex
-    if case.path.endswith("/retry") and _is_uuid(run_id := case.path_parameters.get("run_id")):
+    if case.path.endswith(("/retry", "/retry/dry-run")) and _is_uuid(run_id := case.path_parameters.get("run_id")):
         # Only a run that has ended can be retried.
         HTTP.patch(f"/v1/runs/{run_id}", json={"status": "cancelled"})
     if isinstance(case.body, dict):

@@ -20,6 +20,7 @@ import pytest
 
 from app.api.requests import SENTENCES
 from app.runs.listing import FIELDS
+from tests.support import documents
 from tests.support.client import Client, file_input
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
@@ -68,7 +69,7 @@ class Scene:
     def __init__(self, server: Server, client: Client) -> None:
         self.server = server
         self.client = client
-        self.document: Document = client.json_of(client.get("/openapi.json"))
+        self.document: Document = documents.strict()
         finished = client.finished("error", file_inputs=[file_input()])
         running = client.run()["id"]
         client.report(running, status="running")

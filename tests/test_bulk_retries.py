@@ -125,7 +125,7 @@ def test_run_ids_and_a_filter_together_are_refused(api: Client) -> None:
 def test_more_than_ten_thousand_matches_are_refused_with_their_number(api: Client, server: Server) -> None:
     workflow_id = api.workflow()
     many_failed(server.stack, api.organization, workflow_id, 10_001)
-    for path in ("/v1/bulk-retries", "/v1/bulk-retries?dry_run=true"):
+    for path in ("/v1/bulk-retries", "/v1/bulk-retries?dry_run=true", "/v1/bulk-retries/dry-run"):
         [problem] = api.json_of(api.post(path, json={"filter": {"workflow_id": workflow_id}}), 422)["detail"]
         assert problem["type"] == "too_many_runs"
         assert "10001 runs match" in problem["msg"]
@@ -135,7 +135,7 @@ def test_more_than_ten_thousand_matches_are_refused_with_their_number(api: Clien
 def test_unknown_targets_are_refused(api: Client) -> None:
     run_id, nobody = failed_runs(api, 1)[0], "00000000-0000-0000-0000-000000000001"
     for overrides, code in (({"machine_id": nobody}, "machine_not_found"), ({"pool_ids": [nobody]}, "pool_not_found")):
-        for query in ("", "?dry_run=true"):
+        for query in ("", "?dry_run=true", "/dry-run"):
             body = {"run_ids": [run_id], "overrides": overrides}
             assert api.json_of(api.post(f"/v1/bulk-retries{query}", json=body), 404)["code"] == code
 
@@ -370,6 +370,7 @@ def test_a_dry_run_says_in_sum_what_would_happen_and_writes_nothing(api: Client,
     active, unknown = api.run()["id"], "00000000-0000-0000-0000-000000000001"
     body = {"run_ids": [*pinned, *waits, secret, active, unknown]}
     found = api.json_of(api.post("/v1/bulk-retries?dry_run=true", json=body, headers={"Idempotency-Key": "dry"}))
+    assert api.json_of(api.post("/v1/bulk-retries/dry-run", json=body)) == found
     sample = found.pop("sample")
     assert found == {
         "total": 8,

@@ -100,6 +100,24 @@ def test_a_dry_run_of_what_is_not_there_or_not_allowed(server: Server, api: Clie
         assert client.post(f"/v1/runs/{run['id']}/retry?dry_run=true").status_code == 403
 
 
+def test_the_documented_route_and_the_parameter_are_the_same(api: Client) -> None:
+    run = api.finished("error", input_values={"user": "ada"})
+    for body in (
+        {},
+        {"reason": "again", "input_values": {"user": "grace"}},
+        {"machine_id": str(uuid4())},
+        {"machine_id": 1},
+    ):
+        replies = [
+            api.post(f"/v1/runs/{run['id']}/{way}", json=body) for way in ("retry/dry-run", "retry?dry_run=true")
+        ]
+        assert [reply.status_code for reply in replies] == [422 if body.get("machine_id") == 1 else 200] * 2
+        [first, second] = [reply.json() for reply in replies]
+        assert first == second
+    assert api.get_run(run["id"])["attempt"] == 1
+    assert api.post(f"/v1/runs/{uuid4()}/retry/dry-run").status_code == 404
+
+
 def test_a_dry_run_writes_nothing_locks_nothing_and_uses_up_no_key(quiet_server: Server) -> None:
     stack = quiet_server.stack
     with quiet_server.client() as api:

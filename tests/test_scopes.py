@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from tests.support import documents
 from tests.support.client import Client, file_input
 from tests.support.server import Server
 from tests.support.waiting import until
@@ -16,10 +17,8 @@ SCOPES = ["runs:read", "runs:write", "runs:execute", "resources:write", "webhook
 ID = "3c90c3cc-0d44-4b50-8888-8dd25736052a"
 
 
-def operations(server: Server) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    with server.client() as client:
-        document = client.get("/openapi.json").json()
-    for path, methods in document["paths"].items():
+def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in documents.strict()["paths"].items():
         for method, described in methods.items():
             yield method.upper(), path, described
 
@@ -30,7 +29,7 @@ def needed(described: dict[str, Any]) -> set[str]:
 
 def test_every_route_under_v1_names_its_scope_and_the_refusal(server: Server) -> None:
     seen = 0
-    for method, path, described in operations(server):
+    for method, path, described in operations():
         if not path.startswith("/v1/") or path in {"/v1/health", "/v1/health/db"}:
             assert "security" not in described, path
             continue
@@ -49,7 +48,7 @@ def test_a_key_without_the_scope_is_refused_whatever_exists(server: Server, scop
     key = server.stack.new_key(organization, scopes=[scope])
     with server.client(organization, key=key) as client:
         refused = 0
-        for method, path, described in operations(server):
+        for method, path, described in operations():
             if "security" not in described or scope in needed(described):
                 continue
             refused += 1
@@ -180,7 +179,7 @@ def test_files_of_other_machines_are_hidden_from_an_executor(desk: Desk, api: Cl
 
 def test_a_stolen_desktops_key_changes_nothing_but_its_own_run(desk: Desk, api: Client, server: Server) -> None:
     allowed = set()
-    for method, path, described in operations(server):
+    for method, path, described in operations():
         if "security" in described:
             reply = desk.client.request(method, re.sub(r"{\w+}", ID, path), json={} if method != "GET" else None)
             if reply.status_code != 403:

@@ -1,7 +1,8 @@
-"""The document at /openapi.json, made from what each route declares.
+"""The OpenAPI documents, made from what each route declares.
 
 Bodies are read by requests.py and replies are built as bytes, so FastAPI cannot see them: each route names them with
-`operation()`.
+`operation()`. The strict document says all that JSON Schema 2020-12 can say; the tests use it. /openapi.json is the same in
+the form that generators of clients can read (client_document.py).
 """
 
 import re
@@ -13,9 +14,9 @@ import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.api.client_document import ANY_JSON, for_clients
 from app.api.requests import refuse_unsupported_query
 from app.api.scopes import BOUND
 from app.api.static_files import PageFile
@@ -36,12 +37,12 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.schemas.problems import Problem, ValidationProblem
-from app.schemas.values import MAX_INTEGER, NO_NUL
+from app.schemas.values import MAX_INTEGER, NO_NUL, Payload
 
-_BODIES: dict[str, type[BaseModel]] = {}
+_BODIES: dict[str, type[Payload]] = {}
 
 _REFUSED_ALWAYS: tuple[type[Refusal], ...] = (Invalid, InternalError, DatabaseUnavailable, Overloaded)
-_REFUSED_WRITES = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType, IdempotencyInProgress)
+_REFUSED_BODIES = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)
 
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
@@ -52,25 +53,17 @@ _IDEMPOTENCY_KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]{1,255}$"},
 }
 
-DRY_RUN = {
-    "name": "dry_run",
-    "in": "query",
-    "required": False,
-    "description": "true: nothing is changed; the reply says what the retry would do, and what speaks against it (not quotas).",
-    "schema": {"type": "boolean", "default": False},
-}
-
 
 def operation(
     *refusals: type[Refusal],
-    body: type[BaseModel] | None = None,
+    body: type[Payload] | None = None,
     scope: str | Sequence[str] = (),
     bound: str | None = None,
     write: bool = False,
     public: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments of a route: the scope that it needs (or one of several), its refusals, and for a write its body and
-    the Idempotency-Key.
+    """Keyword arguments of a route: the scope that it needs (or one of several), its refusals, its body, and for a write the
+    Idempotency-Key.
 
     A public route needs no API key. A key that is bound to a machine needs the scope `bound`, and sees only what is that
     machine's; None: such a key has no use for the route. A body may be absent if none of its fields is required.
@@ -79,7 +72,8 @@ def operation(
     if public == bool(scopes):
         raise TypeError("a route is public or names a scope")
     always = _REFUSED_ALWAYS if public else (Unauthorized, InsufficientScope, QuotaExceeded, *_REFUSED_ALWAYS)
-    possible = (*always, *(_REFUSED_WRITES if write else ()), *refusals)
+    of_body = _REFUSED_BODIES if write or body is not None else ()
+    possible = (*always, *of_body, *((IdempotencyInProgress,) if write else ()), *refusals)
     extra: dict[str, Any] = {} if public else {"security": [{"bearer": [name]} for name in scopes], BOUND: bound}
     if write:
         extra["parameters"] = [_IDEMPOTENCY_KEY]
@@ -87,9 +81,10 @@ def operation(
         _BODIES[body.__name__] = body
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
         required = any(field.is_required() for field in body.model_fields.values())
-        extra["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
+        content = {"schema": schema, "examples": body.examples()}
+        extra["requestBody"] = {"required": required, "content": {"application/json": content}}
     described: dict[str, Any] = {"responses": _responses(possible), "openapi_extra": extra}
-    if not write and not public:
+    if not write and body is None and not public:
         described["dependencies"] = [Depends(refuse_unsupported_query)]
     return described
 
@@ -169,7 +164,7 @@ def _complete(document: dict[str, Any]) -> None:
 
 # Without a schema of its own a free value would allow what the stores cannot hold.
 _JSON_VALUE = {
-    "description": "Any JSON that is stored as sent: text without U+0000, integers of 64 bits, other numbers as doubles.",
+    "description": ANY_JSON,
     "anyOf": [
         {"type": ["null", "boolean"]},
         {"type": "string", **NO_NUL},
@@ -185,21 +180,70 @@ _JSON_VALUE = {
 }
 
 
+# Of fields whose name says nearly everything, the same in every reply.
+_USUAL_DESCRIPTIONS = {
+    "id": "Identifies it.",
+    "run_id": "The run.",
+    "workflow_id": "The run's workflow.",
+    "organization_id": "The organization that it belongs to.",
+    "name": "Its name.",
+    "status": "Its status.",
+    "items": "The items of this page.",
+    "filename": "The file's name, without a path.",
+    "content_type": "The file's media type.",
+    "attachment_type": "`input`: a file for the machine. `output`: a file that the executor handed in.",
+    "created_at": "When it was created.",
+    "updated_at": "When it was changed last.",
+    "started_at": "When the work began.",
+    "ended_at": "When it ended.",
+    "retried_at": "When it was retried.",
+    "attempt": "The attempt, counted from 1.",
+    "session_id": "The session that it belongs to.",
+    "pools": "The pools that it is in.",
+    "machines": "The machines in it.",
+    "detail": "Everything that is wrong with the request; at most 20 entries.",
+}
+
+
+def strict_document(app: FastAPI) -> dict[str, Any]:
+    """What the service accepts and answers, as exactly as OpenAPI 3.1 can say it."""
+    document = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
+    template = "#/components/schemas/{model}"
+    bodies = [(model, "validation") for model in (*_BODIES.values(), Problem)]
+    _, definitions = models_json_schema(bodies, ref_template=template)  # type: ignore[arg-type] # literal modes
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas.update(definitions["$defs"])
+    schemas["JsonValue"] = _JSON_VALUE
+    document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    for schema in schemas.values():
+        for name, field in schema.get("properties", {}).items():
+            if "description" not in field:
+                referred = schemas.get(field.get("$ref", "").rpartition("/")[2], {})
+                field["description"] = _USUAL_DESCRIPTIONS.get(name) or referred["description"]
+    _complete(document)
+    return _with_readable_names(document)
+
+
+def _with_readable_names(document: dict[str, Any]) -> dict[str, Any]:
+    """`Page_RunEventResponse_`, as Pydantic calls a page of those, becomes RunEventPage."""
+    names = document["components"]["schemas"].keys()
+    readable = {name: re.sub(r"^(?:Searched)?Page_(\w+?)(Response)?_$", r"\1Page", name) for name in names}
+    if len(set(readable.values())) < len(readable):
+        raise TypeError("two schemas of the OpenAPI document would have one name")
+    text = orjson.dumps(document).decode()
+    for name, better in readable.items():
+        text = text.replace(f'"#/components/schemas/{name}"', f'"#/components/schemas/{better}"')
+    named: dict[str, Any] = orjson.loads(text)
+    named["components"]["schemas"] = {readable[name]: one for name, one in named["components"]["schemas"].items()}
+    return named
+
+
 def install(app: FastAPI) -> None:
-    """Make the document complete, and serve it."""
+    """Make the document for clients, and serve it."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
-            template = "#/components/schemas/{model}"
-            bodies = [(model, "validation") for model in (*_BODIES.values(), Problem)]
-            _, definitions = models_json_schema(bodies, ref_template=template)  # type: ignore[arg-type] # literal modes
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(definitions["$defs"])
-            schemas["JsonValue"] = _JSON_VALUE
-            document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-            _complete(document)
-            app.openapi_schema = document
+            app.openapi_schema = for_clients(strict_document(app))
         return app.openapi_schema
 
     @cache

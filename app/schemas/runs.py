@@ -35,6 +35,7 @@ from app.schemas.values import (
     Unsupported,
     Variables,
     example,
+    examples,
 )
 
 
@@ -67,12 +68,18 @@ class _SessionOverrides(_Overrides):
 class RunRetry(_SessionOverrides):
     """What to change for the next attempt. Absent and null both mean: keep."""
 
-    model_config = example(
-        input_values={"customer": "Ada"},
-        sensitive_input_values={"password": "s3cret"},
-        file_inputs=[{"filename": "invoice.pdf", "content": "aGVsbG8=", "target_path": "C:\\in\\invoice.pdf"}],
-        is_priority=True,
+    # The first is what a page that tries requests out sends by itself: it replaces nothing.
+    model_config = examples(
+        {"reason": "The application was down."},
+        {"input_values": {"customer": "Ada"}, "is_priority": True},
+        {
+            "sensitive_input_values": {"password": "s3cret"},
+            "file_inputs": [
+                {"filename": "invoice.pdf", "content": "aGVsbG8=", "target_path": "C:\\in\\invoice.pdf"},
+            ],
+        },
     )
+    EXAMPLE_NAMES = ("reason only", "other inputs, with priority", "other secrets and files")
 
     reuse_session: bool | None = Field(default=True, description="false drops the session, unless a new one is given.")
     is_priority: bool | None = Field(None, description="Start before runs without priority.")

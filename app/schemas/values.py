@@ -12,7 +12,7 @@ import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 from urllib.parse import unquote
 from uuid import UUID
 
@@ -385,6 +385,18 @@ class Payload(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
+    # Of the bodies in its schema's examples.
+    EXAMPLE_NAMES: ClassVar[tuple[str, ...]] = ("example",)
+
+    @classmethod
+    def examples(cls) -> dict[str, dict[str, Any]]:
+        """Its examples by name, in OpenAPI's form. Programs that try requests out begin with the first."""
+        extra = cls.model_config.get("json_schema_extra")
+        bodies = extra.get("examples") if isinstance(extra, dict) else None
+        if not isinstance(bodies, list):
+            return {}
+        return {name: {"value": body} for name, body in zip(cls.EXAMPLE_NAMES, bodies, strict=True)}
+
 
 Unsupported = Annotated[None, Field(description="Not supported; always null.")]
 
@@ -393,7 +405,12 @@ EXAMPLE_ID = "3c90c3cc-0d44-4b50-8888-8dd25736052a"
 
 def example(**values: Any) -> ConfigDict:
     """A body for the document; ids in it stand for the caller's own."""
-    return ConfigDict(json_schema_extra={"examples": [values]})
+    return examples(values)
+
+
+def examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """Several bodies for the document, which EXAMPLE_NAMES names."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
 
 
 class Reply(BaseModel):

@@ -8,19 +8,9 @@ import uvicorn.protocols.http.httptools_impl  # noqa: F401
 import uvloop  # noqa: F401
 
 import app.handoff.temporal  # noqa: F401 - imported here once
-from app.config import Settings
-from app.main import create_app
+from app.api.client_document import for_clients
+from tests.support import documents
 
-DOCUMENT: dict[str, Any] = create_app(
-    Settings.model_validate(
-        {
-            "database_url": "postgresql://nobody@127.0.0.1/none",
-            "vault_addr": "http://127.0.0.1",
-            "vault_token": "none",
-            "storage_url": "file:///none",
-            "server_key": "a key of the tests, longer than 32 characters",
-        }
-    )
-).openapi()
+DOCUMENT: dict[str, Any] = for_clients(documents.strict())
 gc.collect()
 gc.freeze()

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.openapi import DRY_RUN, operation
+from app.api.openapi import operation
 from app.api.requests import is_true, read, read_only, read_write, services
 from app.api.responses import ONLY, After, Part, Skip, json_reply, send
 from app.api.scopes import Route
@@ -24,24 +24,38 @@ from app.stores.paging import Slice
 
 router = APIRouter(route_class=Route, prefix="/v1/bulk-retries", tags=["bulk retries"])
 
-_CREATE = operation(
-    BulkRetryNotFound, MachineNotFound, PoolNotFound, body=BulkRetryCreate, write=True, scope="runs:write"
-)
-_CREATE["responses"][200] = {"model": BulkDryRunResponse, "description": "What it would do (`dry_run=true`)."}
-_CREATE["openapi_extra"]["parameters"] = [*_CREATE["openapi_extra"]["parameters"], DRY_RUN]
+_REFUSALS = (BulkRetryNotFound, MachineNotFound, PoolNotFound)
 _COMMAND = operation(BulkRetryNotFound, BulkRetryEnded, write=True, scope="runs:write")
 
 
-@router.post("", status_code=202, response_model=BulkRetryResponse, **_CREATE)
+@router.post(
+    "",
+    status_code=202,
+    response_model=BulkRetryResponse,
+    **operation(*_REFUSALS, body=BulkRetryCreate, write=True, scope="runs:write"),
+)
 async def create_bulk_retry(request: Request) -> Response:
     """Retry many runs: those listed, or those that match a filter now. The runs are chosen at once, and retried one after the
     other, each at the attempt that it had when it was chosen."""
     if is_true(request, "dry_run"):
-        request.state.dry_run = True
-        options = await read_only(request, BulkRetryCreate)
-        return json_reply(await dry_run(services(request), request.state.principal, options))
+        return await dry_run_bulk_retry(request)
     options, write = await read(request, BulkRetryCreate)
     return send(await jobs.create(services(request), write, options))
+
+
+@router.post(
+    "/dry-run",
+    response_model=BulkDryRunResponse,
+    **operation(*_REFUSALS, body=BulkRetryCreate, scope="runs:write"),
+)
+async def dry_run_bulk_retry(request: Request) -> Response:
+    """What a bulk retry with this body would do. Nothing is changed.
+
+    `POST /v1/bulk-retries?dry_run=true` is the same.
+    """
+    request.state.dry_run = True
+    options = await read_only(request, BulkRetryCreate)
+    return json_reply(await dry_run(services(request), request.state.principal, options))
 
 
 @router.get("", response_model=Page[BulkRetryResponse], **operation(scope="runs:read"))

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from app import events
-from app.api.openapi import DRY_RUN, operation
+from app.api.openapi import operation
 from app.api.requests import (
     is_head,
     is_true,
@@ -73,7 +73,7 @@ _FIELD = f" *({'|'.join(sorted(FIELDS))})? *"
 _FieldNames = Annotated[str, Field(json_schema_extra={"pattern": f"^{_FIELD}(,{_FIELD})*$"})]
 
 
-_RETRY = operation(
+_RETRY_REFUSALS = (
     RunNotFound,
     *_TARGETS,
     RunNotTerminal,
@@ -84,27 +84,41 @@ _RETRY = operation(
     PoolDeleted,
     RetryTooSoon,
     *_STORES,
-    body=RunRetry,
-    write=True,
-    scope="runs:write",
 )
-_RETRY["openapi_extra"]["parameters"] = [*_RETRY["openapi_extra"]["parameters"], DRY_RUN]
 
 
-@router.post("/{run_id}/retry", response_model=RunResponse | DryRunResponse, **_RETRY)
+@router.post(
+    "/{run_id}/retry",
+    response_model=RunResponse,
+    **operation(*_RETRY_REFUSALS, body=RunRetry, write=True, scope="runs:write"),
+)
 async def retry_run(run_id: UUID, request: Request) -> Response:
     """Reset a finished run in place and queue it again.
 
     Clears outputs, history and output attachments; replaces what the body overrides; keeps the rest.
     """
-    # Not a parameter of the framework's, which would cost every retry.
+    # Not a parameter of the framework's, which would cost every retry. The document names the route below instead: a reply
+    # of two forms makes no client.
     if request.scope["query_string"] and is_true(request, "dry_run"):
-        request.state.dry_run = True  # the edge counts no retry
-        options = await read_only(request, RunRetry)
-        return json_reply(await dry_run(services(request), request.state.principal, run_id, options))
+        return await dry_run_retry(run_id, request)
     options, write = await read(request, RunRetry)
     [outcome] = await retry_runs(services(request), [Retry.of(write, run_id, options)])
     return send(replied(outcome))
+
+
+@router.post(
+    "/{run_id}/retry/dry-run",
+    response_model=DryRunResponse,
+    **operation(RunNotFound, *_TARGETS, *_STORES, body=RunRetry, scope="runs:write"),
+)
+async def dry_run_retry(run_id: UUID, request: Request) -> Response:
+    """What a retry with this body would do, and every refusal that it would get, except quotas.
+
+    Nothing is changed. `POST /v1/runs/{run_id}/retry?dry_run=true` is the same.
+    """
+    request.state.dry_run = True  # the edge counts no retry
+    options = await read_only(request, RunRetry)
+    return json_reply(await dry_run(services(request), request.state.principal, run_id, options))
 
 
 @router.post(
