@@ -26,13 +26,17 @@ VERSIONS = ALL if RENEWING else IN_MAKE_TEST
 
 
 def python(version: str) -> Path:
-    """The interpreter that has this SDK version; the first caller makes it, others wait (pytest runs in parallel)."""
-    lock = HERE / "locks" / f"{version}.txt"
+    """The interpreter that has this SDK version."""
+    return installed(HERE / "locks" / f"{version}.txt", version)
+
+
+def installed(lock: Path, name: str) -> Path:
+    """The interpreter with the packages of this list; the first caller makes it, others wait (pytest runs in parallel)."""
     made_of = hashlib.sha256(lock.read_bytes() + sys.version.encode() + sys.base_prefix.encode()).hexdigest()
-    home = CACHE / version
+    home = CACHE / name
     stamp = home / "made-of"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{version}.lock").open("w") as guard:
+    with (CACHE / f"{name}.lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if not stamp.exists() or stamp.read_text(encoding="utf-8") != made_of:
             shutil.rmtree(home, ignore_errors=True)
@@ -40,7 +44,7 @@ def python(version: str) -> Path:
             install = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "--quiet"]
             install += ["--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:", "-r", str(lock)]
             done = subprocess.run(install, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"SDK {version} cannot be installed:\n{done.stdout}{done.stderr}"
+            assert done.returncode == 0, f"{lock.name} cannot be installed:\n{done.stdout}{done.stderr}"
             stamp.write_text(made_of, encoding="utf-8")
     return home / "bin" / "python"
 
