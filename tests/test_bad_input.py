@@ -363,6 +363,8 @@ def test_a_key_of_a_megabyte_is_kept(server: Server) -> None:
 @pytest.mark.parametrize("key", ["", "a b", "a\tb", "é", "x" * 256, "x" * 60_000, "\xff"])
 def test_idempotency_keys(scene: Scene, key: str) -> None:
     for method, path, schema in scene.writes():
+        if path.endswith("/dry-run"):
+            continue  # it changes nothing, and looks at no key
         content = json.dumps(scene.example(scene.resolve(schema)))
         headers = {b"Content-Type": b"application/json", b"Idempotency-Key": key.encode("latin-1")}
         reply = scene.client.request(method, path, content=content, headers=headers)
@@ -371,6 +373,8 @@ def test_idempotency_keys(scene: Scene, key: str) -> None:
 
 def test_two_idempotency_keys(scene: Scene) -> None:
     for method, path, schema in scene.writes():
+        if path.endswith("/dry-run"):
+            continue  # it changes nothing, and looks at no key
         content = json.dumps(scene.example(scene.resolve(schema)))
         headers = [("Content-Type", "application/json"), ("Idempotency-Key", "a"), ("Idempotency-Key", "a")]
         scene.assert_refused(scene.client.request(method, path, content=content, headers=headers), 422)
