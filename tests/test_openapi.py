@@ -142,7 +142,8 @@ def test_every_operation_names_the_refusals_that_it_can_give(document: Document)
         assert ("idempotency_in_progress" in codes(operation, 409)) == keeps_replies, where
         for name in _parameters(path):
             assert f"{name.removesuffix('_id')}_not_found" in codes(operation, 404), where
-        if "requestBody" in operation:
+        # The forecast of a retry has these refusals in its reply, and asks neither Vault nor the file store.
+        if "requestBody" in operation and not path.endswith("/retry/dry-run"):
             [body] = operation["requestBody"]["content"].values()
             fields = schema_of(document, body["schema"])["properties"]
             for field, code in BODY_REFUSALS.items():

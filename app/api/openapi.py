@@ -168,6 +168,7 @@ _JSON_VALUE = {
     "anyOf": [
         {"type": ["null", "boolean"]},
         {"type": "string", **NO_NUL},
+        # Larger integers are accepted if a double keeps them. No schema can say that; the description does.
         {"type": "integer", "minimum": -MAX_INTEGER - 1, "maximum": MAX_INTEGER},
         {"type": "number", "not": {"type": "integer"}},
         {"type": "array", "items": {"$ref": "#/components/schemas/JsonValue"}},

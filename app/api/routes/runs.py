@@ -109,7 +109,7 @@ async def retry_run(run_id: UUID, request: Request) -> Response:
 @router.post(
     "/{run_id}/retry/dry-run",
     response_model=DryRunResponse,
-    **operation(RunNotFound, *_TARGETS, *_STORES, body=RunRetry, scope="runs:write"),
+    **operation(RunNotFound, body=RunRetry, scope="runs:write"),
 )
 async def dry_run_retry(run_id: UUID, request: Request) -> Response:
     """What a retry with this body would do, and every refusal that it would get, except quotas.
