@@ -66,8 +66,8 @@ soak: .venv/dev.stamp ## attack for long: crashes, races, outages, canaries, ran
 fuzz: .venv/dev.stamp ## send what the OpenAPI document allows, and what it does not, for long (FUZZ_SECONDS=1800)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/test_fuzz.py
 
-test-sdk: .venv/dev.stamp ## more versions of the official SDK; renews the table in docs/coming-from-the-vendor.md
-	SDK_VERSIONS=all $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_sdk.py tests/webhooks/test_receivers.py
+test-sdk: .venv/dev.stamp ## more versions of the official SDK, generated clients (node, npm); renews docs/coming-from-the-vendor.md
+	SDK_VERSIONS=all $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_sdk.py tests/webhooks/test_receivers.py tests/test_clients.py
 	$(BIN)/python -m tests.sdk.table
 
 example: .venv/run.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
@@ -99,15 +99,16 @@ bench: .venv/run.stamp ## measure: ratios to the bare framework and the bare dat
 release: .venv/run.stamp ## wheel, sdist, SBOM (CycloneDX) and checksums of the last commit in dist/
 	@$(BIN)/python -m dev.release
 
-lock: ## renew the locked lists from pyproject.toml (needs uv)
+lock: ## renew the locked lists from pyproject.toml (needs uv and npm)
 	$(COMPILE) --upgrade pyproject.toml -o requirements.lock
 	$(COMPILE) --upgrade --all-extras pyproject.toml -c requirements.lock -o requirements-extras.lock
 	$(COMPILE) --upgrade --group stack -c requirements-extras.lock -o requirements-stack.lock
 	$(COMPILE) --upgrade --group demo -c requirements-stack.lock -o requirements-demo.lock
 	$(COMPILE) --upgrade --group release -o requirements-release.lock
 	$(COMPILE) --upgrade --group dev --all-extras pyproject.toml -c requirements-extras.lock -c requirements-stack.lock -o requirements-dev.lock
-	for list in tests/sdk/locks/*.txt; do \
-		grep -oE '^(cyberdesk==[0-9.]+|fastapi|pydantic|python-dateutil)' $$list | $(COMPILE) --upgrade - -o $$list || exit; done
+	for list in tests/sdk/locks/*.txt tests/clients/python.txt; do \
+		grep -oE '^((cyberdesk|openapi-python-client)==[0-9.]+|fastapi|pydantic|python-dateutil)' $$list | $(COMPILE) --upgrade - -o $$list || exit; done
+	cd tests/clients && npm install --package-lock-only --ignore-scripts --no-audit --no-fund --omit-lockfile-registry-resolved
 
 # The stamps are written last, so that an interrupted installation is done again.
 .venv/created.stamp:

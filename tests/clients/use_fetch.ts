@@ -1,8 +1,10 @@
 // Uses openapi-fetch with the types that openapi-typescript made of /openapi.json.
+import { readFileSync } from "node:fs";
+
 import createClient from "openapi-fetch";
 import type { components, paths } from "./schema.js";
 
-const job: { url: string; key: string; workflow_id: string } = JSON.parse(process.argv[2]!);
+const job: { url: string; key: string; workflow_id: string } = JSON.parse(readFileSync(0, "utf8"));
 const client = createClient<paths>({ baseUrl: job.url, headers: { Authorization: `Bearer ${job.key}` } });
 
 function given<T>(reply: { data?: T; error?: unknown }): T {

@@ -1,9 +1,11 @@
 // Uses the client that hey-api made of /openapi.json.
+import { readFileSync } from "node:fs";
+
 import { client } from "./hey/client.gen.js";
 import * as api from "./hey/sdk.gen.js";
 import type { RunRetry } from "./hey/types.gen.js";
 
-const job: { url: string; key: string; workflow_id: string } = JSON.parse(process.argv[2]!);
+const job: { url: string; key: string; workflow_id: string } = JSON.parse(readFileSync(0, "utf8"));
 client.setConfig({ baseUrl: job.url, headers: { Authorization: `Bearer ${job.key}` } });
 
 function expect(holds: boolean, what: string): void {
