@@ -52,7 +52,9 @@ def python(folder: Path) -> list[str]:
 
 def packages() -> Path:
     """The folder node_modules with the packages of the lock. The first caller installs it, others wait."""
-    home = environment.CACHE / f"javascript-{hashlib.sha256((HERE / 'package-lock.json').read_bytes()).hexdigest()[:16]}"
+    home = (
+        environment.CACHE / f"javascript-{hashlib.sha256((HERE / 'package-lock.json').read_bytes()).hexdigest()[:16]}"
+    )
     home.mkdir(parents=True, exist_ok=True)
     with (environment.CACHE / "javascript.lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
@@ -82,7 +84,9 @@ def openapi_fetch(folder: Path) -> list[str]:
 
 
 def hey_api(folder: Path) -> list[str]:
-    return in_typescript(folder, "use_hey_api.ts", "openapi-ts", "--input", "openapi.json", "--output", "hey", "--silent")
+    return in_typescript(
+        folder, "use_hey_api.ts", "openapi-ts", "--input", "openapi.json", "--output", "hey", "--silent"
+    )
 
 
 GENERATORS = [python, openapi_fetch, hey_api] if environment.RENEWING else [python]

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 ANY_JSON = (
-    "Any JSON that is stored as sent: text without U+0000, integers of 64 bits, and other numbers that a double (IEEE 754) keeps,"
-    " also integers. A number that would be changed is refused."
+    "Any JSON that is stored as sent: text without U+0000, integers of 64 bits, and other numbers, also integers, that a double"
+    " (IEEE 754) keeps. A number that would be changed is refused."
 )
 
 Document = dict[str, Any]
