@@ -114,6 +114,8 @@ def test_the_documented_route_and_the_parameter_are_the_same(api: Client) -> Non
         assert [reply.status_code for reply in replies] == [422 if body.get("machine_id") == 1 else 200] * 2
         [first, second] = [reply.json() for reply in replies]
         assert first == second
+        if replies[0].status_code == 200 and "machine_id" in body:  # one that does not exist
+            assert first["placement"]["expected_reason"] is None
     assert api.get_run(run["id"])["attempt"] == 1
     assert api.post(f"/v1/runs/{uuid4()}/retry/dry-run").status_code == 404
 

@@ -385,7 +385,9 @@ class DryRunPlacement(Reply):
     pool_ids: list[UUID] | None = Field(description="The pools that its machine must be in.")
     session_machine_id: UUID | None = Field(description="The machine that is reserved for its session, which decides.")
     eligible_machines: int = Field(description="Machines that could start it now, counted to 1,000.")
-    expected_reason: SCHEDULING_REASONS = Field(description="Its scheduling_reason right after the retry.")
+    expected_reason: SCHEDULING_REASONS | None = Field(
+        description="Its scheduling_reason right after the retry. Null: the machine that it names does not exist."
+    )
 
 
 class DryRunResponse(Reply):
