@@ -77,7 +77,7 @@ def _component(schema: Schema, *, is_update: bool, is_body: bool) -> Schema:
             default = field.pop("default")
             if default is not None:
                 word = str(default).lower() if isinstance(default, bool) else str(default)
-                field["description"] = f"{field['description']} Default: `{word}`."
+                field["description"] = f"{field.get('description', '')} Default: `{word}`.".lstrip()
     return plain
 
 

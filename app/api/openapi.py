@@ -220,7 +220,8 @@ def strict_document(app: FastAPI) -> dict[str, Any]:
         for name, field in schema.get("properties", {}).items():
             if "description" not in field:
                 referred = schemas.get(field.get("$ref", "").rpartition("/")[2], {})
-                field["description"] = _USUAL_DESCRIPTIONS.get(name) or referred["description"]
+                if explained := _USUAL_DESCRIPTIONS.get(name) or referred.get("description"):
+                    field["description"] = explained
     _complete(document)
     return _with_readable_names(document)
 
