@@ -8,27 +8,20 @@ from typing import Any
 from app.runs import projection
 from app.scheduling import rules
 from app.stores.database import Database
-from app.stores.statements import statement
+from app.stores.statements import loose_scan, statement
 
 LANES_SEEN = 2000
 LANES_SHOWN = 200
 RUNS_COUNTED = 1000
+
+_WAITING = f"runs q WHERE q.organization_id = :organization_id AND {rules.waits('q')}"
 
 # From lane to lane along the index of the queue, as placement goes. Of each lane its first run, and the oldest one: priority
 # may have let another one pass.
 LANES = statement(
     "runs.queue.lanes",
     f"""
-    WITH RECURSIVE hops AS (
-        (SELECT 1 AS number, q.lane FROM runs q
-         WHERE q.organization_id = :organization_id AND {rules.waits("q")} ORDER BY q.lane LIMIT 1)
-        UNION ALL
-        SELECT hops.number + 1, (
-            SELECT q.lane FROM runs q
-            WHERE q.organization_id = :organization_id AND {rules.waits("q")} AND q.lane > hops.lane
-            ORDER BY q.lane LIMIT 1)
-        FROM hops WHERE hops.lane IS NOT NULL AND hops.number < {LANES_SEEN}
-    ), heads AS MATERIALIZED (
+    WITH RECURSIVE {loose_scan("hops", "q.lane", _WAITING, most=str(LANES_SEEN))}, heads AS MATERIALIZED (
         SELECT hops.lane, head.id,
                least(head.queued_at, (
                    SELECT q.queued_at FROM runs q

@@ -8,22 +8,17 @@ from app.access.auth import Actor
 from app.config import Settings
 from app.runs.ending import remove_runs
 from app.stores.database import Database
-from app.stores.statements import statement
+from app.stores.statements import loose_scan, statement
 
 # Of each organization, which are found one after the other, until there are enough. By `changed_at`, the database's time of the
 # end: `ended_at` may be by a clock that is wrong. What somebody holds is just being retried or deleted.
 ENDED_LONG_AGO = statement(
     "retention.ended_long_ago",
-    """
-    WITH RECURSIVE organization AS (
-        (SELECT organization_id AS id FROM runs ORDER BY organization_id LIMIT 1)
-        UNION ALL
-        SELECT (SELECT organization_id FROM runs WHERE organization_id > organization.id ORDER BY organization_id LIMIT 1)
-        FROM organization WHERE organization.id IS NOT NULL
-    )
+    f"""
+    WITH RECURSIVE {loose_scan("organization", "organization_id", "runs WHERE true")}
     SELECT old.id FROM organization, unnest(ARRAY['success', 'error', 'cancelled']) AS terminal (status), LATERAL (
         SELECT id FROM runs
-        WHERE organization_id = organization.id AND status COLLATE "POSIX" = terminal.status
+        WHERE organization_id = organization.organization_id AND status COLLATE "POSIX" = terminal.status
           AND changed_at <= now() - make_interval(days => :days)
         ORDER BY changed_at LIMIT :most FOR UPDATE SKIP LOCKED
     ) AS old

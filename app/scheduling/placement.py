@@ -33,7 +33,7 @@ from app.handoff import dispatches
 from app.scheduling import lanes, rules
 from app.stores import locks
 from app.stores.database import Connection, Database, Record
-from app.stores.statements import by_id, statement
+from app.stores.statements import by_id, loose_scan, statement
 from app.telemetry import metrics
 
 SLICE = 1000  # machines, and lanes, that one statement looks at
@@ -71,18 +71,16 @@ _RUN = "id, is_priority, queue_rank, queued_at, session_id, pinned_machine_id, p
 HEADS = statement(
     "placement.heads",
     f"""
-    WITH RECURSIVE hops AS (
-        (SELECT 1::bigint AS n, r.lane FROM runs r
-         WHERE r.organization_id = :organization_id AND {rules.waits("r")} AND r.lane > :after::text
-         ORDER BY r.lane LIMIT 1)
-        UNION ALL
-        SELECT hops.n + 1, (
-            SELECT r.lane FROM runs r
-            WHERE r.organization_id = :organization_id AND {rules.waits("r")}
-              AND r.lane > CASE WHEN hops.lane < '{lanes.AFTER_MACHINES}' THEN '{lanes.AFTER_MACHINES}' ELSE hops.lane END
-            ORDER BY r.lane LIMIT 1)
-        FROM hops WHERE hops.lane IS NOT NULL AND hops.n < :slice::bigint
-    ), open AS MATERIALIZED (
+    WITH RECURSIVE {
+        loose_scan(
+            "hops",
+            "r.lane",
+            f"runs r WHERE r.organization_id = :organization_id AND {rules.waits('r')}",
+            after=":after::text",
+            beyond=f"CASE WHEN hops.lane < '{lanes.AFTER_MACHINES}' THEN '{lanes.AFTER_MACHINES}' ELSE hops.lane END",
+            most=":slice::bigint",
+        )
+    }, open AS MATERIALIZED (
         SELECT n, lane FROM hops WHERE lane NOT LIKE '{lanes.MACHINE}%'
         UNION ALL
         SELECT 0, unnest(:pinned::text[]) WHERE EXISTS (  -- any at all: mostly nobody asks for a machine by name

@@ -85,6 +85,36 @@ def found(table: str, ids: str) -> str:
     )
 
 
+def loose_scan(
+    name: str,
+    key: str,
+    source: str,
+    *,
+    after: str = "",
+    columns: str = "",
+    order: str = "",
+    beyond: str = "",
+    most: str = "",
+) -> str:
+    """A part of WITH RECURSIVE: the first row of each value of `key`, in the order of an index, and its number `n` from 1.
+
+    One look into the index finds each value, however many rows have it; SELECT DISTINCT would read all rows. `source` is a
+    table and its condition. `after` is where the scan begins; `beyond` says what comes after a row of the scan, if that
+    is not the row's own value; `most` limits the number of values. Values are not null.
+    """
+    columns, order = f"{key}{columns and ', '}{columns}", f"{key}{order and ', '}{order}"
+    column = key.rpartition(".")[2]
+    begin = f" AND {key} > {after}" if after else ""
+    end = f" WHERE {name}.n < {most}" if most else ""
+    return f"""{name} AS (
+        (SELECT 1::bigint AS n, {columns} FROM {source}{begin} ORDER BY {order} LIMIT 1)
+        UNION ALL
+        SELECT {name}.n + 1, next.* FROM {name} CROSS JOIN LATERAL (
+            SELECT {columns} FROM {source} AND {key} > {beyond or f"{name}.{column}"} ORDER BY {order} LIMIT 1
+        ) AS next{end}
+    )"""
+
+
 def locked(table: str, ids: str, strength: str, where: str = "true") -> str:
     """SQL that locks those rows of `table` in the order of their ids, and selects the ids.
 

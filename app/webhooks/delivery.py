@@ -28,7 +28,7 @@ from uuid import UUID
 from app.errors import DatabaseUnavailable, InternalError, VaultUnavailable
 from app.services import Services
 from app.stores.database import Database
-from app.stores.statements import statement
+from app.stores.statements import loose_scan, statement
 from app.stores.threads import Slots
 from app.telemetry import metrics
 from app.telemetry.logs import describe
@@ -75,16 +75,10 @@ CLOSE_SECONDS = 5.0  # how long a stop waits for what is under way
 # later (RECOVER). `share` is that part; `last` is where the next batch goes on if there were as many organizations as turns.
 FAN_OUT = statement(
     "webhooks.fan_out",
-    """
-    WITH RECURSIVE organizations AS (
-        (SELECT organization_id FROM webhook_events
-         WHERE NOT is_fanned_out AND organization_id > :after ORDER BY organization_id LIMIT 1)
-        UNION ALL
-        SELECT next.* FROM organizations CROSS JOIN LATERAL (
-            SELECT organization_id FROM webhook_events
-            WHERE NOT is_fanned_out AND organization_id > organizations.organization_id ORDER BY organization_id LIMIT 1
-        ) AS next
-    ), turns AS MATERIALIZED (
+    f"""
+    WITH RECURSIVE {
+        loose_scan("organizations", "organization_id", "webhook_events WHERE NOT is_fanned_out", after=":after")
+    }, turns AS MATERIALIZED (
         SELECT organization_id FROM organizations LIMIT CAST(:batch AS integer)
     ), part AS MATERIALIZED (
         SELECT CAST(:batch AS integer) / greatest(count(*), 1) AS share,
@@ -118,16 +112,17 @@ FAN_OUT = statement(
 # From one endpoint that has something pending to the next, by the index: however much waits for one, it costs one look.
 LANES = statement(
     "webhooks.lanes",
-    """
-    WITH RECURSIVE lanes AS (
-        (SELECT endpoint_id, organization_id, due_at FROM webhook_deliveries
-         WHERE status = 'pending' AND endpoint_id > :after ORDER BY endpoint_id, due_at LIMIT 1)
-        UNION ALL
-        SELECT next.* FROM lanes CROSS JOIN LATERAL (
-            SELECT endpoint_id, organization_id, due_at FROM webhook_deliveries
-            WHERE status = 'pending' AND endpoint_id > lanes.endpoint_id ORDER BY endpoint_id, due_at LIMIT 1
-        ) AS next
-    )
+    f"""
+    WITH RECURSIVE {
+        loose_scan(
+            "lanes",
+            "endpoint_id",
+            "webhook_deliveries WHERE status = 'pending'",
+            after=":after",
+            columns="organization_id, due_at",
+            order="due_at",
+        )
+    }
     SELECT endpoint_id, organization_id, due_at <= now() + CAST(:ahead AS interval) AS is_due FROM lanes LIMIT :batch
     """,
 )
