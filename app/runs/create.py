@@ -13,7 +13,7 @@ from app.events import record
 from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.limits import memory_budget
 from app.models import Workflow
-from app.runs import projection, quotas, replays, staging
+from app.runs import carried, projection, quotas, replays, staging
 from app.runs.sessions import Session, alias_needs_session, refuse_contradictions
 from app.scheduling.held import check_not_before
 from app.scheduling.lanes import held_lane, lane
@@ -36,12 +36,12 @@ INSERT = statement(
     f"""
     WITH created AS (
         INSERT INTO runs (id, organization_id, workflow_id, user_id, status, is_priority, pinned_machine_id, pool_ids,
-                          input_values, session_id, session_alias, release_session_after, lane, queue_rank,
-                          main_prompt, model_metadata, sensitive_input_aliases, secret_path, created_at, queued_at,
-                          changed_at, queued_by_key_id, traceparent)
+                          session_id, session_alias, release_session_after, lane, queue_rank, {carried.NAMES},
+                          sensitive_input_aliases, secret_path, created_at, queued_at, changed_at, queued_by_key_id,
+                          traceparent)
         SELECT id, :organization_id, :workflow_id, :user_id, 'scheduling', :is_priority, :pinned_machine_id, :pool_ids,
-               :input_values::json, :session_id, :session_alias, :release_session_after, :lane, :queue_rank,
-               :main_prompt, :model_metadata::json, aliases::json, secret_path, clock_timestamp(),
+               :session_id, :session_alias, :release_session_after, :lane, :queue_rank, {carried.PARAMETERS},
+               aliases::json, secret_path, clock_timestamp(),
                greatest(clock_timestamp(), :not_before::timestamptz), clock_timestamp(), :key_id::uuid, :traceparent::text
         FROM unnest(:run_ids::uuid[], :aliases::text[], :secret_paths::text[]) AS planned (id, aliases, secret_path)
         RETURNING id, organization_id, attempt
@@ -92,8 +92,7 @@ async def _create(
     session_id = new_session_id if options.start_session else options.session_id
     session = alias_needs_session(Session(session_id, options.session_alias, options.release_session_after))
     staging.check_sizes(services, options.sensitive_input_values, options.file_inputs, copies=len(run_ids))
-    input_values = json_bytes(options.input_values)
-    if len(run_ids) * len(input_values or b"") > services.settings.max_body_bytes:
+    if len(run_ids) * len(json_bytes(options.input_values) or b"") > services.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal, count = write.principal, len(run_ids)
     await memory_budget.hold(
@@ -122,15 +121,13 @@ async def _create(
             is_priority=bool(options.is_priority),
             pinned_machine_id=options.machine_id,
             pool_ids=options.pool_ids,
-            input_values=input_values,
             session_id=session.id,
             session_alias=session.alias,
             release_session_after=session.release_after,
             lane=held_lane(not_before, wanted),
             queue_rank=queue_rank,
             not_before=not_before,
-            main_prompt=options.main_prompt,
-            model_metadata=json_bytes(_model_metadata(options)),
+            **carried.parameters(options),
             traceparent=write.traceparent,
             run_ids=run_ids,
             aliases=[None if one.aliases is None else orjson.dumps(one.aliases).decode() for one in planned],
@@ -157,7 +154,7 @@ def _reply_octets(
     if len(run_ids) == 1:  # as long as its body
         return 0
     [one] = staging.plan(services, organization_id, run_ids[:1], options.sensitive_input_values, options.file_inputs)
-    repeated = [options.input_values, one.aliases, options.main_prompt, options.session_alias, _model_metadata(options)]
+    repeated = [one.aliases, options.session_alias, *(field.given(options) for field in carried.CARRIED)]
     size = _RUN_BYTES + len(projection.encode(repeated)) + _ID_BYTES * (len(one.files) + len(options.pool_ids or ()))
     if len(run_ids) * size > services.settings.max_reply_bytes:
         raise PayloadTooLarge(
@@ -165,13 +162,6 @@ def _reply_octets(
             "send fewer runs at a time."
         )
     return len(run_ids) * size
-
-
-def _model_metadata(options: RunCreate | RunBulkCreate) -> dict[str, Any] | None:
-    """As given; a model that is named beside it is stored in it, as the vendor does."""
-    if options.main_agent_model_id is None:
-        return options.model_metadata
-    return (options.model_metadata or {}) | {"main_agent_model_id": str(options.main_agent_model_id)}
 
 
 async def _check(connection: Connection, organization_id: str, options: RunCreate | RunBulkCreate) -> datetime | None:

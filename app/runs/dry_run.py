@@ -13,7 +13,7 @@ import orjson
 
 from app.access.auth import Principal
 from app.errors import Invalid, MachineNotFound, PoolNotFound, Refusal, RunNotFound, SessionNotFound
-from app.runs import projection, staging
+from app.runs import carried, projection, staging
 from app.runs.retry_rules import Next, decide, overridden
 from app.runs.retry_statements import READ
 from app.runs.sessions import refuse_contradictions
@@ -27,13 +27,12 @@ from app.stores.statements import statement
 
 SEEN = statement(
     "runs.dry_run.seen",
-    """
+    f"""
     SELECT r.attempt, r.error IS NOT NULL AS has_error,
            coalesce(o.has_outputs, false) AS has_outputs, coalesce(o.has_history, false) AS has_history,
            (SELECT count(*) FROM run_attachments a
             WHERE a.run_id = r.id AND a.attachment_type = 'output') AS output_attachments,
-           r.input_values IS NOT NULL AND r.input_values::text <> '{}' AS has_input_values,
-           r.main_prompt IS NOT NULL AS has_main_prompt, r.model_metadata IS NOT NULL AS has_model_metadata,
+           {carried.HAS},
            (SELECT d.due_at FROM deletions d WHERE d.store = 'vault' AND d.name = r.secret_path) AS kept_until
     FROM runs r LEFT JOIN LATERAL (
         SELECT output_data IS NOT NULL AS has_outputs, run_message_history IS NOT NULL AS has_history
@@ -165,7 +164,7 @@ def _shown(refusal: Refusal) -> dict[str, Any]:
 def _kept(run: Record, seen: Record, following: Next, replaced: list[str]) -> list[str]:
     """Names of what the run has, and still has after the retry."""
     has = {
-        "input_values": seen["has_input_values"],
+        **{one.name: seen[f"has_{one.name}"] for one in carried.REPLACED},
         "sensitive_input_values": run["secret_path"] is not None,
         "file_inputs": run["input_count"] > 0,
         "machine_id": following.pinned_machine_id is not None,
@@ -174,8 +173,7 @@ def _kept(run: Record, seen: Record, following: Next, replaced: list[str]) -> li
         "session_alias": run["session_alias"] is not None and following.session.alias == run["session_alias"],
         "release_session_after": following.session.release_after is not None,
         "is_priority": following.is_priority,
-        "main_prompt": seen["has_main_prompt"],
-        "model_metadata": seen["has_model_metadata"],
+        **{one.name: seen[f"has_{one.name}"] for one in carried.CARRIED if not one.is_replaced},
     }
     return [name for name, present in has.items() if present and name not in replaced]
 

@@ -12,6 +12,7 @@ import orjson
 from app.access.auth import SEEN, Principal
 from app.errors import RunNotFound
 from app.limits import memory_budget
+from app.runs.carried import CARRIED
 from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import found, statement
@@ -140,7 +141,7 @@ RUN_COLUMNS = {
     "model_metadata": "r.model_metadata",
     "usage_metadata": "o.usage_metadata",
     "traceparent": "r.traceparent",
-}
+} | {one.name: f"r.{one.name}" for one in CARRIED}
 # For many runs at once: what is to be said of a lane is found out afterwards, by `many`.
 _LANE = "lane "
 MANY_RUNS = RUN_COLUMNS | {"scheduling_reason": scheduling_reason(f"'{_LANE}' || r.lane")}
@@ -151,10 +152,10 @@ RUN_JSON = (
     "output_data",
     "run_message_history",
     "usage_metadata",
-    "input_values",
     "sensitive_input_aliases",
-    "model_metadata",
+    *(one.name for one in CARRIED if one.type == "json"),
 )
+_LONG_TEXTS = ("error", *(one.name for one in CARRIED if one.type == "text" and one.is_long))
 
 
 def columns(table: dict[str, str], names: Iterable[str] | None = None) -> str:
@@ -190,7 +191,7 @@ _OCTETS = " + ".join(
     [
         "1200",
         *(f"coalesce(octet_length(whole.{name}::text), 0)" for name in RUN_JSON),
-        *(f"coalesce(octet_length(to_json(whole.{name})::text), 0)" for name in ("main_prompt", "error")),
+        *(f"coalesce(octet_length(to_json(whole.{name})::text), 0)" for name in _LONG_TEXTS),
         *(f"coalesce(39 * cardinality(whole.{name}), 0)" for name in _IDS),
     ]
 )

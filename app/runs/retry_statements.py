@@ -12,7 +12,7 @@ from uuid import UUID
 
 from app.events import record
 from app.idempotency import STORED, no_twin
-from app.runs import projection, quotas, staging
+from app.runs import carried, projection, quotas, staging
 from app.runs.retry_rules import Next, Retry, overridden
 from app.runs.staging import Staged
 from app.scheduling import rules
@@ -24,7 +24,7 @@ from app.stores.statements import Statement, json_bytes, statement
 # What may be long of what a run keeps: the reply shows it.
 _KEPT_OCTETS = " + ".join(
     f"coalesce(octet_length(run.{name}::text), 0)"
-    for name in ("input_values", "sensitive_input_aliases", "main_prompt", "model_metadata")
+    for name in ("sensitive_input_aliases", *(one.name for one in carried.CARRIED if one.is_long))
 )
 
 _KEPT = (
@@ -95,7 +95,7 @@ COLUMNS = {
     "session_id": "uuid",
     "session_alias": "text",
     "release_session_after": "bool",
-    "input_values": "json",
+    **{one.name: one.type for one in carried.REPLACED},
     "inputs_expire_at": "timestamptz",  # of the input files that are kept
     "key": "text",
     "fingerprint": "bytea",
@@ -205,7 +205,7 @@ def _switch_statement(
             is_priority = seen.is_priority, automatic_retries = seen.automatic_retries,
             session_id = seen.session_id, session_alias = seen.session_alias,
             release_session_after = seen.release_session_after,
-            input_values = coalesce(seen.input_values, runs.input_values) {requeued}
+            {carried.REPLACE} {requeued}
         FROM seen WHERE runs.ctid = ANY (ARRAY(SELECT tid FROM seen)) AND runs.id = seen.id
         RETURNING runs.*, seen.place, seen.key, seen.fingerprint, seen.most_bytes {", seen.input_ids" if also else ""}
     ), shown AS MATERIALIZED (
@@ -317,7 +317,7 @@ class Change:
             session.id,
             session.alias,
             session.release_after,
-            json_bytes(options.input_values),
+            *(one.bound(options) for one in carried.REPLACED),
             run["inputs_expire_at"] if options.file_inputs is None else None,
             None if write is None else write.key,
             None if write is None else write.fingerprints[0],
