@@ -37,7 +37,7 @@ from app.operator.compare_stores import compare, mark_expired
 from app.stores import setup
 from app.stores.database import Connection, Database, Unreachable, connect
 from app.stores.files import FileStore
-from app.stores.vault import NotGrantedError, SecretStore
+from app.stores.vault import NotGrantedError, VaultSecrets
 from app.telemetry import metrics, tracing
 from app.telemetry.logs import configure
 
@@ -356,7 +356,7 @@ def _compare_stores(options: argparse.Namespace) -> int:
 
     async def list_differences() -> int:
         counts: Counter[str] = Counter()
-        database, secrets, files = Database(settings), SecretStore(settings), FileStore(settings)
+        database, secrets, files = Database(settings), VaultSecrets(settings), FileStore(settings)
         try:
             async for found in compare(database, secrets, files):
                 counts[found.kind] += 1

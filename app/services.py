@@ -15,8 +15,9 @@ from app.limits.quotas import RunQuotas
 from app.stores.database import Database, may_be_of_others
 from app.stores.files import FileStore
 from app.stores.health import Checks
+from app.stores.secrets import SHOWN_AT_ONCE, SecretStore
 from app.stores.together import Together
-from app.stores.vault import SHOWING_SLOTS, SecretStore
+from app.stores.vault import VaultSecrets
 from app.stores.wakeups import Wakeups
 from app.write_behind.heartbeats import SignsOfLife
 from app.write_behind.key_usage import KeysUsed
@@ -68,7 +69,7 @@ class Services:
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """They connect when they are first used. Raises ValueError for settings that cannot be used."""
-        database, secrets, files = Database(settings), SecretStore(settings), FileStore(settings)
+        database, secrets, files = Database(settings), VaultSecrets(settings), FileStore(settings)
         return cls(
             settings,
             database,
@@ -78,7 +79,7 @@ class Services:
             Wakeups(settles=settings.background != "none"),
             Budget(settings.max_in_flight_bytes),
             Budget(1),
-            Budget(SHOWING_SLOTS),
+            Budget(SHOWN_AT_ONCE),
             KeysUsed(),
             StoredReplies(
                 settings.idempotency_max_reply_bytes,

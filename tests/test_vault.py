@@ -21,7 +21,7 @@ from pydantic import JsonValue, SecretStr
 
 from app.config import Settings
 from app.errors import PayloadTooLarge, VaultUnavailable
-from app.stores.vault import MAX_SECRET_BYTES, MAX_SECRET_NAMES, SecretStore, aliases
+from app.stores.vault import MAX_SECRET_BYTES, MAX_SECRET_NAMES, VaultSecrets, aliases
 from dev.stack import Bao
 from tests.support.movable_address import MovableAddress
 
@@ -71,8 +71,8 @@ def settings(address: str, **others: Any) -> Settings:
 
 
 @pytest.fixture
-async def store(bao: Bao) -> AsyncIterator[SecretStore]:
-    store = SecretStore(settings(bao.address, vault_token=bao.token()))
+async def store(bao: Bao) -> AsyncIterator[VaultSecrets]:
+    store = VaultSecrets(settings(bao.address, vault_token=bao.token()))
     yield store
     await store.close()
 
@@ -81,11 +81,11 @@ def soon() -> float:
     return time.monotonic() + 60
 
 
-def fresh(store: SecretStore) -> str:
+def fresh(store: VaultSecrets) -> str:
     return store.new_path("org-1", uuid4())
 
 
-async def test_values_and_aliases(bao: Bao, store: SecretStore) -> None:
+async def test_values_and_aliases(bao: Bao, store: VaultSecrets) -> None:
     values: dict[str, JsonValue] = {
         "plain": "secret text é\n",
         "json in a string": '{"a": 1}',
@@ -119,7 +119,7 @@ async def test_values_and_aliases(bao: Bao, store: SecretStore) -> None:
 
 @pytest.mark.parametrize("token", ["service", "root"])
 async def test_a_path_is_written_once(bao: Bao, token: str) -> None:
-    store = SecretStore(settings(bao.address, vault_token=bao.token() if token == "service" else bao.root_token))
+    store = VaultSecrets(settings(bao.address, vault_token=bao.token() if token == "service" else bao.root_token))
     path = fresh(store)
     await store.write(path, {"a": "first"}, deadline=soon())
     with pytest.raises(VaultUnavailable):
@@ -128,20 +128,20 @@ async def test_a_path_is_written_once(bao: Bao, token: str) -> None:
     await store.close()
 
 
-async def test_organization_cannot_leave_its_folder(store: SecretStore) -> None:
+async def test_organization_cannot_leave_its_folder(store: VaultSecrets) -> None:
     for organization in ("", "a/b", "..", "a" * 65, "a\n"):
         with pytest.raises(ValueError, match="organization"):
             store.new_path(organization, uuid4())
 
 
-async def test_nothing_is_written_after_the_deadline(bao: Bao, store: SecretStore) -> None:
+async def test_nothing_is_written_after_the_deadline(bao: Bao, store: VaultSecrets) -> None:
     path = fresh(store)
     with pytest.raises(VaultUnavailable):
         await store.write(path, {"a": "b"}, deadline=time.monotonic())
     assert read(bao, path) is None
 
 
-async def test_destroy_removes_versions_and_metadata(bao: Bao, store: SecretStore) -> None:
+async def test_destroy_removes_versions_and_metadata(bao: Bao, store: VaultSecrets) -> None:
     path = fresh(store)
     await store.write(path, {"a": "b"}, deadline=soon())
     assert bao.call("POST", f"secret/data/{path}", {"data": {"a": "second version"}})[0] == 200
@@ -152,13 +152,13 @@ async def test_destroy_removes_versions_and_metadata(bao: Bao, store: SecretStor
 
 
 async def test_destroy_without_the_mount_is_no_success(bao: Bao) -> None:
-    store = SecretStore(settings(bao.address, vault_token=bao.root_token, vault_mount="elsewhere"))
+    store = VaultSecrets(settings(bao.address, vault_token=bao.root_token, vault_mount="elsewhere"))
     with pytest.raises(VaultUnavailable):
         await store.destroy(fresh(store))
     await store.close()
 
 
-async def test_size_limits(store: SecretStore) -> None:
+async def test_size_limits(store: VaultSecrets) -> None:
     names: dict[str, JsonValue] = {f"n{i}": "v" for i in range(MAX_SECRET_NAMES)}
     await store.write(fresh(store), names, deadline=soon())
     await store.write(fresh(store), {"a": "x" * (MAX_SECRET_BYTES - len('{"a":""}'))}, deadline=soon())
@@ -175,7 +175,7 @@ async def test_size_limits(store: SecretStore) -> None:
 async def test_approle_logs_in_again_once_for_all_threads(bao: Bao) -> None:
     role = "auth/approle/role/short"
     bao.call("POST", role, {"token_policies": "runs-api", "token_ttl": "1s"})
-    store = SecretStore(
+    store = VaultSecrets(
         settings(
             bao.address,
             vault_role_id=bao.call("GET", f"{role}/role-id")[1]["data"]["role_id"],
@@ -199,7 +199,7 @@ async def test_token_file_is_read_again(bao: Bao, tmp_path: Path) -> None:
     file = tmp_path / "token"
     old, new = bao.token(), bao.token()
     file.write_text(old + "\n")
-    store = SecretStore(settings(bao.address, vault_token_file=file))
+    store = VaultSecrets(settings(bao.address, vault_token_file=file))
     await store.write(fresh(store), {"a": "b"}, deadline=soon())
     assert bao.call("POST", "auth/token/revoke", {"token": old})[0] == 204
     with pytest.raises(VaultUnavailable):
@@ -258,7 +258,7 @@ async def test_the_health_check_proves_the_login(
         while bao.call("GET", "auth/token/lookup-self", token=token)[0] == 200:
             assert time.monotonic() < end, "the token did not expire"
             await asyncio.sleep(0.1)
-    store = SecretStore(settings(bao.address, vault_token=token))
+    store = VaultSecrets(settings(bao.address, vault_token=token))
     assert await store.problem() == expected
     assert bao.call("LIST", "secret/metadata/runs/-")[0] == 404  # nothing is ever written for it
     await store.close()
@@ -282,7 +282,7 @@ async def test_the_health_check_tells_a_policy_without_webhooks(
 ) -> None:
     """As it was before there were any: runs go on, and it is said once."""
     bao.call("PUT", "sys/policies/acl/runs-alone", {"policy": RUNS_ALONE + more})
-    store = SecretStore(settings(bao.address, vault_token=bao.token("runs-alone")))
+    store = VaultSecrets(settings(bao.address, vault_token=bao.token("runs-alone")))
     assert store.webhooks_problem is None  # nobody has looked
     assert await store.problem() is None
     assert await store.problem() is None
@@ -295,7 +295,7 @@ async def test_the_health_check_tells_a_policy_without_webhooks(
 @pytest.mark.parametrize("mount", ["missing", "version-1"])
 async def test_the_health_check_proves_the_mount(bao: Bao, mount: str) -> None:
     bao.call("POST", "sys/mounts/version-1", {"type": "kv", "options": {"version": "1"}})
-    store = SecretStore(settings(bao.address, vault_token=bao.root_token, vault_mount=mount))
+    store = VaultSecrets(settings(bao.address, vault_token=bao.root_token, vault_mount=mount))
     assert await store.problem() == "login_refused"
     await store.close()
 
@@ -304,7 +304,7 @@ async def test_the_health_check_proves_the_mount(bao: Bao, mount: str) -> None:
 async def test_the_health_check_logs_in_by_approle(bao: Bao, role_id: str) -> None:
     right, secret_id = bao.approle()
     given = {"vault_role_id": right if role_id == "right" else "wrong", "vault_secret_id": secret_id}
-    store = SecretStore(settings(bao.address, **given))
+    store = VaultSecrets(settings(bao.address, **given))
     before = approle_logins(bao)
     for _ in range(3):
         assert await store.problem() == (None if role_id == "right" else "login_refused")
@@ -318,7 +318,7 @@ async def test_the_health_check_notices_a_login_that_stopped_working_and_one_tha
     file = tmp_path / "token"
     old, new = bao.token(), bao.token()
     file.write_text(old)
-    store = SecretStore(settings(bao.address, vault_token_file=file))
+    store = VaultSecrets(settings(bao.address, vault_token_file=file))
     assert await store.problem() is None
     bao.call("POST", "auth/token/revoke", {"token": old})
     with pytest.raises(VaultUnavailable):
@@ -344,10 +344,10 @@ def test_exactly_one_login(given: dict[str, str], tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".vault-token").write_text("somebody else's")
     with pytest.raises(ValueError, match="VAULT_TOKEN_FILE"):
-        SecretStore(settings("http://127.0.0.1:1", **given))
+        VaultSecrets(settings("http://127.0.0.1:1", **given))
 
 
-async def test_frozen(bao: Bao, store: SecretStore) -> None:
+async def test_frozen(bao: Bao, store: VaultSecrets) -> None:
     await store.write(fresh(store), {"a": "b"}, deadline=soon())
     assert await store.problem() is None
     bao.freeze()
@@ -370,7 +370,7 @@ async def test_frozen(bao: Bao, store: SecretStore) -> None:
     assert await store.problem() is None
 
 
-async def test_killed_and_back(bao: Bao, store: SecretStore) -> None:
+async def test_killed_and_back(bao: Bao, store: VaultSecrets) -> None:
     kept = fresh(store)
     await asyncio.gather(*(store.write(path, {"a": "b"}, deadline=soon()) for path in (kept, fresh(store))))
     bao.kill()
@@ -425,7 +425,7 @@ def node_that_cannot_serve(status: int) -> Iterator[int]:
     node.server_close()
 
 
-async def write_many(store: SecretStore, count: int) -> int:
+async def write_many(store: VaultSecrets, count: int) -> int:
     """So many at once; how many of them failed."""
     writes = (store.write(fresh(store), {"a": "b"}, deadline=soon()) for _ in range(count))
     return sum(result is not None for result in await asyncio.gather(*writes, return_exceptions=True))
@@ -434,7 +434,7 @@ async def write_many(store: SecretStore, count: int) -> int:
 @pytest.mark.parametrize("status", [503, 500, 502, 429, 473, 307])
 async def test_connections_to_a_node_that_cannot_serve_are_given_up(bao: Bao, status: int) -> None:
     with node_that_cannot_serve(status) as broken, MovableAddress(broken) as address:
-        store = SecretStore(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
+        store = VaultSecrets(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
         assert await write_many(store, 32) == 32
         address.move_to(urlsplit(bao.address).port or 0)
         assert await write_many(store, 32) == 0
@@ -445,7 +445,7 @@ async def test_one_answer_is_enough_for_all_connections(bao: Bao, monkeypatch: p
     """The node is sealed while connections to it are open, and the address moves: the first failure is the last."""
     monkeypatch.setattr("app.stores.vault_connections.YOUNG_SECONDS", 0.0)
     with MovableAddress(urlsplit(bao.address).port or 0) as address:
-        store = SecretStore(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
+        store = VaultSecrets(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
         assert await write_many(store, 16) == 0
         bao.freeze()
         try:
@@ -460,7 +460,7 @@ async def test_one_answer_is_enough_for_all_connections(bao: Bao, monkeypatch: p
 
 async def test_connections_have_an_age(bao: Bao, monkeypatch: pytest.MonkeyPatch) -> None:
     with MovableAddress(urlsplit(bao.address).port or 0) as address:
-        store = SecretStore(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
+        store = VaultSecrets(settings(f"http://127.0.0.1:{address.port}", vault_token=bao.token()))
         for _ in range(3):
             assert await write_many(store, 1) == 0
         assert address.accepted == 1
@@ -472,12 +472,12 @@ async def test_connections_have_an_age(bao: Bao, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_errors_and_logs_tell_nothing(
-    bao: Bao, store: SecretStore, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    bao: Bao, store: VaultSecrets, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     token_file = tmp_path / "token"
     token_file.write_text(f"{CANARY}-token")
-    dead = SecretStore(settings("http://127.0.0.1:1", vault_token=f"{CANARY}-token"))
-    refused = SecretStore(settings(bao.address, vault_token_file=token_file))
+    dead = VaultSecrets(settings("http://127.0.0.1:1", vault_token=f"{CANARY}-token"))
+    refused = VaultSecrets(settings(bao.address, vault_token_file=token_file))
     path = fresh(store)
     with caplog.at_level(logging.DEBUG):
         await store.write(path, {"name": CANARY}, deadline=soon())
@@ -547,7 +547,7 @@ def fake() -> Iterator[Fake]:
 
 async def test_the_health_check_asks_seldom(fake: Fake) -> None:
     """Whoever polls it without a key must not make Vault work."""
-    store = SecretStore(settings(fake.address, vault_token="t"))
+    store = VaultSecrets(settings(fake.address, vault_token="t"))
     fake.replies["GET"] = (200, {}, b'{"data": {"type": "kv", "options": {"version": "2"}}}')
     may = {
         f"secret/{kind}/{prefix}/-/-/-": ["create", "read", "delete"]
@@ -562,7 +562,7 @@ async def test_the_health_check_asks_seldom(fake: Fake) -> None:
 
 
 async def test_a_lost_reply_is_never_sent_again(fake: Fake) -> None:
-    store = SecretStore(settings(fake.address, vault_token="t"))
+    store = VaultSecrets(settings(fake.address, vault_token="t"))
     fake.release.set()
     with pytest.raises(VaultUnavailable):
         await store.write(fresh(store), {"a": "b"}, deadline=soon())
@@ -571,7 +571,7 @@ async def test_a_lost_reply_is_never_sent_again(fake: Fake) -> None:
 
 
 async def test_a_redirect_is_neither_followed_nor_taken_for_success(fake: Fake, bao: Bao) -> None:
-    store = SecretStore(settings(fake.address, vault_token=bao.root_token))
+    store = VaultSecrets(settings(fake.address, vault_token=bao.root_token))
     path = fresh(store)
     for status in (301, 307, 308):
         fake.replies["POST"] = fake.replies["DELETE"] = (
@@ -593,7 +593,7 @@ async def test_an_address_with_a_path_a_namespace_and_a_proxy_in_the_environment
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    store = SecretStore(settings(f"{fake.address}/behind", vault_token="t", vault_namespace="team"))
+    store = VaultSecrets(settings(f"{fake.address}/behind", vault_token="t", vault_namespace="team"))
     fake.replies["POST"] = (200, {}, b"{}")
     path = fresh(store)
     await store.write(path, {"a": "b"}, deadline=soon())
@@ -616,7 +616,7 @@ async def test_the_certificate_is_checked(fake: Fake, bao: Bao, tmp_path: Path, 
     context.load_cert_chain(chain)
     fake.socket = context.wrap_socket(fake.socket, server_side=True, do_handshake_on_connect=False)
     fake.replies["POST"] = (200, {}, b"{}")
-    store = SecretStore(
+    store = VaultSecrets(
         settings(fake.address.replace("http:", "https:"), vault_token="t", **({"vault_cacert": ca} if trusted else {}))
     )
     if trusted and name == "127.0.0.1":
@@ -629,7 +629,7 @@ async def test_the_certificate_is_checked(fake: Fake, bao: Bao, tmp_path: Path, 
 
 
 async def test_a_store_with_a_lower_limit(fake: Fake) -> None:
-    store = SecretStore(settings(fake.address, vault_token="t"))
+    store = VaultSecrets(settings(fake.address, vault_token="t"))
     error = b'{"errors":["1 error occurred: put failed due to value being too large; max 1048576 bytes"]}'
     fake.replies["POST"] = (500, {}, error)
     with pytest.raises(PayloadTooLarge):
@@ -640,20 +640,20 @@ async def test_a_store_with_a_lower_limit(fake: Fake) -> None:
 @pytest.mark.parametrize("status", [200, 204, 500])
 @pytest.mark.parametrize("body", [b"[1]", b"<html>", b"", b'{"errors": [1]}', b'{"errors": null}'])
 async def test_answers_that_are_not_vaults(fake: Fake, status: int, body: bytes, tmp_path: Path) -> None:
-    store = SecretStore(settings(fake.address, vault_role_id="r"))
+    store = VaultSecrets(settings(fake.address, vault_role_id="r"))
     fake.replies["POST"] = (status, {}, b"" if status == 204 else body)
     with pytest.raises(VaultUnavailable):
         await store.write(fresh(store), {"a": "b"}, deadline=soon())
     await store.close()
     (tmp_path / "token").write_text("no header \u540d\n")
-    store = SecretStore(settings(fake.address, vault_token_file=tmp_path / "token"))
+    store = VaultSecrets(settings(fake.address, vault_token_file=tmp_path / "token"))
     with pytest.raises(VaultUnavailable):
         await store.write(fresh(store), {"a": "b"}, deadline=soon())
     await store.close()
 
 
 async def test_slow_writes_leave_the_collector_its_slots(fake: Fake) -> None:
-    store = SecretStore(settings(fake.address, vault_token="t", vault_concurrency=1))
+    store = VaultSecrets(settings(fake.address, vault_token="t", vault_concurrency=1))
     fake.replies["DELETE"] = (204, {}, b"")
     writes = [asyncio.create_task(store.write(fresh(store), {"a": "b"}, deadline=soon())) for _ in range(2)]
     deadline = time.monotonic() + 5
@@ -668,7 +668,7 @@ async def test_slow_writes_leave_the_collector_its_slots(fake: Fake) -> None:
 
 
 async def test_a_secret_goes_with_one_call_which_is_in_no_writes_way(fake: Fake) -> None:
-    store = SecretStore(settings(fake.address, vault_token="t", vault_concurrency=1))
+    store = VaultSecrets(settings(fake.address, vault_token="t", vault_concurrency=1))
     fake.replies["POST"] = (200, {}, b"{}")
     deletes = [asyncio.create_task(store.destroy(fresh(store))) for _ in range(8)]
     deadline = time.monotonic() + 5
@@ -687,7 +687,7 @@ async def test_a_secret_goes_with_one_call_which_is_in_no_writes_way(fake: Fake)
 
 
 async def test_a_caller_that_leaves_keeps_the_slot_until_its_call_ends(fake: Fake) -> None:
-    store = SecretStore(settings(fake.address, vault_token="t", vault_concurrency=1))
+    store = VaultSecrets(settings(fake.address, vault_token="t", vault_concurrency=1))
     first = asyncio.create_task(store.write(fresh(store), {"a": "b"}, deadline=soon()))
     deadline = time.monotonic() + 5
     while not fake.seen:

@@ -16,7 +16,7 @@ from app.scheduling import rules
 from app.stores.database import Database, Record
 from app.stores.files import FileStore
 from app.stores.statements import found, statement
-from app.stores.vault import SecretStore
+from app.stores.vault import VaultSecrets
 
 T = TypeVar("T")
 
@@ -161,7 +161,7 @@ class _Need:
     size: int | None
 
 
-async def compare(database: Database, secrets: SecretStore, files: FileStore) -> AsyncIterator[Difference]:
+async def compare(database: Database, secrets: VaultSecrets, files: FileStore) -> AsyncIterator[Difference]:
     """Every difference. Raises Unavailable when one of the three does not answer, and NotGrantedError when Vault's token may
     not list."""
 

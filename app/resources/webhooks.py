@@ -314,7 +314,7 @@ async def delete(services: Services, write: WriteRequest, endpoint_id: UUID) -> 
 async def remove_endpoint(connection: Connection, organization_id: str, endpoint_id: UUID) -> None:
     """Remove an endpoint, listing its secrets. The only way an endpoint's row goes."""
     rows = await connection.fetch(FORGET_SECRETS, endpoint_id=endpoint_id)
-    await deletions.due(connection, [Name("vault", row["path"]) for row in rows])
+    await deletions.due(connection, [Name.secret(row["path"]) for row in rows])
     await connection.execute(DELETE, endpoint_id=endpoint_id, organization_id=organization_id)
 
 
@@ -407,7 +407,7 @@ async def rotate_secret(services: Services, write: WriteRequest, endpoint_id: UU
     async def work(connection: Connection) -> Reply:
         await check(connection)
         rows = await connection.fetch(ROTATE_AWAY, endpoint_id=endpoint_id, overlap=OVERLAP)
-        old = [Name("vault", row["path"]) for row in rows]
+        old = [Name.secret(row["path"]) for row in rows]
         await deletions.due(connection, old, after_seconds=OVERLAP.total_seconds())
         await _adopt_secret(connection, endpoint_id, path)
         return Reply(200, await _show(connection, write.principal, [endpoint_id]), [endpoint_id])
@@ -421,7 +421,7 @@ async def _stage_secret(services: Services, organization_id: str, endpoint_id: U
     deadline = time.monotonic() + services.settings.stage_timeout_seconds
     try:
         async with services.database.transaction() as connection:
-            await deletions.stage(connection, [Name("vault", path)], services.settings.stage_grace_seconds)
+            await deletions.stage(connection, [Name.secret(path)], services.settings.stage_grace_seconds)
     except OutcomeUnknown:
         raise DatabaseUnavailable from None  # at most a name is listed that nothing was written under
     await services.secrets.write(path, {"secret": signing.new_secret()}, deadline=deadline)
@@ -430,7 +430,7 @@ async def _stage_secret(services: Services, organization_id: str, endpoint_id: U
 
 async def _adopt_secret(connection: Connection, endpoint_id: UUID, path: str) -> None:
     """Make the endpoint name what was staged for it. Raises VaultUnavailable when that took so long that it is condemned."""
-    await deletions.adopt(connection, [Name("vault", path)])
+    await deletions.adopt(connection, [Name.secret(path)])
     await connection.execute(ADD_SECRET, path=path, endpoint_id=endpoint_id)
 
 

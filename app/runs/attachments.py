@@ -280,7 +280,7 @@ async def delete(services: Services, write: WriteRequest, attachment_id: UUID) -
     async def work(connection: Connection) -> Reply:
         row = await _lock(connection, attachment_id, write.principal)
         if row["storage_path"]:
-            await deletions.due(connection, [Name("storage", row["storage_path"])])
+            await deletions.due(connection, [Name.file(row["storage_path"])])
         await connection.execute(DELETE, attachment_id=attachment_id)
         return Reply(204, b"")
 
@@ -337,5 +337,5 @@ async def expire_attachments(database: Database, *, ahead: timedelta = timedelta
             ids = [row["id"] for row in expired]
             await connection.execute(FORGET_OUTPUTS, ids=ids)
             await connection.execute(FORGET_BYTES, ids=ids)
-            await deletions.due(connection, [Name("storage", row["storage_path"]) for row in expired])
+            await deletions.due(connection, [Name.file(row["storage_path"]) for row in expired])
     return {row["organization_id"] for row in rows}

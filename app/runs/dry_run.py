@@ -22,6 +22,7 @@ from app.scheduling.lanes import held_lane, lane
 from app.scheduling.targets import missing_targets
 from app.schemas.runs import RunRetry
 from app.services import Services
+from app.stores import deletions
 from app.stores.database import Connection, Record
 from app.stores.statements import statement
 
@@ -33,7 +34,7 @@ SEEN = statement(
            (SELECT count(*) FROM run_attachments a
             WHERE a.run_id = r.id AND a.attachment_type = 'output') AS output_attachments,
            {carried.HAS},
-           (SELECT d.due_at FROM deletions d WHERE d.store = 'vault' AND d.name = r.secret_path) AS kept_until
+           (SELECT d.due_at FROM deletions d WHERE d.store = '{deletions.SECRETS}' AND d.name = r.secret_path) AS kept_until
     FROM runs r LEFT JOIN LATERAL (
         SELECT output_data IS NOT NULL AS has_outputs, run_message_history IS NOT NULL AS has_history
         FROM run_outputs WHERE run_id = r.id AND attempt = r.attempt

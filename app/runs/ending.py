@@ -63,7 +63,7 @@ RETAIN = statement(
     "runs.ending.retain",
     f"""
     INSERT INTO deletions (store, name, due_at)
-    SELECT 'vault', secret_path, now() + make_interval(secs => :seconds)
+    SELECT '{deletions.SECRETS}', secret_path, now() + make_interval(secs => :seconds)
     FROM {found("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
     """,
 )
@@ -73,7 +73,7 @@ RETAIN_FOR_PLAN = statement(
     "runs.ending.retain_for_plan",
     f"""
     INSERT INTO deletions (store, name, due_at)
-    SELECT 'vault', secret_path, greatest(now() + make_interval(secs => :seconds),
+    SELECT '{deletions.SECRETS}', secret_path, greatest(now() + make_interval(secs => :seconds),
                                           planned.due_at + interval '{SECRET_SECONDS} s')
     FROM unnest(:run_ids::uuid[], :due_ats::timestamptz[]) AS planned (run_id, due_at), LATERAL (
         SELECT secret_path FROM runs WHERE id = planned.run_id OFFSET 0
@@ -312,7 +312,7 @@ EXPIRED = statement(
 async def note_expired_secrets(connection: Connection, names: Sequence[Name]) -> None:
     """Write an event for each run whose secret is among the names that the collector is about to destroy."""
     # <prefix>/<organization>/<run>/<uuid>. A signing secret's path has four parts too: its endpoint's id matches no run.
-    paths = {name.name: name.name.split("/") for name in names if name.store == "vault"}
+    paths = {name.name: name.name.split("/") for name in names if name.store == deletions.SECRETS}
     of_runs = [(parts[2], path) for path, parts in paths.items() if len(parts) == 4]
     if of_runs:
         run_ids = [run_id for run_id, _ in of_runs]
@@ -334,9 +334,9 @@ LIST_NAMES = statement(
     WITH attachments AS (
         DELETE FROM run_attachments WHERE run_id = ANY(:run_ids::uuid[]) RETURNING storage_path
     )
-    SELECT 'storage', storage_path FROM attachments WHERE storage_path IS NOT NULL
+    SELECT '{deletions.FILES}', storage_path FROM attachments WHERE storage_path IS NOT NULL
     UNION ALL
-    SELECT 'vault', secret_path FROM {found("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
+    SELECT '{deletions.SECRETS}', secret_path FROM {found("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
     """,
 )
 

@@ -28,7 +28,8 @@ _KEPT_OCTETS = " + ".join(
 )
 
 _KEPT = (
-    "deletions WHERE store = 'vault' AND name = run.secret_path AND condemned_at IS NULL AND due_at > clock_timestamp()"
+    f"deletions WHERE store = '{deletions.SECRETS}' AND name = run.secret_path AND condemned_at IS NULL"
+    " AND due_at > clock_timestamp()"
 )
 _POOL = "pools WHERE pools.id = kept.id AND pools.organization_id = run.organization_id"
 _SESSION_MACHINE = (
@@ -186,7 +187,7 @@ def _switch_statement(
         RETURNING storage_path
     ), listed AS (
         INSERT INTO deletions (store, name, due_at)
-        SELECT 'storage', storage_path, now() FROM removed WHERE storage_path IS NOT NULL
+        SELECT '{deletions.FILES}', storage_path, now() FROM removed WHERE storage_path IS NOT NULL
     ), superseded AS (
         UPDATE run_outputs SET is_superseded = true WHERE ctid = ANY (ARRAY(
             SELECT output.tid FROM seen, LATERAL (
@@ -249,7 +250,7 @@ SWITCH_STAGED = _switch_statement(
         )""",
         f"""due AS (
             INSERT INTO deletions (store, name, due_at)
-            SELECT 'vault', old_secret_path, now() FROM seen
+            SELECT '{deletions.SECRETS}', old_secret_path, now() FROM seen
             WHERE old_secret_path IS NOT NULL AND sensitive_input_aliases IS NOT NULL ORDER BY old_secret_path
             {deletions.DUE_EARLIER}
         )""",
@@ -286,7 +287,7 @@ class Change:
         """What is to be taken off the deletion list, and whether it is kept."""
         names = [(name, False) for name in self.staged.names()]
         if self.retry.options.sensitive_input_values is None and self.run["secret_path"] is not None:
-            names.append((Name("vault", self.run["secret_path"]), True))
+            names.append((Name.secret(self.run["secret_path"]), True))
         return names
 
     def row(self) -> tuple[Any, ...]:

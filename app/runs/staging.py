@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 from app.errors import DatabaseUnavailable, OutcomeUnknown, PayloadTooLarge
 from app.schemas.attachments import File, RunAttachmentCreate
 from app.services import Services
-from app.stores import deletions, vault
+from app.stores import deletions
 from app.stores.database import Connection, committing
 from app.stores.deletions import Name
 from app.stores.files import file_headers
@@ -45,8 +45,8 @@ class Staged:
     files: Sequence[StagedFile] = ()
 
     def names(self) -> list[Name]:
-        secret = [Name("vault", self.secret_path)] if self.secret_path is not None else []
-        return secret + [Name("storage", file.key) for file in self.files]
+        secret = [Name.secret(self.secret_path)] if self.secret_path is not None else []
+        return secret + [Name.file(file.key) for file in self.files]
 
 
 def content_type(file: File) -> str:
@@ -62,7 +62,7 @@ def check_sizes(
     """Raises PayloadTooLarge for what will be staged `copies` times. Base64 was decoded when the body was read."""
     settings = services.settings
     files = files or ()
-    secret_bytes = copies * vault.stored_bytes(secrets) if secrets else 0
+    secret_bytes = copies * services.secrets.size(secrets) if secrets else 0
     most = min(settings.max_bulk_secret_bytes, settings.max_body_bytes)
     if copies > 1 and secret_bytes > most:
         raise PayloadTooLarge(
@@ -98,15 +98,15 @@ async def stage(
             raise DatabaseUnavailable from None  # at most names are listed that nothing was written under
         # Patience with a slot is for those whom others hold up: a request with many writes queues them here, where only the
         # deadline counts, and never has more of them waiting than run at once.
-        vault_turns = asyncio.Semaphore(services.settings.vault_concurrency)
-        storage_turns = asyncio.Semaphore(services.settings.storage_concurrency)
+        secret_turns = asyncio.Semaphore(services.secrets.writes_at_once)
+        file_turns = asyncio.Semaphore(services.settings.storage_concurrency)
 
         async def write(path: str, values: dict[str, Any]) -> None:
-            async with vault_turns:
+            async with secret_turns:
                 await services.secrets.write(path, values, deadline=deadline)
 
         async def put(file: StagedFile, content: bytes) -> None:
-            async with storage_turns:
+            async with file_turns:
                 headers = file_headers(file.filename, file.content_type)
                 await services.files.put(file.key, content, deadline=deadline, attributes=headers)
 
@@ -139,7 +139,7 @@ def plan(
     files: Sequence[File] | None,
 ) -> list[Staged]:
     """Fresh names for what each run will have; nothing is written."""
-    aliases = vault.aliases(services.secrets.mount, secrets or {})
+    aliases = services.secrets.aliases(secrets or {})
 
     def one(run_id: UUID) -> Staged:
         # In order: files of one request are created at the same time, and lists break the tie by id.

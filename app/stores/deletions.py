@@ -17,18 +17,22 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Self
 
 from app.errors import StorageUnavailable, Unavailable, VaultUnavailable
 from app.stores.database import Connection, Database
 from app.stores.files import FileStore
+from app.stores.secrets import SecretStore
 from app.stores.statements import statement
-from app.stores.vault import SecretStore
 from app.telemetry import metrics
 
 log = logging.getLogger("app.deletions")
 
 Store = Literal["vault", "storage"]
+
+# The stores as the rows of the list name them.
+SECRETS: Final = "vault"
+FILES: Final = "storage"
 
 
 class Name(NamedTuple):
@@ -36,6 +40,16 @@ class Name(NamedTuple):
 
     store: Store
     name: str
+
+    @classmethod
+    def secret(cls, path: str) -> Self:
+        """The name of a secret."""
+        return cls(SECRETS, path)
+
+    @classmethod
+    def file(cls, key: str) -> Self:
+        """The name of a file's bytes."""
+        return cls(FILES, key)
 
 
 # --- getting on the list, and off it ----------------------------------------------------------------------------------
@@ -185,10 +199,10 @@ async def collect(
         return [name]
 
     async def delete(keys: list[str]) -> list[Name]:
-        return [Name("storage", key) for key in await files.delete(keys)]
+        return [Name.file(key) for key in await files.delete(keys)]
 
-    work = [destroy(name) for name in names if name.store == "vault"]
-    if keys := [name.name for name in names if name.store == "storage"]:
+    work = [destroy(name) for name in names if name.store == SECRETS]
+    if keys := [name.name for name in names if name.store == FILES]:
         work.append(delete(keys))
     deleted = [name for gone in await asyncio.gather(*work) for name in gone]
     if deleted:
@@ -202,7 +216,7 @@ async def collect(
 
 
 # What a store is called in logs and metrics.
-_LABELS: dict[Store, str] = {"vault": "vault", "storage": "files"}
+_LABELS: dict[Store, str] = {SECRETS: "vault", FILES: "files"}
 
 
 def _tell(store: str, deleted: int, *, failed: int) -> None:

@@ -10,8 +10,8 @@ from app.errors import DatabaseUnavailable, StorageUnavailable, Unavailable, Vau
 from app.stores.database import READ_ONLY, Database
 from app.stores.files import FileStore
 from app.stores.outages import Outage, Problem
+from app.stores.secrets import SecretStore
 from app.stores.setup import Unfit
-from app.stores.vault import SecretStore
 
 Store = Literal["database", "vault", "storage"]
 STORES: tuple[Store, ...] = ("database", "vault", "storage")

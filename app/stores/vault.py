@@ -35,6 +35,7 @@ from urllib3.exceptions import HTTPError
 from app.config import Settings
 from app.errors import PayloadTooLarge, VaultUnavailable
 from app.stores.outages import Outage
+from app.stores.secrets import SHOWN_AT_ONCE
 from app.stores.threads import Slots, fresh_name, measured
 from app.stores.vault_connections import open_pool
 
@@ -66,7 +67,6 @@ _OUTAGE = (
 # the other way round.
 _COLLECTOR_SLOTS = 4
 _WEBHOOK_SLOTS = 4
-SHOWING_SLOTS = 4
 _HEALTH_SLOTS = 1
 
 # How long the answer to "does our login work?" holds for the health check, which anybody may poll.
@@ -179,7 +179,7 @@ class _Adapter(Adapter):  # type: ignore[misc] # hvac is untyped
         return reply
 
 
-class SecretStore:
+class VaultSecrets:
     """One secret per staged set of values, each under a path of its own that is written once.
 
     Secrets of runs are never read here, and the policy does not allow it; those that webhooks are signed with are.
@@ -204,11 +204,24 @@ class SecretStore:
         self._requests = Slots("vault", settings.vault_concurrency)
         self._collector = Slots("vault-collector", _COLLECTOR_SLOTS)
         self._webhooks = Slots("vault-webhooks", _WEBHOOK_SLOTS)
-        self._showing = Slots("vault-showing", SHOWING_SLOTS)
+        self._showing = Slots("vault-showing", SHOWN_AT_ONCE)
         self._health = Slots("vault-health", _HEALTH_SLOTS)
         self._login_works: bool | None = None  # None: not known
         self._may_sign = True  # until the contrary is known
         self._look_at_login = 0.0  # of time.monotonic()
+
+    @property
+    def writes_at_once(self) -> int:
+        """How many secrets one request may write at the same time: as many as there are slots."""
+        return self._settings.vault_concurrency
+
+    def size(self, values: Mapping[str, JsonValue]) -> int:
+        """The bytes that one copy of these values takes. Raises PayloadTooLarge."""
+        return stored_bytes(values)
+
+    def aliases(self, values: Mapping[str, JsonValue]) -> Callable[[str], dict[str, str]]:
+        """What replies show instead of the values, by path."""
+        return aliases(self.mount, values)
 
     def new_path(self, organization_id: str, run_id: UUID) -> str:
         """A path under the mount that no secret ever had; an executor's policy can be limited to its organization."""
@@ -539,7 +552,7 @@ class SecretStore:
 
 def _connections(settings: Settings) -> urllib3.HTTPConnectionPool:
     """As many connections as there are slots. No variable of the environment changes where they go."""
-    slots = settings.vault_concurrency + _COLLECTOR_SLOTS + _WEBHOOK_SLOTS + SHOWING_SLOTS + _HEALTH_SLOTS
+    slots = settings.vault_concurrency + _COLLECTOR_SLOTS + _WEBHOOK_SLOTS + SHOWN_AT_ONCE + _HEALTH_SLOTS
     # To connect, and between bytes.
     timeout = urllib3.Timeout(connect=settings.vault_timeout_seconds, read=settings.vault_timeout_seconds)
     tls = {}

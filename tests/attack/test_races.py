@@ -24,7 +24,7 @@ import pytest
 from app.scheduling.placement import place
 from app.stores import deletions
 from app.stores.database import Database
-from app.stores.vault import SecretStore
+from app.stores.vault import VaultSecrets
 from tests.support.client import Client, file_input
 from tests.support.concurrent_requests import Answer, Call, finished_runs, send_at_once, tally
 from tests.support.faults import FaultyServer, Plan, collect_until_empty, wait_for
@@ -459,7 +459,7 @@ def test_retries_and_deletions_at_random(
 # --- collectors -------------------------------------------------------------------------------------------------------
 
 
-class SlowVault(SecretStore):
+class SlowVault(VaultSecrets):
     """A store whose deletes wait until they are let go: a collector that is slow between condemning and deleting."""
 
     go: threading.Event

@@ -39,7 +39,7 @@ from app.scheduling.silence import look_for_silence
 from app.stores import deletions
 from app.stores.database import Database
 from app.stores.files import FileStore
-from app.stores.vault import SecretStore
+from app.stores.vault import VaultSecrets
 from tests.support.client import Client, file_input
 from tests.support.concurrent_requests import Call, send_at_once
 from tests.support.server import Server, start_server
@@ -520,7 +520,7 @@ class QuickStack(Stack):
         self._settings = settings = settings_of(self)
         self._runner = asyncio.Runner()
         self._database = Database(settings)
-        self._vault, self._files = SecretStore(settings), FileStore(settings)
+        self._vault, self._files = VaultSecrets(settings), FileStore(settings)
 
     def close(self) -> None:
         self._database.close()

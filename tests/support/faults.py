@@ -40,7 +40,7 @@ from app.stores import deletions, files, together
 from app.stores.database import Database
 from app.stores.files import FileStore
 from app.stores.pool import party
-from app.stores.vault import SecretStore
+from app.stores.vault import VaultSecrets
 from app.webhooks import sending
 from app.webhooks.delivery import Deliverer
 from dev.stack import free_port
@@ -327,11 +327,11 @@ async def deliver_until_idle(settings: Settings, ahead: float) -> None:
 
 
 async def collect_until_empty(
-    settings: Settings, ahead: float, *, vault: SecretStore | None = None, batch: int = deletions.BATCH
+    settings: Settings, ahead: float, *, vault: VaultSecrets | None = None, batch: int = deletions.BATCH
 ) -> int:
     """Run the collector on a clock that is `ahead` seconds later until it finds nothing; returns the rows it took."""
     database = Database(settings)
-    vault, files = vault or SecretStore(settings), FileStore(settings)
+    vault, files = vault or VaultSecrets(settings), FileStore(settings)
     taken = 0
     try:
         while rows := await deletions.collect(database, vault, files, ahead=timedelta(seconds=ahead), batch=batch):
