@@ -4,12 +4,13 @@ There is one budget for all of them. A party may use half of it, so that the oth
 short while. This module knows names of parties and numbers, not what they stand for.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import TypeVar
 
 from app.errors import Overloaded
+from app.limits.fair_queue import FairQueue
 from app.limits.quotas import AtOnce, exceeded
 
 T = TypeVar("T")
@@ -39,8 +40,7 @@ class Budget:
         self.limit = limit
         self.used = 0
         self._used_by: dict[str, int] = {}
-        # Who waits, by party; whose turn was longest ago comes first.
-        self._waiting: dict[str, dict[asyncio.Future[None], tuple[int, int]]] = {}
+        self._waiting: FairQueue[tuple[int, int]] = FairQueue()  # how much each wants, and how much it holds
 
     def share(self, party: str) -> "Share":
         """What one request of this party holds; nothing yet."""
@@ -73,42 +73,25 @@ class Budget:
         if self.fits(party, count, held):
             self.add(party, count)
             return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(party, {})[turn] = count, held
         try:
-            async with asyncio.timeout(TURN_SECONDS):
-                await turn
-        except BaseException as gone:
-            if turn.cancelled():
-                self._forget(party, turn)
-            else:  # given in the very moment when this task gave up
-                self.add(party, -count)
-            if isinstance(gone, TimeoutError):
-                raise Overloaded from None
-            raise
-
-    def _forget(self, party: str, turn: asyncio.Future[None]) -> None:
-        waiting = self._waiting.get(party, {})
-        if waiting.pop(turn, None) is not None and not waiting:
-            del self._waiting[party]
+            await self._waiting.wait(party, (count, held), TURN_SECONDS, partial(self.add, party, -count))
+        except TimeoutError:
+            raise Overloaded from None
 
     def _serve(self) -> None:
-        """Who has room now: the parties in turns, of one the first request that fits."""
+        """Let those go on who have room now: the parties in turns, of each the first request that fits."""
         served = True
         while served:
             served = False
-            for party, waiting in list(self._waiting.items()):
-                turn = next((one for one, wanted in waiting.items() if self.fits(party, *wanted)), None)
+            for party in list(self._waiting):
+                wishes = self._waiting.of(party)
+                turn = next((one for one, wish in wishes.items() if self.fits(party, *wish)), None)
                 if turn is None:
                     continue
                 served = True
-                count, _ = waiting[turn]
-                self._forget(party, turn)
-                if party in self._waiting:
-                    self._waiting[party] = self._waiting.pop(party)  # behind the others
-                if not turn.cancelled():
+                count, _ = wishes[turn]
+                if self._waiting.serve(party, turn):
                     self.add(party, count)
-                    turn.set_result(None)
 
 
 class Share:

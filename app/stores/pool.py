@@ -1,12 +1,13 @@
 """A pool of connections to PostgreSQL, shared out among parties: it knows names, not what they stand for."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from functools import partial
 from math import exp
 from typing import Any
 
+from app.limits.fair_queue import FairQueue
 from app.telemetry import metrics
 
 # For whom the current task asks for connections: an organization, a background loop, or "" for requests that have not told yet.
@@ -70,8 +71,8 @@ class Pool:
         self._timeout = timeout
         self._size = self._free = size
         self._held: dict[str, int] = {}
-        # Who waits, by party; whom was served longest ago comes first. Only while nothing is free, or the party has its share.
-        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
+        # Tasks wait only while no connection is free, or while their party has as many as it may have.
+        self._waiting: FairQueue[None] = FairQueue()
         self._idle: list[tuple[Any, float]] = []
         self._open: dict[Any, tuple[str, float]] = {}  # for whom each is in use, or was last, and since when
         self._waited: set[Any] = set()  # in use, for nothing but a wait
@@ -169,24 +170,10 @@ class Pool:
 
     async def _turn(self, name: str) -> None:
         """Wait until the party is given a connection."""
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(name, {})[turn] = None
         try:
-            async with asyncio.timeout(self._timeout):
-                await turn
-        except BaseException as gone:
-            if turn.cancelled():
-                self._forget(name, turn)
-            else:  # given in the very moment when this task gave up
-                self._pass_on(name)
-            if isinstance(gone, TimeoutError):
-                raise NoneFreeError from None
-            raise
-
-    def _forget(self, name: str, turn: asyncio.Future[None]) -> None:
-        waiting = self._waiting.get(name, {})
-        if waiting.pop(turn, turn) is None and not waiting:
-            del self._waiting[name]
+            await self._waiting.wait(name, None, self._timeout, partial(self._pass_on, name))
+        except TimeoutError:
+            raise NoneFreeError from None
 
     def _pass_on(self, name: str) -> None:
         """What the party had goes to the next one, or is free."""
@@ -195,15 +182,9 @@ class Pool:
             del self._held[name]
         self._free += 1
         while self._free and (following := self._next()) is not None:
-            waiting = self._waiting.pop(following)
-            turn = next(iter(waiting))
-            del waiting[turn]
-            if waiting:
-                self._waiting[following] = waiting  # behind the others
-            if not turn.cancelled():
+            if self._waiting.serve(following, next(iter(self._waiting.of(following)))):
                 self._free -= 1
                 self._held[following] = self._held.get(following, 0) + 1
-                turn.set_result(None)
 
     def _next(self) -> str | None:
         """The waiting party with the fewest connections, of those that may have more. One that waits for its share holds some,
