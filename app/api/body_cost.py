@@ -1,6 +1,7 @@
 """What a body takes in memory while its request is served, for the budget of bytes in flight.
 
-A unit is a byte of a file's base64: with its decoded form and what the stores make of it, it takes about two bytes and a half.
+A body weighs one byte of the budget for each byte of a file's base64. With its decoded form and the copies that stores
+make, such a byte takes about 2.5 bytes of memory.
 """
 
 import sys
@@ -15,7 +16,7 @@ from app.errors import Invalid, PayloadTooLarge
 _VALUE = 100
 # A document is parsed, written as JSON, sent to PostgreSQL, and read and sent again in the reply.
 _COPIES = 4
-_BYTES_PER_UNIT = 2
+_BYTES_PER_WEIGHT = 2
 _PIECE = 32 * 1024  # is counted at once
 
 
@@ -39,12 +40,12 @@ def after(raw: bytes, parsed: BaseModel, settings: Settings, values: int) -> int
     documents = max(len(raw) - files, 0)
     # A text takes one, two or four bytes for each of its characters, whatever most of them are.
     texts = documents if raw.isascii() and not _has_escapes(raw) else _text_bytes(parsed)
-    units = values + files + (texts + _COPIES * documents) // _BYTES_PER_UNIT
-    if units > settings.max_in_flight_bytes:
+    weight = values + files + (texts + _COPIES * documents) // _BYTES_PER_WEIGHT
+    if weight > settings.max_in_flight_bytes:
         raise PayloadTooLarge(
             "The values in the body take more memory than one request may; send fewer or smaller ones."
         )
-    return units
+    return weight
 
 
 def _file_bytes(parsed: BaseModel) -> int:

@@ -62,7 +62,7 @@ async def respond(services: Services, file: Record, request: Request) -> Respons
     start, end = wanted or (0, size)
     stop = min(end, start + 1) if is_head(request) else end
     # One chunk is sent while the next one is read.
-    await memory_budget.hold(min(stop - start, 2 * CHUNK), party=file["organization_id"])
+    await memory_budget.reserve(min(stop - start, 2 * CHUNK), party=file["organization_id"])
     try:
         chunks = await services.files.stream(file["storage_path"], start, stop)
     except FileMissingError:

@@ -86,9 +86,9 @@ class Edge:
             scope = dict(scope, method="GET")
             scope["state"]["is_head"] = True
         services: Services = scope["app"].state.services
-        share = services.in_flight.share("")
-        memory_budget.share.set(share)
-        exchange = _Exchange(scope, receive, send, share, method)
+        memory = services.in_flight.reservation("")
+        memory_budget.current.set(memory)
+        exchange = _Exchange(scope, receive, send, memory, method)
         refusal: Refusal | None = None
         self.active += 1
         try:
@@ -97,7 +97,7 @@ class Edge:
                 await exchange.options()
             else:
                 if not is_public(scope["path"]):
-                    await _admit(exchange, services, share)
+                    await _admit(exchange, services, memory)
                 await self.app(scope, exchange.receive, exchange.send)
         except Refusal as error:
             refusal = error
@@ -108,7 +108,7 @@ class Edge:
             log.error({"event": "unhandled", "request_id": exchange.id, **describe(error)})
             refusal = InternalError()
         finally:
-            share.close()
+            memory.release()
             self.active -= 1
         if refusal is not None and not exchange.started:
             if isinstance(refusal, QuotaExceeded):
@@ -125,18 +125,18 @@ def note(state: dict[str, Any], refusal: Refusal) -> None:
         state["cause"] = refusal.kind
 
 
-async def _admit(exchange: "_Exchange", services: Services, share: memory_budget.Share) -> None:
+async def _admit(exchange: "_Exchange", services: Services, memory: memory_budget.Reservation) -> None:
     """Find out who calls, and count the request for them. Raises Unauthorized and QuotaExceeded."""
     scope = exchange.scope
     limits: Limits = scope["app"].state.limits
     principal = await _authenticate(exchange, services, limits)
     party.set(principal.organization_id)
-    share.party = principal.organization_id
+    memory.party = principal.organization_id
     exchange.principal = scope["state"]["principal"] = principal
     now = scope["state"]["known_at"] = time.monotonic()
     services.keys_used.note(principal.key_id, now)
     exchange.standings = limits.request(principal)
-    limits.meter(share, principal)
+    limits.meter(memory, principal)
     if principal.machine_id is not None and exchange.method != "HEAD":
         services.signs_of_life.note(principal.organization_id, principal.machine_id)
 
@@ -161,10 +161,12 @@ async def _authenticate(exchange: "_Exchange", services: Services, limits: Limit
 class _Exchange:
     """One request and its reply."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, share: memory_budget.Share, method: str) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, memory: memory_budget.Reservation, method: str
+    ) -> None:
         self.scope = scope
         self.method = method  # as it was sent
-        self._share = share
+        self._memory = memory
         self._receive = receive
         self._send = send
         self._began = time.perf_counter()
@@ -230,7 +232,7 @@ class _Exchange:
 
     def _has_room(self, count: int) -> bool:
         """What is sent whole stays in memory until its reader has taken it."""
-        return self.principal is None or count <= memory_budget.FREE_BYTES or self._share.hold_if_it_fits(count)
+        return self.principal is None or count <= memory_budget.FREE_BYTES or self._memory.charge_if_it_fits(count)
 
     async def begin(self) -> None:
         """Send the head of the reply, if it waits for the body."""
@@ -255,7 +257,7 @@ class _Exchange:
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         self._bytes_out += len(body)
-        if len(body) > PIECE_BYTES and self._share.party:  # somebody for whom it counts
+        if len(body) > PIECE_BYTES and self._memory.party:  # somebody for whom it counts
             body = await self._send_all_but_the_end(body)
         if self._lingers and not more:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
@@ -265,7 +267,7 @@ class _Exchange:
 
     async def _send_all_but_the_end(self, body: bytes) -> bytes:
         """Piece by piece, as the reader takes them: so that the reply counts as held until it is gone."""
-        self._share.note(len(body))
+        self._memory.charge(len(body))
         last = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES
         for start in range(0, last, PIECE_BYTES):
             piece = body[start : start + PIECE_BYTES]

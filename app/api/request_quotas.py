@@ -16,7 +16,7 @@ from app.access.auth import Principal, digest
 from app.api.client_address import subscriber
 from app.config import Settings
 from app.errors import QuotaExceeded, Unauthorized
-from app.limits.memory_budget import Share
+from app.limits.memory_budget import Reservation
 from app.limits.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, Standing, beyond, exceeded, policy
 
 # An organization's long polls may take this part of the connections, so that others always find some.
@@ -92,9 +92,9 @@ class Limits:
             finally:
                 self._held -= 1
 
-    def meter(self, share: Share, principal: Principal) -> None:
+    def meter(self, memory: Reservation, principal: Principal) -> None:
         """From now on what the request holds counts for its key and its organization."""
-        share.meters = [
+        memory.meters = [
             (meter, party)
             for meter, party in (
                 (self._key_bytes, principal.key_id),

@@ -192,7 +192,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
     if declared.isdigit():
         if int(declared) > limit:
             raise too_large
-        await memory_budget.hold(int(declared))
+        await memory_budget.reserve(int(declared))
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType
     settings = services(request).settings
@@ -216,7 +216,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
                 if size > promised:  # no length was declared
                     timeout.reschedule(None)
                     promised = min(2 * size, limit)
-                    await memory_budget.hold(promised)
+                    await memory_budget.reserve(promised)
                     timeout.reschedule(loop.time() + seconds)
                 if size >= wanted:
                     wanted = size + seconds * settings.body_min_bytes_per_second
@@ -311,9 +311,9 @@ async def _parsed(request: Request, raw: bytes, model: type[Model]) -> Model:
         most = body_cost.most_values(raw) if len(raw) <= QUICK_BYTES else None
         run = _at_once if most is not None and most <= QUICK_VALUES else partial(_in_turn, request)
         before = await run(body_cost.before, raw, settings, most)
-        await memory_budget.hold(before)
-        parsed, units = await run(_parse_and_weigh, raw, model, settings, before - len(raw))
-        memory_budget.hold_at_once(units)
+        await memory_budget.reserve(before)
+        parsed, weight = await run(_parse_and_weigh, raw, model, settings, before - len(raw))
+        memory_budget.charge_or_refuse(weight)
     await still_known(request)
     return parsed
 
@@ -332,12 +332,12 @@ async def _at_once(work: Callable[..., T], *arguments: object) -> T:
 
 async def _in_turn(request: Request, work: Callable[..., T], *arguments: object) -> T:
     """In a thread, one at a time and the organizations in turns: while Python's parser works, nothing else does."""
-    turn = services(request).parsing.share(request.state.principal.organization_id)
-    await turn.hold(1)
+    turn = services(request).parsing.reservation(request.state.principal.organization_id)
+    await turn.reserve(1)
     try:
         return await asyncio.to_thread(work, *arguments)
     finally:
-        turn.close()
+        turn.release()
 
 
 @cache

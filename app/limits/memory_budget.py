@@ -1,7 +1,7 @@
-"""Bytes in flight: what requests hold in this process, between their first byte and the last one of their reply.
+"""The memory budget of a process: bytes that requests have, between their first byte and the last one of their reply.
 
-There is one budget for all of them. A party may use half of it, so that the others find room; who finds none waits for a
-short while. This module knows names of parties and numbers, not what they stand for.
+All requests have one budget. A party may use half of it, so that other parties find room. A request that finds no room waits
+for TURN_SECONDS at most. This module knows names of parties and numbers, not what they stand for.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -42,9 +42,9 @@ class Budget:
         self._used_by: dict[str, int] = {}
         self._waiting: FairQueue[tuple[int, int]] = FairQueue()  # how much each wants, and how much it holds
 
-    def share(self, party: str) -> "Share":
-        """What one request of this party holds; nothing yet."""
-        return Share(self, party)
+    def reservation(self, party: str) -> "Reservation":
+        """The reservation of a request of this party, empty at first."""
+        return Reservation(self, party)
 
     def fits(self, party: str, count: int, held: int) -> bool:
         """Whether a request of this party, which holds `held`, may have so much more now.
@@ -68,7 +68,7 @@ class Budget:
         if count < 0:
             self._serve()
 
-    async def take(self, party: str, count: int, held: int) -> None:
+    async def reserve(self, party: str, count: int, held: int) -> None:
         """Add it, as soon as there is room. Raises Overloaded when there is none in time."""
         if self.fits(party, count, held):
             self.add(party, count)
@@ -94,8 +94,12 @@ class Budget:
                     self.add(party, count)
 
 
-class Share:
-    """What one request holds."""
+class Reservation:
+    """The bytes of the budget that one request has.
+
+    Four verbs: `reserve` waits for room, `try_reserve` does not wait, `charge` counts what is in memory already, and `release`
+    gives everything back.
+    """
 
     __slots__ = ("_budget", "held", "meters", "party")
 
@@ -105,8 +109,8 @@ class Share:
         self.held = 0
         self.meters: Sequence[tuple[AtOnce, object]] = ()  # quotas for which it counts; changed while nothing is held
 
-    async def hold(self, count: int) -> None:
-        """Hold `count` bytes in all, at most the whole budget; waits up to TURN_SECONDS for room. Gives nothing back.
+    async def reserve(self, count: int) -> None:
+        """Have `count` bytes in all, at most the whole budget; wait up to TURN_SECONDS for room. Gives nothing back.
 
         Raises Overloaded and QuotaExceeded.
         """
@@ -116,14 +120,14 @@ class Share:
         self._check_quotas(more)
         self._meter(more)  # while it waits, too
         try:
-            await self._budget.take(self.party, more, self.held)
+            await self._budget.reserve(self.party, more, self.held)
         except BaseException:
             self._meter(-more)
             raise
         self.held += more
 
-    def hold_at_once(self, count: int) -> None:
-        """As `hold`, without waiting. Raises NoRoom and QuotaExceeded."""
+    def try_reserve(self, count: int) -> None:
+        """As `reserve`, without waiting. Raises NoRoom and QuotaExceeded."""
         more = min(count, self._budget.limit) - self.held
         if more <= 0:
             return
@@ -143,51 +147,51 @@ class Share:
         for meter, party in self.meters:
             meter.add(party, count)
 
-    def hold_if_it_fits(self, count: int) -> bool:
-        """As `hold_at_once`, whatever quotas say; whether there was room."""
+    def charge_if_it_fits(self, count: int) -> bool:
+        """As `charge`, if there is room; whether there was. Quotas are not asked."""
         fits = count <= self.held or self._budget.fits(self.party, count - self.held, self.held)
         if fits:
-            self.note(count)
+            self.charge(count)
         return fits
 
-    def fits(self, count: int) -> bool:
-        """Whether there is room now for so much in all, of a body that has come: its party's half does not matter any more."""
+    def has_room_for(self, count: int) -> bool:
+        """Whether there is room for `count` bytes in all, of a body that has come. Its party's half does not count."""
         return self._budget.used + count - self.held <= self._budget.limit
 
-    def note(self, count: int) -> None:
-        """It holds so much in all, whether there was room for it or not."""
+    def charge(self, count: int) -> None:
+        """Have `count` bytes in all, whether there is room for them or not."""
         more = count - self.held
         if more > 0:
             self._budget.add(self.party, more)
             self._meter(more)
             self.held += more
 
-    def close(self) -> None:
-        """Give all of it back."""
+    def release(self) -> None:
+        """Give everything back."""
         if self.held:
             self._budget.add(self.party, -self.held)
             self._meter(-self.held)
             self.held = 0
 
 
-# Of the request that the current task answers.
-share: ContextVar[Share | None] = ContextVar("share", default=None)
+# The reservation of the request that the current task answers.
+current: ContextVar[Reservation | None] = ContextVar("reservation", default=None)
 
 
-def hold_at_once(count: int) -> None:
-    """As `hold`, for what is in memory already and must not wait there. Raises Overloaded when there is no room now."""
-    own = share.get()
+def charge_or_refuse(count: int) -> None:
+    """The current request has `count` bytes in all, which are in memory already. Raises Overloaded if there is no room."""
+    own = current.get()
     if own is not None and count > own.held:
-        if not own.fits(count):
+        if not own.has_room_for(count):
             raise Overloaded
-        own.note(count)
+        own.charge(count)
 
 
-def hold_reply(octets: int) -> None:
-    """Before so many bytes of JSON are read from the database to be sent. Raises NoRoom and QuotaExceeded."""
-    own = share.get()
+def reserve_reply(octets: int) -> None:
+    """Before a reply of `octets` bytes of JSON is read from the database. Raises NoRoom and QuotaExceeded."""
+    own = current.get()
     if own is not None and COPIES * octets > FREE_BYTES:
-        own.hold_at_once(COPIES * octets)
+        own.try_reserve(COPIES * octets)
 
 
 async def with_room(read: Callable[[], Awaitable[T]]) -> T:
@@ -199,17 +203,17 @@ async def with_room(read: Callable[[], Awaitable[T]]) -> T:
         return await read()
     except NoRoom as missing:
         count = missing.count  # not the exception: with its frames it would keep the rows in memory
-    await hold(count)
+    await reserve(count)
     return await read()
 
 
-async def hold(count: int, *, party: str | None = None) -> None:
-    """The request that is being answered holds so many bytes at once. Raises Overloaded when there is no room in time.
+async def reserve(count: int, *, party: str | None = None) -> None:
+    """Wait until the current request has `count` bytes in all. Raises Overloaded if there is no room in time, QuotaExceeded.
 
-    `party` is on whose behalf, of a request that holds nothing yet and whose caller shows no key.
+    `party` is counted for a request that has nothing yet and whose caller shows no key.
     """
-    own = share.get()
+    own = current.get()
     if own is not None and count > FREE_BYTES:
         if party is not None and not own.held:
             own.party = party
-        await own.hold(count)
+        await own.reserve(count)

@@ -84,7 +84,7 @@ async def get_with_machines(
     if octets > max_bytes:
         sentence = f"The pool with its machines would have more than {max_bytes} bytes; have fewer machines in it."
         raise Invalid((asked_by, sentence, "pool_too_large"))
-    memory_budget.hold_reply(octets)
+    memory_budget.reserve_reply(octets)
     members = await connection.fetch(MEMBERS, pool_id=pool_id, organization_id=organization_id)
     return pool | {"machines": await machines.show(connection, organization_id, members)}
 

@@ -373,12 +373,12 @@ async def get_secret(services: Services, organization_id: str, endpoint_id: UUID
         row = await connection.fetchrow(CURRENT_SECRET, endpoint_id=endpoint_id)
     if row is None:  # deleted between the two
         raise WebhookEndpointNotFound
-    turn = services.showing.share(organization_id)
-    await turn.hold(1)
+    turn = services.showing.reservation(organization_id)
+    await turn.reserve(1)
     try:
         values = await services.secrets.read(row["path"], is_shown=True)
     finally:
-        turn.close()
+        turn.release()
     if values is None:
         raise VaultUnavailable("The secret store does not have this endpoint's secret; rotate it to get a new one.")
     return {

@@ -96,7 +96,7 @@ async def get(connection: Connection, organization_id: str, workflow_id: UUID) -
     row = await connection.fetchrow(GET, workflow_id=workflow_id, organization_id=organization_id)
     if row is None:
         raise WorkflowNotFound
-    memory_budget.hold_reply(sum(len(row[name] or "") for name in ("main_prompt", "input_schema", "output_schema")))
+    memory_budget.reserve_reply(sum(len(row[name] or "") for name in ("main_prompt", "input_schema", "output_schema")))
     return show(row)
 
 

@@ -95,7 +95,7 @@ async def _create(
     if len(run_ids) * len(json_bytes(options.input_values) or b"") > services.settings.max_body_bytes:
         raise PayloadTooLarge("count times the size of input_values is too large; send fewer runs at a time.")
     principal, count = write.principal, len(run_ids)
-    await memory_budget.hold(
+    await memory_budget.reserve(
         memory_budget.COPIES * _reply_octets(services, principal.organization_id, options, run_ids)
     )
     if options.sensitive_input_values or options.file_inputs:

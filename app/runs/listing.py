@@ -341,7 +341,7 @@ async def read(connection: Connection, ids: Sequence[UUID], max_bytes: int) -> l
     octets = await connection.fetchval(OCTETS, ids=ids, shown=_ALL)
     if len(ids) > 1 and octets > max_bytes:
         return None
-    memory_budget.hold_reply(octets)
+    memory_budget.reserve_reply(octets)
     return await projection.many(connection, await connection.fetch(ROWS, ids=ids, shown=_ALL))
 
 

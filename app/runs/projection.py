@@ -216,7 +216,7 @@ async def get(connection: Connection, run_id: UUID, principal: Principal) -> dic
         octets = await connection.fetchval(WEIGH_RUN, **named)
         if octets is None:
             raise RunNotFound
-        memory_budget.hold_reply(octets)
+        memory_budget.reserve_reply(octets)
         row = await connection.fetchrow(GET_RUN, **named, most=octets)
     return run(row)
 

@@ -105,7 +105,7 @@ class _Asked:
             missing=missing,
         )
         if run is not None:
-            memory_budget.hold_reply(run["kept_octets"])
+            memory_budget.reserve_reply(run["kept_octets"])
         for refusal in decided.refusals:
             raise refusal
         assert run is not None and decided.following is not None  # noqa: S101, PT018 - else it is refused

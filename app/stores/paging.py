@@ -137,7 +137,7 @@ async def rows_of(
     if shown > 1 and octets > part.max_bytes:
         sentence = f"The page would have more than {part.max_bytes} bytes; limit={shown - 1} fits."
         raise Invalid((("query", "limit"), sentence, "page_too_large"))
-    memory_budget.hold_reply(octets)
+    memory_budget.reserve_reply(octets)
     if not keys:
         return []
     return await (connection.fetch(read, ids=keys) if isinstance(read, Statement) else read(connection, keys))
