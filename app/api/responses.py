@@ -8,8 +8,8 @@ from starlette.responses import Response
 from app.api.requests import services
 from app.idempotency import Reply
 from app.limits.quotas import fields
-from app.runs.projection import encode
 from app.schemas.values import Timestamp
+from app.stores.documents import encode
 from app.stores.paging import Slice
 
 Skip = Annotated[int, Query(ge=0, le=2**31 - 1, description="Items to pass over, from the first or from `after`.")]

@@ -11,7 +11,6 @@ from app.bulk import choosing
 from app.errors import BulkRetryEnded, BulkRetryNotFound, Invalid
 from app.idempotency import Reply, Resource, WriteRequest, once
 from app.limits.quotas import Standing, exceeded, policy
-from app.runs.projection import columns, encode
 from app.scheduling.held import check_not_before
 from app.scheduling.targets import check_targets
 from app.schemas.bulk import BulkRetryCreate, BulkRetryOverrides, Outcome
@@ -19,6 +18,7 @@ from app.schemas.runs import RunRetry
 from app.services import Services
 from app.stores import locks
 from app.stores.database import Connection, Database, Record
+from app.stores.documents import columns, encode
 from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import json_bytes, statement
 

@@ -16,13 +16,13 @@ from app.handoff import dispatches
 from app.idempotency import Reply, Resource, WriteRequest, once
 from app.models import Machine, RunStatus
 from app.resources.patching import Change, Owner, locked_runs
-from app.runs import projection
 from app.runs.ending import end_runs
 from app.scheduling import rules
 from app.schemas.resources import MachineCreate, MachinePoolUpdate, MachineUpdate
 from app.schemas.values import MAX_POOLS
 from app.services import Services
 from app.stores.database import Connection, Database, Deadlock, Record
+from app.stores.documents import columns, encode
 from app.stores.paging import Listing, Slice, in_order, where
 from app.stores.scans import page_of_search
 from app.stores.statements import by_id, found, locked, statement
@@ -74,12 +74,12 @@ POOL_UNSUPPORTED = {"pool_parameters": None, "pool_sensitive_parameters": None}
 
 _THE_MACHINE = "id = :machine_id AND organization_id = :organization_id"
 
-GET = statement("machines.get", f"SELECT {projection.columns(COLUMNS)} FROM machines WHERE {_THE_MACHINE}")
+GET = statement("machines.get", f"SELECT {columns(COLUMNS)} FROM machines WHERE {_THE_MACHINE}")
 
 POOLS = statement(
     "pools.get",
     f"""
-    SELECT {projection.columns(POOL_COLUMNS)} FROM {found("pools", "pool_ids")} AS pools
+    SELECT {columns(POOL_COLUMNS)} FROM {found("pools", "pool_ids")} AS pools
     WHERE organization_id = :organization_id
     """,
 )
@@ -96,7 +96,7 @@ octet_length(to_json(machines)::text) + 250 + coalesce((
 """
 
 MACHINES = Listing("machines", "machines", octets=OCTETS, row="machines.id = listed.key")
-ROWS = statement("machines.rows", f"SELECT {projection.columns(COLUMNS)} FROM {in_order('machines')} ORDER BY page.n")
+ROWS = statement("machines.rows", f"SELECT {columns(COLUMNS)} FROM {in_order('machines')} ORDER BY page.n")
 
 
 MOST_CHECKED = 1000  # machines whose health one reply speaks of: those that were registered last
@@ -152,7 +152,7 @@ async def get(connection: Connection, organization_id: str, machine_id: UUID) ->
 
 
 async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
-    return projection.encode(await get(connection, principal.organization_id, ids[0]))
+    return encode(await get(connection, principal.organization_id, ids[0]))
 
 
 RESOURCE = Resource(_show)

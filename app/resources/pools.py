@@ -12,17 +12,17 @@ from app.models import Pool
 from app.resources import machines
 from app.resources.machines import POOL_COLUMNS, POOL_OCTETS, POOLS, join, lock_machines, lock_pools, show_pool
 from app.resources.patching import Change
-from app.runs import projection
 from app.schemas.resources import MachinePoolAssignment, PoolCreate, PoolUpdate
 from app.services import Services
 from app.stores.database import Connection, Database
+from app.stores.documents import columns, encode
 from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import statement
 
 MEMBERS = statement(
     "pools.members",
     f"""
-    SELECT {projection.columns(machines.COLUMNS)} FROM pool_machines member, LATERAL (
+    SELECT {columns(machines.COLUMNS)} FROM pool_machines member, LATERAL (
         SELECT * FROM machines WHERE id = member.machine_id AND organization_id = :organization_id LIMIT 1
     ) AS machines
     WHERE member.pool_id = :pool_id ORDER BY machines.created_at DESC, machines.id DESC
@@ -39,7 +39,7 @@ WEIGH_MEMBERS = statement(
 )
 
 LISTED = Listing("pools", "pools", octets=POOL_OCTETS, row="pools.id = listed.key")
-ROWS = statement("pools.rows", f"SELECT {projection.columns(POOL_COLUMNS)} FROM {in_order('pools')} ORDER BY page.n")
+ROWS = statement("pools.rows", f"SELECT {columns(POOL_COLUMNS)} FROM {in_order('pools')} ORDER BY page.n")
 
 INSERT = statement(
     "pools.insert",
@@ -90,7 +90,7 @@ async def get_with_machines(
 
 
 async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
-    return projection.encode(await get(connection, principal.organization_id, ids[0]))
+    return encode(await get(connection, principal.organization_id, ids[0]))
 
 
 RESOURCE = Resource(_show)
@@ -158,7 +158,7 @@ async def add_machines(services: Services, write: WriteRequest, pool_id: UUID, o
             max_bytes=services.settings.max_reply_bytes,
             asked_by=("body", "machine_ids"),
         )
-        return projection.encode(shown)
+        return encode(shown)
 
     async def work(connection: Connection) -> Reply:
         await lock_pools(connection, organization_id, [pool_id])

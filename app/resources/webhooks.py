@@ -33,6 +33,7 @@ from app.services import Services
 from app.stores import deletions, locks
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
+from app.stores.documents import columns, encode
 from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import statement
 from app.webhooks import signing
@@ -87,7 +88,7 @@ DELIVERY_COLUMNS = {
 
 _OWN = "id = :endpoint_id AND organization_id = :organization_id"
 
-GET = statement("webhooks.endpoint.get", f"SELECT {projection.columns(COLUMNS)} FROM webhook_endpoints WHERE {_OWN}")
+GET = statement("webhooks.endpoint.get", f"SELECT {columns(COLUMNS)} FROM webhook_endpoints WHERE {_OWN}")
 
 LISTED = Listing(
     "webhooks.endpoints",
@@ -97,7 +98,7 @@ LISTED = Listing(
 )
 ROWS = statement(
     "webhooks.endpoints.rows",
-    f"SELECT {projection.columns(COLUMNS)} FROM {in_order('webhook_endpoints')} ORDER BY page.n",
+    f"SELECT {columns(COLUMNS)} FROM {in_order('webhook_endpoints')} ORDER BY page.n",
 )
 
 LISTED_DELIVERIES = Listing(
@@ -108,7 +109,7 @@ LISTED_DELIVERIES = Listing(
 )
 DELIVERY_ROWS = statement(
     "webhooks.deliveries.rows",
-    f"SELECT {projection.columns(DELIVERY_COLUMNS)} FROM {in_order('webhook_deliveries')} ORDER BY page.n",
+    f"SELECT {columns(DELIVERY_COLUMNS)} FROM {in_order('webhook_deliveries')} ORDER BY page.n",
 )
 
 LOCK = statement(
@@ -119,8 +120,8 @@ LOCK = statement(
 _OF_ENDPOINT = "(SELECT true FROM webhook_endpoints e WHERE e.id = webhook_deliveries.endpoint_id)"
 _DELIVERY = f"FROM webhook_deliveries WHERE id = :delivery_id AND organization_id = :organization_id AND {_OF_ENDPOINT}"
 
-GET_DELIVERY = statement("webhooks.delivery.get", f"SELECT {projection.columns(DELIVERY_COLUMNS)} {_DELIVERY}")
-GET_LOG = statement("webhooks.delivery.log", f"SELECT {projection.columns(DELIVERY_COLUMNS)}, last_tries {_DELIVERY}")
+GET_DELIVERY = statement("webhooks.delivery.get", f"SELECT {columns(DELIVERY_COLUMNS)} {_DELIVERY}")
+GET_LOG = statement("webhooks.delivery.log", f"SELECT {columns(DELIVERY_COLUMNS)}, last_tries {_DELIVERY}")
 
 # What belongs to a run: its events by its id alone, for a plan of an empty table could look the organization's up instead.
 _OF_RUN = f"""
@@ -138,7 +139,7 @@ async def get(connection: Connection, organization_id: str, endpoint_id: UUID) -
 
 
 async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
-    return projection.encode(await get(connection, principal.organization_id, ids[0]))
+    return encode(await get(connection, principal.organization_id, ids[0]))
 
 
 RESOURCE = Resource(_show)
@@ -182,7 +183,7 @@ async def list_of_run(database: Database, principal: Principal, run_id: UUID, pa
 
 
 async def _show_delivery(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
-    return projection.encode(await get_delivery(connection, principal.organization_id, ids[0]))
+    return encode(await get_delivery(connection, principal.organization_id, ids[0]))
 
 
 DELIVERY = Resource(_show_delivery)
@@ -501,7 +502,7 @@ async def send_test(services: Services, write: WriteRequest, endpoint_id: UUID) 
             endpoint_id=endpoint_id,
             organization_id=organization_id,
             occurred_at=occurred_at,
-            body=projection.encode(_example(event_id, organization_id, occurred_at)),
+            body=encode(_example(event_id, organization_id, occurred_at)),
         )
         shown = await _show_delivery(connection, write.principal, [delivery_id])
         return Reply(201, shown, [delivery_id], has_event=True)

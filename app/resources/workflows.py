@@ -12,12 +12,12 @@ from app.idempotency import Reply, Resource, WriteRequest, once
 from app.limits import memory_budget
 from app.models import Workflow
 from app.resources.patching import Change, locked_runs
-from app.runs import projection
 from app.runs.ending import remove_runs
 from app.schemas.resources import WorkflowCreate, WorkflowUpdate
 from app.schemas.retry_policies import RetryPolicy
 from app.services import Services
 from app.stores.database import Connection, Database, Record
+from app.stores.documents import columns, encode
 from app.stores.paging import Listing, Slice, in_order, where
 from app.stores.scans import page_of_search
 from app.stores.statements import json_bytes, statement
@@ -49,14 +49,14 @@ UNSUPPORTED = {
 
 _THE_WORKFLOW = "id = :workflow_id AND organization_id = :organization_id"
 
-GET = statement("workflows.get", f"SELECT {projection.columns(COLUMNS)} FROM workflows WHERE {_THE_WORKFLOW}")
+GET = statement("workflows.get", f"SELECT {columns(COLUMNS)} FROM workflows WHERE {_THE_WORKFLOW}")
 
 WORKFLOWS = Listing(
     "workflows", "workflows", octets="octet_length(to_json(workflows)::text) + 300", row="workflows.id = listed.key"
 )
 ROWS = statement(
     "workflows.rows",
-    f"SELECT {projection.columns(COLUMNS)} FROM {in_order('workflows')} ORDER BY page.n",
+    f"SELECT {columns(COLUMNS)} FROM {in_order('workflows')} ORDER BY page.n",
 )
 
 INSERT = statement(
@@ -101,7 +101,7 @@ async def get(connection: Connection, organization_id: str, workflow_id: UUID) -
 
 
 async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
-    return projection.encode(await get(connection, principal.organization_id, ids[0]))
+    return encode(await get(connection, principal.organization_id, ids[0]))
 
 
 RESOURCE = Resource(_show)

@@ -30,10 +30,11 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
+from app.stores.documents import columns, encode
 from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import by_id, found, statement
 
-COLUMNS = projection.columns(projection.ATTACHMENT_COLUMNS)
+COLUMNS = columns(projection.ATTACHMENT_COLUMNS)
 
 # What the caller may see: a key that is bound to a machine, files of that machine's runs. OFFSET 0: the run is looked up by its
 # id for this attachment, not joined.
@@ -94,7 +95,7 @@ async def readable(connection: Connection, attachment_id: UUID, principal: Princ
 async def _show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
     attachment_id, run_id = ids
     await replays.refuse_gone(connection, principal, run_id)
-    return projection.encode(dict(await _get(connection, attachment_id, principal)))
+    return encode(dict(await _get(connection, attachment_id, principal)))
 
 
 async def _left(connection: Connection, principal: Principal, ids: Sequence[UUID], body: bytes) -> bytes:
@@ -190,7 +191,7 @@ async def create(services: Services, write: WriteRequest, options: RunAttachment
             expires_at=options.expires_at,
         )
         machine_id = None if run is None else run["assigned_machine_id"]
-        return Reply(201, projection.encode(dict(row)), [file.id, options.run_id])
+        return Reply(201, encode(dict(row)), [file.id, options.run_id])
 
     reply = await once(services, write, switch, RESOURCE)
     if machine_id is not None:
@@ -262,7 +263,7 @@ async def update(services: Services, write: WriteRequest, attachment_id: UUID, o
             if not row["storage_path"]:
                 raise InputAttachmentsExpired
             [row] = await connection.fetch(EXPIRE, attachment_id=attachment_id, expires_at=options.expires_at)
-        return Reply(200, projection.encode(dict(row)), [attachment_id, UUID(row["run_id"])])
+        return Reply(200, encode(dict(row)), [attachment_id, UUID(row["run_id"])])
 
     return await once(services, write, work, RESOURCE)
 

@@ -6,6 +6,7 @@ from app.access.auth import SEEN, Principal
 from app.errors import RunNotFound
 from app.runs import projection
 from app.stores.database import Connection, Database, Record
+from app.stores.documents import columns
 from app.stores.paging import Listing, Slice, page
 from app.stores.statements import statement
 
@@ -22,7 +23,7 @@ ATTEMPTS = Listing(
 ROWS = statement(
     "attempts.rows",
     f"""
-    SELECT {projection.columns(projection.ATTEMPT_COLUMNS)} FROM run_attempts t
+    SELECT {columns(projection.ATTEMPT_COLUMNS)} FROM run_attempts t
     WHERE t.run_id = :run_id AND t.attempt = ANY(:attempts::integer[]) ORDER BY t.attempt DESC
     """,
 )

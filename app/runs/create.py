@@ -21,6 +21,7 @@ from app.scheduling.targets import check_targets
 from app.schemas.runs import RunBulkCreate, RunCreate
 from app.services import Services
 from app.stores.database import Connection
+from app.stores.documents import columns, encode
 from app.stores.statements import found, json_bytes, statement
 
 # The lock keeps the workflow from being deleted before its run is committed.
@@ -54,7 +55,7 @@ INSERT = statement(
 CREATED = statement(
     "runs.create.created",
     f"""
-    SELECT {projection.columns(projection.MANY_RUNS)} FROM {found("runs", "run_ids")} AS r
+    SELECT {columns(projection.MANY_RUNS)} FROM {found("runs", "run_ids")} AS r
     {projection.RUN_SOURCE} {projection.outputs_source()}
     ORDER BY array_position(:run_ids::uuid[], r.id)
     """,
@@ -66,7 +67,7 @@ async def create(services: Services, write: WriteRequest, options: RunCreate) ->
     run_id = uuid4()
 
     def show(runs: list[dict[str, Any]]) -> bytes:
-        return projection.encode(runs[0])
+        return encode(runs[0])
 
     return await _create(services, write, options, [run_id], run_id, show, replays.RUN)
 
@@ -155,7 +156,7 @@ def _reply_octets(
         return 0
     [one] = staging.plan(services, organization_id, run_ids[:1], options.sensitive_input_values, options.file_inputs)
     repeated = [one.aliases, options.session_alias, *(field.given(options) for field in carried.CARRIED)]
-    size = _RUN_BYTES + len(projection.encode(repeated)) + _ID_BYTES * (len(one.files) + len(options.pool_ids or ()))
+    size = _RUN_BYTES + len(encode(repeated)) + _ID_BYTES * (len(one.files) + len(options.pool_ids or ()))
     if len(run_ids) * size > services.settings.max_reply_bytes:
         raise PayloadTooLarge(
             f"The reply would show count times what was sent, more than {services.settings.max_reply_bytes} bytes; "

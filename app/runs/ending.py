@@ -26,6 +26,7 @@ from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database
 from app.stores.deletions import Name
+from app.stores.documents import rfc3339
 from app.stores.statements import Statement, by_id, found, statement
 from app.telemetry import metrics
 from app.webhooks import outbox
@@ -144,7 +145,7 @@ RECORD = outbox.insert_events(
     f"""
     SELECT event.id, r.organization_id, event.run_id, r.attempt, 'run_complete', event.at,
            convert_to(concat(
-               '{{"event_id":"', event.id, '","event_type":"run_complete","occurred_at":"', {projection.rfc3339("event.at")},
+               '{{"event_id":"', event.id, '","event_type":"run_complete","occurred_at":"', {rfc3339("event.at")},
                '",', '"truncated":' || long.left_out::text || ',', '"run":', short.shown, ',', long.shown, '}}}}'), 'UTF8')
     FROM unnest(CAST(:run_ids AS uuid[])) AS ended (run_id)
     CROSS JOIN LATERAL (SELECT * FROM runs WHERE runs.id = ended.run_id LIMIT 1) AS r

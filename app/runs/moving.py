@@ -13,6 +13,7 @@ from app.scheduling.lanes import held_lane, wanted_lane
 from app.schemas.runs import RunUpdate
 from app.services import Services
 from app.stores.database import Connection
+from app.stores.documents import encode
 from app.stores.statements import statement
 
 FIELDS = frozenset({"not_before"})
@@ -68,7 +69,7 @@ async def move(services: Services, write: WriteRequest, run_id: UUID, options: R
             await connection.execute(
                 MOVE, **named, lane=held_lane(not_before, wanted), **write.actor(options.reason).parameters()
             )
-        return Reply(200, projection.encode(await projection.get(connection, run_id, write.principal)), [run_id])
+        return Reply(200, encode(await projection.get(connection, run_id, write.principal)), [run_id])
 
     return await once(services, write, work, replays.RUN)
 

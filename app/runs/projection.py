@@ -15,6 +15,7 @@ from app.limits import memory_budget
 from app.runs.carried import CARRIED
 from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
+from app.stores.documents import columns, rfc3339
 from app.stores.statements import found, statement
 
 # `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
@@ -158,11 +159,6 @@ RUN_JSON = (
 _LONG_TEXTS = ("error", *(one.name for one in CARRIED if one.type == "text" and one.is_long))
 
 
-def columns(table: dict[str, str], names: Iterable[str] | None = None) -> str:
-    """A SELECT list of these columns, all by default."""
-    return ", ".join(f"{table[name]} AS {name}" for name in (table if names is None else names))
-
-
 def document(overrides: dict[str, str]) -> str:
     """A SQL expression for the bytes of a run's reply, with other expressions for some of its keys."""
     return f"convert_to({json_object(overrides)}::text, 'UTF8')"
@@ -178,11 +174,6 @@ def json_object(overrides: dict[str, str], without: Iterable[str] = ()) -> str:
 
 def _is_time(name: str) -> bool:
     return name.endswith("_at") or name == "not_before"
-
-
-def rfc3339(time: str) -> str:
-    """As `encode` shows times."""
-    return f"""replace(to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), '.000000Z', 'Z')"""
 
 
 # About how many bytes of JSON a row of RUN_COLUMNS takes: 1200 of what is short, and 39 of an id.
@@ -302,8 +293,3 @@ ATTACHMENT_COLUMNS = {
     "created_at": "a.created_at",
     "expires_at": "a.expires_at",
 }
-
-
-def encode(document: object) -> bytes:
-    """JSON bytes: times as RFC 3339 in UTC with a Z. The driver reads the first and the last moment without an offset."""
-    return orjson.dumps(document, option=orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC)

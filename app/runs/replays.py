@@ -10,6 +10,7 @@ from app.errors import PayloadTooLarge, RunNotFound
 from app.idempotency import Resource
 from app.runs import listing, projection
 from app.stores.database import Connection
+from app.stores.documents import encode
 from app.stores.statements import found, statement
 
 LEFT = statement("runs.replays.left", f"SELECT r.id FROM {found('runs', 'run_ids')} AS r WHERE {SEEN}")
@@ -22,7 +23,7 @@ async def refuse_gone(connection: Connection, principal: Principal, run_id: UUID
 
 
 async def _show_run(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
-    return projection.encode(await projection.get(connection, ids[0], principal))
+    return encode(await projection.get(connection, ids[0], principal))
 
 
 async def _left_of_run(connection: Connection, principal: Principal, ids: Sequence[UUID], body: bytes) -> bytes:
@@ -36,7 +37,7 @@ RUN = Resource(_show_run, _left_of_run)
 
 def bulk(runs: Sequence[object]) -> bytes:
     """The reply of a bulk: these runs."""
-    return projection.encode({"created_runs": runs, "failed_count": 0, "errors": []})
+    return encode({"created_runs": runs, "failed_count": 0, "errors": []})
 
 
 async def _left(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> set[UUID]:

@@ -21,6 +21,7 @@ from app.runs.outputs import SAVE_OUTPUTS, SAVED
 from app.schemas.runs import RunUpdate
 from app.services import Services
 from app.stores.database import Connection
+from app.stores.documents import encode
 from app.stores.statements import constant, fragment, json_bytes, statement
 
 LOCK = statement(
@@ -179,7 +180,7 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
         if status is not current:
             by: By = "caller" if status is RunStatus.CANCELLED else "executor"
             announce(connection, status.value, by, [run_id], organization_id=write.principal.organization_id)
-        shown = projection.encode(await projection.get(connection, run_id, write.principal))
+        shown = encode(await projection.get(connection, run_id, write.principal))
         machine_id = run["assigned_machine_id"]
         return Reply(200, shown, [run_id], has_event=has_event)
 
@@ -212,7 +213,7 @@ async def _drop_planned_retry(services: Services, write: WriteRequest, run_id: U
         fences.refuse_late(run, options, only_stops=True)
         actor, settings = write.actor(options.reason), services.settings
         has_event = await drop_plans(connection, {run_id: REQUESTED}, [run["attempt"]], settings, actor)
-        shown = projection.encode(await projection.get(connection, run_id, principal))
+        shown = encode(await projection.get(connection, run_id, principal))
         return Reply(200, shown, [run_id], has_event=has_event)
 
     return await once(services, write, work, replays.RUN)

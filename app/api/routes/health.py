@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 
 from app import __version__
 from app.api.requests import services
-from app.runs.projection import encode
 from app.schemas.problems import Alive, Health
 from app.stores.disks import FULL
+from app.stores.documents import encode
 from app.stores.health import STORES, Checks
 from app.stores.outages import Problem
 

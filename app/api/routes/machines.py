@@ -11,7 +11,6 @@ from app.api.responses import ONLY, From, Part, To, json_reply, send
 from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
 from app.resources import machines
-from app.runs.projection import encode
 from app.schemas.resources import (
     MachineCreate,
     MachinePoolUpdate,
@@ -22,6 +21,7 @@ from app.schemas.resources import (
     PoolResponse,
 )
 from app.schemas.values import Name, SearchedPage, SearchText
+from app.stores.documents import encode
 from app.stores.paging import Slice
 
 _HEALTH = operation(scope="runs:read", bound="runs:read")
