@@ -177,7 +177,7 @@ async def _switch_locked(services: Services, asked: _Asked) -> Reply:
         if retry.write is not None:
             await wait_for_twin(connection, retry.write)
         secret = await connection.fetchval(LOCK, run_id=retry.run_id, organization_id=retry.organization_id)
-        names = [*asked.staged.names(), *([] if secret is None else [Name("vault", secret)])]
+        names = [*asked.staged.names(), *([] if secret is None else [Name.secret(secret)])]
         if names:
             await connection.fetch(deletions.HOLD, **deletions.columns(names))
         [outcome] = await _retry_within(connection, services, [asked])
