@@ -28,7 +28,7 @@ from app.access.auth import Principal
 from app.config import Settings
 from app.errors import Refusal
 from app.models import RunStatus
-from app.resources.webhooks import list_deliveries
+from app.resources.webhook_deliveries import list_deliveries
 from app.resources.workflows import get_seen
 from app.runs import queue
 from app.runs.attachments import list_attachments

@@ -113,7 +113,7 @@ async def get(connection: Connection, organization_id: str, job_id: UUID) -> dic
 
 
 async def list_jobs(database: Database, organization_id: str, part: Slice) -> dict[str, object]:
-    """One page of jobs, newest first. Raises Invalid as pages.page does, and for jobs with too many items together."""
+    """One page of jobs, newest first. Raises Invalid as paging.page does, and for jobs with too many items together."""
     condition, values = where("b", organization_id=organization_id)
 
     async def read(connection: Connection, ids: list[UUID]) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ KNOWN = statement("bulk.known", f"SELECT b.state FROM bulk_retries b WHERE {_OWN
 async def list_items(
     database: Database, organization_id: str, job_id: UUID, outcome: Outcome | None, part: Slice
 ) -> dict[str, object]:
-    """One page of a job's runs, in the order of the job. Raises BulkRetryNotFound, and Invalid as pages.page does."""
+    """One page of a job's runs, in the order of the job. Raises BulkRetryNotFound, and Invalid as paging.page does."""
     async with database.connection() as connection:
         await _check_known(connection, organization_id, job_id)
     condition, values = where("i", bulk_retry_id=job_id, outcome=outcome)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from app.access.auth import NOBODY
-from app.resources.webhooks import remove_endpoint
+from app.resources.webhook_endpoints import remove_endpoint
 from app.runs.ending import remove_runs
 from app.stores.database import IN_THE_WAY, Connection
 from app.stores.statements import Statement, statement

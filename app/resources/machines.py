@@ -161,7 +161,7 @@ RESOURCE = Resource(_show)
 async def list_machines(
     database: Database, organization_id: str, part: Slice, searched: str = "", **filters: object
 ) -> dict[str, object]:
-    """One page; `filters` as in pages.where. Raises Invalid as pages.page does.
+    """One page; `filters` as in pages.where. Raises Invalid as paging.page does.
 
     `searched` is a text that must be in the id, the name or the hostname.
     """

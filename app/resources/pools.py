@@ -97,7 +97,7 @@ RESOURCE = Resource(_show)
 
 
 async def list_pools(database: Database, organization_id: str, part: Slice) -> dict[str, object]:
-    """One page. Raises Invalid as pages.page does."""
+    """One page. Raises Invalid as paging.page does."""
     condition, values = where("pools", organization_id=organization_id)
     found = await page(database, LISTED, (condition,), part, values, ROWS)
     return part.shown([show_pool(row) for row in found.rows], found)

@@ -110,7 +110,7 @@ RESOURCE = Resource(_show, _left)
 async def list_attachments(
     database: Database, principal: Principal, run_id: UUID | None, kind: AttachmentType | None, part: Slice
 ) -> dict[str, object]:
-    """One page, newest first. Raises Invalid as pages.page does."""
+    """One page, newest first. Raises Invalid as paging.page does."""
     organization_id = principal.organization_id
     if run_id is None:
         condition, values = where("a", organization_id=organization_id, attachment_type=kind)

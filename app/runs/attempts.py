@@ -36,7 +36,7 @@ async def check_known(connection: Connection, run_id: UUID, principal: Principal
 
 
 async def list_attempts(database: Database, run_id: UUID, principal: Principal, part: Slice) -> dict[str, object]:
-    """One page, newest first. Raises RunNotFound, and Invalid as pages.page does."""
+    """One page, newest first. Raises RunNotFound, and Invalid as paging.page does."""
     async with database.connection() as connection:
         await check_known(connection, run_id, principal)
 

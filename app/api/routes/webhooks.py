@@ -19,7 +19,7 @@ from app.errors import (
     WebhookEndpointDisabled,
     WebhookEndpointNotFound,
 )
-from app.resources import webhooks
+from app.resources import webhook_deliveries, webhook_endpoints
 from app.schemas.values import Page
 from app.schemas.webhooks import (
     WebhookDeliveryLog,
@@ -54,14 +54,14 @@ DELIVERY = "/webhook-deliveries/{webhook_delivery_id}"
 async def create_webhook_endpoint(request: Request) -> Response:
     """A new receiver of events, with a new signing secret; GET .../secret shows it."""
     options, write = await read(request, WebhookEndpointCreate)
-    return send(await webhooks.create(services(request), write, options))
+    return send(await webhook_endpoints.create(services(request), write, options))
 
 
 @router.get(ENDPOINTS, response_model=Page[WebhookEndpointResponse], **operation(scope="runs:read"))
 async def list_webhook_endpoints(request: Request, part: Part) -> Response:
     """Endpoints, newest first."""
     organization_id = request.state.principal.organization_id
-    return json_reply(await webhooks.list_endpoints(services(request).database, organization_id, part))
+    return json_reply(await webhook_endpoints.list_endpoints(services(request).database, organization_id, part))
 
 
 @router.get(ENDPOINT, response_model=WebhookEndpointResponse, **operation(WebhookEndpointNotFound, scope="runs:read"))
@@ -69,7 +69,7 @@ async def get_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -> R
     """One endpoint."""
     async with services(request).database.connection() as connection:
         organization_id = request.state.principal.organization_id
-        return json_reply(await webhooks.get(connection, organization_id, webhook_endpoint_id))
+        return json_reply(await webhook_endpoints.get(connection, organization_id, webhook_endpoint_id))
 
 
 @router.patch(
@@ -80,14 +80,14 @@ async def get_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -> R
 async def update_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -> Response:
     """Change what the body names; null clears the description. What waits is sent to the new URL."""
     options, write = await read(request, WebhookEndpointUpdate)
-    return send(await webhooks.change(services(request), write, webhook_endpoint_id, options))
+    return send(await webhook_endpoints.change(services(request), write, webhook_endpoint_id, options))
 
 
 @router.delete(ENDPOINT, status_code=204, **operation(WebhookEndpointNotFound, write=True, scope="webhooks:write"))
 async def delete_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -> Response:
     """Remove an endpoint and its secrets; what waits for it is not sent any more."""
     write = await read_write(request)
-    return send(await webhooks.delete(services(request), write, webhook_endpoint_id))
+    return send(await webhook_endpoints.delete(services(request), write, webhook_endpoint_id))
 
 
 @router.get(
@@ -98,7 +98,7 @@ async def delete_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -
 async def get_webhook_secret(webhook_endpoint_id: UUID, request: Request) -> Response:
     """What its messages are signed with. No other reply shows it."""
     organization_id = request.state.principal.organization_id
-    return json_reply(await webhooks.get_secret(services(request), organization_id, webhook_endpoint_id))
+    return json_reply(await webhook_endpoints.get_secret(services(request), organization_id, webhook_endpoint_id))
 
 
 @router.post(
@@ -109,7 +109,7 @@ async def get_webhook_secret(webhook_endpoint_id: UUID, request: Request) -> Res
 async def rotate_webhook_secret(webhook_endpoint_id: UUID, request: Request) -> Response:
     """A new signing secret; for 24 hours messages are signed with the old one too."""
     write = await read_write(request)
-    return send(await webhooks.rotate_secret(services(request), write, webhook_endpoint_id))
+    return send(await webhook_endpoints.rotate_secret(services(request), write, webhook_endpoint_id))
 
 
 @router.post(
@@ -123,7 +123,7 @@ async def rotate_webhook_secret(webhook_endpoint_id: UUID, request: Request) -> 
 async def test_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -> Response:
     """Send an example: a `run_complete` of a run whose ids are all zeros. The delivery shows what became of it."""
     write = await read_write(request)
-    return send(await webhooks.send_test(services(request), write, webhook_endpoint_id))
+    return send(await webhook_deliveries.send_test(services(request), write, webhook_endpoint_id))
 
 
 @router.post(
@@ -137,7 +137,7 @@ async def test_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -> 
 async def recover_webhook_endpoint(webhook_endpoint_id: UUID, request: Request) -> Response:
     """Send everything since a time that the endpoint has not received: what failed, and what happened while it was disabled."""
     options, write = await read(request, WebhookRecover)
-    return send(await webhooks.recover(services(request), write, webhook_endpoint_id, options))
+    return send(await webhook_deliveries.recover(services(request), write, webhook_endpoint_id, options))
 
 
 @router.get(
@@ -154,7 +154,9 @@ async def list_webhook_deliveries(
     """What was sent to an endpoint, and what waits, newest first."""
     organization_id = request.state.principal.organization_id
     return json_reply(
-        await webhooks.list_deliveries(services(request).database, organization_id, webhook_endpoint_id, status, part)
+        await webhook_deliveries.list_deliveries(
+            services(request).database, organization_id, webhook_endpoint_id, status, part
+        )
     )
 
 
@@ -165,7 +167,9 @@ async def list_webhook_deliveries(
 )
 async def list_run_webhook_deliveries(run_id: UUID, request: Request, part: Part) -> Response:
     """What was sent of a run's endings, and what waits, newest first; also of a run that was deleted."""
-    return json_reply(await webhooks.list_of_run(services(request).database, request.state.principal, run_id, part))
+    return json_reply(
+        await webhook_deliveries.list_of_run(services(request).database, request.state.principal, run_id, part)
+    )
 
 
 @router.get(DELIVERY, response_model=WebhookDeliveryLog, **operation(WebhookDeliveryNotFound, scope="runs:read"))
@@ -173,7 +177,7 @@ async def get_webhook_delivery(webhook_delivery_id: UUID, request: Request) -> R
     """One delivery, with what was answered to each of the last tries."""
     async with services(request).database.connection() as connection:
         organization_id = request.state.principal.organization_id
-        return json_reply(await webhooks.get_log(connection, organization_id, webhook_delivery_id))
+        return json_reply(await webhook_deliveries.get_log(connection, organization_id, webhook_delivery_id))
 
 
 @router.post(
@@ -186,4 +190,4 @@ async def get_webhook_delivery(webhook_delivery_id: UUID, request: Request) -> R
 async def resend_webhook_delivery(webhook_delivery_id: UUID, request: Request) -> Response:
     """Send a delivery again at once, whatever became of it; its id stays the same."""
     write = await read_write(request)
-    return send(await webhooks.resend(services(request), write, webhook_delivery_id))
+    return send(await webhook_deliveries.resend(services(request), write, webhook_delivery_id))
