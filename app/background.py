@@ -33,7 +33,8 @@ from app.stores.notify import tell
 from app.stores.pool import party
 from app.telemetry import metrics
 from app.telemetry.logs import describe
-from app.webhooks.delivery import Deliverer, prune_webhooks
+from app.webhooks.delivery import Deliverer
+from app.webhooks.queue import prune_webhooks
 
 log = logging.getLogger("app.background")
 

@@ -13,7 +13,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.services import Services
-from app.webhooks.delivery import BATCH, FAN_OUT, SCHEDULE, Deliverer, delay_after
+from app.webhooks.delivery import BATCH, SCHEDULE, Deliverer, delay_after
+from app.webhooks.queue import FAN_OUT
 from tests.support.client import Client
 from tests.support.server import Server
 from tests.support.stack import Stack, settings_of
