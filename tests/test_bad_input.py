@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from app.api.requests import SENTENCES
+from app.api.validation import SENTENCES
 from app.runs.listing import FIELDS
 from tests.support import documents
 from tests.support.client import Client, file_input

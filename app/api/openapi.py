@@ -17,9 +17,9 @@ from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
 from app.api.client_document import ANY_JSON, for_clients
-from app.api.requests import refuse_unsupported_query
 from app.api.scopes import BOUND
 from app.api.static_files import PageFile
+from app.api.validation import refuse_unsupported_query
 from app.errors import (
     TITLES,
     DatabaseUnavailable,

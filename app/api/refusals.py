@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from app.api.edge import note
 from app.api.not_here import vendors_route
-from app.api.requests import invalid
+from app.api.validation import invalid
 from app.errors import InternalError, MethodNotAllowed, NotSupported, Refusal, RouteNotFound
 
 

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
 from app.access.auth import Principal
-from app.api.requests import refuse_repeated
+from app.api.validation import refuse_repeated
 from app.errors import InsufficientScope
 
 # The scope that a key bound to a machine needs for this route. Such a key sees only its machine's rows. Null: not for it.

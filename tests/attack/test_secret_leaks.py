@@ -19,7 +19,7 @@ import asyncpg
 import httpx
 import pytest
 
-from app.api.requests import SENTENCES
+from app.api.validation import SENTENCES
 from tests.support.canary import Mark
 from tests.support.client import Client, file_input
 from tests.support.faults import FaultyServer, Plan, fail_with_everything
