@@ -1,4 +1,7 @@
-"""The command line: `python -m app serve|worker|migrate|keys|organizations|stores|version`."""
+"""The command line: `python -m app serve|worker|migrate|keys|organizations|stores|version`.
+
+One file: each command is a few lines that call the folder of its subject.
+"""
 
 import argparse
 import asyncio

@@ -1,6 +1,8 @@
 """Settings, read once at start from the environment. Every name here is an environment variable in upper case.
 
 This file checks each value by itself. operator/startup.py checks whether a store can be opened with the values.
+
+One file: docs/settings.md is generated from it.
 """
 
 import os

@@ -54,6 +54,8 @@ Refusal
         └── ReplyTooMuch       overloaded; the change has taken effect
 
 A sentence here never carries anything a caller sent, except ids, statuses and names of secrets of the caller's own run.
+
+One file: a caller handles every refusal, and so can a reader see every refusal at once.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,8 @@
 """The tables. The migrations are written by hand; `alembic check` proves that they and this file agree.
 
 This file has columns, indexes and constraints. The rules for changes of a row are in the file of its subject.
+
+One file: the tables and their indexes are read together with a migration.
 """
 
 import enum

@@ -94,6 +94,14 @@ def test_the_top_of_the_app_has_few_files() -> None:
     assert len(list((ROOT / "app").glob("*.py"))) <= 12
 
 
+def test_a_long_file_says_why_it_is_one() -> None:
+    """One idea a file; above 420 lines its docstring says why it is not two (`One file: ...`)."""
+    for file in (ROOT / "app").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        docstring = ast.get_docstring(ast.parse(text)) or ""
+        assert text.count("\n") <= 420 or "One file: " in docstring, file
+
+
 def test_the_stopwatch_says_what_each_of_its_groups_asks() -> None:
     table = (
         (ROOT / "benchmarks/README.md")

@@ -6,6 +6,8 @@ module knows bytes and connections; what a request means is the edge's business.
 
 `Protocol` extends uvicorn's protocol and uses its private parts: `cycle` (the request that is being answered), `flow` and
 `headers`. tests/test_private_parts.py fails if uvicorn changes them: then read this file again beside uvicorn's.
+
+One file: all methods work on the state of one connection.
 """
 
 import asyncio

@@ -2,6 +2,8 @@
 
 Locks are taken in one order everywhere: pools, runs, machines; each kind by id or newest first. What appears between two of
 them is looked for again under the last lock.
+
+One file: everything here takes the same locks.
 """
 
 import logging

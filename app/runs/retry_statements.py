@@ -3,6 +3,8 @@
 Each takes many retries as arrays, one place for each, and is the same for one as for many. A row is looked up by its key for
 each place (LATERAL ... OFFSET 0) or by its ctid: joined with the arrays by a plan that was made while the tables were short,
 all of a table would be read.
+
+One file: the arrays of the switch and the rows that fill them have one order.
 """
 
 from collections.abc import Iterable, Sequence

@@ -16,6 +16,8 @@ deadlock. Two unique indexes hold the truth whatever the code does: one active r
 
 A pass is bounded: it reads machines and lanes in slices, and assigns at most MOST runs. An organization for which one slice is
 not enough is served apart from the others (rounds.py).
+
+One file: a pass reads and writes under one lock, and its statements are read together with the order in which it decides.
 """
 
 import enum

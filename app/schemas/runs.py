@@ -1,6 +1,8 @@
 """The wire types of runs: what a caller may send, and every key of what we answer.
 
 Replies are declared here for the OpenAPI document; they are built where they are read (runs/projection.py).
+
+One file: a field of a run stands in requests and in the reply.
 """
 
 from datetime import datetime

@@ -2,6 +2,8 @@
 
 They know nothing of runs or machines. Requests are checked strictly (no coercion between JSON types) and unknown keys are
 ignored: newer SDKs send keys that we do not know.
+
+One file: a value that two requests share must have one check.
 """
 
 import binascii

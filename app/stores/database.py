@@ -2,6 +2,8 @@
 
 SQLAlchemy defines the tables (models.py) and builds the statements whose shape depends on the request; asyncpg runs every
 statement, because a retry through SQLAlchemy's own execution costs three to five times the CPU (benchmarks/README.md).
+
+One file: every failure of the driver is turned into a refusal here, whatever was asked of it.
 """
 
 import asyncio

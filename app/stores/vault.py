@@ -1,6 +1,8 @@
 """Secrets in Vault or OpenBao, KV version 2: the only file that imports hvac.
 
 It knows paths and values, not when they are written or deleted (stores/deletions.py).
+
+One file: every call shares the token, the slots and the translation of failures, none of which may leave it.
 """
 
 import json

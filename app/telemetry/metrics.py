@@ -3,6 +3,8 @@
 To count is an addition to a dictionary of this process. Prometheus' own values take the sums over before each scrape and,
 where several processes share them in files, a moment after they have changed: its calls would cost a plain retry twenty times
 as much. No label holds the id of a run, an organization, a key or a machine, so the number of series is bounded.
+
+One file: the list of all metrics is half of it, and the other half is what makes counting cheap.
 """
 
 import asyncio

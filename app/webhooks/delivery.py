@@ -1,15 +1,16 @@
-"""Delivery: what is done with the outbox. Each event is fanned out to the organization's endpoints, and each of these
-deliveries is sent until the receiver confirms it or the schedule ends.
+"""Delivery of webhooks: each event becomes a delivery for each endpoint of its organization. Each delivery is sent until the
+receiver confirms it, or until the schedule ends.
 
-At least once: a delivery is leased (committed) before it is sent and settled after, with no transaction open in between, and
-whoever finds a lease that has run out sends again, under the same id. Two replicas never send one delivery at the same time:
-a lease lasts longer than a send, and is looked at before connecting.
+Deliveries are sent at least once. A delivery is leased in a transaction, sent while no transaction is open, and settled in
+another transaction. A replica that finds a lease that has run out sends the delivery again, under the same id. Two replicas
+never send one delivery at the same time: a lease lasts longer than a send, and is checked before a connection is opened.
 
-A dead or slow endpoint delays nobody. Deliveries are taken endpoint by endpoint, never from one long queue; each endpoint and
-each organization has only so many under way; and endpoints that fail, and those that take long to answer, have places of their
-own.
+A dead or slow endpoint delays no other endpoint. Deliveries are claimed endpoint by endpoint. Each endpoint and each
+organization has a limit of deliveries under way. Failing endpoints and slow endpoints have places of their own.
 
-Knows nothing of runs: an event is bytes.
+This file knows nothing of runs: an event is bytes.
+
+One file: a round claims, sends and settles with one set of places.
 """
 
 import asyncio
