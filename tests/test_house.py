@@ -163,6 +163,13 @@ def test_pages_are_plain_english(page: Path) -> None:
     assert [sentence for sentence in sentences if RIDDLES.search(sentence)] == []
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_pages_name_files_that_exist(page: str) -> None:
+    named = re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:\.py|/))`", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert [name for name in named if not ((ROOT / name).exists() or (ROOT / "app" / name).exists())] == []
+
+
 # --- commits ----------------------------------------------------------------------------------------------------------
 
 
