@@ -20,7 +20,7 @@ log = logging.getLogger("app.runs")
 By = Literal["executor", "caller", "service", "silence", "session_ended", "machine_deleted"]
 
 
-def record(
+def record_events(
     source: str,
     event: str,
     *,

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from app.api import static_files
-from app.api.static_files import TYPES, PageFile
+from app.api.static_files import TYPES, StaticFile
 from app.config import Settings
 from app.errors import RouteNotFound
 
@@ -27,10 +27,10 @@ def _limits(settings: Settings) -> bytes:
     return json.dumps(limits).replace('"', "&quot;").encode()
 
 
-def _read(settings: Settings) -> dict[str, PageFile]:
+def _read(settings: Settings) -> dict[str, StaticFile]:
     contents = {path: path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in TYPES}
     files = {
-        path.name: PageFile.of(
+        path.name: StaticFile.of(
             path.name, content.replace(b"{limits}", _limits(settings)) if path.suffix == ".html" else content
         )
         for path, content in contents.items()

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 
 from app.api.client_document import ANY_JSON, for_clients
 from app.api.scopes import BOUND
-from app.api.static_files import PageFile
+from app.api.static_files import StaticFile
 from app.api.validation import refuse_unsupported_query
 from app.errors import (
     TITLES,
@@ -249,8 +249,8 @@ def install(app: FastAPI) -> None:
         return app.openapi_schema
 
     @cache
-    def file() -> PageFile:
-        return PageFile.of("openapi.json", orjson.dumps(app.openapi()))
+    def file() -> StaticFile:
+        return StaticFile.of("openapi.json", orjson.dumps(app.openapi()))
 
     async def serve(request: Request) -> Response:
         return file().reply(request)

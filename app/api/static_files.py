@@ -46,7 +46,7 @@ _GZIP: Final = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", re.IGNORECAS
 
 
 @dataclass(frozen=True)
-class PageFile:
+class StaticFile:
     """One file, plain and compressed."""
 
     media_type: str
@@ -54,7 +54,7 @@ class PageFile:
     digest: str
 
     @classmethod
-    def of(cls, name: str, content: bytes) -> "PageFile":
+    def of(cls, name: str, content: bytes) -> "StaticFile":
         suffix = name[name.rindex(".") :]
         return cls(TYPES[suffix], content, hashlib.sha256(content).hexdigest()[:32])
 

@@ -26,7 +26,7 @@ from app.stores.statements import statement
 
 SAMPLE = 100  # runs of each code that are named
 READ_AT_ONCE = 500  # runs
-LANES = 500  # of which one statement finds out what they wait for
+LANES_AT_ONCE = 500  # of which one statement finds out what they wait for
 
 # One run of each lane: all of a lane want the same.
 PLACEMENT = statement(
@@ -119,8 +119,10 @@ async def _will_wait(
     """How many runs could not start at once, by their reason. Machines that two lanes want count for both."""
     waiting: Counter[str] = Counter()
     first = [_place(*runs[0]) for runs in lanes.values()]
-    for begin in range(0, len(first), LANES):
-        part = orjson.dumps(first[begin : begin + LANES], default=str)  # the driver's UUIDs are of a class of their own
+    for begin in range(0, len(first), LANES_AT_ONCE):
+        part = orjson.dumps(
+            first[begin : begin + LANES_AT_ONCE], default=str
+        )  # the driver's UUIDs are of a class of their own
         for row in await connection.fetch(PLACEMENT, organization_id=organization_id, lanes=part):
             runs = lanes[row["lane"]]
             start, reason = _start(row, runs[0][1])

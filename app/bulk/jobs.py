@@ -250,7 +250,7 @@ async def _check_quota(connection: Connection, services: Services, principal: Pr
 # --- pause, resume, abort ---------------------------------------------------------------------------------------------
 
 # Each waits until the set under way is committed: what it says is true when it is answered.
-LOCK = statement(
+LOCK_JOB = statement(
     "bulk.lock",
     f"SELECT b.state, b.pause_reason, b.stop_after_failures FROM bulk_retries b WHERE {_OWN} FOR NO KEY UPDATE",
 )
@@ -296,7 +296,7 @@ async def command(services: Services, write: WriteRequest, job_id: UUID, wanted:
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        row = await connection.fetchrow(LOCK, bulk_retry_id=job_id, organization_id=organization_id)
+        row = await connection.fetchrow(LOCK_JOB, bulk_retry_id=job_id, organization_id=organization_id)
         if row is None:
             raise BulkRetryNotFound
         if row["state"] != _LEADS_TO[wanted]:

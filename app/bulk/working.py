@@ -34,7 +34,7 @@ BUSY_SECONDS = 0.1  # before runs are tried again that others hold
 # --- the statements ---------------------------------------------------------------------------------------------------
 
 # The organization that had no turn for the longest time, and of its jobs the same.
-CLAIM = statement(
+TAKE_JOB = statement(
     "bulk.claim",
     """
     SELECT b.id, b.organization_id, b.key_id, b.user_id, b.request_id, b.traceparent, b.reason, b.overrides, b.pace_per_second,
@@ -208,7 +208,7 @@ class Worker:
         job: Record | None = None
         try:
             async with self._database.transaction() as connection:
-                job = await connection.fetchrow(CLAIM)
+                job = await connection.fetchrow(TAKE_JOB)
                 if job is not None:
                     await self._work(connection, job)
         except Exception as error:

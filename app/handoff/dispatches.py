@@ -10,7 +10,7 @@ from uuid import UUID
 
 from app.models import IS_ACTIVE
 from app.stores.database import Connection
-from app.stores.statements import found, statement
+from app.stores.statements import rows_of, statement
 
 # Part of a statement that gives runs to machines: `assigned` has the columns that are selected here.
 STARTED = """
@@ -23,7 +23,7 @@ CANCEL = statement(
     "handoff.cancel",
     f"""
     INSERT INTO dispatches (run_id, attempt, assignment, kind, machine_id, organization_id)
-    SELECT id, attempt, assignment, 'cancel', assigned_machine_id, organization_id FROM {found("runs", "run_ids")} AS run
+    SELECT id, attempt, assignment, 'cancel', assigned_machine_id, organization_id FROM {rows_of("runs", "run_ids")} AS run
     WHERE assigned_machine_id IS NOT NULL AND {IS_ACTIVE}
     ON CONFLICT (run_id, assignment, kind) DO NOTHING
     """,

@@ -15,7 +15,7 @@ from uuid import UUID
 from app.scheduling import rules
 from app.stores.database import Database, Record
 from app.stores.files import FileStore
-from app.stores.statements import found, statement
+from app.stores.statements import rows_of, statement
 from app.stores.vault import VaultSecrets
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ RUNS = statement(
 )
 RUNS_AGAIN = statement(
     "comparison.runs_again",
-    f"SELECT id, secret_path AS name, NULL::bigint AS size FROM {found('runs', 'ids')} AS run WHERE {_SECRET_NEEDED}",
+    f"SELECT id, secret_path AS name, NULL::bigint AS size FROM {rows_of('runs', 'ids')} AS run WHERE {_SECRET_NEEDED}",
 )
 
 
@@ -128,7 +128,7 @@ FILES = statement(
 FILES_AGAIN = statement(
     "comparison.files_again",
     f"""
-    SELECT id, storage_path AS name, size_bytes AS size FROM {found("run_attachments", "ids")} AS file
+    SELECT id, storage_path AS name, size_bytes AS size FROM {rows_of("run_attachments", "ids")} AS file
     WHERE {_FILE_NEEDED}
     """,
 )

@@ -134,11 +134,11 @@ class Gauges:
     """The values as they were read last. All who ask at once share one question."""
 
     def __init__(self) -> None:
-        self._found: metrics.Found = {}
+        self._found: metrics.Readings = {}
         self._until = 0.0
         self._reading: asyncio.Task[None] | None = None
 
-    async def read(self, database: Database) -> metrics.Found:
+    async def read(self, database: Database) -> metrics.Readings:
         """Empty while the database does not answer; then it is counted as an error."""
         if self._reading is None and time.monotonic() >= self._until:
             self._reading = asyncio.create_task(self._read(database))

@@ -27,7 +27,7 @@ from app.stores.database import Connection, Database, Deadlock, Record
 from app.stores.documents import columns, encode
 from app.stores.paging import Listing, Slice, in_order, where
 from app.stores.scans import page_of_search
-from app.stores.statements import by_id, found, locked, statement
+from app.stores.statements import by_id, locked, rows_of, statement
 
 log = logging.getLogger("app.runs")
 
@@ -81,7 +81,7 @@ GET = statement("machines.get", f"SELECT {columns(COLUMNS)} FROM machines WHERE 
 POOLS = statement(
     "pools.get",
     f"""
-    SELECT {columns(POOL_COLUMNS)} FROM {found("pools", "pool_ids")} AS pools
+    SELECT {columns(POOL_COLUMNS)} FROM {rows_of("pools", "pool_ids")} AS pools
     WHERE organization_id = :organization_id
     """,
 )

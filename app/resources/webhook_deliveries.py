@@ -250,7 +250,9 @@ async def recover(services: Services, write: WriteRequest, endpoint_id: UUID, op
 
 
 async def _lock_enabled(connection: Connection, organization_id: str, endpoint_id: UUID) -> None:
-    row = await connection.fetchrow(webhook_endpoints.LOCK, endpoint_id=endpoint_id, organization_id=organization_id)
+    row = await connection.fetchrow(
+        webhook_endpoints.LOCK_ENDPOINT, endpoint_id=endpoint_id, organization_id=organization_id
+    )
     if row is None:
         raise WebhookEndpointNotFound
     if row["is_disabled"]:

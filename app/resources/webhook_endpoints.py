@@ -70,7 +70,7 @@ ROWS = statement(
     f"SELECT {columns(COLUMNS)} FROM {in_order('webhook_endpoints')} ORDER BY page.n",
 )
 
-LOCK = statement(
+LOCK_ENDPOINT = statement(
     "webhooks.endpoint.lock",
     f"SELECT disabled_at IS NOT NULL AS is_disabled FROM webhook_endpoints WHERE {_OWN} FOR NO KEY UPDATE",
 )
@@ -200,7 +200,7 @@ async def delete(services: Services, write: WriteRequest, endpoint_id: UUID) -> 
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        if await connection.fetchrow(LOCK, endpoint_id=endpoint_id, organization_id=organization_id) is None:
+        if await connection.fetchrow(LOCK_ENDPOINT, endpoint_id=endpoint_id, organization_id=organization_id) is None:
             raise WebhookEndpointNotFound
         await remove_endpoint(connection, organization_id, endpoint_id)
         return Reply(204, b"")
@@ -291,7 +291,7 @@ async def rotate_secret(services: Services, write: WriteRequest, endpoint_id: UU
     organization_id = write.principal.organization_id
 
     async def check(connection: Connection) -> None:
-        if await connection.fetchrow(LOCK, endpoint_id=endpoint_id, organization_id=organization_id) is None:
+        if await connection.fetchrow(LOCK_ENDPOINT, endpoint_id=endpoint_id, organization_id=organization_id) is None:
             raise WebhookEndpointNotFound
         await connection.execute(FORGET_EXPIRED, endpoint_id=endpoint_id)
         if await connection.fetchval(COUNT_SECRETS, endpoint_id=endpoint_id) >= MAX_SECRETS:

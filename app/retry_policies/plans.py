@@ -13,10 +13,10 @@ from uuid import UUID
 
 from app.access.auth import Actor
 from app.config import Settings
-from app.events import record
+from app.events import record_events
 from app.retry_policies.rules import Dropped, Ending, Planned, RetryPolicy, decide, reason
 from app.stores.database import Connection
-from app.stores.statements import found, statement
+from app.stores.statements import rows_of, statement
 from app.telemetry import metrics
 
 log = logging.getLogger("app.retry_policies")
@@ -32,7 +32,7 @@ ENDED = statement(
            run.automatic_retries, run.secret_path IS NOT NULL AS has_secret, workflow.retry_policy,
            (SELECT min(expires_at) FROM run_attachments
             WHERE run_id = run.id AND attachment_type = 'input') AS inputs_expire_at
-    FROM {found("runs", "run_ids")} AS run, LATERAL (
+    FROM {rows_of("runs", "run_ids")} AS run, LATERAL (
         SELECT retry_policy FROM workflows WHERE id = run.workflow_id OFFSET 0
     ) AS workflow
     WHERE workflow.retry_policy IS NOT NULL AND run.automatic_retries IS NOT NULL
@@ -54,7 +54,7 @@ PLAN = statement(
         WHERE code IS NULL
     )
     {
-        record(
+        record_events(
             "ended",
             "CASE WHEN code IS NULL THEN 'retry_planned' ELSE 'retry_dropped' END",
             from_status="status",
@@ -84,7 +84,7 @@ DROP = statement(
                (SELECT status FROM runs WHERE runs.id = dropped.id) AS status
         FROM dropped
     ), recorded AS (
-        {record("told", "'retry_dropped'", from_status="status", to_status="status", by=":by::text", code="code")}
+        {record_events("told", "'retry_dropped'", from_status="status", to_status="status", by=":by::text", code="code")}
     )
     SELECT id, organization_id, code, owes_event FROM told
     """,

@@ -32,7 +32,7 @@ from app.stores.database import Connection, Database, Record
 from app.stores.deletions import Name
 from app.stores.documents import columns, encode
 from app.stores.paging import Listing, Slice, in_order, page, where
-from app.stores.statements import by_id, found, statement
+from app.stores.statements import by_id, rows_of, statement
 
 COLUMNS = columns(projection.ATTACHMENT_COLUMNS)
 
@@ -310,7 +310,7 @@ EXPIRED = statement(
 STILL_EXPIRED = statement(
     "attachments.still_expired",
     f"""
-    SELECT id, storage_path FROM {found("run_attachments", "ids")} AS file
+    SELECT id, storage_path FROM {rows_of("run_attachments", "ids")} AS file
     WHERE expires_at <= now() + :ahead AND storage_path IS NOT NULL
     """,
 )

@@ -14,7 +14,7 @@ from app.runs.ending import EndedBecause, end_runs
 from app.stores.database import Database
 from app.stores.statements import statement
 
-LOCK = statement(
+LOCK_RUN = statement(
     "runs.conclude.lock",
     """
     SELECT status, attempt, assignment, assigned_machine_id FROM runs
@@ -41,7 +41,7 @@ async def conclude(
     NOT_BEGUN if it can be delivered again; else how it stands, in one word. Raises DatabaseUnavailable.
     """
     async with database.transaction() as connection:
-        run = await connection.fetchrow(LOCK, run_id=run_id, organization_id=organization_id)
+        run = await connection.fetchrow(LOCK_RUN, run_id=run_id, organization_id=organization_id)
         if run is None:
             return "deleted"
         if (run["attempt"], run["assignment"]) != (attempt, assignment):

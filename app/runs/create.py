@@ -9,7 +9,7 @@ import orjson
 from sqlalchemy import bindparam, literal_column, select
 
 from app.errors import PayloadTooLarge, WorkflowNotFound
-from app.events import record
+from app.events import record_events
 from app.idempotency import Reply, Resource, WriteRequest, check_or_replay, once
 from app.limits import memory_budget
 from app.models import Workflow
@@ -22,7 +22,7 @@ from app.schemas.runs import RunBulkCreate, RunCreate
 from app.services import Services
 from app.stores.database import Connection
 from app.stores.documents import columns, encode
-from app.stores.statements import found, json_bytes, statement
+from app.stores.statements import json_bytes, rows_of, statement
 
 # The lock keeps the workflow from being deleted before its run is committed.
 KNOWN_WORKFLOW = statement(
@@ -47,7 +47,7 @@ INSERT = statement(
         FROM unnest(:run_ids::uuid[], :aliases::text[], :secret_paths::text[]) AS planned (id, aliases, secret_path)
         RETURNING id, organization_id, attempt
     )
-    {record("created", "'created'", to_status="'scheduling'")}
+    {record_events("created", "'created'", to_status="'scheduling'")}
     """,
 )
 
@@ -55,7 +55,7 @@ INSERT = statement(
 CREATED = statement(
     "runs.create.created",
     f"""
-    SELECT {columns(projection.MANY_RUNS)} FROM {found("runs", "run_ids")} AS r
+    SELECT {columns(projection.MANY_RUNS)} FROM {rows_of("runs", "run_ids")} AS r
     {projection.RUN_SOURCE} {projection.outputs_source()}
     ORDER BY array_position(:run_ids::uuid[], r.id)
     """,

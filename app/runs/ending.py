@@ -13,7 +13,7 @@ from sqlalchemy import bindparam, literal_column, select
 from app.access.auth import NOBODY, Actor
 from app.config import Settings
 from app.errors import RunNotFound
-from app.events import By, announce, record
+from app.events import By, announce, record_events
 from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
 from app.models import Run, RunStatus
@@ -27,7 +27,7 @@ from app.stores import deletions
 from app.stores.database import Connection, Database
 from app.stores.deletions import Name
 from app.stores.documents import rfc3339
-from app.stores.statements import Statement, by_id, found, statement
+from app.stores.statements import Statement, by_id, rows_of, statement
 from app.telemetry import metrics
 from app.webhooks import outbox
 
@@ -44,7 +44,7 @@ END = statement(
     "runs.ending.end",
     f"""
     WITH seen AS (
-        SELECT run.* FROM {found("runs", "run_ids")} AS run WHERE {rules.is_active("run")}
+        SELECT run.* FROM {rows_of("runs", "run_ids")} AS run WHERE {rules.is_active("run")}
     ), ended AS (
         UPDATE runs SET status = :status, error = :error, error_code = :error_code,
                         -- now() may be before its start, for which this has waited; a reported start may be ahead
@@ -52,7 +52,7 @@ END = statement(
         WHERE ctid = ANY (ARRAY(SELECT tid FROM seen))
         RETURNING id, organization_id, attempt, (SELECT seen.status FROM seen WHERE seen.id = runs.id) AS before
     ), recorded AS (
-        {record("ended", "'ended'", from_status="before", to_status=":status")}
+        {record_events("ended", "'ended'", from_status="before", to_status=":status")}
     )
     SELECT id FROM ended
     """,
@@ -65,7 +65,7 @@ RETAIN = statement(
     f"""
     INSERT INTO deletions (store, name, due_at)
     SELECT '{deletions.SECRETS}', secret_path, now() + make_interval(secs => :seconds)
-    FROM {found("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
+    FROM {rows_of("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
     """,
 )
 
@@ -87,7 +87,7 @@ RETAIN_FOR_PLAN = statement(
 def _release(which: str) -> str:
     return f"""
     WITH released AS MATERIALIZED (
-        SELECT session_id, organization_id FROM {found("runs", "run_ids")} AS run
+        SELECT session_id, organization_id FROM {rows_of("runs", "run_ids")} AS run
         WHERE release_session_after AND session_id IS NOT NULL AND {which}
     )
     UPDATE machines SET reserved_session_id = NULL
@@ -305,7 +305,7 @@ EXPIRED = statement(
         ) AS run
         WHERE run.secret_path = destroyed.path
     )
-    {record("expired", "'secrets_expired'", from_status="status", to_status="status")}
+    {record_events("expired", "'secrets_expired'", from_status="status", to_status="status")}
     """,
 )
 
@@ -337,7 +337,7 @@ LIST_NAMES = statement(
     )
     SELECT '{deletions.FILES}', storage_path FROM attachments WHERE storage_path IS NOT NULL
     UNION ALL
-    SELECT '{deletions.SECRETS}', secret_path FROM {found("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
+    SELECT '{deletions.SECRETS}', secret_path FROM {rows_of("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
     """,
 )
 
@@ -347,7 +347,7 @@ DELETE = statement(
     WITH deleted AS (
         DELETE FROM runs WHERE {by_id("runs", "run_ids")} RETURNING id, organization_id, attempt, status
     )
-    {record("deleted", "'deleted'", from_status="status")}
+    {record_events("deleted", "'deleted'", from_status="status")}
     """,
 )
 

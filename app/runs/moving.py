@@ -4,7 +4,7 @@ from typing import Any
 from uuid import UUID
 
 from app.errors import InputExpiresBefore, InsufficientScope, Invalid, RunNotFound, RunNotWaiting
-from app.events import record
+from app.events import record_events
 from app.idempotency import Reply, WriteRequest, once
 from app.models import RunStatus
 from app.runs import projection, replays
@@ -19,7 +19,7 @@ from app.stores.statements import statement
 FIELDS = frozenset({"not_before"})
 _BESIDE = frozenset({"reason"})
 
-LOCK = statement(
+LOCK_RUN = statement(
     "runs.moving.lock",
     """
     SELECT status, assigned_machine_id, lane FROM runs
@@ -44,7 +44,7 @@ MOVE = statement(
         WHERE id = :run_id
         RETURNING id, organization_id, attempt, status
     )
-    {record("moved", "'rescheduled'", from_status="status", to_status="status", changed="'{not_before}'")}
+    {record_events("moved", "'rescheduled'", from_status="status", to_status="status", changed="'{not_before}'")}
     """,
 )
 
@@ -55,7 +55,7 @@ async def move(services: Services, write: WriteRequest, run_id: UUID, options: R
     organization_id = write.principal.organization_id
 
     async def work(connection: Connection) -> Reply:
-        run = await connection.fetchrow(LOCK, run_id=run_id, organization_id=organization_id)
+        run = await connection.fetchrow(LOCK_RUN, run_id=run_id, organization_id=organization_id)
         if run is None:
             raise RunNotFound
         if run["status"] != RunStatus.SCHEDULING or run["assigned_machine_id"] is not None:

@@ -16,7 +16,7 @@ from app.runs.carried import CARRIED
 from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
 from app.stores.documents import columns, rfc3339
-from app.stores.statements import found, statement
+from app.stores.statements import rows_of, statement
 
 # `m` is the machine reserved for an active run's session: a live session decides the machine. It says nothing of runs that
 # have ended: their session may have gone on to a machine that they were never on.
@@ -237,7 +237,7 @@ LANE_REASONS = statement(
     "runs.lane_reasons",
     f"""
     SELECT r.id::text, {_LANE_REASON} AS reason
-    FROM {found("runs", "run_ids")} AS r {RUN_SOURCE}
+    FROM {rows_of("runs", "run_ids")} AS r {RUN_SOURCE}
     """,
 )
 

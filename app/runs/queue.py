@@ -18,7 +18,7 @@ _WAITING = f"runs q WHERE q.organization_id = :organization_id AND {rules.waits(
 
 # From lane to lane along the index of the queue, as placement goes. Of each lane its first run, and the oldest one: priority
 # may have let another one pass.
-LANES = statement(
+LIST_LANES = statement(
     "runs.queue.lanes",
     f"""
     WITH RECURSIVE {loose_scan("hops", "q.lane", _WAITING, most=str(LANES_SEEN))}, heads AS MATERIALIZED (
@@ -57,9 +57,9 @@ COUNT_HELD = statement(
 )
 
 
-# Before LANES, in its transaction. Each look into the queue asks for an order that its index alone has. Statistics that were
-# made before a crowd came let others seem as good, which read the whole crowd for each lane and then sort a few: seconds. What
-# is found is sorted all the same.
+# Runs before LIST_LANES, in its transaction. LIST_LANES asks the queue for an order that only the index of the queue has. After
+# a sudden crowd, old statistics let other indexes seem as good; these read the whole crowd for each lane, which takes seconds.
+# The few rows that are found are sorted all the same.
 BY_THE_QUEUES_INDEX = statement("runs.queue.by_index", "SELECT set_config('enable_sort', 'off', true)")
 
 
@@ -68,7 +68,7 @@ async def list_lanes(database: Database, organization_id: str) -> dict[str, Any]
     items = []
     async with database.transaction() as connection:
         await connection.fetch(BY_THE_QUEUES_INDEX)
-        rows = await connection.fetch(LANES, organization_id=organization_id)
+        rows = await connection.fetch(LIST_LANES, organization_id=organization_id)
         held = await connection.fetchval(COUNT_HELD, organization_id=organization_id)
     for row in rows:
         lane = dict(row.items())

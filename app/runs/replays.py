@@ -11,9 +11,9 @@ from app.idempotency import Resource
 from app.runs import listing, projection
 from app.stores.database import Connection
 from app.stores.documents import encode
-from app.stores.statements import found, statement
+from app.stores.statements import rows_of, statement
 
-LEFT = statement("runs.replays.left", f"SELECT r.id FROM {found('runs', 'run_ids')} AS r WHERE {SEEN}")
+LEFT = statement("runs.replays.left", f"SELECT r.id FROM {rows_of('runs', 'run_ids')} AS r WHERE {SEEN}")
 
 
 async def refuse_gone(connection: Connection, principal: Principal, run_id: UUID) -> None:

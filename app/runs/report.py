@@ -11,7 +11,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from app.access.auth import SEEN, Principal
 from app.errors import InsufficientScope, Invalid, InvalidTransition, RunNotFound
-from app.events import By, announce, record
+from app.events import By, announce, record_events
 from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
 from app.models import TERMINAL, Run, RunStatus
@@ -24,7 +24,7 @@ from app.stores.database import Connection
 from app.stores.documents import encode
 from app.stores.statements import constant, fragment, json_bytes, statement
 
-LOCK = statement(
+LOCK_RUN = statement(
     "runs.report.lock", f"SELECT {fences.COLUMNS}, {LEAVES} FROM runs r WHERE id = :run_id AND {SEEN} FOR NO KEY UPDATE"
 )
 
@@ -89,7 +89,7 @@ _begun = (
 
 # An event for a new status; none for more of the same.
 _event = "CASE WHEN :starts::boolean THEN 'started' ELSE 'ended' END"
-_recorded = record(
+_recorded = record_events(
     "reported", _event, from_status=":before::text", to_status=":status::text", changed=":changed::text[]"
 )
 
@@ -135,7 +135,7 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
 
     async def work(connection: Connection) -> Reply:
         nonlocal machine_id
-        run = await connection.fetchrow(LOCK, run_id=run_id, **write.principal.sees())
+        run = await connection.fetchrow(LOCK_RUN, run_id=run_id, **write.principal.sees())
         if run is None:
             raise RunNotFound
         fences.refuse_late(run, options, only_stops=_only_stops(options))
@@ -207,7 +207,7 @@ async def _drop_planned_retry(services: Services, write: WriteRequest, run_id: U
         raise Invalid(*((("body", name), sentence, "not_together") for name in others))
 
     async def work(connection: Connection) -> Reply:
-        run = await connection.fetchrow(LOCK, run_id=run_id, **principal.sees())
+        run = await connection.fetchrow(LOCK_RUN, run_id=run_id, **principal.sees())
         if run is None:
             raise RunNotFound
         fences.refuse_late(run, options, only_stops=True)

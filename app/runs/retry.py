@@ -26,7 +26,7 @@ from app.limits import memory_budget
 from app.limits.quotas import Standing
 from app.runs import quotas, replays, staging
 from app.runs.retry_rules import Retry, decide
-from app.runs.retry_statements import LOCK, Change, read, write
+from app.runs.retry_statements import LOCK_RUN, Change, read, write
 from app.runs.sessions import refuse_contradictions
 from app.runs.staging import Staged
 from app.scheduling.targets import missing_targets
@@ -176,7 +176,7 @@ async def _switch_locked(services: Services, asked: _Asked) -> Reply:
     async with services.database.transaction() as connection:
         if retry.write is not None:
             await wait_for_twin(connection, retry.write)
-        secret = await connection.fetchval(LOCK, run_id=retry.run_id, organization_id=retry.organization_id)
+        secret = await connection.fetchval(LOCK_RUN, run_id=retry.run_id, organization_id=retry.organization_id)
         names = [*asked.staged.names(), *([] if secret is None else [Name.secret(secret)])]
         if names:
             await connection.fetch(deletions.HOLD, **deletions.columns(names))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
-from app.events import record
+from app.events import record_events
 from app.idempotency import STORED, no_twin
 from app.runs import carried, projection, quotas, staging
 from app.runs.retry_rules import Next, Retry, overridden
@@ -69,7 +69,7 @@ READ = statement(
 )
 
 # A statement of its own: one that had to wait for a lock sees all other tables as they were when it began to wait.
-LOCK = statement(
+LOCK_RUN = statement(
     "runs.retry.lock",
     "SELECT secret_path FROM runs WHERE id = :run_id AND organization_id = :organization_id FOR NO KEY UPDATE",
 )
@@ -147,7 +147,7 @@ def _switch_statement(
         "output_attachment_ids": "'[]'::json",
         "input_attachment_ids": input_ids,
     }
-    recorded = record(
+    recorded = record_events(
         "seen",
         "'retried'",
         attempt="attempt + 1",

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from app.access.auth import NOBODY
 from app.errors import Invalid
-from app.events import record
+from app.events import record_events
 from app.scheduling import lanes, rules
 from app.services import Services
 from app.stores.database import Connection
@@ -40,7 +40,7 @@ RELEASE = statement(
         UPDATE runs SET lane = substr(lane, 1 + length('{lanes.HELD}')) WHERE ctid = ANY (ARRAY(SELECT tid FROM due))
         RETURNING id, organization_id, attempt, status
     ), recorded AS (
-        {record("released", "'due'", from_status="status", to_status="status")}
+        {record_events("released", "'due'", from_status="status", to_status="status")}
     )
     SELECT organization_id, count(*) AS runs FROM released GROUP BY organization_id
     """,

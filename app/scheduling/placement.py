@@ -30,7 +30,7 @@ from itertools import chain
 from uuid import UUID
 
 from app.access.auth import NOBODY
-from app.events import announce, record
+from app.events import announce, record_events
 from app.handoff import dispatches
 from app.scheduling import lanes, rules
 from app.stores import locks
@@ -161,7 +161,7 @@ def _assign_and(also: str = "") -> str:
         WHERE {by_id("runs", "run_ids")}
         RETURNING id, organization_id, attempt, status, assignment, assigned_machine_id
     ){also}
-    {record("assigned", "'assigned'", from_status="status", to_status="status")}
+    {record_events("assigned", "'assigned'", from_status="status", to_status="status")}
     """
 
 

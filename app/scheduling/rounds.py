@@ -32,8 +32,8 @@ ALL_SLICES = 10_000
 # than one slice it is so long for each, some fifty times as long as a slice takes.
 LOOK_AROUND_SECONDS = 8.0
 REST_FOR_SLICE = 0.35
-LANES = 500  # that one slice looks at,
-LANES_OF_ONE = 200  # and of one organization in it
+LANES_OF_SLICE = 500  # that one slice looks at,
+LANES_OF_ORGANIZATION = 200  # and of one organization in it
 BEYOND_HELD = lanes.HELD * 2  # after the last lane of held runs
 
 
@@ -126,21 +126,21 @@ LOOK_AROUND = statement(
             {
         _FIRST_OF_LANE.format(
             organization_id="h.organization_id",
-            lane=f"CASE WHEN h.of_organization = {LANES_OF_ONE} OR {rules.is_of_held('h.lane')}"
+            lane=f"CASE WHEN h.of_organization = {LANES_OF_ORGANIZATION} OR {rules.is_of_held('h.lane')}"
             f" THEN '{BEYOND_HELD}' ELSE h.lane END",
         )
     }
         ) AS next
-        WHERE h.n < {LANES}
+        WHERE h.n < {LANES_OF_SLICE}
     ), moved AS (
         UPDATE shared_rounds SET
             began_at = CASE WHEN shared_rounds.position IS NULL THEN now() ELSE began_at END,
             slices = CASE WHEN shared_rounds.position IS NULL THEN 0 ELSE slices + 1 END,
-            position = (SELECT ARRAY[organization_id, lane] FROM heads WHERE n = {LANES})
+            position = (SELECT ARRAY[organization_id, lane] FROM heads WHERE n = {LANES_OF_SLICE})
         FROM round WHERE shared_rounds.name = 'placement'
         RETURNING shared_rounds.position IS NOT NULL AS more
     ), wishes AS MATERIALIZED (
-        SELECT DISTINCT h.organization_id, h.of_organization = {LANES_OF_ONE} AS is_large,
+        SELECT DISTINCT h.organization_id, h.of_organization = {LANES_OF_ORGANIZATION} AS is_large,
                m.id AS reserved_machine_id, h.pinned_machine_id, h.pool_ids
         FROM heads h LEFT JOIN LATERAL (
             SELECT id FROM machines WHERE reserved_session_id = h.session_id LIMIT 1

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 from app.access.auth import Actor
 from app.config import Settings
-from app.events import record
+from app.events import record_events
 from app.handoff import dispatches
 from app.scheduling import rules
 from app.stores.database import Connection, Database, Record
-from app.stores.statements import by_id, found, statement
+from app.stores.statements import by_id, rows_of, statement
 
 log = logging.getLogger("app.machines")
 
@@ -83,7 +83,7 @@ UNASSIGN = statement(
         UPDATE runs SET assigned_machine_id = NULL, awaited_since = NULL WHERE {by_id("runs", "run_ids")}
         RETURNING id, organization_id, attempt, status
     )
-    {record("unassigned", "'unassigned'", from_status="status", to_status="status")}
+    {record_events("unassigned", "'unassigned'", from_status="status", to_status="status")}
     """,
 )
 
@@ -99,7 +99,7 @@ DISCONNECT = statement(
         look_at = NULL,
         reserved_session_id = CASE WHEN reserved_session_id = ANY(:reservations::uuid[]) THEN NULL
                               ELSE reserved_session_id END
-    WHERE ctid = ANY (ARRAY(SELECT tid FROM {found("machines", "machine_ids")} AS one))
+    WHERE ctid = ANY (ARRAY(SELECT tid FROM {rows_of("machines", "machine_ids")} AS one))
     """,
 )
 

@@ -8,7 +8,7 @@ from sqlalchemy import Select, bindparam, literal_column, select
 from app.errors import MachineNotFound, PoolNotFound, Refusal, SessionNotFound
 from app.models import Machine
 from app.stores.database import Connection
-from app.stores.statements import found, statement
+from app.stores.statements import rows_of, statement
 
 
 class Targets(Protocol):
@@ -31,7 +31,7 @@ LOCK_MACHINE = statement("targets.lock_machine", _MACHINE.with_for_update(key_sh
 
 KNOWN_POOLS = statement(
     "targets.pools",
-    f"SELECT count(*) FROM {found('pools', 'pool_ids')} AS pool WHERE organization_id = :organization_id",
+    f"SELECT count(*) FROM {rows_of('pools', 'pool_ids')} AS pool WHERE organization_id = :organization_id",
 )
 
 # A machine is reserved for it, or a run carries it.

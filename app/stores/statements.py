@@ -73,7 +73,7 @@ def fragment(written: str) -> TextClause:
     )  # else it would read the cast in `:values::json` as part of a name
 
 
-def found(table: str, ids: str) -> str:
+def rows_of(table: str, ids: str) -> str:
     """A subquery for the rows of `table` with one of the `:ids`, and the place of each as `tid`.
 
     Each is looked up by its key, before anything else is asked of it. With `id = ANY (...)`, a join, or a condition that
@@ -118,7 +118,7 @@ def loose_scan(
 def locked(table: str, ids: str, strength: str, where: str = "true") -> str:
     """SQL that locks those rows of `table` in the order of their ids, and selects the ids.
 
-    Each is looked up by its key, as in `found`. `where` is about its other columns; a row that it excludes is not locked.
+    Each is looked up by its key, as in `rows_of`. `where` is about its other columns; a row that it excludes is not locked.
     """
     return f"""
     SELECT one.id FROM (SELECT DISTINCT unnest(:{ids}::uuid[]) AS id ORDER BY id) AS wanted,
@@ -131,7 +131,7 @@ def by_id(table: str, ids: str, where: str = "true") -> str:
 
     Only for rows that this transaction has locked: those stay where they are.
     """
-    return f"ctid = ANY (ARRAY(SELECT tid FROM {found(table, ids)} AS one WHERE {where}))"
+    return f"ctid = ANY (ARRAY(SELECT tid FROM {rows_of(table, ids)} AS one WHERE {where}))"
 
 
 def _compiled(name: str, clause: ClauseElement) -> Statement:

@@ -50,7 +50,7 @@ _LONG_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400)
 MOST_ROUTES = 200
 
 Labels = tuple[str, ...]
-Found = Mapping[str, Mapping[Labels, float]]
+Readings = Mapping[str, Mapping[Labels, float]]
 
 
 class _Family:
@@ -390,7 +390,7 @@ def begin() -> None:
 class _Gauges(Collector):
     """What only the database knows, as it was read last."""
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: Readings) -> None:
         self._found = found
 
     def collect(self) -> Iterator[Metric]:
@@ -406,7 +406,7 @@ class _Text(bytearray):
     """A page; unlike with bytes, it can be seen whether somebody still has it."""
 
 
-class Page:
+class Exposition:
     """The text that a scrape gets.
 
     Anybody may ask, and need not take what comes. So a page that somebody still has to take is for all who ask within a second,
@@ -419,7 +419,7 @@ class Page:
         self._last: Callable[[], _Text | None] = lambda: None
         self._shared_until = self._rests_until = 0.0  # of time.monotonic()
 
-    async def text(self, read: Callable[[], Awaitable[Found]]) -> memoryview:
+    async def text(self, read: Callable[[], Awaitable[Readings]]) -> memoryview:
         """As of now, or what others are being given: that is at most SHARED_PAGE_SECONDS older than it would be."""
         page = self._last()
         if page is None or time.monotonic() >= self._shared_until:
@@ -428,7 +428,7 @@ class Page:
             page = await asyncio.shield(self._making)
         return memoryview(page)
 
-    async def _make(self, read: Callable[[], Awaitable[Found]]) -> _Text:
+    async def _make(self, read: Callable[[], Awaitable[Readings]]) -> _Text:
         try:
             await asyncio.sleep(self._rests_until - time.monotonic())
             found = await read()
@@ -446,7 +446,7 @@ class Page:
             self._making = None
 
 
-def _page(found: Found) -> bytes:
+def _page(found: Readings) -> bytes:
     registry = CollectorRegistry()
     registry.register(_Gauges(found))
     if _shared.folder is None:

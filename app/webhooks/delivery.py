@@ -5,12 +5,12 @@ Deliveries are sent at least once. A delivery is leased in a transaction, sent w
 another transaction. A replica that finds a lease that has run out sends the delivery again, under the same id. Two replicas
 never send one delivery at the same time: a lease lasts longer than a send, and is checked before a connection is opened.
 
-A dead or slow endpoint delays no other endpoint. Deliveries are claimed endpoint by endpoint. Each endpoint and each
+A dead or slow endpoint delays no other endpoint. Deliveries are leased endpoint by endpoint. Each endpoint and each
 organization has a limit of deliveries under way. Failing endpoints and slow endpoints have places of their own.
 
 This file knows nothing of runs: an event is bytes.
 
-One file: a round claims, sends and settles with one set of places.
+One file: a round leases, sends and settles with one set of places.
 """
 
 import asyncio
@@ -61,10 +61,10 @@ SLOW_FOR_SECONDS = 60.0
 MAX_SENDING = sum(PLACES.values())
 MAX_SLOW = 10_000  # endpoints that are remembered
 
-BATCH = 100  # events in one round of fanning out, endpoints in one claim
+BATCH = 100  # events in one round of fanning out, endpoints in one lease
 LOOK_AROUND = 1_000  # endpoints looked at in one round
 FAN_OUTS = 2  # batches in one round: however much is new, what was fanned out is sent meanwhile
-CLAIMS = 4  # in one round: what is dropped takes no place, and however much it is, what is new is fanned out meanwhile
+LEASES = 4  # in one round: what is dropped takes no place, and however much it is, what is new is fanned out meanwhile
 CLOSE_SECONDS = 5.0  # how long a stop waits for what is under way
 
 # --- one delivery -----------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ Outcome = Literal["delivered", "retried", "failed", "disabled", "dropped", "post
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class Leased:
     """A delivery that this process has leased."""
 
     id: UUID
@@ -138,8 +138,8 @@ class Deliverer:
         self._ahead = ahead
         self._secrets: dict[str, tuple[str | None, float]] = {}
         self._ready: dict[UUID, str] = {}  # endpoints that may have something due, with their organizations
-        self._sending: dict[asyncio.Task[None], Claimed] = {}
-        self._lingering: dict[UUID, Claimed] = {}  # given up, by lease; their threads still wait, as for a name server
+        self._sending: dict[asyncio.Task[None], Leased] = {}
+        self._lingering: dict[UUID, Leased] = {}  # given up, by lease; their threads still wait, as for a name server
         self._slow_until: dict[UUID, float] = {}  # of time.monotonic(), by endpoint
         self._posts: set[Post] = set()
         self._is_closing = False
@@ -165,8 +165,8 @@ class Deliverer:
             self._look_around_at = time.monotonic() + self._services.settings.background_period_seconds
             more = await self._recover()
             await self._look_around()
-        for _ in range(CLAIMS):
-            if not await self._claim():
+        for _ in range(LEASES):
+            if not await self._lease():
                 return more or is_behind
         return True
 
@@ -198,9 +198,11 @@ class Deliverer:
     async def _look_around(self) -> None:
         """What is due again, and what another process has left; a part of all endpoints each time."""
         async with self._database.connection() as connection:
-            lanes = await connection.fetch(queue.LANES, after=self._looked_up_to, ahead=self._ahead, batch=LOOK_AROUND)
-        self._looked_up_to = lanes[-1]["endpoint_id"] if len(lanes) == LOOK_AROUND else UUID(int=0)
-        self._ready |= {row["endpoint_id"]: row["organization_id"] for row in lanes if row["is_due"]}
+            endpoints = await connection.fetch(
+                queue.PENDING_ENDPOINTS, after=self._looked_up_to, ahead=self._ahead, batch=LOOK_AROUND
+            )
+        self._looked_up_to = endpoints[-1]["endpoint_id"] if len(endpoints) == LOOK_AROUND else UUID(int=0)
+        self._ready |= {row["endpoint_id"]: row["organization_id"] for row in endpoints if row["is_due"]}
 
     async def _recover(self) -> bool:
         async with self._database.connection() as connection:
@@ -211,7 +213,7 @@ class Deliverer:
         self._look_around_at = 0.0
         return True
 
-    async def _claim(self) -> bool:
+    async def _lease(self) -> bool:
         """Lease what there are places for and begin to send it; whether there may be more to lease now."""
         places = self._places()
         if not places:
@@ -219,29 +221,29 @@ class Deliverer:
         connect_by = time.monotonic() + LEASE_SECONDS - SEND_SECONDS
         async with self._database.connection() as connection:
             rows = await connection.fetch(
-                queue.CLAIM,
+                queue.LEASE,
                 endpoint_ids=list(places),
                 places=[healthy for healthy, _ in places.values()],
                 places_failing=[failing for _, failing in places.values()],
                 ahead=self._ahead,
                 lease_seconds=LEASE_SECONDS,
             )
-        claimed = [Claimed(**row, connect_by=connect_by) for row in rows]
-        counts = Counter(one.endpoint_id for one in claimed)
+        leased = [Leased(**row, connect_by=connect_by) for row in rows]
+        counts = Counter(one.endpoint_id for one in leased)
         for endpoint_id, (healthy, failing) in places.items():
             # Taken less than was asked for: nothing more is due now. Else it stays, behind the others.
             organization_id = self._ready.pop(endpoint_id)
             if counts[endpoint_id] >= max(min(healthy, failing), 1):
                 self._ready[endpoint_id] = organization_id
-        dropped = [one for one in claimed if one.dropped_because]
+        dropped = [one for one in leased if one.dropped_because]
         if dropped:
             await self._drop(dropped)
-        for one in claimed:
+        for one in leased:
             if not one.dropped_because:
                 task = asyncio.create_task(self._deliver(one))
                 self._sending[task] = one
                 task.add_done_callback(self._done)
-        return bool(claimed)
+        return bool(leased)
 
     def _places(self) -> dict[UUID, tuple[int, int]]:
         """For each endpoint that has its turn: how many of its deliveries may begin now, and how many if it is failing."""
@@ -298,7 +300,7 @@ class Deliverer:
         self._slow_until[endpoint_id] = time.monotonic() + SLOW_FOR_SECONDS
         self._services.wakeups.deliveries.set()
 
-    async def _drop(self, dropped: Sequence[Claimed]) -> None:
+    async def _drop(self, dropped: Sequence[Leased]) -> None:
         async with self._database.connection() as connection:
             await connection.execute(
                 queue.DROP,
@@ -315,7 +317,7 @@ class Deliverer:
         self._ready.setdefault(one.endpoint_id, one.organization_id)
         self._services.wakeups.deliveries.set()
 
-    async def _deliver(self, one: Claimed) -> None:
+    async def _deliver(self, one: Leased) -> None:
         """Send one and settle what became of it. If that cannot be written, the lease runs out and it is sent again."""
         try:
             outcome = await self._try(one)
@@ -332,13 +334,13 @@ class Deliverer:
         except Exception as error:  # noqa: BLE001 - one bad delivery must not end the others
             self._broke(one, error)
 
-    def _thread_ended(self, one: Claimed) -> None:
+    def _thread_ended(self, one: Leased) -> None:
         """Its place is free."""
         if self._lingering.pop(one.lease, None) is not None:
             self._ready.setdefault(one.endpoint_id, one.organization_id)
             self._services.wakeups.deliveries.set()
 
-    async def _try(self, one: Claimed) -> Outcome:
+    async def _try(self, one: Leased) -> Outcome:
         """A defect of ours is a failed try like any other: else it would be sent again for ever."""
         began = time.monotonic()
         try:
@@ -349,10 +351,10 @@ class Deliverer:
             self._broke(one, error)
             return await self._settle(one, None, InternalError.code, round(1000 * (time.monotonic() - began)))
 
-    def _broke(self, one: Claimed, error: Exception) -> None:
+    def _broke(self, one: Leased, error: Exception) -> None:
         log.error({"event": "webhook_broke", "delivery_id": str(one.id), **describe(error)})
 
-    async def _send(self, one: Claimed) -> Outcome:
+    async def _send(self, one: Leased) -> Outcome:
         try:
             secrets = [secret for path in one.secret_paths if (secret := await self._secret(path)) is not None]
         except VaultUnavailable:
@@ -393,14 +395,14 @@ class Deliverer:
             return await self._postpone(one)
         return await self._settle(one, answer, error, round(1000 * (time.monotonic() - began)))
 
-    def _post(self, post: Post, one: Claimed, secrets: Sequence[str]) -> Answer:
+    def _post(self, post: Post, one: Leased, secrets: Sequence[str]) -> Answer:
         """In a thread: sign now, so that the timestamp is that of sending, and send."""
         assert one.url is not None and one.body is not None  # noqa: S101, PT018 - else it was dropped
         signed = signing.headers(str(one.id), int(self._database.clock.now()), one.body, secrets)
         headers = {"Content-Type": "application/json", "User-Agent": "runs-api", **signed}
         return post.send(one.url, headers, one.body, connect_by=one.connect_by)
 
-    async def _settle(self, one: Claimed, answer: Answer | None, error: str | None, duration_ms: int) -> Outcome:
+    async def _settle(self, one: Leased, answer: Answer | None, error: str | None, duration_ms: int) -> Outcome:
         is_success = answer is not None and 200 <= answer.status < 300
         is_gone = answer is not None and answer.status == GONE
         asked = answer.retry_after if answer is not None and answer.status in ASKS_FOR_TIME else None
@@ -430,7 +432,7 @@ class Deliverer:
             return "disabled"
         return "failed" if delay is None else "retried"
 
-    async def _postpone(self, one: Claimed) -> Outcome:
+    async def _postpone(self, one: Leased) -> Outcome:
         async with self._database.connection() as connection:
             await connection.execute(queue.POSTPONE, id=one.id, lease=one.lease, delay=POSTPONED_SECONDS)
         return "postponed"

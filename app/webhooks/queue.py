@@ -1,4 +1,4 @@
-"""The queue of deliveries: its statements. Events become deliveries (FAN_OUT), which are leased (CLAIM) and then settled.
+"""The queue of deliveries: its statements. Events become deliveries (FAN_OUT), which are leased (LEASE) and then settled.
 
 delivery.py says when each statement runs.
 """
@@ -46,7 +46,7 @@ FAN_OUT = statement(
 )
 
 # From one endpoint that has something pending to the next, by the index: however much waits for one, it costs one look.
-LANES = statement(
+PENDING_ENDPOINTS = statement(
     "webhooks.lanes",
     f"""
     WITH RECURSIVE {
@@ -64,7 +64,7 @@ LANES = statement(
 )
 
 # Of each endpoint as many as there are places for.
-CLAIM = statement(
+LEASE = statement(
     "webhooks.claim",
     """
     WITH taken AS (

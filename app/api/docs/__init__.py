@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import FILES
-from app.api.static_files import PageFile
+from app.api.static_files import StaticFile
 from app.errors import RouteNotFound
 
 _SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
@@ -21,9 +21,9 @@ _SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 def install(app: FastAPI, *, console: bool) -> None:
     """Serve /docs and what it needs, and /."""
     here = Path(__file__).parent
-    index = PageFile.of("index.html", (here / "index.html").read_bytes())
+    index = StaticFile.of("index.html", (here / "index.html").read_bytes())
     paths = [here / "start.js", *(_package("fastapi_swagger") / "resources" / name for name in _SWAGGER_UI)]
-    assets = {path.name: PageFile.of(path.name, path.read_bytes()) for path in paths}
+    assets = {path.name: StaticFile.of(path.name, path.read_bytes()) for path in paths}
     manual = _manual(app.title)
     places = {"docs": "/docs", "openapi": "/openapi.json", "health": "/health/ready"}
     places |= {"console": "/console/"} if console else {}
@@ -63,7 +63,7 @@ def install(app: FastAPI, *, console: bool) -> None:
     app.add_route("/docs-assets/{name}", asset, include_in_schema=False)
 
 
-def _manual(title: str) -> dict[str, PageFile]:
+def _manual(title: str) -> dict[str, StaticFile]:
     """Every page of docs/, and a list of them for language models (llmstxt.org)."""
     pages = {path.name: path.read_text(encoding="utf-8") for path in sorted((FILES / "docs").glob("*.md"))}
     lines = [
@@ -77,7 +77,7 @@ def _manual(title: str) -> dict[str, PageFile]:
         heading, _, body = text.partition("\n")
         lines.append(f"- [{heading.removeprefix('# ')}](/docs/{name}): {_first_sentence(body)}")
     pages["llms.txt"] = "\n".join(lines) + "\n"
-    return {name: PageFile.of(name, text.encode()) for name, text in pages.items()}
+    return {name: StaticFile.of(name, text.encode()) for name, text in pages.items()}
 
 
 def _first_sentence(text: str) -> str:

@@ -26,7 +26,7 @@ def router(settings: Settings) -> APIRouter:
         metrics.turn_off()
         return made
     token = None if settings.metrics_token is None else settings.metrics_token.get_secret_value().encode()
-    page, found = metrics.Page(), database_gauges.Gauges()
+    page, found = metrics.Exposition(), database_gauges.Gauges()
 
     @made.get("/metrics", include_in_schema=False)
     async def show(request: Request) -> Response:
@@ -68,5 +68,5 @@ def _was_forwarded(headers: Headers) -> bool:
     return any(name in _PROXY_HEADERS or name.startswith("x-forwarded-") for name in headers)
 
 
-def _reading(request: Request, found: database_gauges.Gauges) -> Callable[[], Awaitable[metrics.Found]]:
+def _reading(request: Request, found: database_gauges.Gauges) -> Callable[[], Awaitable[metrics.Readings]]:
     return lambda: found.read(request.app.state.services.database)
