@@ -104,7 +104,10 @@ def test_a_retry_is_tried_out_with_a_key(tab: Tab, server: Server, api: Client) 
         block = await unfold(tab, "post", "/v1/runs/{run_id}/retry")
         await block.get_by_role("button", name="Try it out").click()
         await block.get_by_placeholder("run_id").fill(run["id"])
-        await block.locator("textarea.body-param__text").fill(json.dumps({"input_values": {"user": "grace"}}))
+        body = block.locator("textarea.body-param__text")
+        # What is sent if nobody changes it: a retry that keeps everything.
+        assert json.loads(await body.input_value()).keys() == {"reason"}
+        await body.fill(json.dumps({"input_values": {"user": "grace"}}))
         return await answer(block)
 
     tab.open(f"{server.url}/docs")
