@@ -1,7 +1,6 @@
 """One server process, and clients for it."""
 
 import secrets
-from collections.abc import Mapping
 
 from dev.run import App
 from dev.stack import free_port
@@ -31,15 +30,7 @@ class Server:
 def start_server(stack: Stack, **settings: object) -> Server:
     """A server process; the caller stops it with `server.app.stop()`."""
     # Several processes on one port, and metrics that they share, are set up while modules are imported.
-    return _start(App if "WORKERS" in settings else ForkedApp, stack, settings)
-
-
-def start_interpreter(stack: Stack, **settings: object) -> Server:
-    """A server with an interpreter of its own, in 2 s instead of 0.1 s: for tests of memory, forked ones share a part."""
-    return _start(App, stack, settings)
-
-
-def _start(kind: type[App], stack: Stack, settings: Mapping[str, object]) -> Server:
+    kind = App if "WORKERS" in settings else ForkedApp
     port = free_port()
     environment = stack.environment(PORT=port, **settings)
     return Server(stack, kind(stack.folder / f"server-{port}", f"http://127.0.0.1:{port}", environment).start())
