@@ -2,7 +2,6 @@
 
 import asyncio
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from app.scheduling.lanes import lane
 from dev import settings_page
-from dev.run import ROOT
+from tests.support.fork_server import run_forked
 from tests.support.stack import Stack
 
 
@@ -27,9 +26,7 @@ def url(stack: Stack) -> Iterator[str]:
 
 
 def alembic(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": "", "DATABASE_URL": url}
-    command = [sys.executable, "-W", "error", "-m", "alembic", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return run_forked({"PATH": "", "DATABASE_URL": url}, "alembic", *arguments)
 
 
 def test_models_and_migrations_agree_and_can_be_undone(url: str) -> None:

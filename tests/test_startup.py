@@ -23,7 +23,7 @@ from app.stores.database import connect
 from dev.run import ROOT
 from dev.stack import free_port, http
 from tests.support.client import Client
-from tests.support.fork_server import fork_service
+from tests.support.fork_server import fork_service, run_forked
 from tests.support.server import start_server
 from tests.support.stack import Stack, migrate
 from tests.support.waiting import until
@@ -74,8 +74,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def upgrade(stack: Stack, url: str, revision: str) -> None:
     environment = {"PATH": "", "DATABASE_URL": stack.postgres.as_app(url), "DATABASE_OWNER_URL": url}
-    command = [sys.executable, "-m", "alembic", "upgrade", revision]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_forked(environment, "alembic", "upgrade", revision)
     assert done.returncode == 0, done.stderr
 
 

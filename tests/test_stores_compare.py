@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,6 +10,7 @@ import pytest
 
 from dev.run import ROOT
 from tests.support.client import Client, file_input, secret_path
+from tests.support.fork_server import run_forked
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack, own_stack
 from tests.support.waiting import until
@@ -37,8 +37,7 @@ def run(stack: Stack, *arguments: str, **settings: object) -> subprocess.Complet
 
 
 def run_with(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "app", "stores", "compare", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return run_forked(environment, "app", "stores", "compare", *arguments)
 
 
 def differences(stack: Stack) -> set[tuple[str, str, str, str | None]]:

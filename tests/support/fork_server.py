@@ -11,11 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+import alembic.config
 import psutil
 from fastapi import FastAPI
 
@@ -56,6 +59,33 @@ def keep_document() -> None:
         return made
 
     setattr(cli, "create_app", with_document)  # noqa: B010 - it is the application's own name there
+
+
+PROGRAMS = {"app": cli.main, "alembic": alembic.config.main}
+
+
+def run_program(environment: Mapping[str, str], folder: Path, program: str, arguments: list[str]) -> None:
+    enter(environment, folder / "stdout")
+    errors = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(errors, 2)
+    warnings.simplefilter("error")
+    sys.exit(PROGRAMS[program](arguments))
+
+
+def run_forked(
+    environment: Mapping[str, str], program: str, *arguments: str, seconds: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """`python -W error -m PROGRAM ARGUMENTS` to its end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = forks.Process(target=run_program, args=(environment, folder, program, list(arguments)), daemon=True)
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode is not None
+        written = [(folder / stream).read_text(encoding="utf-8") for stream in ("stdout", "stderr")]
+        return subprocess.CompletedProcess([program, *arguments], process.exitcode, *written)
 
 
 def serve(environment: Mapping[str, str], log: Path) -> None:
