@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -61,7 +61,7 @@ def keep_document() -> None:
     setattr(cli, "create_app", with_document)  # noqa: B010 - it is the application's own name there
 
 
-PROGRAMS = {"app": cli.main, "alembic": alembic.config.main}
+PROGRAMS: dict[str, Callable[[list[str]], int | None]] = {"app": cli.main, "alembic": alembic.config.main}
 
 
 def run_program(environment: Mapping[str, str], folder: Path, program: str, arguments: list[str]) -> None:
