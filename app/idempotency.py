@@ -64,7 +64,8 @@ FREE = statement(
 )
 
 
-# Part of a statement that makes its own replies: store those of `shown` that have a key; of a longer body only the ids.
+# Part of a statement that makes its own replies: store the rows of `shown` that have a key. Of a longer body only the ids
+# are stored.
 STORED = """
     INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, ids, expires_at)
     SELECT organization_id, key, fingerprint, http_status,
@@ -85,7 +86,7 @@ def no_twin(write: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A successful reply, as it is sent and stored. `ids` are those of what it shows; one without a body shows nothing."""
+    """A successful reply, as it is sent and stored. `ids` are the ids of the objects in its body."""
 
     status: int
     body: bytes
@@ -97,7 +98,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class WriteRequest:
-    """One write request: who sent it, and what makes a resend recognizable. `key` is None without the header."""
+    """One write request: its caller, and the key and fingerprints that a resend is recognized by. No header: no key."""
 
     principal: Principal
     key: str | None
@@ -105,16 +106,16 @@ class WriteRequest:
     ttl_seconds: int
     most_bytes: int  # of a longer reply only the ids are kept
     request_id: str | None = None
-    traceparent: str | None = None  # of the request, for whoever executes the attempt that it begins
+    traceparent: str | None = None  # of the request, for the executor of the attempt that it begins
 
     def actor(self, reason: str | None = None) -> Actor:
-        """Who is behind the request, for the events that it causes."""
+        """The caller, for the events that the request causes."""
         return Actor(self.principal.key_id, self.principal.user_id, self.request_id, reason)
 
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """What the reply to a write shows, for its replays.
+    """The kind of object that the reply to a write shows, for its replays.
 
     `show` makes the reply again by its ids, with all as it is now. `left` is what a reply that was kept may still show. Both
     get the caller and the ids, and raise NotFound for what is gone.
@@ -141,7 +142,7 @@ FORGET = statement(
 
 
 async def forget_keys(database: Database) -> bool:
-    """Remove a batch of expired keys, and of what was counted of them; whether there may be more keys."""
+    """Remove a batch of expired keys and of their counted bytes; whether there may be more keys."""
     async with database.connection() as connection:
         await connection.execute(reply_bytes.FORGET)
         return await connection.execute(FORGET) != "DELETE 0"
@@ -291,7 +292,9 @@ async def attempt_or_replay(
                 await connection.execute(FREE, organization_id=write.principal.organization_id, key=write.key)
         raise IdempotencyInProgress  # freed and taken again, each time
     except LockTimeout as timeout:
-        is_slow = write.key is None and isinstance(timeout, StatementTimeout)  # nobody need be at work on it
+        is_slow = write.key is None and isinstance(
+            timeout, StatementTimeout
+        )  # a slow statement does not mean that a twin is at work
         if write.key is not None:
             metrics.idempotency.add("in_progress")
         return await _replay(services, write, resource, timeout if is_slow else IdempotencyInProgress())

@@ -43,10 +43,10 @@ _UUID = re.compile(r"[0-9A-Fa-f-]{32,36}")
 _RETRY = re.compile(r"/v1/runs/[^/]+/retry")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
-# How long a body that nobody wants is read and thrown away after the reply: closing at once would reset the connection before
+# How long the rest of a body is read and thrown away after the reply: closing at once would reset the connection before
 # the reply is read. The server itself would read it for ever, however slowly it comes.
 LINGER_SECONDS = 5.0
-# What a reply that came too late says of itself in logs and metrics: its caller had gone.
+# The status in logs and metrics of a request whose client was gone before the reply.
 GONE = 499
 # In one query. The framework parses the query of every request, also of one without a key.
 MAX_PARAMETERS = 100
@@ -114,7 +114,7 @@ class Edge:
             if isinstance(refusal, QuotaExceeded):
                 await scope["app"].state.limits.hold_back(refusal)
             await exchange.refuse(refusal)
-        await exchange.begin()  # of a reply that has broken off before its first byte: the server closes on it
+        await exchange.begin()  # a reply that broke off before its first byte: the server closes the connection
         exchange.report()
 
 
@@ -231,7 +231,7 @@ class _Exchange:
         await self._send_body(body, more=more)
 
     def _has_room(self, count: int) -> bool:
-        """What is sent whole stays in memory until its reader has taken it."""
+        """Keep a reply that is sent at once in memory until the client has read it."""
         return self.principal is None or count <= memory_budget.FREE_BYTES or self._memory.charge_if_it_fits(count)
 
     async def begin(self) -> None:
@@ -248,7 +248,7 @@ class _Exchange:
         if self.standings:
             headers += [(name.lower().encode(), value.encode()) for name, value in fields(self.standings).items()]
         if self._body_left:
-            await self._drain(0)  # what has come costs no wait, and if it is all of it the connection lives on
+            await self._drain(0)  # without waiting; if the body is complete, the connection stays open
         if self._body_left:
             self._lingers = self.status != RequestTimeout.status
             headers.append((b"connection", b"close"))
@@ -257,7 +257,7 @@ class _Exchange:
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         self._bytes_out += len(body)
-        if len(body) > PIECE_BYTES and self._memory.party:  # somebody for whom it counts
+        if len(body) > PIECE_BYTES and self._memory.party:  # an authenticated party, for which it counts
             body = await self._send_all_but_the_end(body)
         if self._lingers and not more:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
@@ -347,7 +347,7 @@ class _Exchange:
             outcome = "replayed" if replayed else "accepted" if accepted else "refused"
             code = "" if accepted else self.state.get("code", str(self.status))
             metrics.retries.add(outcome, code, "request")
-        elif route != "/v1/runs" or self.status != 201:  # of a bulk only its route knows how many there are
+        elif route != "/v1/runs" or self.status != 201:  # only the route of a bulk knows how many runs it made
             return
         if self.status < 300 and not replayed:
             metrics.transitions.add("scheduling", "caller")

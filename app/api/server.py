@@ -31,13 +31,13 @@ log = logging.getLogger("app.request")
 
 MAX_HEAD_BYTES = 65536  # also of the trailers of a body
 MAX_HEAD_LINES = 100  # a header is a line
-MAX_TARGET_BYTES = 8192  # of the path with its query, and of what stands before it in an absolute URL
+MAX_TARGET_BYTES = 8192  # path and query, and scheme and host if the URL is absolute
 HEAD_SECONDS = 10.0  # from the first byte to the last, and from the connection to its first
-# A connection that is closed with unread data loses the reply on its way: what still comes is thrown away for so long.
+# A connection that is closed with unread data loses the reply on its way. So for this long, further bytes are thrown away.
 LINGER_SECONDS = 1.0
 
-# One read. Small while nobody knows who is calling: thousands of connections may do no more at once than a small piece of
-# work each. A chunk can be one byte, and costs as much as a large one.
+# The size of one read. It is small until the request is authenticated: thousands of connections may cause a small piece of work
+# each, and no more. A chunk can be one byte, and costs as much as a large one.
 STRANGER_BYTES = 4096
 CHUNKED_BYTES = 16384
 UNWANTED_BYTES = 1024  # in chunks, from a stranger
@@ -51,24 +51,24 @@ LONG_HEADS_BYTES = 8 * 1024 * 1024
 BACKLOG = 512
 TURNED_AWAY = 64  # connections at once that are told that there is no room
 
-WRITE_BYTES = 65536  # that may wait to be sent before whoever sends waits too
+WRITE_BYTES = 65536  # unsent bytes at which the application waits, too
 
 _END_OF_HEAD = b"\n\r\n"  # no request ends its head otherwise, nor a chunked body its trailers
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 
 
 class Connections:
-    """The connections of one process: at most `limit`. For a new one the oldest idle one makes room; if none is idle, the
-    oldest whose caller has shown no key."""
+    """The connections of one process: at most `limit`. For a new connection the oldest idle one makes room; if none is
+    idle, the oldest connection without a valid key."""
 
     def __init__(self, limit: int, send_seconds: float) -> None:
         self._limit = limit
-        self.send_seconds = send_seconds  # how long a reader may take nothing of what is sent; a stranger, not all
+        self.send_seconds = send_seconds  # timeout for a client that reads nothing; without a key: not everything
         self._idle: dict[Protocol, None] = {}  # in the order in which they began to rest
         self._busy: dict[Protocol, None] = {}
         self._turned_away: set[Protocol] = set()
         self.long_heads_left = LONG_HEADS_BYTES
-        # Where reads go, of all connections: each takes out what came before the next one reads.
+        # The buffer of all reads: each connection takes its bytes out before the next connection reads.
         self.buffer = memoryview(bytearray(LARGEST_BYTES))
         self.parts = {
             size: self.buffer[:size] for size in (UNWANTED_BYTES, STRANGER_BYTES, CHUNKED_BYTES, LARGEST_BYTES)
@@ -86,19 +86,19 @@ class Connections:
         return True
 
     def may_hear_why(self, connection: "Protocol") -> bool:
-        """Whether there is room at least to tell it that there is none."""
+        """Whether there is room to tell this connection that there is no room."""
         if len(self._turned_away) >= TURNED_AWAY:
             return False
         self._turned_away.add(connection)
         return True
 
     def began(self, connection: "Protocol") -> None:
-        """A request is on its way."""
+        """Note that a request has begun on this connection."""
         self._idle.pop(connection, None)
         self._busy[connection] = None
 
     def rests(self, connection: "Protocol") -> None:
-        """Its request is answered."""
+        """Note that the request of this connection is answered."""
         self._busy.pop(connection, None)
         self._idle[connection] = None
 
@@ -109,8 +109,10 @@ class Connections:
 
 
 def room_for_connections(wanted: int, others: int) -> int:
-    """Raise the soft limit on descriptors as far as `wanted` connections and `others` need it, and the hard limit lets us;
-    returns how many connections there is room for."""
+    """Raise the soft limit on descriptors as far as `wanted` connections and `others` need it and the hard limit allows it.
+
+    Returns how many connections there is room for.
+    """
     needed = wanted + BACKLOG + TURNED_AWAY + others
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
@@ -152,7 +154,7 @@ class _Reader(asyncio.BufferedProtocol):
 
 
 class _Trailers(list[tuple[bytes, bytes]]):
-    """Where uvicorn puts them: nobody reads them, so they are dropped."""
+    """A list that drops trailers: uvicorn appends them, and nothing reads them."""
 
     def append(self, _: tuple[bytes, bytes]) -> None:
         pass
@@ -162,7 +164,7 @@ _TRAILERS = _Trailers()
 
 
 class _Flow(FlowControl):
-    """Of a connection that is not read while it has something unparsed, whoever asks."""
+    """Flow control that does not resume reading while the connection has unparsed bytes."""
 
     held = False
 
@@ -177,23 +179,23 @@ class Protocol(HttpToolsProtocol):
     Answers a head that is too long with 431, one that is too slow with 408, and with 503 when there is no room for it.
     """
 
-    # Of the connection
+    # State of the connection
     _silent = True
     _has_ended = False  # the client has closed its sending side; it may still read
-    _deaf = False  # refused: whatever still comes is thrown away
+    _deaf = False  # refused: further bytes are thrown away
     _unparsed = b""
     _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _unsent = 0
-    _is_for_stranger = True  # what waits to be sent
-    _long_head = 0  # bytes of its head that are more than ordinary
-    # Of the message that is being parsed
+    _is_for_stranger = True  # the bytes that wait to be sent
+    _long_head = 0  # bytes of the head beyond ORDINARY_HEAD_BYTES
+    # State of the message that is being parsed
     url = b""  # the target, as uvicorn puts it together
     _outside_body = True  # before a head or in it
     _begun = False  # its first byte was parsed
-    _overhead = 0  # bytes of its head, then of what follows the last piece of its body
-    _lines = 0  # of its head
-    _body_left = 0  # of the declared length
+    _overhead = 0  # bytes of the head; later, bytes since the last piece of the body
+    _lines = 0  # lines of the head
+    _body_left = 0  # bytes of the declared length
     _got_body = False  # in the piece that was parsed last
 
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
@@ -202,7 +204,7 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def is_stranger(self) -> bool:
-        """Nobody has shown a key for the request that is being read or answered."""
+        """Whether the request that is being read or answered is not authenticated."""
         return self.cycle is None or self.cycle.response_complete or "principal" not in self.cycle.scope["state"]
 
     def _is_answering(self) -> bool:
@@ -214,7 +216,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow: _Flow = _Flow(transport)
         transport.set_protocol(_Reader(self))
-        # Whoever sends goes on when nothing waits any more. It does not stop at the first byte that waits: then uvloop would
+        # The application goes on when no byte waits any more. It does not stop at the first byte that waits: uvloop would then
         # send the head of each reply by itself.
         transport.set_write_buffer_limits(high=WRITE_BYTES, low=0)
         if self._all.add(self):
@@ -243,7 +245,7 @@ class Protocol(HttpToolsProtocol):
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def read_into(self) -> memoryview:
-        """Where to read to: as much as this connection may take in at once."""
+        """The part of the buffer for the next read: as much as this connection may take in at once."""
         if self._outside_body:
             return self._all.parts[STRANGER_BYTES]
         if self.is_stranger:
@@ -251,7 +253,7 @@ class Protocol(HttpToolsProtocol):
         return self._all.parts[LARGEST_BYTES if self._body_left else CHUNKED_BYTES]
 
     def has_read(self, count: int) -> None:
-        """So many bytes are in the buffer."""
+        """Take `count` bytes out of the buffer."""
         if self._deaf:
             return
         if self._unparsed or count > self._body_left:
@@ -262,12 +264,12 @@ class Protocol(HttpToolsProtocol):
             if not self._deaf:
                 self._wait_for_reader()
         if count == STRANGER_BYTES and not self.flow.read_paused and not self.transport.is_closing():
-            # There is probably more. The loop would read it before it does anything else: others come first.
+            # There are probably more bytes. The event loop would read them first; other connections come first instead.
             self.flow.pause_reading()
             self.loop.call_soon(self.flow.resume_reading)
 
     def _parse(self) -> None:
-        """All that has come, up to the end of a request: what follows waits until that is answered."""
+        """Parse the bytes that have come, up to the end of a request. Later bytes wait until the request is answered."""
         while self._unparsed and not (self._outside_body and self._is_answering()):
             piece = self._next_piece()
             if self._outside_body:
@@ -282,22 +284,22 @@ class Protocol(HttpToolsProtocol):
         self._wait_for_reader()
 
     def _feed(self, piece: bytes | memoryview) -> None:
-        """What the parser makes of a piece, counted."""
+        """Give a piece to the parser, and count it."""
         self._got_body = False
         self.data_received(piece)  # type: ignore[arg-type] # the parser takes any buffer
-        if not (self._outside_body and self._is_answering()):  # that was not the end of a request
+        if not (self._outside_body and self._is_answering()):  # the request has not ended
             self._account(len(piece))
 
     def _wait_for_reader(self) -> None:
-        """Read no more for now, if somebody has to take first what has come."""
+        """Stop reading while the application has to take bytes first."""
         if self._unparsed:
             self.flow.held = True  # until the request is answered
             self.flow.pause_reading()
         elif not self._outside_body and self.cycle.body:
-            self.flow.pause_reading()  # until somebody wants more of it
+            self.flow.pause_reading()  # until the application asks for more of the body
 
     def _next_piece(self) -> bytes:
-        """What the parser gets next: nothing in which more than one head ends."""
+        """The next piece for the parser: at most one head ends in it."""
         if self._body_left:
             end = self._body_left
         else:
@@ -306,12 +308,12 @@ class Protocol(HttpToolsProtocol):
         piece, self._unparsed = self._unparsed[:end], self._unparsed[end:]
         if self._outside_body and b"pgrade" in piece:
             # We stay with HTTP/1.1, as RFC 9110 section 7.8 allows. The parser would take the body for the other protocol:
-            # Java's client asks for HTTP/2 with its first request, and would lose what it sends.
+            # Java's client asks for HTTP/2 with its first request, and would lose its body.
             piece = _UPGRADE.sub(b"\r\nx-not-upgraded:", piece)
         return piece
 
     def _account(self, size: int) -> None:
-        """For a head that is not complete yet, and for a body that is not."""
+        """Count bytes of a head or a body that is not complete, and refuse too many."""
         if self._got_body:
             self._overhead = 0
             return
@@ -342,14 +344,14 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._silent:
-            self.transport.close()  # nothing was asked
+            self.transport.close()  # no byte came
         else:
             self._refuse(HeadTooSlow())
 
     def client_ended(self) -> bool:
-        """The client has closed its sending side, as `shutdown(SHUT_WR)` does. True: the connection stays open for replies.
+        """Note that the client has closed its sending side (`shutdown(SHUT_WR)`). True: the connection stays open for replies.
 
-        A client that is gone looks the same until something is sent to it. So each whole request that came before is answered.
+        A client that is gone looks the same until bytes are sent to it. So each complete request is still answered.
         """
         self._has_ended = True
         self.flow.held = True  # there is nothing to read any more
@@ -359,7 +361,7 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _finish(self) -> None:
-        """After the client's end: close behind the reply to the last request, and refuse one that is not whole."""
+        """After the client's end: close the connection behind the last reply, and refuse an incomplete request."""
         if self._is_answering():
             state = self.cycle.scope["state"]
             state["client_has_ended"] = True
@@ -374,7 +376,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             self._watch_sending()
 
-    # --- what the parser finds ----------------------------------------------------------------------------------------
+    # --- events of the parser ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         self._begun = True
@@ -403,7 +405,7 @@ class Protocol(HttpToolsProtocol):
         if self._body_left:
             self._body_left -= len(body)
             if not self.cycle.body:
-                # What is added to no bytes is not copied, nor is it when it is taken, unlike with a bytearray.
+                # Bytes that are added to empty bytes are not copied, unlike with a bytearray.
                 self.cycle.body = b""  # type: ignore[assignment]
         super().on_body(body)
 
@@ -436,19 +438,21 @@ class Protocol(HttpToolsProtocol):
             self._all.rests(self)
 
     def pause_writing(self) -> None:
-        """More waits to be sent than WRITE_BYTES."""
+        """More than WRITE_BYTES wait to be sent."""
         super().pause_writing()
         self._is_for_stranger = self.is_stranger
         self._watch_sending()
 
     def resume_writing(self) -> None:
-        """Nothing waits any more."""
+        """No bytes wait to be sent any more."""
         self._stop_send_timer()
         super().resume_writing()
 
     def _watch_sending(self) -> None:
-        """While nothing more is written: what waits must become less until then. A stranger must take all of it: else many
-        could keep much for as long as they like."""
+        """Start the timeout for bytes that wait to be sent: some of them must have gone by then.
+
+        Without a key all of them must have gone: else many clients could keep much memory in use for as long as they like.
+        """
         self._stop_send_timer()
         if self.transport.get_write_buffer_size():
             self._unsent = self._bytes_not_taken()
@@ -460,9 +464,9 @@ class Protocol(HttpToolsProtocol):
             self._send_timer = None
 
     def _bytes_not_taken(self) -> int:
-        """By the reader. The kernel asks for more only when much of what it has is gone, so what it has counts too."""
+        """The bytes that the client has not read, here and in the kernel (which asks for more when most of its own are gone)."""
         waiting = bytearray(4)
-        with suppress(OSError):  # where the kernel does not tell
+        with suppress(OSError):  # some kernels do not tell
             fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, waiting)
         return self.transport.get_write_buffer_size() + int.from_bytes(waiting, sys.byteorder)
 
@@ -478,7 +482,7 @@ class Protocol(HttpToolsProtocol):
         self._deaf = True
         self._unparsed = b""
         self.headers = []
-        self.parser = None  # type: ignore[assignment] # with what it holds of the head; as uvicorn does at the end
+        self.parser = None  # type: ignore[assignment] # it keeps the head in memory; uvicorn does this at the end
         self._forget_long_head()
         self._stop_head_timer()
         if self._is_answering():

@@ -26,7 +26,7 @@ COPIES = 3
 
 
 class NoRoom(Overloaded):
-    """There is no room now for `count` bytes. It can be waited for where no connection to the database is held."""
+    """There is no room now for `count` bytes. A caller that holds no connection to the database may wait for room."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Budget:
             raise Overloaded from None
 
     def _serve(self) -> None:
-        """Let those go on who have room now: the parties in turns, of each the first request that fits."""
+        """Let waiting requests go on: the parties in turns, and of each party the first request that fits."""
         served = True
         while served:
             served = False
@@ -105,7 +105,7 @@ class Reservation:
 
     def __init__(self, budget: Budget, party: str) -> None:
         self._budget = budget
-        self.party = party  # for whom; may be changed while nothing is held
+        self.party = party  # may be changed while the reservation is empty
         self.held = 0
         self.meters: Sequence[tuple[AtOnce, object]] = ()  # quotas for which it counts; changed while nothing is held
 
@@ -195,7 +195,7 @@ def reserve_reply(octets: int) -> None:
 
 
 async def with_room(read: Callable[[], Awaitable[T]]) -> T:
-    """What `read` reads; once more after a wait if it found no room. It has given its connection back by then.
+    """The result of `read`, which is called once more after a wait if it found no room. It holds no connection while it waits.
 
     Raises QuotaExceeded, and Overloaded when there is no room within TURN_SECONDS.
     """

@@ -1,4 +1,4 @@
-"""A pool of connections to PostgreSQL, shared out among parties: it knows names, not what they stand for."""
+"""A pool of connections to PostgreSQL, which parties use in turns. It knows the parties' names and nothing else of them."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -10,25 +10,25 @@ from typing import Any
 from app.limits.fair_queue import FairQueue
 from app.telemetry import metrics
 
-# For whom the current task asks for connections: an organization, a background loop, or "" for requests that have not told yet.
+# The party of the current task: an organization, a background loop, or "" for a request that is not authenticated yet.
 party: ContextVar[str] = ContextVar("party", default="")
 
 # A connection that was idle for longer may have been forgotten by a firewall on the way.
 IDLE_SECONDS = 300.0
 
 
-# A party counts as one that asks if it has used a connection within so many seconds.
+# A party counts as asking if it has used a connection within this many seconds.
 ASKING_SECONDS = 1.0
-# A party whose statements take no longer than this has no limit of its own; nor has one whose statements take at most so many
-# times as long as another party's: then the database is slow for everybody.
+# A party has no limit of its own if its statements take at most CHEAP_SECONDS, or at most COSTLY_TIMES as long as those of
+# another party: in the second case the database is slow for all parties.
 CHEAP_SECONDS = 0.02
 COSTLY_TIMES = 4.0
 REMEMBERED_SECONDS = 2.0  # the weight of a statement in its party's cost falls to a third in this time
-MOST_PARTIES = 1000  # whose costs are remembered
+MOST_PARTIES = 1000  # parties with remembered costs
 
 
 class Cost:
-    """How long a party's statements take: the mean, weighted with the time itself, so that many short ones hide no long one."""
+    """How long a party's statements take: a mean weighted with the time, so that many short ones do not hide a long one."""
 
     __slots__ = ("_squares", "_sum", "seconds", "seen")
 
@@ -36,7 +36,7 @@ class Cost:
         self.seconds = self.seen = self._sum = self._squares = 0.0
 
     def add(self, seconds: float, now: float) -> None:
-        """One more statement, or several in a transaction, that held a connection for so long."""
+        """Add a statement, or the statements of a transaction, that held a connection for `seconds`."""
         left = exp((self.seen - now) / REMEMBERED_SECONDS)
         self._sum = self._sum * left + seconds
         self._squares = self._squares * left + seconds * seconds
@@ -56,11 +56,11 @@ def is_organization(name: str) -> bool:
 class Pool:
     """Connections, the last used first; made when they are needed.
 
-    When all are in use, the next one that comes free goes to the party that has the fewest, and among equals to the one that
-    was served longest ago: nobody's crowd keeps another waiting for more than one release. A party that is alone may use all.
+    If all connections are in use, the next free one goes to the party with the fewest, and among equals to the party that was
+    served longest ago. So the crowd of one party keeps another waiting for one release at most. A party alone may use all.
 
-    While other parties ask, too, one with costly statements may hold fewer connections at once, down to one: they take
-    the database's processors from the others' statements, which would find a connection and then wait all the same.
+    While other parties ask, too, a party with costly statements may hold fewer connections at once, down to one. Costly
+    statements take the database's processors: the other parties would find a connection and then wait all the same.
 
     asyncpg's own pool costs a task, two timers and a wrapper around each statement every time it is used, a good part of a
     plain retry (benchmarks/README.md), and resets the session, in which nothing of ours outlives a transaction.
@@ -74,9 +74,9 @@ class Pool:
         # Tasks wait only while no connection is free, or while their party has as many as it may have.
         self._waiting: FairQueue[None] = FairQueue()
         self._idle: list[tuple[Any, float]] = []
-        self._open: dict[Any, tuple[str, float]] = {}  # for whom each is in use, or was last, and since when
-        self._waited: set[Any] = set()  # in use, for nothing but a wait
-        self._costs: dict[str, Cost] = {}  # of organizations; the last seen at the end
+        self._open: dict[Any, tuple[str, float]] = {}  # the party of each, now or last, and since when
+        self._waited: set[Any] = set()  # in use by a statement that waited for a lock
+        self._costs: dict[str, Cost] = {}  # by organization; the one seen last is at the end
         self._outdated: set[Any] = set()  # in use, and not to be used again
 
     async def acquire(self) -> Any:
@@ -121,7 +121,7 @@ class Pool:
         self._pass_on(name)
 
     def has_waited(self, connection: Any) -> None:
-        """What it was held for was a lock: that costs the database nothing."""
+        """Note that this connection waited for a lock: that costs the database nothing."""
         self._waited.add(connection)
 
     # --- what statements cost -----------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Pool:
     # --- turns --------------------------------------------------------------------------------------------------------
 
     def drop_idle(self) -> None:
-        """Throw away the connections that nobody uses."""
+        """Close the idle connections."""
         while self._idle:
             self._discard(self._idle.pop()[0])
 
@@ -176,7 +176,7 @@ class Pool:
             raise NoneFreeError from None
 
     def _pass_on(self, name: str) -> None:
-        """What the party had goes to the next one, or is free."""
+        """Give the party's connection to the next party, or make it free."""
         self._held[name] -= 1
         if not self._held[name]:
             del self._held[name]
@@ -187,8 +187,10 @@ class Pool:
                 self._held[following] = self._held.get(following, 0) + 1
 
     def _next(self) -> str | None:
-        """The waiting party with the fewest connections, of those that may have more. One that waits for its share holds some,
-        and looks again at each release of its own."""
+        """The waiting party with the fewest connections, among the parties that may have more.
+
+        A party that has reached its own limit holds connections, and each release of one looks again.
+        """
         fewest: tuple[int, str] | None = None
         for name in self._waiting:
             held = self._held.get(name, 0)
