@@ -1,7 +1,9 @@
 """Rules of the house that no linter holds. Who may import whom in the app is held by import contracts (pyproject.toml)."""
 
 import ast
+import io
 import re
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +163,40 @@ def test_pages_are_plain_english(page: Path) -> None:
     assert sentences
     assert [sentence for sentence in sentences if len(sentence.split()) > 35] == []
     assert [sentence for sentence in sentences if RIDDLES.search(sentence)] == []
+
+
+# Rooms of the app that only experts could read. Add a file once its docstrings and comments are plain.
+PLAIN = (
+    *("api/client_address.py", "api/edge.py", "api/server.py", "api/validation.py"),
+    *("limits/fair_queue.py", "limits/memory_budget.py", "scheduling/lanes.py", "scheduling/rounds.py"),
+    *("runs/carried.py", "runs/retry_rules.py", "runs/retry_statements.py", "scheduling/placement.py"),
+    *("stores/cursors.py", "stores/documents.py", "stores/locks.py", "stores/pool.py", "stores/secrets.py"),
+    *("stores/together.py", "stores/wakeups.py", "webhooks/delivery.py", "webhooks/queue.py"),
+)
+
+
+def _remarks(file: Path) -> list[str]:
+    """The docstrings and the comments of a file; comments of adjacent lines are one."""
+    text = file.read_text(encoding="utf-8")
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    remarks = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    last = -1
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            line, comment = token.start[0], token.string.lstrip("# ")
+            if token.line.lstrip().startswith("#") and line == last + 1:
+                remarks[-1] += f" {comment}"
+            else:
+                remarks.append(comment)
+            last = line
+    return remarks
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_docstrings_and_comments_are_plain_english(name: str) -> None:
+    remarks = _remarks(ROOT / "app" / name)
+    assert remarks
+    assert [remark for remark in remarks if RIDDLES.search(" ".join(remark.split()))] == []
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])

@@ -46,7 +46,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # How long the rest of a body is read and thrown away after the reply: closing at once would reset the connection before
 # the reply is read. The server itself would read it for ever, however slowly it comes.
 LINGER_SECONDS = 5.0
-# The status in logs and metrics of a request whose client was gone before the reply.
+# The status in logs and metrics of a request if its client was gone before the reply.
 GONE = 499
 # In one query. The framework parses the query of every request, also of one without a key.
 MAX_PARAMETERS = 100

@@ -464,7 +464,7 @@ class Protocol(HttpToolsProtocol):
             self._send_timer = None
 
     def _bytes_not_taken(self) -> int:
-        """The bytes that the client has not read, here and in the kernel (which asks for more when most of its own are gone)."""
+        """The bytes that the client has not read, here and in the kernel, which asks for more when most of its own are gone."""
         waiting = bytearray(4)
         with suppress(OSError):  # some kernels do not tell
             fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, waiting)

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from app.errors import Invalid
 
-# Fields whose content is the caller's own: an error inside them is reported at the field, never at a key of the caller.
+# The content of these fields is the caller's own. An error inside them is reported at the field, never at a key of the caller.
 FREE_FORM = frozenset(
     {
         "input_values",
@@ -101,7 +101,7 @@ def _sentence(kind: str, bounds: dict[str, Any]) -> str:
 
 
 def place_of(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The place of an error that a caller is told: never deeper than a field whose content is the caller's own."""
+    """The place of an error that a caller is told: never inside a field of FREE_FORM."""
     for position, part in enumerate(loc):
         if part in FREE_FORM:
             return loc[: position + 1]

@@ -21,7 +21,7 @@ class FairQueue(Generic[Wish]):
         return party in self._waiting
 
     def __iter__(self) -> Iterator[str]:
-        """The parties that wait, whose turn was longest ago first."""
+        """The parties that wait, in the order of their turns."""
         return iter(self._waiting)
 
     def of(self, party: str) -> Mapping[Turn, Wish]:
@@ -29,7 +29,7 @@ class FairQueue(Generic[Wish]):
         return self._waiting[party]
 
     async def wait(self, party: str, wish: Wish, seconds: float, give_back: Callable[[], None]) -> None:
-        """Wait until the owner serves this turn. Raises TimeoutError after so many seconds.
+        """Wait until the owner serves this turn. Raises TimeoutError after `seconds`.
 
         `give_back` is called if the turn is served in the very moment when its task gives up.
         """

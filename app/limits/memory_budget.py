@@ -210,7 +210,7 @@ async def with_room(read: Callable[[], Awaitable[T]]) -> T:
 async def reserve(count: int, *, party: str | None = None) -> None:
     """Wait until the current request has `count` bytes in all. Raises Overloaded if there is no room in time, QuotaExceeded.
 
-    `party` is counted for a request that has nothing yet and whose caller shows no key.
+    `party` is counted for a request without a key that has nothing yet.
     """
     own = current.get()
     if own is not None and count > FREE_BYTES:

@@ -1,4 +1,4 @@
-"""The rules of a retry: what is asked, and what the run's row says about it. Pure: nothing is read, written or made up here."""
+"""The rules of a retry, as pure functions of the request and the run's row. Nothing is read, written or made up here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class Retry:
     actor: Actor
     options: RunRetry
     expected_attempt: int | None = None  # if the run is at another attempt, the retry is refused
-    principal: Principal | None = None  # whose quotas on waiting runs count; None: nobody's
-    write: WriteRequest | None = None  # the request whose Idempotency-Key gets the reply; None: the reply is not stored
+    principal: Principal | None = None  # its quotas on waiting runs count; None: no quota
+    write: WriteRequest | None = None  # its Idempotency-Key gets the reply; None: the reply is not stored
     traceparent: str | None = None
 
     @classmethod
@@ -54,7 +54,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Next:
-    """What the next attempt starts with, as far as the run's row says it."""
+    """The values that the next attempt starts with."""
 
     pinned_machine_id: UUID | None
     pool_ids: list[UUID] | None
@@ -62,7 +62,7 @@ class Next:
     session: Session
     lane: str
     queue_rank: int
-    not_before: datetime | None  # null: it takes its place in the queue at once
+    not_before: datetime | None  # None: the run takes its place in the queue at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,9 @@ def decide(
     cooldown_seconds: int = 0,
     missing: Sequence[Refusal] = (),
 ) -> Decision:
-    """What the rules say about a row of READ; `missing` says which targets the organization does not have.
+    """Decide about a row of READ. `missing` has the refusals of targets that the organization does not have.
 
-    Nothing is read, written or made up here: each step and the dry run decide by this one function, on what they have read.
+    Each step of a retry and the dry run decide by this one function.
     """
     if run is None:
         return Decision([RunNotFound()], None)
@@ -146,7 +146,7 @@ def _cools_down(run: Record, cooldown_seconds: int, not_before: datetime | None)
     """Why a run that has ended may not be retried yet, or not for that time."""
     works_at = run["changed_at"] + timedelta(seconds=cooldown_seconds)
     left = (works_at - run["now"]).total_seconds()
-    if not 0 < left <= cooldown_seconds:  # more: the database's clock was set back since, and nobody waits for that
+    if not 0 < left <= cooldown_seconds:  # longer: the database's clock was set back; that counts as over
         return None
     if not_before is not None and works_at <= not_before:
         return None

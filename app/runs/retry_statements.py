@@ -1,8 +1,8 @@
 """The statements of a retry (retry.py): what the rules read of runs, and the switch that archives, clears and requeues them.
 
-Each takes many retries as arrays, one place for each, and is the same for one as for many. A row is looked up by its key for
-each place (LATERAL ... OFFSET 0) or by its ctid: joined with the arrays by a plan that was made while the tables were short,
-all of a table would be read.
+Each statement takes its retries as arrays, one place for each retry, and is the same for one retry as for many. A row is looked
+up by its key for each place (LATERAL ... OFFSET 0), or by its ctid. A join with the arrays would be dangerous: a plan that was
+made while the tables were short would read all of a table.
 
 One file: the arrays of the switch and the rows that fill them have one order.
 """
@@ -23,7 +23,7 @@ from app.stores.database import Connection, Record
 from app.stores.deletions import Name
 from app.stores.statements import Statement, json_bytes, statement
 
-# What may be long of what a run keeps: the reply shows it.
+# The length of the values that a run keeps and that may be long: the reply shows them.
 _KEPT_OCTETS = " + ".join(
     f"coalesce(octet_length(run.{name}::text), 0)"
     for name in ("sensitive_input_aliases", *(one.name for one in carried.CARRIED if one.is_long))
@@ -39,7 +39,7 @@ _SESSION_MACHINE = (
     " AND machines.organization_id = run.organization_id"
 )
 
-# What the rules need to know of runs. Outputs and history are not read: a megabyte is never loaded to be cleared.
+# The columns that the rules need. Outputs and history are not read: no megabyte is loaded only to be cleared.
 READ = statement(
     "runs.retry.read",
     f"""
@@ -68,7 +68,7 @@ READ = statement(
     """,
 )
 
-# A statement of its own: one that had to wait for a lock sees all other tables as they were when it began to wait.
+# A statement of its own: a statement that waited for a lock sees all other tables as they were when it began to wait.
 LOCK_RUN = statement(
     "runs.retry.lock",
     "SELECT secret_path FROM runs WHERE id = :run_id AND organization_id = :organization_id FOR NO KEY UPDATE",
@@ -99,7 +99,7 @@ COLUMNS = {
     "session_alias": "text",
     "release_session_after": "bool",
     **{one.name: one.type for one in carried.REPLACED},
-    "inputs_expire_at": "timestamptz",  # of the input files that are kept
+    "inputs_expire_at": "timestamptz",  # when the kept input files expire
     "key": "text",
     "fingerprint": "bytea",
     "most_bytes": "bigint",
@@ -111,7 +111,7 @@ COLUMNS = {
 # Those of SWITCH_STAGED besides.
 STAGED_COLUMNS = {
     "machine_id": "uuid",  # that it is to be pinned to
-    "name_count": "int",  # of its names in `held`
+    "name_count": "int",  # names in `held`
     "sensitive_input_aliases": "json",
     "secret_path": "text",
     "replaces_inputs": "bool",
@@ -130,15 +130,16 @@ def _switch_statement(
     input_ids: str = projection.RUN_COLUMNS["input_attachment_ids"],
     also: Sequence[str] = (),
 ) -> Statement:
-    """All that a retry does, for each run that is still in the version that the rules saw and that nobody else holds, if no
-    twin is under way and its other guards hold: archive the attempt, list and remove the files that go, leave the outputs
-    behind (a run has those of its own attempt number), clear and requeue the run, record the event, make the reply and store
-    it under the key.
+    """The statement that makes retries take effect.
 
-    `first` comes before what is `seen`, and is for the guards; what is done `also` must depend on `seen`.
+    For each run: archive the attempt, put the removed files on the deletion list, mark the outputs as superseded, clear and
+    requeue the run, record the event, make the reply, and store it under the key. A run is left out if it is not in the version
+    that the rules saw, if another transaction has locked it, if a twin is under way, or if a guard does not hold.
+
+    `first` is SQL for the guards, before `seen`. The parts in `also` must read from `seen`.
     """
     arrays = ", ".join(f":{name}s::{kind}[]" for name, kind in columns.items())
-    # A statement still sees what it removes, and not yet what takes its place.
+    # A statement still sees the rows that it removes, and does not see yet the rows that it inserts.
     after = {
         "output_data": "NULL",
         "run_message_history": "NULL",
@@ -221,12 +222,11 @@ def _switch_statement(
     )
 
 
-# A retry that only clears, changes what the run's row says, or keeps input files.
+# For a retry that clears the run, changes values in the run's row, or keeps input files.
 SWITCH = _switch_statement("runs.retry.switch", COLUMNS)
 
-# The same with guards for what is not in the run's row, each of which must be free: the names on the deletion list of what was
-# staged and of a secret that is kept, and the machine that it is to be pinned to. What was staged becomes the run's, and the
-# secret that it replaces is due.
+# The same with guards outside the run's row: the names of staged secrets and files and of a kept secret on the deletion list,
+# and the machine to pin. Each of them must be free. The run gets the staged secret and files, and the replaced secret is due.
 SWITCH_STAGED = _switch_statement(
     "runs.retry.switch_staged",
     COLUMNS | STAGED_COLUMNS,
@@ -267,7 +267,7 @@ SWITCH_STAGED = _switch_statement(
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What the switch is to write, as the rules decided on `run`."""
+    """The values that the switch writes for one retry, as the rules decided on `run`."""
 
     retry: Retry
     staged: Staged
@@ -286,7 +286,7 @@ class Change:
         return not keeps_or_replaces and options.file_inputs is None and options.machine_id is None
 
     def names(self) -> list[tuple[Name, bool]]:
-        """What is to be taken off the deletion list, and whether it is kept."""
+        """The names to take off the deletion list, each with whether the run has it already (a kept secret)."""
         names = [(name, False) for name in self.staged.names()]
         if self.retry.options.sensitive_input_values is None and self.run["secret_path"] is not None:
             names.append((Name.secret(self.run["secret_path"]), True))
@@ -343,7 +343,7 @@ class Change:
 
 
 def _automatic_retries(retry: Retry, run: Record) -> int | None:
-    """How many the run will have had. Whoever asks for a retry begins anew."""
+    """How many automatic retries the run will have had. A retry by request or in bulk starts again at 0."""
     if retry.actor.by == "policy":
         before: int | None = run["automatic_retries"]
         return None if before is None else before + 1

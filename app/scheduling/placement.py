@@ -1,21 +1,21 @@
 """Placement: which waiting run gets which machine. `place` is the only writer of an assignment.
 
-Waiting runs stand in lanes. All runs of a lane want the same thing, so when the first cannot start, none of the lane can:
-a pass looks at the heads of lanes, not at every waiting run.
+Waiting runs stand in lanes (the partitions of the queue). All runs of a lane may go to the same machines. If the first run of a
+lane cannot start, no run of the lane can. So a pass looks at the first runs of lanes (the heads), not at every waiting run.
 
     session:<id>   runs of one session, strictly in queue order, one at a time; priority does not jump this queue
     machine:<id>   runs pinned to one machine (looked at only while that machine is idle)
-    pools:<hash>   runs whose machine must be in all of these pools
+    pools:<hash>   runs that need a machine in all of these pools
     any            runs that take any machine
 
 Runs that are held until a time have lanes beyond all of these (lanes.HELD), which a pass does not look at.
 
 Lanes compete by their heads: priority first, then queue time. One pass per organization runs at a time, on any replica (an
-advisory lock, taken before any row). Rows that someone else holds are passed over. So a pass waits for no lock and cannot
-deadlock. Two unique indexes hold the truth whatever the code does: one active run per machine, one machine per session.
+advisory lock, taken before any row). A pass skips rows that another transaction has locked, so it waits for no lock and cannot
+deadlock. Two unique indexes hold in any case: one active run per machine, one machine per session.
 
-A pass is bounded: it reads machines and lanes in slices, and assigns at most MOST runs. An organization for which one slice is
-not enough is served apart from the others (rounds.py).
+A pass is bounded: it reads machines and lanes in slices, and assigns at most MOST runs. An organization that needs more
+than one slice is served apart from the others (rounds.py).
 
 One file: a pass reads and writes under one lock, and its statements are read together with the order in which it decides.
 """
@@ -66,9 +66,9 @@ IDLE_MACHINES = statement(
     """,
 )
 
-# The next runs of each open lane of a slice, in its order. It hops from lane to lane along the index, over all lanes of pinned
-# runs (those of idle machines are given), instead of reading every waiting run. Each lane has at least one row, without a run
-# if it has none that may start. Of many lanes it reads less each: two at least, so that heads can be compared.
+# The next runs of each open lane of a slice, in the order of the lane. The scan hops from lane to lane along the index and
+# skips the lanes of pinned runs; the lanes of idle machines are parameters. Each lane gives at least one row, without a run if
+# no run may start. If there are many lanes, fewer runs of each are read, but at least two, so that heads can be compared.
 _RUN = "id, is_priority, queue_rank, queued_at, session_id, pinned_machine_id, pool_ids, avoided_machine_id"
 HEADS = statement(
     "placement.heads",
@@ -85,7 +85,7 @@ HEADS = statement(
     }, open AS MATERIALIZED (
         SELECT n, lane FROM hops WHERE lane NOT LIKE '{lanes.MACHINE}%'
         UNION ALL
-        SELECT 0, unnest(:pinned::text[]) WHERE EXISTS (  -- any at all: mostly nobody asks for a machine by name
+        SELECT 0, unnest(:pinned::text[]) WHERE EXISTS (  -- mostly there is no pinned run at all
             SELECT FROM runs r WHERE r.organization_id = :organization_id AND {rules.waits("r")}
               AND r.lane > '{lanes.MACHINE}' AND r.lane < '{lanes.AFTER_MACHINES}')
     ), reading AS MATERIALIZED (
@@ -105,11 +105,11 @@ HEADS = statement(
         ) AS m ON true
         WHERE next.session_id IS NULL OR NOT {rules.session_at_work("next")}
     ) AS head ON true
-    ORDER BY head.queue_rank, head.queued_at, head.id -- a join need not keep the order of what it joins
+    ORDER BY head.queue_rank, head.queued_at, head.id -- a join need not keep the order of its input
     """,
 )
 
-# More of a lane whose runs stand in no session.
+# More runs of a lane without sessions.
 READ_ON = statement(
     "placement.read_on",
     f"""
@@ -122,7 +122,7 @@ READ_ON = statement(
 
 # --- what a pass writes -----------------------------------------------------------------------------------------------
 
-# What was cancelled, retried, disconnected or reserved since it was read is locked or looks different: it is passed over.
+# A run that was cancelled or retried since it was read, and a machine that was disconnected or reserved, is skipped.
 LOCK_RUNS = statement(
     "placement.lock_runs",
     f"""
@@ -145,7 +145,7 @@ LOCK_MACHINES = statement(
     """,
 )
 
-# Read again after the lock, by a statement of its own: whoever takes a machine out of a pool locks the machine.
+# Read again after the lock, by a statement of its own: a transaction that takes a machine out of a pool locks the machine.
 POOLS_NOW = statement(
     "placement.pools_now", "SELECT machine_id, pool_id FROM pool_machines WHERE machine_id = ANY(:machine_ids::uuid[])"
 )
@@ -192,7 +192,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """One assignment, and what it was decided on."""
+    """One assignment, and the state of the rows that it was decided on."""
 
     run_id: UUID
     queued_at: datetime
@@ -202,7 +202,7 @@ class Placed:
 
 
 class Left(enum.Enum):
-    """What a pass left for another one."""
+    """Why another pass is needed."""
 
     NOTHING = "nothing that could start"
     MORE = "more than a pass assigns"
@@ -212,7 +212,7 @@ class Left(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What a pass did."""
+    """The result of a pass."""
 
     placed: Sequence[Placed]
     left: Left
@@ -223,9 +223,9 @@ class _TooLarge(Exception):
 
 
 async def place(database: Database, organization_id: str, *, slices: int = 1, hands_over: bool = False) -> Pass:
-    """One pass over an organization that reads so many slices of machines and of lanes at most. Raises DatabaseUnavailable.
+    """One pass over an organization. It reads at most `slices` slices of machines and of lanes. Raises DatabaseUnavailable.
 
-    `hands_over`: Temporal is to be told of what is placed.
+    `hands_over`: Temporal is told of the assignments.
     """
     try:
         async with database.transaction() as connection:
@@ -297,10 +297,10 @@ async def _heads(connection: Connection, organization_id: str, idle: dict[UUID, 
 
 def _keep_the_best(queue: _Queue, more: Sequence[Record]) -> None:
     """Add runs for which there is a machine, within the room there is: the best decide, and the rest is for other passes."""
-    queue.runs = sorted([*queue.runs, *more], key=_claim)
+    queue.runs = sorted([*queue.runs, *more], key=_precedence)
     for run in queue.runs[KEPT:]:
         queue.cut[run["lane"]] = run
-        queue.may_read_on = False  # what is read may come after what was dropped
+        queue.may_read_on = False  # the next runs of the lane may come after dropped ones
     del queue.runs[KEPT:]
 
 
@@ -332,8 +332,8 @@ async def _assign(
         runs, machines = await _lock(connection, placed)
         if len(runs) == len(machines) == len(placed):
             break
-        # What others hold or changed must not keep the rest waiting: choose anew without it. Not only for whom it was
-        # chosen: a machine that is gone passes its run on to the next machine, before runs of a lesser claim.
+        # Runs and machines that another transaction has locked or changed must not keep the rest waiting: choose again without
+        # them, for all runs. If a machine is gone, its run gets the next machine, before runs that come later.
         left = Left.HELD
         lost_runs = {one.run_id for one in placed} - runs
         queue.runs = [run for run in queue.runs if run["id"] not in lost_runs]
@@ -367,7 +367,7 @@ def _measure(placed: Sequence[Placed]) -> None:
 
 
 async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[set[UUID], set[UUID]]:
-    """Lock what was chosen; which of its runs and of its machines are still as they were read."""
+    """Lock the chosen runs and machines. Returns those that are still as they were read."""
     rows = await connection.fetch(LOCK_RUNS, run_ids=[one.run_id for one in chosen])
     queued = {row["id"]: row["queued_at"] for row in rows}
     runs = {one.run_id for one in chosen if queued.get(one.run_id) == one.queued_at}
@@ -389,15 +389,15 @@ async def _lock(connection: Connection, chosen: list[Placed]) -> tuple[set[UUID]
 
 
 def match(runs: Sequence[Record], idle: dict[UUID, Machine], cut: Collection[str]) -> tuple[list[Placed], str | None]:
-    """Give machines to the heads of lanes, best head first; a lane whose head finds none is done.
+    """Give machines to the heads of lanes, best head first. If a head finds no machine, its lane is done.
 
-    It ends with the last run that was read of a lane in `cut`, and names that lane: it has more, which may go before what is
-    left.
+    It ends with the last run that was read of a lane in `cut`, and names that lane: further runs of the lane may go before the
+    runs that are left.
     """
-    lanes: dict[str, deque[Record]] = defaultdict(deque)
+    by_lane: dict[str, deque[Record]] = defaultdict(deque)
     for run in runs:
-        lanes[run["lane"]].append(run)
-    queue = [(*_claim(waiting[0]), waiting[0]) for waiting in lanes.values()]
+        by_lane[run["lane"]].append(run)
+    queue = [(*_precedence(waiting[0]), waiting[0]) for waiting in by_lane.values()]
     heapq.heapify(queue)
     machines = _Machines(idle, {run["pinned_machine_id"] for run in runs})
     chosen: list[Placed] = []
@@ -407,16 +407,16 @@ def match(runs: Sequence[Record], idle: dict[UUID, Machine], cut: Collection[str
         if machine is None:
             continue
         chosen.append(Placed(run["id"], run["queued_at"], run["session_id"], _pools(run), machine))
-        waiting = lanes[run["lane"]]
+        waiting = by_lane[run["lane"]]
         waiting.popleft()
         if waiting:
-            heapq.heappush(queue, (*_claim(waiting[0]), waiting[0]))
+            heapq.heappush(queue, (*_precedence(waiting[0]), waiting[0]))
         elif run["lane"] in cut and len(chosen) < min(len(idle), MOST):
             return chosen, run["lane"]
     return chosen, None
 
 
-def _claim(run: Record) -> tuple[bool, datetime, UUID]:
+def _precedence(run: Record) -> tuple[bool, datetime, UUID]:
     """The lower, the better."""
     return not run["is_priority"], run["queued_at"], run["id"]
 
@@ -433,7 +433,7 @@ class _Machines:
 
     def __init__(self, idle: dict[UUID, Machine], sought: set[UUID | None]) -> None:
         self._left = dict(idle)
-        # Those that others ask for by name or by pool go last: a choice, which makes no older run wait for another machine.
+        # Machines that other runs ask for by name or by pool go last. No older run waits for another machine because of that.
         self._open = sorted(
             (machine for machine in idle.values() if machine.session_id is None),
             key=lambda machine: (machine.id in sought, len(machine.pools), machine.id),
@@ -442,7 +442,7 @@ class _Machines:
         for machine in self._open:
             for pool in machine.pools:
                 self._members[pool].append(machine)
-        # Machines only go, so what was passed over for some pools never needs to be looked at again for them.
+        # Machines are only taken away. So a machine that was skipped for some pools is never looked at again for these pools.
         self._in_pools: dict[frozenset[UUID], Iterator[Machine]] = {}
         self._suiting: dict[frozenset[UUID], bool] = {}
 

@@ -1,8 +1,8 @@
-"""When organizations are looked at for something to place; what a look does is in placement.py.
+"""When each organization gets a pass of placement (placement.py).
 
-Organizations that were woken are served in their turn, each with one bounded pass, and never wait for anything else. Those
-whose passes are long take turns among themselves. What a lost wake-up left is found by the look-around, which reads what waits
-and which machines are idle, and makes a pass only where a run can start. All replicas go through one round of it together.
+Organizations that were woken take turns, and each turn is one bounded pass. Organizations with long passes take turns among
+themselves, so that they delay no other organization. If a wake-up was lost, the look-around finds the waiting runs: it reads
+the first run of each lane and the idle machines, and makes a pass only where a run can start. All replicas share one round.
 """
 
 import logging
@@ -19,8 +19,8 @@ from app.telemetry.logs import describe
 
 log = logging.getLogger("app.background")
 
-# An organization rests so many times as long as its pass took, and at least and at most so many seconds. Alone it is served at
-# once; under load each of its passes does more for its price, and others come in between.
+# After a pass, an organization rests REST_FOR_WORK times as long as the pass took, within these bounds in seconds. If it is
+# alone, it is served at once. Under load each of its passes places more runs, and other organizations come in between.
 REST_FOR_WORK = 4
 LEAST_REST = 0.01
 LONGEST_REST = 1.0
@@ -28,12 +28,12 @@ LONGEST_REST = 1.0
 # Slices of 1,000 machines and lanes: more than any organization has.
 ALL_SLICES = 10_000
 
-# The longest rest between two rounds of the look-around: what a lost wake-up left is found within 10 s. After a round of more
-# than one slice it is so long for each, some fifty times as long as a slice takes.
+# The longest rest between two rounds of the look-around: after a lost wake-up, the run is found within 10 s. After a round of
+# several slices the rest is REST_FOR_SLICE for each, about fifty times as long as a slice takes.
 LOOK_AROUND_SECONDS = 8.0
 REST_FOR_SLICE = 0.35
-LANES_OF_SLICE = 500  # that one slice looks at,
-LANES_OF_ORGANIZATION = 200  # and of one organization in it
+LANES_OF_SLICE = 500  # lanes in one slice
+LANES_OF_ORGANIZATION = 200  # lanes of one organization in one slice
 BEYOND_HELD = lanes.HELD * 2  # after the last lane of held runs
 
 
@@ -61,7 +61,7 @@ async def _place_in_turn(services: Services, turns: Turns, *, slices: int) -> No
 
 
 async def _pass(services: Services, organization_id: str, *, slices: int = 1) -> Left:
-    """One pass, and who is told of it. Raises DatabaseUnavailable."""
+    """One pass; machines that got a run are told. Raises DatabaseUnavailable."""
     try:
         hands_over = services.settings.hands_over
         done = await place(services.database, organization_id, slices=slices, hands_over=hands_over)
@@ -81,8 +81,8 @@ async def _pass(services: Services, organization_id: str, *, slices: int = 1) ->
 
 # --- the look-around --------------------------------------------------------------------------------------------------
 
-# Whether a machine is idle for the first run of a lane, as a pass would decide it. Where there are too many machines to look at
-# it says yes, and leaves it to the pass.
+# Whether a machine is idle for the first run of a lane, as a pass would decide it. If there are too many machines to look at,
+# the answer is yes, and the pass decides.
 _FREE = f"({rules.idle('m')} AND m.reserved_session_id IS NULL)"
 _NAMED = f"""machines m
     WHERE m.id = coalesce(head.reserved_machine_id, head.pinned_machine_id) AND {rules.idle("m")}
@@ -103,9 +103,9 @@ _FIRST_OF_LANE = f"""
     ORDER BY r.organization_id, r.lane, r.queue_rank, r.queued_at, r.id LIMIT 1
 """
 
-# The next slice of the round that all replicas share, if it is time and nobody else is at it: it hops from lane to lane, over
-# all organizations, and keeps those in which the first run of a lane could start now. One of many lanes is left to a pass. It
-# meets one of an organization's held runs, and goes on behind them all.
+# The next slice of the round that all replicas share, if it is due and no other replica works on it. It hops from lane to lane
+# of all organizations and keeps the organizations in which the first run of a lane could start now. An organization with many
+# lanes is left to a pass. At the first lane of held runs, the scan goes on behind all held runs of the organization.
 LOOK_AROUND = statement(
     "placement.look_around",
     f"""

@@ -49,7 +49,7 @@ _COLUMNS = {
     "id": _Column("uuid", "id", "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", UUID),
     "attempt": _Column("integer", "attempt", "[0-9]{1,9}", int),
     "place": _Column("integer", "place", "[0-9]{1,9}", int),
-    "found_before": _Column("bigint", "", "[0-9]{1,9}", int),  # of no table: how many rows the pages before have shown
+    "found_before": _Column("bigint", "", "[0-9]{1,9}", int),  # no column: how many rows earlier pages have shown
 }
 
 

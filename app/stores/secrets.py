@@ -21,7 +21,7 @@ class SecretStore(Protocol):
 
     @property
     def outage(self) -> Outage:
-        """What is known of the store: whether it can be used."""
+        """The outage of the store, if there is one."""
         ...
 
     @property

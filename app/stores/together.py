@@ -1,7 +1,8 @@
 """Calls of one kind that meet go together: many of them through one statement, each with its own answer.
 
-While a set is under way, calls wait; when it returns, those that wait go as the next set. The first call never waits for
-company. Parties take turns, and two calls with a common mark never share a set. What the calls carry is not known here.
+While a set is under way, further calls wait. When it returns, the waiting calls go as the next set. A call that finds no set
+under way never waits. Parties take turns, and two calls with a common mark never go in one set. This file does not know the
+contents of calls.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ MOST = 64
 SLOW_SECONDS = 0.05
 AT_ONCE = 4
 
-# For whom sets ask the pool for their connections.
+# The party for which sets ask the pool for connections.
 PARTY = "sets"
 
 
@@ -47,7 +48,7 @@ class Together(Generic[Item, Answer]):
     def __init__(self, name: str, may_be_of_others: Callable[[Exception], bool]) -> None:
         self._name = name
         self._may_be_of_others = may_be_of_others
-        self._waiting: dict[Hashable, list[_Call]] = {}  # by party; whose turn is next comes first
+        self._waiting: dict[Hashable, list[_Call]] = {}  # by party, in the order of their turns
         self._sets: set[asyncio.Task[None]] = set()
 
     async def __call__(
@@ -78,7 +79,7 @@ class Together(Generic[Item, Answer]):
             await asyncio.wait(self._sets)
 
     def _begin(self) -> None:
-        """The next sets, one after the other, until nobody waits."""
+        """Run the next sets, one after the other, until no call waits."""
         context = Context()
         context.run(pool_party.set, PARTY)
         task = asyncio.get_running_loop().create_task(self._go_on(), context=context)
@@ -145,7 +146,7 @@ class Together(Generic[Item, Answer]):
 
 
 def _take(calls: list[_Call], marks: set[Hashable]) -> _Call | None:
-    """The first that has none of these marks, of so many as a set may have; those whose callers have gone go too."""
+    """Take the first call without any of these marks, among as many as a set may have. Calls that were given up are dropped."""
     calls[:] = [call for call in calls if not call.answer.done()]
     for place, call in enumerate(calls[:MOST]):
         if marks.isdisjoint(call.marks):

@@ -1,6 +1,6 @@
-"""Who is woken after a commit: the loops of this process, callers that wait for an assignment, and other processes.
+"""Wake-ups after a commit, for the loops of this process, for callers that wait for an assignment, and for other processes.
 
-It knows only names and events, not what anybody does once awake. Nothing depends on a wake-up: the loops also look.
+This file knows only names and events. Nothing depends on a wake-up: the loops also look by themselves.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from uuid import UUID
 
 
 class Turns:
-    """Names that were woken, each served in its turn. One that was just served rests, and then comes after the others."""
+    """Names that were woken and take turns. A name that was just served rests, and then comes after the others."""
 
     def __init__(self) -> None:
         self.event = asyncio.Event()
@@ -26,7 +26,7 @@ class Turns:
             self.event.set()
 
     def take(self) -> str | None:
-        """Whose turn it is. What wakes it from now on asks for another turn."""
+        """Take the next name. A wake-up from now on asks for another turn."""
         if not self._queue:
             return None
         name = next(iter(self._queue))
@@ -44,7 +44,7 @@ class Turns:
             self.wake(name)
 
 
-# What processes tell each other.
+# Channels between processes.
 WOKEN, TO_DELIVER, ASSIGNED, BULK_RETRY = "runs_woken", "runs_to_deliver", "runs_assigned", "runs_bulk_retry"
 
 
@@ -53,8 +53,8 @@ class Wakeups:
 
     def __init__(self, *, settles: bool = True) -> None:
         self._settles = settles
-        self.placement = Turns()  # of organizations
-        self.large_placement = Turns()  # of those whose passes take long
+        self.placement = Turns()  # organizations
+        self.large_placement = Turns()  # organizations with long passes
         self.collector = asyncio.Event()
         self.deliveries = asyncio.Event()  # set after a commit that left something to send
         self.dispatches = asyncio.Event()  # set after a commit that may have left something to tell Temporal
@@ -96,7 +96,7 @@ class Wakeups:
         self.to_tell.set()
 
     def take_untold(self) -> dict[str, set[str]]:
-        """What is to be told to other processes, by channel, since the last call."""
+        """Names to tell other processes since the last call, by channel."""
         taken, self._untold = self._untold, defaultdict(set)
         return taken
 
@@ -125,7 +125,7 @@ class Wakeups:
     # --- callers that wait for a machine's next run; they hold no database connection meanwhile ---
 
     def awaited_machines(self) -> set[UUID]:
-        """The machines that somebody waits for in this process."""
+        """The machines for which callers wait in this process."""
         return set(self._callers)
 
     def assigned(self, machines: Iterable[UUID]) -> None:
@@ -142,7 +142,7 @@ class Wakeups:
             self._tell(ASSIGNED, str(machine))
 
     def stop(self) -> None:
-        """Nobody waits any longer, now or later: the process is about to end."""
+        """End all waits, now and later: the process is about to end."""
         self.stopping = True
         self.assigned(self.awaited_machines())
 

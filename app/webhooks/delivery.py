@@ -40,18 +40,18 @@ log = logging.getLogger("app.webhooks")
 # When a failed delivery is sent again, in seconds after each failure, each a fifth more or less; then never.
 SCHEDULE = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 10 * 3600)
 JITTER = 0.2
-MAX_TRIES = len(SCHEDULE) + 1  # that are sent by themselves, and that the log keeps
+MAX_TRIES = len(SCHEDULE) + 1  # tries of one delivery; the log keeps as many
 ASKS_FOR_TIME = frozenset({429, 503})  # their Retry-After counts, up to twice the planned delay
 GONE = 410
 
 LEASE_SECONDS = 60.0
-POSTPONED_SECONDS = 5.0  # what was not the receiver's fault: Vault did not answer
+POSTPONED_SECONDS = 5.0  # wait of a delivery if its signing secret could not be read
 DISABLED_AFTER = timedelta(days=5)
 SECRET_SECONDS = 60.0  # how long a signing secret is kept in memory
 MAX_SECRETS = 10_000
 
-# Places for what is sent at the same time, per process: in all, for one organization, for one endpoint. An endpoint is failing
-# if its last answer was a failure, and slow if it took long within the last minute, or takes long now.
+# Deliveries that a process sends at the same time: in all, for one organization, for one endpoint. An endpoint is failing if
+# its last answer was a failure. It is slow if it took longer than SLOW_SECONDS within the last minute, or takes longer now.
 Kind = Literal["prompt", "slow", "failing"]
 PLACES: dict[Kind, int] = {"prompt": 48, "slow": 48, "failing": 16}
 PER_ORGANIZATION, PER_ORGANIZATION_FAILING = 16, 4
@@ -63,9 +63,9 @@ MAX_SLOW = 10_000  # endpoints that are remembered
 
 BATCH = 100  # events in one round of fanning out, endpoints in one lease
 LOOK_AROUND = 1_000  # endpoints looked at in one round
-FAN_OUTS = 2  # batches in one round: however much is new, what was fanned out is sent meanwhile
-LEASES = 4  # in one round: what is dropped takes no place, and however much it is, what is new is fanned out meanwhile
-CLOSE_SECONDS = 5.0  # how long a stop waits for what is under way
+FAN_OUTS = 2  # batches in one round, so that deliveries are sent between them
+LEASES = 4  # leases in one round: dropped deliveries take no place, and new events must be fanned out between them
+CLOSE_SECONDS = 5.0  # how long a stop waits for deliveries under way
 
 # --- one delivery -----------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Leased:
     is_failing: bool | None
     body: bytes | None
     secret_paths: Sequence[str]
-    connect_by: float  # of time.monotonic(): a send that begins later could outlast the lease
+    connect_by: float  # in time.monotonic(): a send that begins later could outlast the lease
 
     @property
     def dropped_because(self) -> str | None:
@@ -125,7 +125,7 @@ def _seconds(retry_after: str | None, now: Callable[[], float]) -> float | None:
 
 
 class Deliverer:
-    """Delivery in one process. `round` is one turn of its loop; what it sends goes on meanwhile."""
+    """Delivery in one process. `round` is one turn of its loop; deliveries go on between the turns."""
 
     def __init__(self, services: Services, *, ahead: timedelta = timedelta(0)) -> None:
         """`ahead` reads the database's clock that much later. Raises ValueError for settings that cannot be used."""
@@ -140,7 +140,7 @@ class Deliverer:
         self._ready: dict[UUID, str] = {}  # endpoints that may have something due, with their organizations
         self._sending: dict[asyncio.Task[None], Leased] = {}
         self._lingering: dict[UUID, Leased] = {}  # given up, by lease; their threads still wait, as for a name server
-        self._slow_until: dict[UUID, float] = {}  # of time.monotonic(), by endpoint
+        self._slow_until: dict[UUID, float] = {}  # in time.monotonic(), by endpoint
         self._posts: set[Post] = set()
         self._is_closing = False
         self._look_around_at = 0.0
@@ -171,7 +171,7 @@ class Deliverer:
         return True
 
     async def close(self) -> None:
-        """Let what is under way end, for a short while; the rest is broken off, and whoever comes next sends it again."""
+        """Wait CLOSE_SECONDS for deliveries under way, then break them off. Another process sends these again."""
         self._is_closing = True
         if self._sending:
             await asyncio.wait(self._sending, timeout=CLOSE_SECONDS)
@@ -183,10 +183,10 @@ class Deliverer:
             task.cancel()
         await self._slots.close()
 
-    # --- what is due ---
+    # --- due deliveries ---
 
     async def _fan_out(self) -> bool:
-        """One batch of what is new; whether there may be more of it."""
+        """Fan out one batch of new events; whether there may be more."""
         after = self._fanned_out_up_to
         async with self._database.connection() as connection:
             rows = await connection.fetch(queue.FAN_OUT, after=after, batch=BATCH)
@@ -196,7 +196,7 @@ class Deliverer:
         return after != "" or any(count >= rows[0]["share"] for count in taken.values())
 
     async def _look_around(self) -> None:
-        """What is due again, and what another process has left; a part of all endpoints each time."""
+        """Find endpoints with due deliveries, also those that another process left; a part of all endpoints each time."""
         async with self._database.connection() as connection:
             endpoints = await connection.fetch(
                 queue.PENDING_ENDPOINTS, after=self._looked_up_to, ahead=self._ahead, batch=LOOK_AROUND
@@ -288,7 +288,7 @@ class Deliverer:
         return places
 
     def _kind_of(self, endpoint_id: UUID, *, is_failing: bool = False) -> Kind:
-        """Whose places its deliveries take."""
+        """The kind of places that the endpoint's deliveries take."""
         if is_failing:
             return "failing"
         return "slow" if self._slow_until.get(endpoint_id, 0.0) > time.monotonic() else "prompt"
@@ -387,7 +387,7 @@ class Deliverer:
             error = failed.code
         finally:
             slow.cancel()
-            post.abort()  # nobody waits for the thread any more
+            post.abort()  # nothing waits for the thread any more
             if began is not None and not has_ended:
                 self._lingering[one.lease] = one  # nothing interrupts a look-up of a name: it keeps its place
             self._posts.discard(post)

@@ -63,7 +63,7 @@ PENDING_ENDPOINTS = statement(
     """,
 )
 
-# Of each endpoint as many as there are places for.
+# Lease deliveries of these endpoints: of each as many as there are places for.
 LEASE = statement(
     "webhooks.claim",
     """
@@ -99,8 +99,8 @@ LEASE = statement(
     """,
 )
 
-# Only by whoever holds the lease. Nothing is written to an endpoint that answers with success as it did before. The log
-# keeps as many tries as the schedule has, the newest first: the one after them goes.
+# Only the holder of the lease may settle. Nothing is written to an endpoint that goes on answering with success. The log keeps
+# as many tries as the schedule has, the newest first.
 SETTLE = statement(
     "webhooks.settle",
     """
@@ -133,7 +133,7 @@ SETTLE = statement(
     """,
 )
 
-# Back to be taken again, as if it had not been: what kept it from being sent was not the receiver.
+# Give the lease back without a try: the reason was not the receiver.
 POSTPONE = statement(
     "webhooks.postpone",
     """
