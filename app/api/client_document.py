@@ -5,7 +5,6 @@ that: schemas that refer to themselves, null as a type, unions of simple types, 
 writes the same operations in OpenAPI 3.0.3 without those parts. The service itself checks what the document no longer says.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,8 +60,18 @@ def _reachable(document: Document, names: Iterator[str]) -> Iterator[str]:
         if (name := waiting.pop()) not in seen:
             seen.add(name)
             yield name
-            found = re.findall(rf"'\$ref': '{_SCHEMAS}(\w+)'", str(document["components"]["schemas"][name]))
-            waiting.extend(found)
+            waiting.extend(_references(document["components"]["schemas"][name]))
+
+
+def _references(part: object) -> Iterator[str]:
+    """Names of the schemas that this part of a document refers to."""
+    if isinstance(part, dict):
+        if "$ref" in part:
+            yield part["$ref"].removeprefix(_SCHEMAS)
+        part = list(part.values())
+    if isinstance(part, list):
+        for one in part:
+            yield from _references(one)
 
 
 def _component(schema: Schema, *, is_update: bool, is_body: bool) -> Schema:
