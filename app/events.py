@@ -70,7 +70,8 @@ def announce(
 COLUMNS = """
     at, run_id::text, attempt, event, from_status, to_status,
     coalesce(by, CASE WHEN key_id IS NULL THEN 'service' ELSE 'request' END) AS by, bulk_retry_id::text,
-    key_id::text, user_id::text, request_id, reason, changed, code
+    key_id::text, user_id::text, request_id, reason, changed, code,
+    (SELECT name FROM api_keys k WHERE k.id = key_id AND k.organization_id = run_events.organization_id LIMIT 1) AS by_key_name
 """
 
 # Transactions end in another order than they began in. Below the oldest one that still runs nothing can appear any more, so
@@ -91,7 +92,7 @@ OF_RUN = statement(
     "events.of_run",
     f"""
     WITH settled AS MATERIALIZED (
-        SELECT {COLUMNS}, xact, id FROM (SELECT * FROM run_events WHERE run_id = :run_id OFFSET 0) AS of_run
+        SELECT {COLUMNS}, xact, id FROM (SELECT * FROM run_events WHERE run_id = :run_id OFFSET 0) AS run_events
         WHERE organization_id = :organization_id AND {_SETTLED}
     )
     SELECT counted.total, page.* FROM (SELECT count(*) AS total FROM settled) AS counted LEFT JOIN LATERAL (

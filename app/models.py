@@ -89,10 +89,12 @@ class ApiKey(Base):
         _organization_check(),
         CheckConstraint("length(key_hash) = 32", name="key_hash"),
         CheckConstraint(
-            "scopes <> '{}' AND scopes <@ '{*,runs:read,runs:write,runs:execute,resources:write,webhooks:write}'",
+            "scopes <> '{}' AND scopes <@ "
+            "'{*,runs:read,runs:write,runs:execute,resources:write,webhooks:write,keys:read}'",
             name="scopes",
         ),
         CheckConstraint("machine_id IS NULL OR scopes <@ '{runs:read,runs:execute}'", name="bound"),
+        Index("ix_api_keys_organization", "organization_id", text("created_at DESC"), text("id DESC")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)

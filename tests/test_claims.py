@@ -184,6 +184,30 @@ def test_a_claim_is_shown_nowhere(desk: Desk, server: Server) -> None:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_says_when_its_executor_reported_last_and_whether_more_reports_are_expected(desk: Desk) -> None:
+    def said() -> tuple[str | None, bool]:
+        run = desk.api.get_run(desk.run)
+        return run["last_report_at"], run["is_reporting"]
+
+    assert said() == (None, False)
+    desk.send(status="running")
+    started, more = said()
+    assert started is not None
+    assert not more  # perhaps it reports only its end
+    desk.send(run_message_history=[{"role": "assistant", "content": "Still here."}])
+    again, more = said()
+    assert again is not None
+    assert again > started
+    assert more
+    desk.send(status="error", error=["Broken."])
+    assert said() == (again, False)
+    desk.api.retry(desk.run)
+    assert said() == (None, False)
+    assigned(desk.api, desk.run)
+    desk.send(status="running", attempt=2, assignment=2, claim=CLAIM)
+    assert said()[1]  # who gives a claim can be asked to report
+
+
 class Fleet:
     """Executor processes, two for each machine, that die and are started again."""
 

@@ -491,6 +491,7 @@ OWN: dict[str, dict[str, Any]] = {
     "runs.lock_by.workflow_id": {"owner_id": an_id("workflow", 1)},
     "runs.moving.input_expires": {"not_before": FAR_AHEAD},
     "runs.moving.move": {"run_id": WAITING},
+    "runs.moving.retarget": {"run_id": WAITING, "machine_id": None},
     "runs.outputs.save": dict.fromkeys(
         ("names_output_data", "names_run_message_history", "names_usage_metadata"), True
     ),

@@ -18,7 +18,7 @@ from app.stores.statements import statement
 _KEY = re.compile(rb"[A-Za-z0-9_-]{20,128}")
 
 # What a key may do (RFC 6750 section 3: the scope of a token). `*` may do everything.
-SCOPES = ("runs:read", "runs:write", "runs:execute", "resources:write", "webhooks:write")
+SCOPES = ("runs:read", "runs:write", "runs:execute", "resources:write", "webhooks:write", "keys:read")
 EVERYTHING = "*"
 
 # A key that is bound to a machine may have no other scopes: it belongs to an executor.

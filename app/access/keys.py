@@ -1,12 +1,13 @@
-"""Make, list, rotate and revoke API keys. For the command line, in the role that owns the
-tables: the service itself may do none of this. Whom a key stands for when it is used is found out in access/auth.py.
+"""Make, list, rotate and revoke API keys, for the command line, in the role that owns the tables. The service itself may only
+list the keys of an organization. Whom a key stands for when it is used is found out in access/auth.py.
 """
 
 from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from app.stores.database import Connection, Record
+from app.stores.database import Connection, Database, Record
+from app.stores.paging import Listing, Slice, in_order, page, where
 from app.stores.statements import statement
 
 
@@ -63,6 +64,17 @@ LIST = statement(
     """,
 )
 
+# What the service shows of an organization's keys; never anything of the key itself.
+LISTED = Listing("api_keys", "api_keys", octets="octet_length(to_json(api_keys)::text)", row="api_keys.id = listed.key")
+ROWS = statement(
+    "api_keys.rows",
+    f"""
+    SELECT api_keys.id::text, organization_id, name, scopes, machine_id::text, user_id::text, created_at, last_used_at,
+           expires_at, revoked_at
+    FROM {in_order("api_keys")} ORDER BY page.n
+    """,
+)
+
 REVOKE = statement("keys.revoke", "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = :id")
 
 
@@ -82,6 +94,13 @@ async def rotate(connection: Connection, old_id: UUID, new_id: UUID, key_hash: b
 async def list_keys(connection: Connection, organization_id: str | None) -> list[Record]:
     """Those of an organization, or all; the oldest first."""
     return await connection.fetch(LIST, organization_id=organization_id)
+
+
+async def list_page(database: Database, organization_id: str, part: Slice) -> dict[str, object]:
+    """One page of an organization's keys, newest first. Raises Invalid as paging.page does."""
+    condition, values = where("api_keys", organization_id=organization_id)
+    found = await page(database, LISTED, (condition,), part, values, ROWS)
+    return part.shown([dict(row.items()) for row in found.rows], found)
 
 
 async def revoke(connection: Connection, key_id: UUID) -> bool:

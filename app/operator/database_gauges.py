@@ -7,6 +7,7 @@ says; and nobody waits for it longer than a second.
 import asyncio
 import time
 
+from app.config import Settings
 from app.errors import DatabaseUnavailable
 from app.runs import projection
 from app.scheduling import rules
@@ -27,6 +28,10 @@ DELETIONS_COUNTED = 100_000
 DELIVERIES_SEEN = 10_000
 DISPATCHES_SEEN = 10_000
 PLANS_COUNTED = 10_000
+SILENT_COUNTED = 10_000
+
+# After at least so many seconds without a report a running run counts as silent.
+LEAST_SILENT_SECONDS = 180.0
 
 # Runs that wait are counted by lane, from the index of the queue alone; why they do is asked of the head of each of the longest
 # lanes. A name on the deletion list has been due since it was first taken: its failures tell how long ago that was.
@@ -88,6 +93,12 @@ GAUGES = statement(
         SELECT reported_at FROM runs WHERE status = 'running' AND reported_at IS NOT NULL
         ORDER BY reported_at LIMIT 1)), 0)::float
     UNION ALL
+    SELECT 'runs_silent', NULL, count(*)::float FROM (
+        SELECT FROM runs r WHERE status = 'running' AND reported_at < now() - make_interval(secs => :silent_seconds)
+            AND {projection.IS_REPORTING}
+        ORDER BY reported_at LIMIT {SILENT_COUNTED}
+    ) AS silent
+    UNION ALL
     SELECT 'runs_machines', state, count(*)::float FROM machines_seen GROUP BY state
     UNION ALL
     SELECT 'runs_deletions_pending', store, count(*)::float FROM due GROUP BY store
@@ -133,7 +144,8 @@ _LABELS = {"storage": "files"}
 class Gauges:
     """The values as they were read last. All who ask at once share one question."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._silent_seconds = max(float(settings.machine_silence_seconds), LEAST_SILENT_SECONDS)
         self._found: metrics.Readings = {}
         self._until = 0.0
         self._reading: asyncio.Task[None] | None = None
@@ -151,7 +163,7 @@ class Gauges:
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 async with database.connection() as connection:
-                    rows = await connection.fetch(GAUGES)
+                    rows = await connection.fetch(GAUGES, silent_seconds=self._silent_seconds)
         except (DatabaseUnavailable, TimeoutError):
             metrics.scrape_errors.add()
             self._found, self._until = {}, time.monotonic() + FAILED_SECONDS

@@ -34,6 +34,11 @@ def check(settings: Settings) -> None:
     _check_files(settings)
     check_temporal(settings)
     check_database(settings)
+    if settings.run_silence_seconds == 0:
+        effect = (
+            "a run whose executor is dead stays running until a caller cancels it; set RUN_SILENCE_SECONDS to end it"
+        )
+        log.info({"event": "run_silence_off", "effect": effect})
 
 
 def keep_out_of_dumps() -> None:

@@ -106,6 +106,11 @@ _RETRIES_LEFT = """
  FROM workflows w WHERE w.id = r.workflow_id LIMIT 1)
 """
 
+# Whether more reports are expected of the attempt's executor: it gave a claim, or it has reported since the run began. The
+# start sets `changed_at` and `reported_at` a few microseconds apart.
+IS_REPORTING = """(r.status = 'running' AND (
+    (r.claim IS NOT NULL AND r.claim_attempt = r.attempt) OR r.reported_at > r.changed_at + interval '10 milliseconds'))"""
+
 # From `runs r`, RUN_SOURCE and outputs_source.
 RUN_COLUMNS = {
     "id": "r.id::text",
@@ -138,6 +143,8 @@ RUN_COLUMNS = {
     "changed_at": "r.changed_at",
     "next_retry_at": _NEXT_RETRY_AT,
     "retries_left": _RETRIES_LEFT,
+    "last_report_at": "r.reported_at",
+    "is_reporting": f"coalesce({IS_REPORTING}, false)",
     "main_prompt": "r.main_prompt",
     "model_metadata": "r.model_metadata",
     "usage_metadata": "o.usage_metadata",
@@ -269,6 +276,7 @@ ATTEMPT_COLUMNS = {
     "by": "coalesce(t.retried_by, 'request')",
     "bulk_retry_id": "t.bulk_retry_id::text",
     "retried_by_key_id": "t.retried_by_key_id::text",
+    "retried_by_key_name": "(SELECT k.name FROM api_keys k WHERE k.id = t.retried_by_key_id LIMIT 1)",
     "retried_by_user_id": "t.retried_by_user_id::text",
     "overridden": "t.overridden",
     "reason": "t.reason",

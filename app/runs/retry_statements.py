@@ -145,6 +145,8 @@ def _switch_statement(
         "run_message_history": "NULL",
         "usage_metadata": "NULL",
         "next_retry_at": "NULL",
+        "last_report_at": "NULL",
+        "is_reporting": "false",
         "output_attachment_ids": "'[]'::json",
         "input_attachment_ids": input_ids,
     }

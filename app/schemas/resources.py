@@ -247,6 +247,21 @@ class MachinePoolAssignment(Payload):
     machine_ids: Ids = Field(description="The machines.")
 
 
+class KeyResponse(Reply):
+    """An API key of the organization; never the key itself."""
+
+    id: UUID = Field(description="Names the key in events, and for `keys revoke` of the command line.")
+    organization_id: str
+    name: str | None = Field(description="What the key is for.")
+    scopes: list[str] = Field(description="What it may do; `*` is everything.")
+    machine_id: UUID | None = Field(description="It sees and reports only runs that are assigned to this machine.")
+    user_id: UUID | None = Field(description="The user it belongs to.")
+    created_at: datetime
+    last_used_at: datetime | None = Field(description="Its last request, to within a minute; null: it was never used.")
+    expires_at: datetime | None = Field(description="From then on it is refused; null: it does not expire.")
+    revoked_at: datetime | None = Field(description="When it was revoked: it is refused since then.")
+
+
 class WhoAmI(Reply):
     """An API key."""
 

@@ -137,7 +137,10 @@ class RunBulkCreate(_New):
 
 
 class RunUpdate(Payload):
-    """An executor's report, or another not_before. Absent keys stay as they are; null empties a value."""
+    """An executor's report, or another not_before or machine for a waiting run.
+
+    Absent keys stay as they are; null empties a value.
+    """
 
     model_config = example(
         status="success",
@@ -192,6 +195,16 @@ class RunUpdate(Payload):
         description="Only for a run that has no machine yet, with the scope runs:write, and beside nothing but reason: start at"
         " this time or later, at most 30 days ahead; null: start now.",
     )
+    machine_id: UUID | None = Field(
+        None,
+        description="Only for a run that has no machine yet, with the scope runs:write, and beside nothing but pool_ids and"
+        " reason: pin this machine; null: no longer pin one. The run keeps its place in the queue.",
+    )
+    pool_ids: PoolIds | None = Field(
+        None,
+        description="The same: the machine must be in all of these pools; [] or null: any machine. Without machine_id, an"
+        " earlier pin goes.",
+    )
 
 
 EVENTS = Literal[
@@ -206,6 +219,7 @@ EVENTS = Literal[
     "retry_planned",
     "retry_dropped",
     "rescheduled",
+    "retargeted",
     "due",
 ]
 
@@ -270,6 +284,13 @@ class RunResponse(Reply):
     retries_left: int | None = Field(
         description="Retries that the workflow's policy still allows, a planned one included; null: there is no policy."
     )
+    last_report_at: datetime | None = Field(
+        description="When the executor last reported on this attempt while it was running; null: not yet."
+    )
+    is_reporting: bool = Field(
+        description="More reports are expected: the run is running, and its executor gave a claim or has reported since the"
+        " start. If last_report_at is then older than a few minutes, look at the machine."
+    )
     main_prompt: str | None = Field(description="What the agent is told to do; null: the workflow's prompt.")
     model_metadata: dict[str, Any] | None = Field(description="Which models this run uses, as given.")
     usage_metadata: dict[str, Any] | None = Field(description="What the attempt used, as reported.")
@@ -311,6 +332,7 @@ class RunAttemptResponse(Reply):
     )
     bulk_retry_id: UUID | None = Field(description="The bulk retry that it was part of.")
     retried_by_key_id: UUID | None = Field(description="The API key that asked for the retry.")
+    retried_by_key_name: str | None = Field(description="What that key is for, as its name says now.")
     retried_by_user_id: UUID | None = Field(description="The user that key belongs to.")
     overridden: list[str] = Field(description="Names of the fields the retry changed; never values.")
     reason: str | None = Field(description="Why the retry was asked for.")
@@ -331,6 +353,7 @@ class RunEventResponse(Reply):
     )
     bulk_retry_id: UUID | None = Field(description="The bulk retry that it was part of.")
     key_id: UUID | None = Field(description="The API key behind it; null for what the service did by itself.")
+    by_key_name: str | None = Field(description="What that key is for, as its name says now.")
     user_id: UUID | None = Field(description="The user that key belongs to.")
     request_id: str | None = Field(description="X-Request-ID of the request behind it.")
     reason: str | None = Field(description="Why, as the caller said.")

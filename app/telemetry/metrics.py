@@ -288,6 +288,11 @@ disk_is_full = _Gauge(
     "store",
     of="livemostrecent",
 )
+silence_limit = _Gauge(
+    "runs_silence_limit_seconds",
+    "RUN_SILENCE_SECONDS, or 3600 while it is off: without a report for longer, a running run counts as abandoned.",
+    of="max",
+)
 clock_offset = _Gauge(
     "runs_clock_offset_seconds",
     "How far the database's clock is ahead of this machine's.",
@@ -322,6 +327,7 @@ FROM_DATABASE: dict[str, tuple[str, Labels]] = {
     "runs_oldest_waiting_age_seconds": ("How long the oldest of them has waited.", ()),
     "runs_held": ("Runs that are held until their not_before, counted up to 100,000.", ()),
     "runs_running": ("Runs that their executors work on, counted up to 100,000.", ()),
+    "runs_silent": ("Running runs that should have reported again by now, counted up to 10,000.", ()),
     "runs_oldest_silent_age_seconds": ("How long a running run has had no report, at most.", ()),
     "runs_machines": ("Machines, counted up to 20,000.", ("state",)),
     "runs_deletions_pending": ("Names that are due to be deleted, counted up to 100,000.", ("store",)),

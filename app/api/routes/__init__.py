@@ -5,6 +5,7 @@ from app.api.routes import (
     bulk_retries,
     events,
     health,
+    keys,
     machines,
     pools,
     queue,
@@ -25,6 +26,7 @@ ROUTERS = (
     events.router,
     queue.router,
     whoami.router,
+    keys.router,
     webhooks.router,
     health.router,
 )

@@ -26,7 +26,7 @@ def router(settings: Settings) -> APIRouter:
         metrics.turn_off()
         return made
     token = None if settings.metrics_token is None else settings.metrics_token.get_secret_value().encode()
-    page, found = metrics.Exposition(), database_gauges.Gauges()
+    page, found = metrics.Exposition(), database_gauges.Gauges(settings)
 
     @made.get("/metrics", include_in_schema=False)
     async def show(request: Request) -> Response:
