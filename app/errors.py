@@ -37,6 +37,7 @@ Refusal
 │   ├── WebhookBodyDeleted         webhook_body_deleted
 │   ├── BulkRetryEnded             bulk_retry_ended
 │   └── IdempotencyInProgress      idempotency_in_progress
+├── AttachmentBytesMissing     410 attachment_bytes_missing
 ├── PayloadTooLarge            413 payload_too_large
 ├── UriTooLong                 414 uri_too_long
 ├── UnsupportedMediaType       415 unsupported_media_type
@@ -71,6 +72,7 @@ TITLES = {
     405: "Method Not Allowed",
     408: "Request Timeout",
     409: "Conflict",
+    410: "Gone",
     413: "Content Too Large",
     414: "URI Too Long",
     415: "Unsupported Media Type",
@@ -238,6 +240,16 @@ class QuotaExceeded(Refusal):
         return "https://iana.org/assignments/http-problem-types#quota-exceeded"
 
 
+class AttachmentBytesMissing(Refusal):
+    """The row is there and the file store has lost its file: an operator's loss, and no wrong id."""
+
+    status, code = 410, "attachment_bytes_missing"
+    detail = (
+        "The attachment is known, but its bytes are no longer in the file store. Nothing was changed. "
+        "Upload the file again, or retry the run with file_inputs."
+    )
+
+
 class UriTooLong(Refusal):
     status, code = 414, "uri_too_long"
     detail = "The path and query of the request are too long; nothing was changed. Send at most 8192 bytes."
@@ -268,7 +280,7 @@ class AttemptChanged(Conflict):
 
     def __init__(self, current: int) -> None:
         super().__init__(
-            f"The run is at attempt {current}, not at expected_attempt; nothing was changed. Read the run and decide again.",
+            f"The run is at attempt {current}, not at the expected one; nothing was changed. Read the run and decide again.",
             current_attempt=current,
         )
 

@@ -522,6 +522,23 @@ class TestUrl:
             assert all(problem == problems[0] for problem in problems)
             assert anyone.post(good).status_code == 405
 
+    def test_a_file_that_the_store_has_lost_is_gone_and_no_wrong_id(
+        self, api: Client, stack: Stack, server: Server
+    ) -> None:
+        run_id = running(api)
+        made = api.upload(run_id)
+        url = self.url(api, made["id"])
+        (stack.files / made["storage_path"]).unlink()
+        path = f"/v1/run-attachments/{made['id']}"
+        for reply in (api.get(f"{path}/download"), api.head(f"{path}/download"), httpx.get(url, trust_env=False)):
+            assert reply.status_code == 410
+        refused(api.get(f"{path}/download"), 410, "attachment_bytes_missing")
+        assert api.get(path).status_code == 200
+        line = f'"event":"attachment_bytes_missing","attachment_id":"{made["id"]}"'
+        until(lambda: line in server.app.log.read_text(), what="the warning")
+        assert api.delete(path).status_code == 204
+        refused(api.get(f"{path}/download"), 404, "attachment_not_found")
+
     def test_it_ends_with_the_file(self, api: Client) -> None:
         run_id = running(api)
         urls = {}

@@ -4,6 +4,7 @@ The rules of ranges are RFC 9110 section 14; those of Content-Disposition RFC 62
 """
 
 import hmac
+import logging
 import re
 from dataclasses import dataclass
 from uuid import UUID
@@ -14,12 +15,14 @@ from starlette.responses import Response, StreamingResponse
 
 from app.api.requests import is_head
 from app.config import Settings
-from app.errors import AttachmentNotFound, RangeNotSatisfiable
+from app.errors import AttachmentBytesMissing, AttachmentNotFound, RangeNotSatisfiable
 from app.limits import memory_budget
 from app.runs.attachments import readable
 from app.services import Services
 from app.stores.database import Database, Record
 from app.stores.files import CHUNK, FileMissingError, file_headers
+
+log = logging.getLogger("app.downloads")
 
 # One range alone. Anything else is ignored, as RFC 9110 section 14.2 allows.
 _RANGE = re.compile(r"bytes=([0-9]{0,100})-([0-9]{0,100})", re.IGNORECASE)
@@ -53,8 +56,9 @@ async def respond(services: Services, file: Record, request: Request) -> Respons
     """The bytes, or the range that the request asks for, in chunks; no connection to the database is held meanwhile.
     Of a HEAD request only one byte is read, to see that there are any.
 
-    Raises RangeNotSatisfiable, StorageUnavailable, Overloaded, QuotaExceeded, and AttachmentNotFound if the bytes went since
-    the row was read. A file that goes while it is being sent breaks the connection: the caller has less than Content-Length.
+    Raises RangeNotSatisfiable, StorageUnavailable, Overloaded, QuotaExceeded, AttachmentBytesMissing, and AttachmentNotFound if
+    the row went since it was read. A file that goes while it is being sent breaks the connection: the caller has less than
+    Content-Length.
     """
     size = file["size_bytes"]
     etag = f'"{file["id"]}"'  # the bytes of an attachment never change
@@ -66,7 +70,8 @@ async def respond(services: Services, file: Record, request: Request) -> Respons
     try:
         chunks = await services.files.stream(file["storage_path"], start, stop)
     except FileMissingError:
-        raise AttachmentNotFound from None
+        await _tell_missing(services, file)
+        raise AttachmentBytesMissing from None
     described = file_headers(file["filename"], file["content_type"]) | {
         "Content-Length": str(end - start),
         "Accept-Ranges": "bytes",
@@ -78,6 +83,19 @@ async def respond(services: Services, file: Record, request: Request) -> Respons
     if is_head(request):
         return Response(None, 200 if wanted is None else 206, described)
     return StreamingResponse(chunks, 200 if wanted is None else 206, described)
+
+
+async def _tell_missing(services: Services, file: Record) -> None:
+    """Log that the store has lost the bytes. Raises AttachmentNotFound if the attachment was deleted or has expired."""
+    async with services.database.connection() as connection:
+        await readable(connection, file["id"], None)
+    log.warning(
+        {
+            "event": "attachment_bytes_missing",
+            "attachment_id": str(file["id"]),
+            "organization_id": file["organization_id"],
+        }
+    )
 
 
 # --- URLs that need no key --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.access.auth import Principal, bearer
 from app.api.client_address import address, subscriber
+from app.api.compression import LEAST_BYTES, NEVER, Compressor, is_asked_for
 from app.api.request_quotas import Limits
 from app.errors import (
     IncompleteRequest,
@@ -73,6 +74,7 @@ class Edge:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.active = 0
+        self._compressor = Compressor()
         metrics.active_requests.read_from(lambda: {(): self.active})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +90,7 @@ class Edge:
         services: Services = scope["app"].state.services
         memory = services.in_flight.reservation("")
         memory_budget.current.set(memory)
-        exchange = _Exchange(scope, receive, send, memory, method)
+        exchange = _Exchange(scope, receive, send, memory, method, self._compressor)
         refusal: Refusal | None = None
         self.active += 1
         try:
@@ -162,9 +164,16 @@ class _Exchange:
     """One request and its reply."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, memory: memory_budget.Reservation, method: str
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        memory: memory_budget.Reservation,
+        method: str,
+        compressor: Compressor,
     ) -> None:
         self.scope = scope
+        self._compressor = compressor
         self.method = method  # as it was sent
         self._memory = memory
         self._receive = receive
@@ -227,8 +236,39 @@ class _Exchange:
             self._start = None
             await self.refuse(ReplyTooMuch() if is_done else Overloaded())
             return
+        if self.method == "GET" and self._start is not None and not more and self._may_be_compressed(self._start):
+            self._start["headers"] = [*self._start.get("headers", ()), (b"vary", b"accept-encoding")]
+            if len(body) > LEAST_BYTES and is_asked_for(self._headers.get(b"accept-encoding", b"")):
+                await self._send_compressed(self._start, body)
+                return
         await self.begin()
         await self._send_body(body, more=more)
+
+    def _may_be_compressed(self, start: Message) -> bool:
+        """Whether this reply to a GET, which is sent whole, depends on Accept-Encoding."""
+        if self.principal is None or start["status"] not in (200, 304) or self._body_left:
+            return False
+        if start["status"] == 200 and (b"content-type", b"application/json") not in start["headers"]:
+            return False
+        return getattr(self.scope.get("route"), "path", "") not in NEVER
+
+    async def _send_compressed(self, start: Message, body: bytes) -> None:
+        """Piece by piece, as the reader takes them. The reply counts as held in full until it is gone."""
+        self._memory.charge(len(body))
+        start["headers"] = [header for header in start["headers"] if header[0] != b"content-length"]
+        start["headers"].append((b"content-encoding", b"gzip"))
+        pieces = self._compressor.pieces(self._memory.party, body)
+        if len(body) <= PIECE_BYTES:  # one piece, of a length that is known before it is sent
+            whole = b"".join([piece async for piece in pieces])
+            start["headers"].append((b"content-length", str(len(whole)).encode()))
+            await self.begin()
+            await self._send_body(whole, more=False)
+            return
+        await self.begin()
+        async for piece in pieces:
+            self._bytes_out += len(piece)
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _has_room(self, count: int) -> bool:
         """Keep a reply that is sent at once in memory until the client has read it."""

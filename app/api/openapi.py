@@ -54,6 +54,16 @@ _IDEMPOTENCY_KEY = {
 }
 
 
+IF_NONE_MATCH = {
+    "name": "If-None-Match",
+    "in": "header",
+    "required": False,
+    "description": "ETags of earlier replies to the same request: 304 without a body if the reply would be as one of them.",
+    "schema": {"type": "string"},
+}
+ETAG = {"ETag": {"description": "Weak; for If-None-Match.", "schema": {"type": "string"}}}
+
+
 def operation(
     *refusals: type[Refusal],
     body: type[Payload] | None = None,

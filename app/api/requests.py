@@ -29,6 +29,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _JSON = re.compile(r"\s*application/([A-Za-z0-9.+-]+\+)?json\s*(;.*)?", re.IGNORECASE)
 _KEY = re.compile(r"[!-~]{1,255}")
+_ENTITY_TAG = re.compile(r'"([!#-~]{0,200})"')
 
 # What begins a text in UTF-16 or UTF-32.
 _OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
@@ -103,6 +104,12 @@ async def _read_body(request: Request, limit: int) -> bytes:
         buffer.seek(0)
         buffer.write(b"   ")  # white space means nothing to JSON, and to cut the mark off would copy the body
     return buffer.getvalue()  # without a copy, unlike bytes(bytearray)
+
+
+def known_tags(request: Request) -> frozenset[str]:
+    """The entity tags of If-None-Match (RFC 9110 section 13.1.2), as weak ones."""
+    given = ",".join(request.headers.getlist("if-none-match"))
+    return frozenset(f'W/"{tag}"' for tag in _ENTITY_TAG.findall(given))
 
 
 def is_head(request: Request) -> bool:

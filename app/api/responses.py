@@ -1,5 +1,6 @@
 """Small pieces that every router uses: replies and paging."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
@@ -48,9 +49,9 @@ Part = Annotated[Slice, Depends(_part)]
 ONLY = Query(description="Only those with this value.")
 
 
-def json_reply(document: object) -> Response:
+def json_reply(document: object, headers: Mapping[str, str] | None = None) -> Response:
     """200 with this document."""
-    return Response(encode(document), media_type="application/json")
+    return Response(encode(document), headers=headers, media_type="application/json")
 
 
 def send(reply: Reply) -> Response:

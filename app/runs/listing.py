@@ -170,11 +170,11 @@ FIELDS = projection.RUN_COLUMNS.keys() | projection.RUN_UNSUPPORTED.keys()
 # What a run shows that can be long, or costs a look into another table, is read only if it is asked for. One statement for all
 # projections: a connection keeps a hundred prepared statements, and one caller's must not push out everybody's. It is told
 # by a bit for each key: to look for names in a list took longer than the rest of the page.
-_PRODUCED = ("output_data", "run_message_history", "usage_metadata")
+PRODUCED = ("output_data", "run_message_history", "usage_metadata")
 _ATTACHED = ("input_attachment_ids", "output_attachment_ids")
-_TEXTS = ("error", "main_prompt", *(name for name in projection.RUN_JSON if name not in _PRODUCED))
+_TEXTS = ("error", "main_prompt", *(name for name in projection.RUN_JSON if name not in PRODUCED))
 _BITS = {
-    name: 1 << place for place, name in enumerate((*_TEXTS, *_PRODUCED, *_ATTACHED, "pool_ids", "scheduling_reason"))
+    name: 1 << place for place, name in enumerate((*_TEXTS, *PRODUCED, *_ATTACHED, "pool_ids", "scheduling_reason"))
 }
 
 
@@ -183,20 +183,21 @@ def bits(fields: Collection[str]) -> int:
     return sum(bit for name, bit in _BITS.items() if name in fields)
 
 
-def _shown(*fields: str) -> str:
+def is_shown(*fields: str) -> str:
+    """A condition: the statement's `:shown` names one of these keys."""
     return f"(:shown::bigint & {bits(fields)} <> 0)"
 
 
-def _if_shown(name: str) -> str:
-    column = projection.MANY_RUNS[name]
-    return f"CASE WHEN {_shown(name)} THEN {column} END" if name in _BITS else column
+def if_shown(name: str, column: str) -> str:
+    """The column, or null where the statement's `:shown` says that the reply does not show it."""
+    return f"CASE WHEN {is_shown(name)} THEN {column} END" if name in _BITS else column
 
 
 def _octets(*names: str) -> str:
     """About how many bytes of JSON these texts take."""
     column = projection.RUN_COLUMNS
     texts = {name: column[name] if name in projection.RUN_JSON else f"to_json({column[name]})" for name in names}
-    each = (f"CASE WHEN {_shown(name)} THEN octet_length({text}::text) END" for name, text in texts.items())
+    each = (f"CASE WHEN {is_shown(name)} THEN octet_length({text}::text) END" for name, text in texts.items())
     return " + ".join(f"coalesce({one}, 0)" for one in each)
 
 
@@ -206,11 +207,11 @@ RUNS = Listing(
     "runs",
     "runs r",
     octets=f"""
-        1200 + {_octets(*_TEXTS)} + CASE WHEN {_shown("pool_ids")} THEN 39 * coalesce(cardinality(r.pool_ids), 0) ELSE 0 END
-        + CASE WHEN {_shown(*_ATTACHED)} THEN
+        1200 + {_octets(*_TEXTS)} + CASE WHEN {is_shown("pool_ids")} THEN 39 * coalesce(cardinality(r.pool_ids), 0) ELSE 0 END
+        + CASE WHEN {is_shown(*_ATTACHED)} THEN
               (SELECT 39 * count(*) FROM run_attachments a WHERE a.run_id = r.id) ELSE 0 END
-        + CASE WHEN {_shown(*_PRODUCED)} THEN coalesce(
-              (SELECT {_octets(*_PRODUCED)} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt), 0) ELSE 0 END
+        + CASE WHEN {is_shown(*PRODUCED)} THEN coalesce(
+              (SELECT {_octets(*PRODUCED)} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt), 0) ELSE 0 END
     """,
     row="r.id = listed.key",
 )
@@ -218,8 +219,8 @@ RUNS = Listing(
 ROWS = statement(
     "runs.rows",
     f"""
-    SELECT {", ".join(f"{_if_shown(name)} AS {name}" for name in projection.MANY_RUNS)}
-    FROM {in_order("runs r")} {projection.RUN_SOURCE} {projection.outputs_source(_shown(*_PRODUCED))}
+    SELECT {", ".join(f"{if_shown(name, column)} AS {name}" for name, column in projection.MANY_RUNS.items())}
+    FROM {in_order("runs r")} {projection.RUN_SOURCE} {projection.outputs_source(is_shown(*PRODUCED))}
     ORDER BY page.n
     """,
 )

@@ -185,7 +185,7 @@ def _is_time(name: str) -> bool:
 
 # About how many bytes of JSON a row of RUN_COLUMNS takes: 1200 of what is short, and 39 of an id.
 _IDS = ("input_attachment_ids", "output_attachment_ids", "pool_ids")
-_OCTETS = " + ".join(
+OCTETS = " + ".join(
     [
         "1200",
         *(f"coalesce(octet_length(whole.{name}::text), 0)" for name in RUN_JSON),
@@ -200,16 +200,16 @@ _WHOLE = f"""
         WHERE r.id = :run_id AND {SEEN} OFFSET 0
     ) AS whole
 """
-_ORDINARY_BYTES = 64 * 1024
+ORDINARY_BYTES = 64 * 1024
 
-GET_RUN = statement("runs.get", f"SELECT * {_WHOLE} WHERE {_OCTETS} <= :most::bigint")
-WEIGH_RUN = statement("runs.weigh", f"SELECT {_OCTETS} {_WHOLE}")
+GET_RUN = statement("runs.get", f"SELECT * {_WHOLE} WHERE {OCTETS} <= :most::bigint")
+WEIGH_RUN = statement("runs.weigh", f"SELECT {OCTETS} {_WHOLE}")
 
 
 async def get(connection: Connection, run_id: UUID, principal: Principal) -> dict[str, Any]:
     """One run as it is sent. Raises RunNotFound for what the caller may not see, and NoRoom for a long one."""
     named: dict[str, Any] = {"run_id": run_id, **principal.sees()}
-    row = await connection.fetchrow(GET_RUN, **named, most=_ORDINARY_BYTES)
+    row = await connection.fetchrow(GET_RUN, **named, most=ORDINARY_BYTES)
     while row is None:  # rarely: it is long, and perhaps longer now
         octets = await connection.fetchval(WEIGH_RUN, **named)
         if octets is None:

@@ -297,8 +297,18 @@ class RunResponse(Reply):
     post_run_checks: Unsupported
 
 
+class RunHistoryPage(Reply):
+    """Messages of a run's current attempt, the oldest first."""
+
+    items: list[dict[str, Any]] = Field(description="Messages of run_message_history.")
+    attempt: int = Field(description="The attempt that they are of.")
+    total: int = Field(description="Messages of the attempt.")
+    limit: int = Field(description="Most items in a page.")
+    next: int | None = Field(description="`after` of the page that follows; null: this is the last one.")
+
+
 class RunProjection(RunResponse):
-    """A run in a list; with `fields=`, only those keys and the base fields are present."""
+    """A run; with `fields=`, only those keys and the base fields are present."""
 
     model_config = ConfigDict(
         json_schema_extra={"required": ["id", "workflow_id", "machine_id", "status", "created_at"]}

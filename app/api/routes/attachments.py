@@ -14,6 +14,7 @@ from app.api.scopes import Route
 from app.errors import (
     AlreadyClaimed,
     AssignmentSuperseded,
+    AttachmentBytesMissing,
     AttachmentNotFound,
     AttemptSuperseded,
     InputAttachmentsExpired,
@@ -42,6 +43,7 @@ def _download(*refusals: type[Refusal], public: bool = False) -> dict[str, Any]:
     """`operation` for a reply of bytes, whole or a range of them."""
     described = operation(
         *refusals,
+        AttachmentBytesMissing,
         RangeNotSatisfiable,
         StorageUnavailable,
         scope=() if public else "runs:read",

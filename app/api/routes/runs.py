@@ -8,10 +8,11 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from app import events
-from app.api.openapi import operation
+from app.api.openapi import ETAG, IF_NONE_MATCH, operation
 from app.api.requests import (
     is_head,
     is_true,
+    known_tags,
     may_still_send,
     read,
     read_only,
@@ -45,7 +46,7 @@ from app.errors import (
     WorkflowNotFound,
 )
 from app.models import RunStatus
-from app.runs import attempts, create, ending, projection, report
+from app.runs import attempts, create, ending, history, reading, report
 from app.runs.dry_run import dry_run
 from app.runs.listing import FIELDS, Order, RunFilter, Search, list_runs, shown_fields, wait_for_run
 from app.runs.retry import Retry, replied, retry_runs
@@ -56,7 +57,9 @@ from app.schemas.runs import (
     RunBulkCreateResponse,
     RunCreate,
     RunEventResponse,
+    RunHistoryPage,
     RunPage,
+    RunProjection,
     RunResponse,
     RunRetry,
     RunUpdate,
@@ -148,10 +151,52 @@ async def bulk_create_runs(request: Request) -> Response:
     return send(reply)
 
 
-@router.get("/{run_id}", response_model=RunResponse, **operation(RunNotFound, scope="runs:read", bound="runs:read"))
-async def get_run(run_id: UUID, request: Request) -> Response:
-    """One run."""
-    return json_reply(await projection.find(services(request).database, run_id, request.state.principal))
+_GET = operation(RunNotFound, scope="runs:read", bound="runs:read")
+_GET["openapi_extra"]["parameters"] = [IF_NONE_MATCH]
+_GET["responses"] |= {
+    200: {"description": "The run.", "headers": ETAG},
+    304: {"description": "The run is as the reply with this ETag showed it.", "headers": ETAG},
+}
+
+
+@router.get("/{run_id}", response_model=RunResponse | RunProjection, **_GET)
+async def get_run(
+    run_id: UUID,
+    request: Request,
+    fields: Annotated[list[_FieldNames] | None, Query(description="Only these keys, and the base fields.")] = None,
+) -> Response:
+    """One run. Leave run_message_history out with `fields`, and read it in pages, if it has screenshots."""
+    database, principal = services(request).database, request.state.principal
+    found = await reading.read(database, run_id, principal, shown_fields(fields), known_tags(request))
+    headers = {"ETag": found.tag}
+    if found.run is None:
+        return Response(None, 304, headers)
+    return json_reply(found.run, headers)
+
+
+@router.get(
+    "/{run_id}/history",
+    response_model=RunHistoryPage,
+    **operation(RunNotFound, AttemptChanged, scope="runs:read", bound="runs:read"),
+)
+async def get_run_history(
+    run_id: UUID,
+    request: Request,
+    after: Annotated[
+        int, Query(ge=0, le=2**31 - 1, description="Messages to pass over; `next` of the page before.")
+    ] = 0,
+    limit: Limit = 100,
+    attempt: Annotated[
+        int | None,
+        Query(ge=1, le=2**31 - 1, description="`attempt` of the page before: 409 if the run has another one now."),
+    ] = None,
+) -> Response:
+    """The current attempt's run_message_history in pages of about 1 MiB at most, oldest message first.
+
+    A page has at least one message, however long. `after` may be any number: `total` minus 3 shows the last three.
+    """
+    database, principal = services(request).database, request.state.principal
+    return json_reply(await history.read(database, run_id, principal, after, limit, attempt))
 
 
 @router.get(
