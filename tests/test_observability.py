@@ -78,6 +78,14 @@ def test_each_alert_has_its_runbook_and_each_runbook_its_alert() -> None:
         )
 
 
+def test_each_panel_says_what_it_shows() -> None:
+    shown = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in shown}) == len(shown) > 30
+    assert [panel["title"] for panel in shown if len(panel.get("description", "").split()) < 8] == []
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in shown}
+    assert len(places) == len(shown), "two panels in one place"
+
+
 def test_alerts_and_panels_name_only_metrics_that_there_are(server: Server) -> None:
     shown = set(re.findall(r"(?m)^# TYPE (\S+)", http("GET", f"{server.url}/metrics")[1])) | {"up"}
     shown.add("runs_quota_refusals_total")  # there with the first refusal
