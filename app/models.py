@@ -94,7 +94,7 @@ class ApiKey(Base):
             name="scopes",
         ),
         CheckConstraint("machine_id IS NULL OR scopes <@ '{runs:read,runs:execute}'", name="bound"),
-        Index("ix_api_keys_organization", "organization_id", text("created_at DESC"), text("id DESC")),
+        Index("ix_api_keys_organization", "organization_id", text("created_at DESC")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)

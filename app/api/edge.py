@@ -8,7 +8,7 @@ import asyncio
 import logging
 import re
 import time
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
@@ -236,17 +236,18 @@ class _Exchange:
             self._start = None
             await self.refuse(ReplyTooMuch() if is_done else Overloaded())
             return
-        if self.method == "GET" and self._start is not None and not more and self._may_be_compressed(self._start):
+        if self.scope["method"] == "GET" and not more and self._may_be_compressed(self._start):
             self._start["headers"] = [*self._start.get("headers", ()), (b"vary", b"accept-encoding")]
-            if len(body) > LEAST_BYTES and is_asked_for(self._headers.get(b"accept-encoding", b"")):
-                await self._send_compressed(self._start, body)
+            whole = message.get("body", b"")
+            if len(whole) > LEAST_BYTES and is_asked_for(self._headers.get(b"accept-encoding", b"")):
+                await self._send_compressed(self._start, whole)
                 return
         await self.begin()
         await self._send_body(body, more=more)
 
-    def _may_be_compressed(self, start: Message) -> bool:
+    def _may_be_compressed(self, start: Message | None) -> TypeGuard[Message]:
         """Whether this reply to a GET, which is sent whole, depends on Accept-Encoding."""
-        if self.principal is None or start["status"] not in (200, 304) or self._body_left:
+        if start is None or self.principal is None or start["status"] not in (200, 304) or self._body_left:
             return False
         if start["status"] == 200 and (b"content-type", b"application/json") not in start["headers"]:
             return False
@@ -262,9 +263,12 @@ class _Exchange:
             whole = b"".join([piece async for piece in pieces])
             start["headers"].append((b"content-length", str(len(whole)).encode()))
             await self.begin()
-            await self._send_body(whole, more=False)
+            await self._send_body(b"" if self.method == "HEAD" else whole, more=False)
             return
         await self.begin()
+        if self.method == "HEAD":
+            await self._send_body(b"", more=False)
+            return
         async for piece in pieces:
             self._bytes_out += len(piece)
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})

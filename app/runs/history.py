@@ -6,7 +6,7 @@ from uuid import UUID
 import orjson
 
 from app.access.auth import SEEN, Principal
-from app.errors import AttemptChanged, RunNotFound
+from app.errors import RunNotFound
 from app.limits import memory_budget
 from app.runs import projection
 from app.stores.database import Connection, Database, Record
@@ -38,12 +38,10 @@ PAGE = statement(
 )
 
 
-async def read(
-    database: Database, run_id: UUID, principal: Principal, after: int, limit: int, attempt: int | None = None
-) -> dict[str, Any]:
+async def read(database: Database, run_id: UUID, principal: Principal, after: int, limit: int) -> dict[str, Any]:
     """At most `limit` messages beyond the first `after`, the oldest first; at least one, however long, if there are more.
 
-    `attempt`: the attempt that the pages before were of. Raises RunNotFound, AttemptChanged, QuotaExceeded and Overloaded.
+    Raises RunNotFound, QuotaExceeded and Overloaded.
     """
     named: dict[str, Any] = {"run_id": run_id, "after": after, "limit": limit, **principal.sees()}
 
@@ -53,8 +51,6 @@ async def read(
 
     rows = await memory_budget.with_room(find)
     current, total = rows[0]["attempt"], rows[0]["total"]
-    if attempt is not None and attempt != current:
-        raise AttemptChanged(current)
     items = [orjson.Fragment(row["value"]) for row in rows if row["value"] is not None]
     seen = after + len(items)
     return {

@@ -14,7 +14,7 @@ from app.errors import RunNotFound
 from app.limits import memory_budget
 from app.runs.carried import CARRIED
 from app.scheduling import rules
-from app.stores.database import Connection, Database, Record
+from app.stores.database import Connection, Record
 from app.stores.documents import columns, rfc3339
 from app.stores.statements import rows_of, statement
 
@@ -217,16 +217,6 @@ async def get(connection: Connection, run_id: UUID, principal: Principal) -> dic
         memory_budget.reserve_reply(octets)
         row = await connection.fetchrow(GET_RUN, **named, most=octets)
     return run(row)
-
-
-async def find(database: Database, run_id: UUID, principal: Principal) -> dict[str, Any]:
-    """The same, and a long one waits for room. Raises RunNotFound, QuotaExceeded and Overloaded."""
-
-    async def read() -> dict[str, Any]:
-        async with database.connection() as connection:
-            return await get(connection, run_id, principal)
-
-    return await memory_budget.with_room(read)
 
 
 def run(row: Record) -> dict[str, Any]:

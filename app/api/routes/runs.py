@@ -177,7 +177,7 @@ async def get_run(
 @router.get(
     "/{run_id}/history",
     response_model=RunHistoryPage,
-    **operation(RunNotFound, AttemptChanged, scope="runs:read", bound="runs:read"),
+    **operation(RunNotFound, scope="runs:read", bound="runs:read"),
 )
 async def get_run_history(
     run_id: UUID,
@@ -186,17 +186,14 @@ async def get_run_history(
         int, Query(ge=0, le=2**31 - 1, description="Messages to pass over; `next` of the page before.")
     ] = 0,
     limit: Limit = 100,
-    attempt: Annotated[
-        int | None,
-        Query(ge=1, le=2**31 - 1, description="`attempt` of the page before: 409 if the run has another one now."),
-    ] = None,
 ) -> Response:
     """The current attempt's run_message_history in pages of about 1 MiB at most, oldest message first.
 
-    A page has at least one message, however long. `after` may be any number: `total` minus 3 shows the last three.
+    A page has at least one message, however long. `after` may be any number: `total` minus 3 shows the last three. If
+    `attempt` is another one than in the page before, the run was retried: begin again.
     """
     database, principal = services(request).database, request.state.principal
-    return json_reply(await history.read(database, run_id, principal, after, limit, attempt))
+    return json_reply(await history.read(database, run_id, principal, after, limit))
 
 
 @router.get(
@@ -334,6 +331,8 @@ def _refuse_search(wanted: RunFilter, searched: Search, wait: float) -> None:
     response_model=RunResponse,
     **operation(
         RunNotFound,
+        MachineNotFound,
+        PoolNotFound,
         InvalidTransition,
         AttemptSuperseded,
         AssignmentSuperseded,
