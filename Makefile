@@ -23,7 +23,7 @@ INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run psql bao keys stop reset test check soak fuzz test-sdk example observe containers screenshots lint fmt bench release lock
+.PHONY: help run psql bao keys stop reset test check soak fuzz test-sdk example restore-drill observe containers screenshots lint fmt bench release lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,9 @@ test-sdk: .venv/dev.stamp ## more versions of the official SDK, generated client
 
 example: .venv/run.stamp ## a small executor, and a run that fails, is retried and succeeds, against `make run`
 	@$(BIN)/python -m examples.lifecycle
+
+restore-drill: .venv/run.stamp ## dump the database of the stack that runs, restore it beside it, and compare it with the stores
+	@$(BIN)/python -m dev.restore_drill
 
 observe: .venv/run.stamp ## Prometheus beside `make run`, on 127.0.0.1:$PROMETHEUS_PORT (9090), with the shipped alerts
 	@exec $(BIN)/python -m dev.prometheus

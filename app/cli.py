@@ -31,7 +31,7 @@ from sqlalchemy.exc import DBAPIError
 from app import FILES, __version__, commit
 from app.access import auth, keys
 from app.api.server import BACKLOG
-from app.config import ConfigurationError, DatabaseSettings, Settings, lines_of
+from app.config import ComparisonSettings, ConfigurationError, DatabaseSettings, Settings, lines_of
 from app.errors import Unavailable
 from app.main import create_app
 from app.models import ORGANIZATION_PATTERN
@@ -350,7 +350,7 @@ def _delete_organization(options: argparse.Namespace) -> int:
 
 
 def _compare_stores(options: argparse.Namespace) -> int:
-    settings = Settings()
+    settings = ComparisonSettings()
     configure("error")
     folder = urlsplit(settings.storage_url)
     if folder.scheme == "file" and not Path(unquote(folder.path)).is_dir():

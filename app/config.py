@@ -614,3 +614,9 @@ def _is_this_machine(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+class ComparisonSettings(Settings):
+    """The settings of `stores compare`, which signs nothing and therefore needs no SERVER_KEY."""
+
+    server_key: SecretStr = SecretStr("")

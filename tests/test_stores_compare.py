@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -215,3 +216,27 @@ def test_more_than_a_page_of_each_is_compared(server: Server, stack: Stack) -> N
         assert api.delete(f"/v1/runs/{run_id}").status_code == 204
         for name in names[:300]:
             (stack.files / name).unlink(missing_ok=True)
+
+
+def test_a_dump_is_restored_and_compared(stack: Stack, server: Server) -> None:
+    """The drill of `make restore-drill`; it needs no SERVER_KEY, and leaves nothing behind."""
+    with server.client() as api:
+        kept = active(api)
+        environment = stack.environment(VAULT_TOKEN=stack.bao.root_token, DATABASE_OWNER_URL=stack.url)
+        environment["PATH"] = f"{stack.postgres.binaries}:{environment['PATH']}"
+        del environment["SERVER_KEY"]
+
+        def drill() -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "dev.restore_drill"]
+            return subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+            )
+
+        done = drill()
+        assert done.returncode == 0, done.stdout + done.stderr
+        lost = blob(stack, kept["input_attachment_ids"][0])
+        (stack.files / lost).unlink()
+        done = drill()
+        assert (done.returncode, f"missing  files  {lost}" in done.stderr) == (1, True), done.stdout + done.stderr
+        assert not stack.sql("SELECT FROM pg_database WHERE datname LIKE 'restore_drill_%'")
+        api.report(kept["id"], status="cancelled")

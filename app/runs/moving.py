@@ -73,7 +73,7 @@ RETARGET = statement(
         WHERE id = :run_id
         RETURNING id, organization_id, attempt, status
     )
-    {record("moved", "'retargeted'", from_status="status", to_status="status", changed=":changed::text[]")}
+    {record_events("moved", "'retargeted'", from_status="status", to_status="status", changed=":changed::text[]")}
     """,
 )
 
