@@ -1,6 +1,7 @@
 """The tables. The migrations are written by hand; `alembic check` proves that they and this file agree.
 
-This file has columns, indexes and constraints. The rules for changes of a row are in the file of its subject.
+This file has columns, indexes and constraints. The rules for changes of a row are in the file of its subject. Where an attribute
+has another name than its column, the column keeps an older name that the version still running reads.
 
 One file: the tables and their indexes are read together with a migration.
 """
@@ -166,11 +167,13 @@ class Machine(Base):
     reserved_session_id: Mapped[UUID | None]
     last_seen: Mapped[datetime] = mapped_column(server_default=func.now())
     # When the service next checks whether the machine is silent. Null while it is offline, and until its first sign of life.
-    look_at: Mapped[datetime | None]
-    silenced_at: Mapped[datetime | None]  # since when the machine is offline only because it was silent
-    # Whether the last run that began here had a claim.
-    starts_with_claim: Mapped[bool] = mapped_column(server_default=text("false"))
-    begun_session_id: Mapped[UUID | None]  # the session of the last run that began here
+    silence_check_at: Mapped[datetime | None] = mapped_column("look_at")
+    # Since when the machine is offline only because it was silent.
+    offline_by_silence_since: Mapped[datetime | None] = mapped_column("silenced_at")
+    # Whether the last run that began on this machine had a claim.
+    last_start_had_claim: Mapped[bool] = mapped_column("starts_with_claim", server_default=text("false"))
+    # The session of the last run that began on this machine.
+    last_started_session_id: Mapped[UUID | None] = mapped_column("begun_session_id")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -305,7 +308,8 @@ class Run(Base):
     pin_is_deleted: Mapped[bool] = mapped_column(server_default=text("false"))  # was its pinned machine deleted
     assigned_machine_id: Mapped[UUID | None] = mapped_column(ForeignKey("machines.id", ondelete="SET NULL"))
     avoided_machine_id: Mapped[UUID | None]  # that another one is preferred to; no foreign key: it excludes nothing
-    awaited_since: Mapped[datetime | None]  # since when the machine should begin the run; null: no longer
+    # Since when the machine should have begun the run; null once it has begun it.
+    start_awaited_since: Mapped[datetime | None] = mapped_column("awaited_since")
     pool_ids: Mapped[list[UUID] | None]
     input_values: Mapped[dict[str, Any] | None]
     sensitive_input_aliases: Mapped[dict[str, Any] | None]
@@ -417,7 +421,7 @@ class RunEvent(Base):
 class PlannedRetry(Base):
     """A retry that a workflow's policy has planned for an ended attempt (app/retry_policies).
 
-    `look_at` is when it is tried next: at `due_at`, and later again if that was not possible.
+    `next_try_at` is at first `due_at`, and later if a try was not possible.
     """
 
     __tablename__ = "planned_retries"
@@ -428,7 +432,7 @@ class PlannedRetry(Base):
     attempt: Mapped[int] = mapped_column(primary_key=True)
     organization_id: Mapped[str]
     due_at: Mapped[datetime]
-    look_at: Mapped[datetime]
+    next_try_at: Mapped[datetime] = mapped_column("look_at")
     rule: Mapped[int] = mapped_column(SmallInteger)  # of the policy, the one that matched; 0: it has none
     avoids_last_machine: Mapped[bool]
     owes_event: Mapped[bool]  # the attempt's `run_complete` was not sent, and is if the plan is dropped
