@@ -4,8 +4,8 @@ A reply is stored unless it is long, or unless its organization has used up its 
 (write_behind/reply_bytes.py). Then only the ids of the objects in the reply are stored, and a replay shows the objects as they
 are now. No replay shows anything of a run that was deleted.
 
-No record says "in progress". Twins may both do the work; the primary key decides in the transaction that has the effect, and
-the loser, whose work was rolled back, replays the winner's reply.
+No record says "in progress". Twins may both do the work; the primary key decides in the transaction that has the effect. The
+work of the loser is rolled back, and the loser replays the winner's reply.
 """
 
 import hmac
@@ -64,7 +64,7 @@ FREE = statement(
 )
 
 
-# Part of a statement that makes its own replies: store the rows of `shown` that have a key. Of a longer body only the ids
+# Part of a statement that makes its own replies: store the rows of `shown` that have a key. If a body is longer, only the ids
 # are stored.
 STORED = """
     INSERT INTO idempotency_keys (organization_id, key, fingerprint, status, body, ids, expires_at)
@@ -104,9 +104,9 @@ class WriteRequest:
     key: str | None
     fingerprints: tuple[bytes, ...]  # under the server key, then under the previous one
     ttl_seconds: int
-    most_bytes: int  # of a longer reply only the ids are kept
+    most_bytes: int  # a longer reply is stored as ids only
     request_id: str | None = None
-    traceparent: str | None = None  # of the request, for the executor of the attempt that it begins
+    traceparent: str | None = None  # for the executor of the attempt that the request begins
 
     def actor(self, reason: str | None = None) -> Actor:
         """The caller, for the events that the request causes."""
@@ -222,8 +222,8 @@ async def unless_replayed(
 ) -> Reply | T:
     """What `check` returns, or the reply to replay: for requests that write outside before they come to `once`.
 
-    The check comes first. What refuses a resend may be the effect of the first request, and whoever has seen the effect
-    finds the reply, which was committed with it; the other way round a commit could fall in between.
+    The check comes first. A resend may be refused because of the effect of the first request. After the check has seen the
+    effect, the reply is found, because both were committed together. In the other order a commit could come in between.
     """
     try:
         seen = await check()

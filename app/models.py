@@ -1,7 +1,7 @@
 """The tables. The migrations are written by hand; `alembic check` proves that they and this file agree.
 
-This file has columns, indexes and constraints. The rules for changes of a row are in the file of its subject. Where an attribute
-has another name than its column, the column keeps an older name that the version still running reads.
+This file has columns, indexes and constraints. The rules for changes of a row are in the file of its subject. An attribute may
+have another name than its column: the column keeps the older name, which the version still running reads.
 
 One file: the tables and their indexes are read together with a migration.
 """

@@ -168,10 +168,24 @@ def test_pages_are_plain_english(page: Path) -> None:
 # Rooms of the app that only experts could read. Add a file once its docstrings and comments are plain.
 PLAIN = (
     *("api/client_address.py", "api/edge.py", "api/server.py", "api/validation.py"),
-    *("limits/fair_queue.py", "limits/memory_budget.py", "scheduling/lanes.py", "scheduling/rounds.py"),
+    *(
+        "limits/fair_queue.py",
+        "limits/memory_budget.py",
+        "limits/quotas.py",
+        "scheduling/lanes.py",
+        "scheduling/rounds.py",
+    ),
     *("runs/carried.py", "runs/retry_rules.py", "runs/retry_statements.py", "scheduling/placement.py"),
     *("stores/cursors.py", "stores/documents.py", "stores/locks.py", "stores/pool.py", "stores/secrets.py"),
-    *("stores/together.py", "stores/wakeups.py", "webhooks/delivery.py", "webhooks/queue.py"),
+    *(
+        "api/request_quotas.py",
+        "runs/quotas.py",
+        "stores/single_flight.py",
+        "stores/together.py",
+        "stores/wakeups.py",
+        "webhooks/delivery.py",
+        "webhooks/queue.py",
+    ),
 )
 
 

@@ -22,15 +22,15 @@ from app.limits.quotas import MINUTE, MOST_PARTIES, AtOnce, PerMinute, Policy, S
 # An organization's long polls may take this part of the connections, so that others always find some.
 LONG_POLLS_PART = 2
 
-# So many refusals of a minute come at once, later ones after so many seconds. Those that wait take up connections, so there
-# may be no more than that; else they come at once, too.
+# The first refusals of a minute are sent at once, later ones after HELD_SECONDS. Waiting refusals take up connections, so at
+# most MOST_HELD may wait; further ones are sent at once, too.
 REFUSED_AT_ONCE = 100
 HELD_SECONDS = 0.1
 MOST_HELD = 100
 
 
 class Limits:
-    """The counts of one process, which has so many connections. A quota that is not set costs a look at it."""
+    """The counts of one process. A quota that is not set costs one comparison."""
 
     def __init__(self, settings: Settings, connections: int) -> None:
         self._held = 0
@@ -56,7 +56,7 @@ class Limits:
         self._organization_polls = at_once(
             policy(
                 "organization-long-polls",
-                # With no quota too: a connection whose caller has shown a key makes room for nobody.
+                # Also without a quota: an authenticated connection makes no room for new connections.
                 min(settings.quota_organization_long_polls or connections, connections // LONG_POLLS_PART),
                 "long polls",
                 unit=unit,
@@ -84,7 +84,7 @@ class Limits:
         return standings
 
     async def hold_back(self, refusal: QuotaExceeded) -> None:
-        """Before a refusal is sent to somebody who does not heed them."""
+        """Wait before a refusal is sent to a caller that goes on after many refusals."""
         if refusal.times > REFUSED_AT_ONCE and self._held < MOST_HELD:
             self._held += 1
             try:
@@ -93,7 +93,7 @@ class Limits:
                 self._held -= 1
 
     def meter(self, memory: Reservation, principal: Principal) -> None:
-        """From now on what the request holds counts for its key and its organization."""
+        """Count the memory of the request for its key and its organization from now on."""
         memory.meters = [
             (meter, party)
             for meter, party in (
@@ -121,8 +121,8 @@ class Limits:
 class Strangers:
     """Failed authentications of each address.
 
-    An address with too many is not looked at any more until its minute is over, but for keys that have been good before:
-    whoever shares an address with an attacker goes on.
+    After too many failures, requests from the address are refused until its minute is over. Keys that have been valid before
+    are still accepted, so that other clients of the same address can go on.
     """
 
     def __init__(self, failures: PerMinute) -> None:

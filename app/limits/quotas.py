@@ -1,9 +1,9 @@
 """Quotas: how much one party may use, how much of it is left, and how a reply says so.
 
-A party is a key, an organization or an address; this module knows their names and numbers and not what they stand for. What is
-counted here is counted in this process alone. Quotas on runs are counted in the database (runs/quotas.py). The library `limits`
-would do it, too: one of its counts costs 13 us and the standing for a reply 13 more, where a plain retry costs 350 and these 2;
-and it keeps every party that comes, where these forget the oldest.
+A party is a key, an organization or an address; this module knows their names and numbers only. Each process counts
+for itself. Quotas on runs are counted in the database (runs/quotas.py). The library `limits` was tried: a count costs 13 us
+and the standing for a reply another 13 us, while a plain retry costs 350 us and both costs are 2 us here. It also keeps every
+party in memory; this module forgets the oldest ones.
 
 The fields are those of draft-ietf-httpapi-ratelimit-headers-11: lists of structured fields (RFC 9651).
 """
@@ -20,7 +20,7 @@ from app.telemetry import metrics
 
 MINUTE = 60
 
-# Parties that a count remembers at once. Who has more addresses than that can make it forget; nobody can make it grow.
+# Parties that a count remembers at once. A client with more addresses can make it forget; no client can make it grow.
 MOST_PARTIES = 20_000
 
 # When a quota will have room again is known only of those that are by the minute.
@@ -29,11 +29,11 @@ RETRY_SECONDS = 2
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A quota, and who may not use more than that. `window` is in seconds; None: so many at once."""
+    """A quota of one kind of party. `window` is in seconds; None: the quota is on what a party uses at the same time."""
 
     name: str
     quota: int
-    what: str  # of which there may be so many, for a sentence
+    what: str  # the thing that the quota counts, as a word for a sentence
     unit: str = "requests"  # as the draft's registry of quota units names it
     window: int | None = None
 
@@ -106,7 +106,7 @@ class PerMinute:
         return Standing(self.policy, int(left), ceil(minute[0] - now)) if left * 10 < self.policy.quota else None
 
     def is_spent(self, party: object, now: float) -> bool:
-        """Whether a party has nothing left; it is not counted."""
+        """Whether a party has nothing left. This call does not count."""
         minute = self._minutes.get(party)
         return minute is not None and minute[0] > now and minute[1] <= 0
 
@@ -117,7 +117,7 @@ class PerMinute:
 
 
 def _begin(spans: dict[object, list[float]], party: object, span: list[float], now: float) -> None:
-    """A span of a party, which begins with its end. Those that are over go, and the oldest ones when there are too many."""
+    """Begin a party's span of time. Spans that are over are dropped, and the oldest ones if there are too many."""
     spans.pop(party, None)
     while spans:
         oldest = next(iter(spans))
@@ -176,7 +176,7 @@ class Allowances:
         self._parties: dict[object, Allowance] = {}
 
     def of(self, party: object, now: float) -> Allowance:
-        """The allowance of a party; the oldest ones that nobody uses go."""
+        """The allowance of a party. The oldest unused allowances are dropped."""
         allowance = self._parties.get(party)
         if allowance is None:
             for oldest in list(islice(self._parties, 2)):
@@ -187,7 +187,7 @@ class Allowances:
 
 
 class AtOnce:
-    """How much each party holds at the same time. Who holds nothing else may always begin, whatever it wants."""
+    """How much each party holds at the same time. A party that holds nothing may always begin, whatever the amount."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -210,7 +210,7 @@ class AtOnce:
 
     @contextmanager
     def one_more(self, party: object) -> Iterator[None]:
-        """One within the block. It is for the caller to have asked for a refusal."""
+        """Count one within the block. The caller has asked `refusal` before."""
         self.add(party, 1)
         try:
             yield

@@ -33,7 +33,7 @@ from app.webhooks import outbox
 
 log = logging.getLogger("app.runs")
 
-# The error_code of each ending that is the service's own; docs/executors.md says what they mean.
+# The error_code of each ending that the service makes by itself; docs/executors.md explains them.
 EndedBecause = Literal[
     "executor_lost", "not_started", "run_timeout", "executor_gave_up", "machine_deleted", "session_released"
 ]
@@ -69,7 +69,7 @@ RETAIN = statement(
     """,
 )
 
-# Of a run that is to be retried by itself: until then, and a little longer.
+# The same for a run with a planned retry: the secret is kept until the retry and a little longer.
 RETAIN_FOR_PLAN = statement(
     "runs.ending.retain_for_plan",
     f"""
@@ -114,7 +114,7 @@ async def release(connection: Connection, run_ids: Sequence[UUID], how: Statemen
         connection.after_commit(tell)
 
 
-# The keys of a run whose length nothing bounds but the body of a request, in the order in which an event leaves them out.
+# The keys of a run that may be as long as the body of a request, in the order in which an event leaves them out.
 _UNBOUNDED = (
     "run_message_history",
     "output_data",
@@ -127,19 +127,21 @@ _UNBOUNDED = (
     "output_attachment_ids",
 )
 _ENVELOPE = 400  # bytes of the event around the run, more than it ever has
-_EVENT_RUNS = 20  # in one statement: what it reads stays bounded also when all of them hold what compresses well
+_EVENT_RUNS = 20  # in one statement, so that it reads a bounded amount even if all values were stored compressed
 
 
 def _unbounded_rows() -> str:
-    """VALUES for each of those keys: its turn, its name, and what is shown under it as JSON. What is JSON is not touched: any
-    function would read the whole of it."""
+    """VALUES for each of these keys: its turn, its name and its value as JSON.
+
+    A column that is JSON is not converted: a function would read all of it.
+    """
     columns = projection.RUN_COLUMNS
     shown = {name: columns[name] if name in projection.RUN_JSON else f"to_json({columns[name]})" for name in _UNBOUNDED}
     return ", ".join(f"({turn}, '{name}', {text})" for turn, (name, text) in enumerate(shown.items()))
 
 
-# One event for each run whose workflow wants one and whose organization has an endpoint, with the run as GET shows it now. A
-# text that is larger than the limit even as it is stored, compressed, is not read at all. OFFSET 0: computed once for each run.
+# One event for each run, with the run as GET shows it now, if the workflow wants events and the organization has an endpoint. A
+# text that is larger than the limit even as it is stored (compressed) is not read. OFFSET 0: computed once for each run.
 RECORD = outbox.insert_events(
     "runs.record_ended",
     f"""
@@ -179,7 +181,7 @@ RECORD = outbox.insert_events(
 )
 
 
-# What the end of a run may ask for, of a locked run `r`: most have none of it, and then need none of those statements.
+# What the end of a locked run `r` involves. Most runs have none of these and need none of the statements for them.
 LEAVES = """
     secret_path IS NOT NULL AS has_secrets, session_id IS NOT NULL AS has_session,
     (SELECT ARRAY[is_webhooks_enabled, retry_policy IS NOT NULL] FROM workflows
@@ -276,7 +278,7 @@ SILENT = statement(
 
 
 async def end_silent_runs(database: Database, settings: Settings) -> set[str]:
-    """End running runs whose executor has been silent for too long; returns their organizations."""
+    """End running runs if their executors have been silent for too long; returns the organizations."""
     silence = settings.run_silence_seconds
     if silence == 0:
         return set()
@@ -311,7 +313,7 @@ EXPIRED = statement(
 
 
 async def note_expired_secrets(connection: Connection, names: Sequence[Name]) -> None:
-    """Write an event for each run whose secret is among the names that the collector is about to destroy."""
+    """Write an event for each run that has its secret among the names that the collector is about to destroy."""
     # <prefix>/<organization>/<run>/<uuid>. A signing secret's path has four parts too: its endpoint's id matches no run.
     paths = {name.name: name.name.split("/") for name in names if name.store == deletions.SECRETS}
     of_runs = [(parts[2], path) for path, parts in paths.items() if len(parts) == 4]

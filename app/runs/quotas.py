@@ -2,7 +2,8 @@
 
 They are counted in the database, by index and never further than the quota goes, in the transaction that adds to them. No
 request of an organization waits for another one, until little is left of a quota: then they take turns from the count to the
-commit, so that the last of it is given once. What is little for a bulk can be much for a single run: such a bulk decides alone.
+commit, so that the last of it is given once. A rest that is little for a bulk can be much for a single run: such a bulk decides
+alone.
 
 A run that is held until a time counts as one that waits from when it is asked for, and is not counted again when it is due.
 """
@@ -21,13 +22,14 @@ from app.stores import locks
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import statement
 
-# Of one key so many runs of its organization are looked at: those of other keys stand in between.
+# Runs of an organization that are looked at for one key: runs of other keys stand in between.
 LOOKED_AT = 10_000
 
-# So few are left that requests take turns. More than requests that decide at the same moment without that.
+# Requests take turns if no more than this many runs are left of a quota. It is more than the requests that decide at the same
+# moment without turns.
 TURNS = 64
 
-# What is left before that is shared out among so many keys and processes, for a second each.
+# The runs that are left before that are divided among this many keys and processes, for a second each.
 SHARES = 64
 
 
@@ -91,7 +93,7 @@ class Room(NamedTuple):
     key_room: int
 
     def after(self, organization: int, key: int) -> "Room":
-        """If so many more wait, of the organization and of the key."""
+        """The room after more runs of the organization and of the key wait."""
         return self._replace(organization_room=self.organization_room - organization, key_room=self.key_room - key)
 
 
@@ -102,8 +104,8 @@ NO_QUOTA = Room(None, 0, 0)
 async def room(database: Database, quotas: RunQuotas | None, principal: Principal | None) -> AsyncIterator[Room]:
     """The columns of `room_of`, for a retry that is written in the block.
 
-    Whoever retries many runs a second, far from the quota, is counted once in a while. What goes uncounted after such a count,
-    and what was under way when it began, is at most one of SHARES of what is left.
+    A party that retries many runs a second, far from its quota, is counted once in a while. Retries that go uncounted after
+    such a count, and retries that were under way when it began, are at most one of SHARES parts of the rest.
     """
     if principal is None or quotas is None or (quotas.key_waiting is None and quotas.organization_waiting is None):
         yield NO_QUOTA
@@ -138,14 +140,14 @@ async def take_turns(connection: Connection, organization_ids: Collection[str]) 
 
 
 def _before_turns(policy: Policy | None, more: int = 1) -> int:
-    """Up to here requests for so many decide side by side."""
+    """The number of used runs up to which requests for `more` runs decide side by side."""
     return LOOKED_AT * 10 if policy is None else policy.quota - max(TURNS * more, policy.quota // 10)
 
 
 async def check(
     connection: Connection, quotas: RunQuotas | None, principal: Principal, *, waiting: int, created: int = 0
 ) -> None:
-    """Whether so many more may wait and be made, on a plain read. Raises QuotaExceeded."""
+    """Check that `waiting` more runs may wait and `created` more may be made, by a plain read. Raises QuotaExceeded."""
     if quotas is not None:
         _standings(quotas, await _count(connection, quotas, principal, created), waiting, created)
 
@@ -180,7 +182,7 @@ async def admit(
 async def admit_some(
     connection: Connection, quotas: RunQuotas | None, principal: Principal, wanted: int
 ) -> tuple[int, tuple[Standing, ...], QuotaExceeded | None]:
-    """How many of so many may wait, until the transaction ends; as `admit`. What the others are refused with."""
+    """As `admit`: how many of `wanted` runs may wait, until the transaction ends; and the refusal of the other runs."""
     try:
         return wanted, await admit(connection, quotas, principal, waiting=wanted), None
     except QuotaExceeded as refusal:
@@ -224,12 +226,12 @@ def _seen(key: Policy | None, organization: Policy | None) -> int:
 
 
 def _free_after(policy: Policy | None, created: int) -> int:
-    """How many of the newest runs may stay in the minute for so many more to fit."""
+    """How many of the newest runs may stay in the minute if `created` more runs must fit."""
     return 0 if policy is None else max(policy.quota - created, 0)
 
 
 def _standings(quotas: RunQuotas, counted: Record, waiting: int, created: int) -> tuple[tuple[Standing, ...], bool]:
-    """Those of which little is left after so many more, and whether it is too little for deciding side by side.
+    """The quotas with little left after this request, and whether that is too little for requests to decide side by side.
 
     Raises QuotaExceeded.
     """

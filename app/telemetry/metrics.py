@@ -1,4 +1,4 @@
-"""What is counted, for Prometheus: the only file that imports its client. It knows names and numbers, not what they stand for.
+"""The metrics of the service, for Prometheus. Only this file imports its client. It knows names and numbers and nothing else.
 
 To count is an addition to a dictionary of this process. Prometheus' own values take the sums over before each scrape and,
 where several processes share them in files, a moment after they have changed: its calls would cost a plain retry twenty times
@@ -29,7 +29,7 @@ from app import __version__
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
-prometheus_client.disable_created_metrics()  # a series more for each, which nobody asks for
+prometheus_client.disable_created_metrics()  # they would double the number of series
 
 # The variable by which Prometheus' client knows, when it is imported, that several processes count together.
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -37,16 +37,16 @@ _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SHARED_SECONDS = 0.02
 _SETTLED_SECONDS = 2.5 * SHARED_SECONDS
 
-# How long others may be given a page that somebody has not taken yet.
+# How long a page that one client has not read yet may be given to other clients.
 SHARED_PAGE_SECONDS = 1.0
 
-# Of OpenTelemetry's conventions for HTTP.
+# Bounds of OpenTelemetry's conventions for HTTP.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-# Of those for databases. Each of the statements is a dozen series.
+# Bounds of the conventions for databases. Each statement has a dozen series.
 _STATEMENT_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 _LONG_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400)
 
-# Combinations of method, route and status that have series of their own; whoever tries them all makes no more than these.
+# Combinations of method, route and status with series of their own. A client that tries all combinations makes no more.
 MOST_ROUTES = 200
 
 Labels = tuple[str, ...]
@@ -113,7 +113,7 @@ class _Histogram(_Family):
         super().__init__(name, says, *labels, most=most)
         self._bounds = bounds
         self._waiting: dict[Labels, list[float]] = {}
-        # How often it took no time at all, where there are no labels: an addition by whoever sees it, and no call.
+        # Observations of no time at all, without labels. The code that observes them adds here; a call would cost more.
         self.at_once = 0
         self._children: dict[Labels, prometheus_client.Histogram] = {}
         self._metric: prometheus_client.Histogram | None = None
@@ -164,7 +164,7 @@ def _add(histogram: prometheus_client.Histogram, counts: Sequence[float], total:
 
 
 class _Gauge(_Family):
-    """What is so now: the sum or the least over all processes that live, or the greatest or the latest that was set."""
+    """A value as of now: over all live processes the sum, the greatest value, or the latest that was set."""
 
     def __init__(
         self, name: str, says: str, *labels: str, of: Literal["livesum", "livemin", "max", "livemostrecent"] = "livesum"
@@ -207,13 +207,13 @@ class _Shared:
         self.registry = CollectorRegistry()
         # As the client has decided when it was imported.
         self.folder = Path(os.environ[_FOLDER]) if _FOLDER in os.environ else None
-        # Nothing is waited for: it is already, or there is nobody to come for it before the next scrape.
+        # Whether sums will be taken over by themselves, or need not be before the next scrape.
         self.is_due = self.folder is None
-        self.is_off = False  # nobody will ever ask
+        self.is_off = False  # no scrape will ever come
         self._known: set[tuple[str, Labels]] = set()
 
     def come_soon(self) -> None:
-        """Take over in a moment what waits."""
+        """Take the waiting sums over after SHARED_SECONDS."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -226,7 +226,7 @@ class _Shared:
         take_over()
 
     def has_room(self, name: str, values: Labels, most: int) -> bool:
-        """Whether these values may have series of their own: the first so many may, of all processes together."""
+        """Whether these values may have series of their own: the first `most` may, counted over all processes."""
         if self.folder is None:
             self._known.add((name, values))
             return len(self._known) <= most
@@ -321,7 +321,7 @@ scrape_errors = _Counter("runs_scrape_errors_total", "Scrapes without what only 
 dispatches = _Counter("runs_dispatches_total", "What Temporal was told, and what came of it.", "kind", "outcome")
 webhook_deliveries = _Counter("runs_webhook_deliveries_total", "Attempts to deliver a webhook.", "outcome")
 
-# Gauges from the database: of the whole service, not of a process.
+# Gauges from the database, for the whole service and not for a process.
 FROM_DATABASE: dict[str, tuple[str, Labels]] = {
     "runs_waiting": ("Runs that wait for a machine, counted up to 100,000.", ("reason",)),
     "runs_oldest_waiting_age_seconds": ("How long the oldest of them has waited.", ()),
@@ -359,7 +359,7 @@ def take_over() -> None:
 
 
 def turn_off() -> None:
-    """Nothing is counted in this process: it shows no metrics."""
+    """Stop counting in this process: it shows no metrics."""
     _shared.is_off = True
 
 
@@ -409,24 +409,24 @@ class _Gauges(Collector):
 
 
 class _Text(bytearray):
-    """A page; unlike with bytes, it can be seen whether somebody still has it."""
+    """A page. Unlike bytes, it can have a weak reference, which tells whether a client still reads it."""
 
 
 class Exposition:
     """The text that a scrape gets.
 
-    Anybody may ask, and need not take what comes. So a page that somebody still has to take is for all who ask within a second,
-    and the next one is made after that: however many do not read, there is one page for each second that a reply may wait.
-    Whoever scrapes alone has taken the last page, and always gets a new one.
+    Any client may scrape and then read nothing. So while a client still reads a page, all clients that ask within a second get
+    the same page. At most one page is in memory for each second that a reply may wait, whatever clients do. A single client
+    has read its last page when it asks again, and always gets a new one.
     """
 
     def __init__(self) -> None:
         self._making: asyncio.Task[_Text] | None = None
         self._last: Callable[[], _Text | None] = lambda: None
-        self._shared_until = self._rests_until = 0.0  # of time.monotonic()
+        self._shared_until = self._rests_until = 0.0  # in time.monotonic()
 
     async def text(self, read: Callable[[], Awaitable[Readings]]) -> memoryview:
-        """As of now, or what others are being given: that is at most SHARED_PAGE_SECONDS older than it would be."""
+        """The page as of now, or the page that other clients are reading, which is at most SHARED_PAGE_SECONDS old."""
         page = self._last()
         if page is None or time.monotonic() >= self._shared_until:
             if self._making is None:
@@ -439,7 +439,7 @@ class Exposition:
             await asyncio.sleep(self._rests_until - time.monotonic())
             found = await read()
             if _shared.folder is not None:
-                await asyncio.sleep(_SETTLED_SECONDS)  # what others counted before is in their files by now
+                await asyncio.sleep(_SETTLED_SECONDS)  # by now other processes have written their sums
             began = time.monotonic()
             take_over()
             page = _Text(await asyncio.to_thread(_page, found))
@@ -463,7 +463,7 @@ def _page(found: Readings) -> bytes:
 
 
 def _forget_the_dead(folder: Path) -> None:
-    """What processes that are gone were doing is not done any more. What they have counted stays."""
+    """Drop the live gauges of processes that are gone. Their counts stay."""
     for file in folder.glob("gauge_live*_*.db"):
         pid = int(file.stem.rpartition("_")[2])
         try:
