@@ -144,7 +144,7 @@ PRUNE = statement("events.prune", "SELECT prune_run_events(:days::int, 5000)")
 
 
 async def prune_events(database: Database, days: int) -> bool:
-    """Remove a batch of events that are older than so many days; whether there may be more."""
+    """Remove a batch of events that are older than `days`; whether there may be more."""
     async with database.connection() as connection:
         pruned: int = await connection.fetchval(PRUNE, days=days)
     return pruned > 0

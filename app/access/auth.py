@@ -82,7 +82,7 @@ SEEN = "r.organization_id = :organization_id AND (:bound_to::uuid IS NULL OR r.a
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who makes a change, and why they say they do; nobody when the service acts by itself.
+    """The caller that makes a change, and the reason that it gives; empty if the service acts by itself.
 
     `by` and `bulk_retry_id` are kept with retries only: a request, a bulk retry or a workflow's policy asked for it.
     """

@@ -21,7 +21,7 @@ _PIECE = 32 * 1024  # is counted at once
 
 
 def before(raw: bytes, settings: Settings, most: int | None = None) -> int:
-    """Of a body that is going to be parsed; `most` is most_values of it, if that is known.
+    """The weight of a body that is going to be parsed; `most` is most_values of it, if that is known.
 
     Raises Invalid for too many values in it.
     """
@@ -35,7 +35,7 @@ def before(raw: bytes, settings: Settings, most: int | None = None) -> int:
 
 
 def after(raw: bytes, parsed: BaseModel, settings: Settings, values: int) -> int:
-    """Of what was parsed; `values` is the part for their number. Raises PayloadTooLarge if no request may take so much."""
+    """The weight of a parsed body; `values` is a part of it. Raises PayloadTooLarge if no request may take so much."""
     files = _file_bytes(parsed) * 4 // 3
     documents = max(len(raw) - files, 0)
     # A text takes one, two or four bytes for each of its characters, whatever most of them are.

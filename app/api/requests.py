@@ -36,7 +36,7 @@ _OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 _SHORTEST_ID = 32  # characters: hexadecimal digits alone
 
-# A key that was good so long ago is looked up again.
+# A key is looked up again if it was found longer ago than this.
 KNOWN_SECONDS = 1.0
 
 # Shorter bodies are not weighed.
@@ -123,7 +123,7 @@ def may_still_send(request: Request) -> bool:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> None:
-    """Do something that takes long, as long as somebody is there to be told of it. Raises ClientDisconnect."""
+    """Do work that takes long, for as long as the client is connected. Raises ClientDisconnect."""
 
     async def leave() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -229,7 +229,7 @@ def run(row: Record) -> dict[str, Any]:
     return document | RUN_UNSUPPORTED
 
 
-# Of one run in each lane; whatever became of it meanwhile.
+# The reason of one run in each lane, also if the run has changed meanwhile.
 LANE_REASONS = statement(
     "runs.lane_reasons",
     f"""

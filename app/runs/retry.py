@@ -139,7 +139,7 @@ async def _retry(services: Services, retry: Retry) -> Reply:
 
 
 async def _check(services: Services, asked: _Asked) -> Change:
-    """Refuse before anything is staged. What is decided here holds for as long as the run's row does not change."""
+    """Refuse before anything is staged. The decision holds for as long as the run's row does not change."""
     change = await _decided(services, asked)
     await _check_quotas(services, asked)
     return change

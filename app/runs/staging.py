@@ -1,7 +1,7 @@
 """Stage: write a request's secrets and files under fresh names that are already on the deletion list.
 
-No transaction and no pooled connection is held while Vault or the file store answer. Whatever happens afterwards, a name is
-either adopted by the switch or deleted by the collector.
+No transaction is open and no pooled connection is used while a store answers. Whatever happens afterwards, a name is either
+adopted by the switch or deleted by the collector.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from app.stores.statements import statement
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """A file whose bytes are in the store, not yet a run's."""
+    """A file that has its bytes in the store and is not yet a run's."""
 
     id: UUID
     key: str
@@ -38,7 +38,7 @@ class StagedFile:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What was written for one run; nothing by default."""
+    """The secret and the files that were written for one run; none by default."""
 
     secret_path: str | None = None
     aliases: dict[str, str] | None = None
@@ -96,8 +96,8 @@ async def stage(
             await services.together.stage_names(partial(_stage_names, services), names, organization_id)
         except OutcomeUnknown:
             raise DatabaseUnavailable from None  # at most names are listed that nothing was written under
-        # Patience with a slot is for those whom others hold up: a request with many writes queues them here, where only the
-        # deadline counts, and never has more of them waiting than run at once.
+        # The timeout for a slot is meant for waiting behind other requests. A request with many writes queues its own writes
+        # here, where only the deadline counts, so that no more of them wait for a slot than run at the same time.
         secret_turns = asyncio.Semaphore(services.secrets.writes_at_once)
         file_turns = asyncio.Semaphore(services.settings.storage_concurrency)
 
@@ -166,7 +166,7 @@ def plan(
 
 
 def attached(organization_id: str, user_id: str) -> str:
-    """SQL that makes rows of `file`, for whom these expressions say."""
+    """SQL that makes attachments of the rows of `file`, for this organization and user (SQL expressions)."""
     return f"""
     INSERT INTO run_attachments (id, run_id, organization_id, user_id, attachment_type, filename, content_type,
                                  size_bytes, storage_path, target_path, cleanup_imports_after_run)
@@ -201,7 +201,7 @@ async def adopt(
 ) -> None:
     """Make runs name what was staged for them, in the transaction that changes or creates them.
 
-    Raises VaultUnavailable or StorageUnavailable when staging took so long that a name was condemned.
+    Raises VaultUnavailable or StorageUnavailable if staging took longer than the grace time and a name was condemned.
     """
     await deletions.adopt(connection, [name for one in staged.values() for name in one.names()])
     files = columns(staged)

@@ -60,7 +60,7 @@ def occupied(machine: str) -> str:
 
 
 def idle(machine: str) -> str:
-    """It could start a run now, if it is reserved for nobody else."""
+    """The machine could start a run now, unless it is reserved for another session."""
     return f"{up(machine)} AND NOT {occupied(machine)}"
 
 

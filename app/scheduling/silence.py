@@ -55,7 +55,7 @@ SILENT = statement(
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
-# Runs before machines, as everybody locks them. What somebody holds is just being begun, ended or deleted.
+# Runs before machines, as everybody locks them. A locked run is just being begun, ended or deleted.
 OVERDUE = statement(
     "silence.overdue_runs",
     """

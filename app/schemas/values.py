@@ -174,7 +174,7 @@ def _alias_path(mount: str, prefix: str) -> re.Pattern[str]:
 
 
 def _is_alias(value: str, settings: Settings) -> bool:
-    """Whether this text has the form of the aliases that replies show (stores/vault.py), whoever's secret it would be."""
+    """Whether this text has the form of the aliases that replies show (stores/vault.py), of any organization."""
     scheme, separator, rest = value.strip().partition("://")
     if not separator or scheme.lower() not in ("vault", "vault+json") or any(char.isspace() for char in rest):
         return False

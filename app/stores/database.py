@@ -1,6 +1,6 @@
 """PostgreSQL: one pool of asyncpg connections, transactions in plain sight, and the driver's failures turned into 503.
 
-SQLAlchemy defines the tables (models.py) and builds the statements whose shape depends on the request; asyncpg runs every
+SQLAlchemy defines the tables (models.py) and builds the statements that depend on the request; asyncpg runs every
 statement, because a retry through SQLAlchemy's own execution costs three to five times the CPU (benchmarks/README.md).
 
 One file: every failure of the driver is turned into a refusal here, whatever was asked of it.
@@ -64,7 +64,7 @@ class Connection:
         self._after.append(tell)
 
     def committed(self) -> None:
-        """What was done is committed: tell."""
+        """Call the functions of `after_commit`: the transaction is committed."""
         for tell in self._after:
             tell()
         self._after.clear()
@@ -141,7 +141,7 @@ _UNMIGRATED = (
 UniqueViolation = asyncpg.UniqueViolationError
 QueryCanceled = asyncpg.QueryCanceledError  # a statement took longer than it may
 
-# Somebody else was in the way; the same transaction may succeed later.
+# Another transaction was in the way; the same transaction may succeed later.
 IN_THE_WAY = (
     asyncpg.LockNotAvailableError,
     asyncpg.QueryCanceledError,
@@ -404,7 +404,7 @@ class Database:
         except DatabaseUnavailable as failed:
             if failed.kind not in _OF_OLD_CONNECTIONS:
                 raise
-            await self._ask_ready()  # of another connection: the old one may have been to a server that was replaced
+            await self._ask_ready()  # on a new connection: the old one may lead to a server that was replaced
 
     async def _ask_ready(self) -> None:
         async with self.connection() as connection:
@@ -426,7 +426,7 @@ class Database:
         self._told = READ_ONLY
 
     def at_most_ms(self, seconds: float) -> int:
-        """A statement_timeout of so many seconds, or of what all statements have if that is less."""
+        """A statement_timeout of `seconds`, or the timeout of all statements if that is less."""
         return min(int(seconds * 1000), setup.statement_timeout_ms(self._patience))
 
     def connections(self) -> tuple[int, int]:
@@ -463,7 +463,7 @@ class Database:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """A connection whose statements commit by themselves. Raises DatabaseUnavailable."""
+        """A connection on which each statement commits by itself. Raises DatabaseUnavailable."""
         connection = None
         try:
             connection = await self._pool.acquire()
@@ -515,8 +515,8 @@ class Database:
     async def transaction(self, *, plans_see_values: bool = False, snapshot: bool = False) -> AsyncIterator[Connection]:
         """A transaction that commits when the block ends and rolls back when it raises.
 
-        `plans_see_values`: PostgreSQL may plan its statements for the values of a call. This is for statements whose best
-        index depends on the values; it costs a round trip, and often a new plan for each call.
+        `plans_see_values`: PostgreSQL may plan its statements for the values of a call. This is for statements with a best
+        index that depends on the values; it costs a round trip, and often a new plan for each call.
         `snapshot`: it only reads, and all of its statements see the database as it was at one moment.
         Raises DatabaseUnavailable (nothing changed), LockTimeout, or OutcomeUnknown when the connection broke in COMMIT.
         """

@@ -126,7 +126,7 @@ async def adopt(connection: Connection, names: Sequence[Name]) -> None:
 
 
 async def due(connection: Connection, names: Sequence[Name], *, after_seconds: float = 0) -> None:
-    """List names that this transaction makes nobody's, to be deleted now or after a while."""
+    """Put names on the list that no row names after this transaction; they are deleted now or after a while."""
     if names:
         await connection.execute(DUE, **columns(names), after_seconds=after_seconds)
 

@@ -1,6 +1,6 @@
 """Attachment bytes in a folder or an object store: the only file that imports obstore.
 
-It knows keys and bytes, not whose they are.
+It knows keys and bytes, not their owners.
 """
 
 import asyncio
@@ -99,7 +99,7 @@ class FileStore:
                 self._store = from_url(
                     settings.storage_url,
                     client_options={
-                        # Of a whole request, body included: what bounds the thread after its caller gave up.
+                        # Timeout of a whole request with its body. It bounds the thread after its caller has given up.
                         "timeout": timedelta(seconds=self._patience(settings.max_file_bytes)),
                         # These options replace what obstore itself would take from this variable.
                         "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true", "yes"},
@@ -135,7 +135,7 @@ class FileStore:
         Raises StorageUnavailable: the file may or may not exist then.
         """
         patience = self._patience(len(data))
-        # Nothing is begun that nobody waits for any more.
+        # No call begins after its caller has given up.
         begin_by = min(deadline, time.monotonic() + self._wait + patience)
         await self._run(self._requests, "write", partial(self._put, key, data, begin_by, attributes), patience)
 

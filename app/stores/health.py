@@ -82,7 +82,7 @@ class Checks:
         log.log(logging.DEBUG if is_lost else logging.WARNING, line)
 
     def full(self, *stores: Store) -> Sequence[Store]:
-        """Those of these stores whose disks have no room, as far as is known."""
+        """The stores among these that have full disks, as far as is known."""
         return [store for store in stores if self._disks[store].is_full]
 
     def webhooks_problem(self) -> str | None:

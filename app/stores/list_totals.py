@@ -1,7 +1,7 @@
-"""Counts of long lists: each is made once for all who ask within a second.
+"""Counts of long lists: each is made once for all callers that ask within a second.
 
-A count of a million rows takes PostgreSQL longer than everything else that a page needs. Short lists are none of this
-module's: whoever looks right after a write must find it counted.
+A count of a million rows takes PostgreSQL longer than everything else that a page needs. Short lists are counted
+each time: a caller that looks right after a write must find it counted.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ EXACT: Final = 10_000
 # How old a shared count may be, and how long one may take.
 SECONDS: Final = 1.0
 
-# An estimate is made where counting takes too long: that is not tried again for so long.
+# An estimate is made if counting takes too long. Counting is not tried again for this long.
 ESTIMATE_SECONDS: Final = 60.0
 
 # Lists that are remembered in one process; each takes about a kilobyte.
@@ -63,7 +63,7 @@ class SharedCounts:
         self._shared: OrderedDict[Hashable, _Shared] = OrderedDict()
 
     def is_long(self, key: Hashable) -> bool:
-        """Whether there were many when they were last counted, whenever that was."""
+        """Whether the list was long when it was last counted."""
         shared = self._shared.get(key)
         return shared is not None and shared.known() is not None
 

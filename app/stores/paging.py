@@ -1,7 +1,7 @@
 """One page of a list: how many items there are, which of them the page shows, and whether it would be too large.
 
 Pages are never cut short: callers add `limit` to `skip`, or go on from the page's `next`. One that would be too large is
-refused, with a limit that fits. What is listed, and how its rows are read and shown, is known elsewhere.
+refused, with a limit that fits. Other files know the lists, and how rows are read and shown.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -150,7 +150,7 @@ async def count(database: Database, listing: Listing, branches: Sequence[str], v
 
 @asynccontextmanager
 async def _in_time(database: Database, part: Slice) -> AsyncIterator[Connection]:
-    """A connection. What is passed over is read: far into a long list that takes longer than a statement may."""
+    """A connection. Skipped rows are read, too: far into a long list that takes longer than the statement timeout."""
     try:
         async with database.connection() as connection:
             yield connection

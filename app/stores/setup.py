@@ -105,7 +105,7 @@ CHECKED = [*_EXACTLY, *_AT_MOST_MS, "statement_timeout"]  # what FITS is asked f
 
 
 def statement_timeout_ms(patience: float) -> int:
-    """Ends before our own patience does: the server's word says that nothing was done, our silence says nothing."""
+    """Ends before our own timeout: the server then says that nothing was done, while our timeout says nothing."""
     return int(patience * 900)
 
 
@@ -114,7 +114,7 @@ def role_settings(patience: float) -> dict[str, str]:
     statement_timeout = statement_timeout_ms(patience)
     at_most = _AT_MOST_MS | {"lock_timeout": min(_AT_MOST_MS["lock_timeout"], statement_timeout * 3 // 4)}
     return {
-        "application_name": "runs-api",  # for whoever looks at pg_stat_activity; nothing depends on it
+        "application_name": "runs-api",  # shown in pg_stat_activity; nothing depends on it
         **_EXACTLY,
         **{name: str(value) for name, value in at_most.items()},
         "statement_timeout": str(statement_timeout),
@@ -163,12 +163,12 @@ TEMPORARY_FILE = statement(
     """,
 )
 
-# Whoever may read this table has been migrated.
+# A role that may read this table was set up by `migrate`.
 READABLE = statement("setup.readable", "SELECT 1 FROM runs LIMIT 1")
 
 
 class Unfit(DatabaseUnavailable):
-    """The database answers and cannot be used as it is. `reason` is for readiness, `line` for whoever can mend it."""
+    """The database answers and cannot be used as it is. `reason` is for readiness, `line` for the operator."""
 
     detail = "The database is not set up for this version of the service; nothing was changed. Its operator must act."
 

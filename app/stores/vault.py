@@ -315,7 +315,7 @@ class VaultSecrets:
         return await self._metadata(path) is not None
 
     async def holds(self, path: str) -> bool:
-        """Whether the secret at this path can be read by whoever may. Raises VaultUnavailable and NotGrantedError."""
+        """Whether the secret at this path can be read. Raises VaultUnavailable and NotGrantedError."""
         metadata = await self._metadata(path)
         if metadata is None:
             return False
@@ -450,7 +450,7 @@ class VaultSecrets:
 
     async def _run(self, slots: Slots, operation: str, call: Callable[[hvac.Client], bool], deadline: float) -> None:
         patience = 2 * self._timeout
-        # Nothing is begun that nobody waits for any more.
+        # No call begins after its caller has given up.
         begin_by = min(deadline, time.monotonic() + self._timeout + patience)
         with measured("vault", operation):
             try:
