@@ -16,7 +16,7 @@ from uuid import UUID
 
 from app.access.auth import NOBODY
 from app.resources.webhook_endpoints import remove_endpoint
-from app.runs.ending import remove_runs
+from app.runs.deleting import remove_runs
 from app.stores.database import IN_THE_WAY, Connection
 from app.stores.statements import Statement, statement
 

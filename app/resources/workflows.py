@@ -12,7 +12,7 @@ from app.idempotency import Reply, Resource, WriteRequest, once
 from app.limits import memory_budget
 from app.models import Workflow
 from app.resources.patching import Change, locked_runs
-from app.runs.ending import remove_runs
+from app.runs.deleting import remove_runs
 from app.schemas.resources import WorkflowCreate, WorkflowUpdate
 from app.schemas.retry_policies import RetryPolicy
 from app.services import Services

@@ -1,6 +1,7 @@
-"""Ending and deleting runs. Whatever makes a run terminal goes through `end_runs` or `ended`, and whatever removes its row
-through `remove_runs`: they free the machine, release the session, write the event that webhooks are sent for, and put secrets
-and blobs on the deletion list in the same transaction.
+"""The end of runs. All code that makes a run terminal calls `end_runs` or `ended`.
+
+In the same transaction they free the machine, release the session, write the event for webhooks (end_event.py), plan a retry by
+the workflow's policy, and put the secret on the deletion list.
 """
 
 import logging
@@ -8,28 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 from uuid import UUID
 
-from sqlalchemy import bindparam, literal_column, select
-
 from app.access.auth import NOBODY, Actor
 from app.config import Settings
-from app.errors import RunNotFound
 from app.events import By, announce, record_events
 from app.handoff import dispatches
-from app.idempotency import Reply, WriteRequest, once
-from app.models import Run, RunStatus
+from app.models import RunStatus
 from app.retry_policies import plans
 from app.retry_policies.plans import SECRET_SECONDS, Plans
 from app.retry_policies.rules import FAILED
-from app.runs import projection
+from app.runs.end_event import write_end_events
 from app.scheduling import rules
-from app.services import Services
 from app.stores import deletions
 from app.stores.database import Connection, Database
 from app.stores.deletions import Name
-from app.stores.documents import rfc3339
-from app.stores.statements import Statement, by_id, rows_of, statement
-from app.telemetry import metrics
-from app.webhooks import outbox
+from app.stores.statements import Statement, rows_of, statement
 
 log = logging.getLogger("app.runs")
 
@@ -114,73 +107,6 @@ async def release(connection: Connection, run_ids: Sequence[UUID], how: Statemen
         connection.after_commit(tell)
 
 
-# The keys of a run that may be as long as the body of a request, in the order in which an event leaves them out.
-_UNBOUNDED = (
-    "run_message_history",
-    "output_data",
-    "usage_metadata",
-    "input_values",
-    "main_prompt",
-    "model_metadata",
-    "error",
-    "sensitive_input_aliases",
-    "output_attachment_ids",
-)
-_ENVELOPE = 400  # bytes of the event around the run, more than it ever has
-_EVENT_RUNS = 20  # in one statement, so that it reads a bounded amount even if all values were stored compressed
-
-
-def _unbounded_rows() -> str:
-    """VALUES for each of these keys: its turn, its name and its value as JSON.
-
-    A column that is JSON is not converted: a function would read all of it.
-    """
-    columns = projection.RUN_COLUMNS
-    shown = {name: columns[name] if name in projection.RUN_JSON else f"to_json({columns[name]})" for name in _UNBOUNDED}
-    return ", ".join(f"({turn}, '{name}', {text})" for turn, (name, text) in enumerate(shown.items()))
-
-
-# One event for each run, with the run as GET shows it now, if the workflow wants events and the organization has an endpoint. A
-# text that is larger than the limit even as it is stored (compressed) is not read. OFFSET 0: computed once for each run.
-RECORD = outbox.insert_events(
-    "runs.record_ended",
-    f"""
-    SELECT event.id, r.organization_id, event.run_id, r.attempt, 'run_complete', event.at,
-           convert_to(concat(
-               '{{"event_id":"', event.id, '","event_type":"run_complete","occurred_at":"', {rfc3339("event.at")},
-               '",', '"truncated":' || long.left_out::text || ',', '"run":', short.shown, ',', long.shown, '}}}}'), 'UTF8')
-    FROM unnest(CAST(:run_ids AS uuid[])) AS ended (run_id)
-    CROSS JOIN LATERAL (SELECT * FROM runs WHERE runs.id = ended.run_id LIMIT 1) AS r
-    CROSS JOIN LATERAL (SELECT FROM workflows WHERE workflows.id = r.workflow_id AND is_webhooks_enabled LIMIT 1) AS wanted
-    CROSS JOIN LATERAL (
-        SELECT FROM webhook_endpoints e WHERE e.organization_id = r.organization_id LIMIT 1
-    ) AS listening
-    {projection.RUN_SOURCE} {projection.outputs_source()}
-    CROSS JOIN LATERAL (SELECT r.id AS run_id, gen_random_uuid() AS id, clock_timestamp() AS at OFFSET 0) AS event
-    CROSS JOIN LATERAL (
-        SELECT left({projection.json_object({"scheduling_reason": "NULL"}, without=_UNBOUNDED)}::text, -1) AS shown OFFSET 0
-    ) AS short
-    CROSS JOIN LATERAL (
-        SELECT string_agg(
-                   concat(to_json(key), ':', CASE WHEN fits THEN value END, CASE WHEN NOT fits THEN 'null' END), ',') AS shown,
-               json_agg(key ORDER BY turn) FILTER (WHERE NOT fits) AS left_out
-        FROM (
-            SELECT turn, key, value, coalesce(value = 'null', false) OR octet_length(short.shown) + {_ENVELOPE}
-                + sum(octets + octet_length(key) + 4) OVER (ORDER BY turn DESC) <= :max_bytes AS fits
-            FROM (
-                SELECT turn, key, value, coalesce(octet_length(value), :max_bytes) AS octets
-                FROM (
-                    SELECT turn, key, CASE WHEN json IS NULL THEN 'null' WHEN pg_column_size(json) <= :max_bytes THEN json::text
-                        END AS value
-                    FROM (VALUES {_unbounded_rows()}) AS column_of_run (turn, key, json) OFFSET 0
-                ) AS read
-            ) AS measured
-        ) AS decided
-    ) AS long
-    """,
-)
-
-
 # What the end of a locked run `r` involves. Most runs have none of these and need none of the statements for them.
 LEAVES = """
     secret_path IS NOT NULL AS has_secrets, session_id IS NOT NULL AS has_session,
@@ -219,17 +145,7 @@ async def ended(
         await release(connection, run_ids)
     if not is_watched:
         return False
-    return await _record_ended(connection, [one for one in run_ids if one not in planned.silent], settings)
-
-
-async def _record_ended(connection: Connection, run_ids: Sequence[UUID], settings: Settings) -> bool:
-    """Write the events of these endings; whether there is one to send."""
-    recorded = False
-    for start in range(0, len(run_ids), _EVENT_RUNS):
-        some = run_ids[start : start + _EVENT_RUNS]
-        done = await connection.execute(RECORD, run_ids=some, max_bytes=settings.webhook_max_bytes)
-        recorded |= done != "INSERT 0 0"
-    return recorded
+    return await write_end_events(connection, [one for one in run_ids if one not in planned.silent], settings)
 
 
 async def drop_plans(
@@ -237,7 +153,7 @@ async def drop_plans(
 ) -> bool:
     """Drop the planned retries of locked runs that are at these attempts. Then these were their endings: whether there is an
     event to send."""
-    return await _record_ended(connection, await plans.drop(connection, codes, attempts, actor), settings)
+    return await write_end_events(connection, await plans.drop(connection, codes, attempts, actor), settings)
 
 
 async def end_runs(
@@ -320,64 +236,3 @@ async def note_expired_secrets(connection: Connection, names: Sequence[Name]) ->
     if of_runs:
         run_ids = [run_id for run_id, _ in of_runs]
         await connection.execute(EXPIRED, run_ids=run_ids, paths=[path for _, path in of_runs], **NOBODY.parameters())
-
-
-# --- delete -----------------------------------------------------------------------------------------------------------
-
-LOCK_FOR_DELETE = statement(
-    "runs.ending.lock_for_delete",
-    select(literal_column("1"))
-    .where(Run.id == bindparam("run_id"), Run.organization_id == bindparam("organization_id"))
-    .with_for_update(),
-)
-
-LIST_NAMES = statement(
-    "runs.ending.list_names",
-    f"""
-    WITH attachments AS (
-        DELETE FROM run_attachments WHERE run_id = ANY(:run_ids::uuid[]) RETURNING storage_path
-    )
-    SELECT '{deletions.FILES}', storage_path FROM attachments WHERE storage_path IS NOT NULL
-    UNION ALL
-    SELECT '{deletions.SECRETS}', secret_path FROM {rows_of("runs", "run_ids")} AS run WHERE secret_path IS NOT NULL
-    """,
-)
-
-DELETE = statement(
-    "runs.ending.delete",
-    f"""
-    WITH deleted AS (
-        DELETE FROM runs WHERE {by_id("runs", "run_ids")} RETURNING id, organization_id, attempt, status
-    )
-    {record_events("deleted", "'deleted'", from_status="status")}
-    """,
-)
-
-
-async def remove_runs(connection: Connection, run_ids: Sequence[UUID], actor: Actor, *, hands_over: bool) -> None:
-    """Remove locked runs, listing everything they name. The only way a run's row goes.
-
-    `hands_over`: executors at Temporal are to be called off. Those that are not hear of it when they report.
-    """
-    if hands_over:
-        await dispatches.cancel(connection, run_ids)
-    names = [Name(*row.values()) for row in await connection.fetch(LIST_NAMES, run_ids=run_ids)]
-    await deletions.due(connection, names)
-    await connection.execute(outbox.FORGET_BODIES, run_ids=run_ids)
-    await release(connection, run_ids, RELEASE_ACTIVE)
-    await connection.execute(DELETE, run_ids=run_ids, **actor.parameters())
-    count, by = len(run_ids), "service" if actor.key_id is None else "caller"
-    connection.after_commit(lambda: metrics.transitions.add("deleted", by, count=count))
-
-
-async def delete(services: Services, write: WriteRequest, run_id: UUID, reason: str | None) -> Reply:
-    """Remove a run in any status. Raises RunNotFound."""
-    organization_id = write.principal.organization_id
-
-    async def work(connection: Connection) -> Reply:
-        if not await connection.fetchval(LOCK_FOR_DELETE, run_id=run_id, organization_id=organization_id):
-            raise RunNotFound
-        await remove_runs(connection, [run_id], write.actor(reason), hands_over=services.settings.hands_over)
-        return Reply(204, b"")
-
-    return await once(services, write, work)

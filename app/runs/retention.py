@@ -6,7 +6,7 @@ what they name outside, as everything that removes a run.
 
 from app.access.auth import Actor
 from app.config import Settings
-from app.runs.ending import remove_runs
+from app.runs.deleting import remove_runs
 from app.stores.database import Database
 from app.stores.statements import loose_scan, statement
 

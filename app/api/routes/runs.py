@@ -46,7 +46,7 @@ from app.errors import (
     WorkflowNotFound,
 )
 from app.models import RunStatus
-from app.runs import attempts, create, ending, history, reading, report
+from app.runs import attempts, create, deleting, history, reading, report
 from app.runs.dry_run import dry_run
 from app.runs.listing import FIELDS, Order, RunFilter, Search, list_runs, shown_fields, wait_for_run
 from app.runs.retry import Retry, replied, retry_runs
@@ -359,4 +359,4 @@ async def delete_run(
 ) -> Response:
     """Remove a run with everything it has; an active one frees its machine."""
     write = await read_write(request)
-    return send(await ending.delete(services(request), write, run_id, reason))
+    return send(await deleting.delete(services(request), write, run_id, reason))
