@@ -1,4 +1,4 @@
-"""What a body takes in memory while its request is served, for the budget of bytes in flight.
+"""The weight of a body: the memory that it takes while its request is served, for the memory budget.
 
 A body weighs one byte of the budget for each byte of a file's base64. With its decoded form and the copies that stores
 make, such a byte takes about 2.5 bytes of memory.
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from app.config import MIB, Settings
 from app.errors import Invalid, PayloadTooLarge
 
-# What a value takes beside its own bytes.
+# Bytes that a value takes beside its own.
 _VALUE = 100
 # A document is parsed, written as JSON, sent to PostgreSQL, and read and sent again in the reply.
 _COPIES = 4
@@ -69,12 +69,12 @@ def _text_bytes(parsed: BaseModel) -> int:
 
 
 def most_values(raw: bytes) -> int:
-    """At least as many as there are values: separators in texts count too. It takes up to 0.5 ms for each MB."""
+    """An upper bound of the number of values: separators in texts count, too. It takes up to 0.5 ms for each MB."""
     return 1 + sum(_separators(raw, start, start + _PIECE) for start in range(0, len(raw), _PIECE))
 
 
 def _count_values(raw: bytes, enough: int) -> int:
-    """About how many values there are outside of texts, never less than there are; ends when there are more than enough."""
+    """The number of values outside of texts, or a little more; counting ends beyond `enough`."""
     count, in_text, escaped = 1, False, False
     for start in range(0, len(raw), MIB):
         piece = raw[start + escaped : start + MIB].replace(b"\\\\", b"").replace(b'\\"', b"")

@@ -1,4 +1,4 @@
-"""Which runs a bulk retry is about, chosen once and by one statement, with the attempt that each has at that moment.
+"""The choice of runs of a bulk retry, made once and by one statement, with the attempt of each run at that moment.
 
 The same choice serves the job, whose statement stores it, and the dry run, whose statement only reads it.
 """
@@ -22,7 +22,7 @@ PLAN_WITH_VALUES = statement("bulk.plan_with_values", "SELECT set_config('plan_c
 
 NOW = statement("bulk.now", "SELECT now()")
 
-# What is chosen: place (from 1, in the order of the job), run_id, attempt and, if it is skipped at once, why.
+# The columns of a choice: place (from 1, in the order of the job), run_id, attempt and, if it is skipped at once, why.
 _WITH_CODE = f"""
     SELECT place, run_id, attempt,
            CASE WHEN status IS NULL THEN 'run_not_found'
@@ -113,7 +113,7 @@ _MATCHES = Listing("bulk.matches", "runs r", octets="0", row="r.id = listed.key"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the runs are chosen by. No branches: the runs are listed. `filter` is as it is shown: with times, no durations."""
+    """The conditions by which runs are chosen. No branches: the runs are listed. `filter` is as replies show it."""
 
     branches: tuple[str, ...]
     values: Mapping[str, object]
@@ -121,7 +121,7 @@ class Choice:
 
 
 async def choice(connection: Connection, organization_id: str, options: BulkRetryCreate) -> Choice:
-    """What the request chooses by. Raises Invalid for both or neither of run_ids and filter, and for an empty filter."""
+    """The choice that a request makes. Raises Invalid for both or neither of run_ids and filter, and for an empty filter."""
     if (options.run_ids is None) == (options.filter is None):
         raise Invalid((("body",), "Send run_ids or filter, and not both.", "run_ids_or_filter"))
     if options.filter is None:

@@ -104,7 +104,7 @@ def _job(row: Record, ended: Record) -> dict[str, Any]:
 
 
 async def get(connection: Connection, organization_id: str, job_id: UUID) -> dict[str, Any]:
-    """One job. Raises BulkRetryNotFound."""
+    """Read one job. Raises BulkRetryNotFound."""
     row = await connection.fetchrow(GET, bulk_retry_id=job_id, organization_id=organization_id)
     if row is None:
         raise BulkRetryNotFound

@@ -25,9 +25,9 @@ from app.telemetry import metrics
 log = logging.getLogger("app.bulk")
 
 SET = 64  # runs in one transaction
-SET_BYTES = 1024 * 1024  # of the new input values of all runs of a set
+SET_BYTES = 1024 * 1024  # bytes of new input values of all runs of a set
 TURNS = 16  # in one round of the loop
-PACED_SECONDS = 0.25  # of its pace a set takes at most so much at once
+PACED_SECONDS = 0.25  # seconds of a job's pace that one set may take
 LOOK_AGAIN_SECONDS = 1.0  # at what a job waits for
 BUSY_SECONDS = 0.1  # before runs are tried again that others hold
 
@@ -65,7 +65,7 @@ TAKE = statement(
     """,
 )
 
-# Whoever has locked the job is alone with its items.
+# Only the replica that has locked the job changes its items.
 DECIDE = statement(
     "bulk.decide",
     """
@@ -145,7 +145,7 @@ async def prune_bulk_retries(database: Database, days: int) -> bool:
 
 @dataclass(slots=True)
 class _Decided:
-    """What has become of the runs of a set. Those that are not in it stay pending."""
+    """The outcomes of the runs of a set. Those that are not in it stay pending."""
 
     places: list[int] = field(default_factory=list)
     codes: list[str | None] = field(default_factory=list)
@@ -204,7 +204,7 @@ class Worker:
         return True
 
     async def _turn(self) -> bool:
-        """One set of the job whose turn it is; False if there is none. Raises DatabaseUnavailable."""
+        """Work on one set of the next job; False if there is none. Raises DatabaseUnavailable."""
         job: Record | None = None
         try:
             async with self._database.transaction() as connection:

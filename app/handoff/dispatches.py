@@ -70,7 +70,7 @@ POSTPONE = statement(
     """,
 )
 
-# Whoever has a machine and was not begun in a while is handed over again: Temporal may have lost its data, and a replica
+# A run that has a machine and was not begun in a while is handed over again: Temporal may have lost its data, and a replica
 # without TEMPORAL_ADDRESS writes no row. Due so late that whatever is begun meanwhile is dropped without a call.
 SWEEP = statement(
     "handoff.sweep",

@@ -81,7 +81,7 @@ class Dispatcher:
         self._swept_up_to = UUID(int=0)
 
     async def round(self) -> bool:
-        """Tell Temporal what is due, so many at once; whether there may be more."""
+        """Tell Temporal about due dispatches, a batch at once; whether there may be more."""
         async with self._database.connection() as connection:
             rows = await connection.fetch(LEASE, lease_seconds=LEASE_SECONDS, most=IN_FLIGHT)
         if not rows:

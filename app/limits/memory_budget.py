@@ -15,7 +15,7 @@ from app.limits.quotas import AtOnce, exceeded
 
 T = TypeVar("T")
 
-# So little is not counted: connections limit it.
+# Smaller amounts are not counted: the number of connections limits them.
 FREE_BYTES = 16 * 1024
 # How long a request waits for its turn.
 TURN_SECONDS = 5.0

@@ -129,7 +129,7 @@ def _begin(spans: dict[object, list[float]], party: object, span: list[float], n
 
 @dataclass(slots=True)
 class Allowance:
-    """What a party may do uncounted, after a count has shown how far from its quota it is."""
+    """How often a party may act uncounted, after a count has shown how far it is from its quota."""
 
     until: float = 0.0
     left: int = 0
@@ -165,7 +165,7 @@ class Allowance:
         return True
 
     def end(self) -> None:
-        """One that was taken is committed, or has failed."""
+        """Note that an action that was taken is committed, or has failed."""
         self.under_way -= 1
 
 

@@ -101,7 +101,7 @@ MACHINES = Listing("machines", "machines", octets=OCTETS, row="machines.id = lis
 ROWS = statement("machines.rows", f"SELECT {columns(COLUMNS)} FROM {in_order('machines')} ORDER BY page.n")
 
 
-MOST_CHECKED = 1000  # machines whose health one reply speaks of: those that were registered last
+MOST_CHECKED = 1000  # machines in one reply about health: the newest ones
 
 
 def show_pool(row: Record) -> dict[str, Any]:
@@ -163,7 +163,7 @@ RESOURCE = Resource(_show)
 async def list_machines(
     database: Database, organization_id: str, part: Slice, searched: str = "", **filters: object
 ) -> dict[str, object]:
-    """One page; `filters` as in pages.where. Raises Invalid as paging.page does.
+    """One page; `filters` as in paging.where. Raises Invalid as paging.page does.
 
     `searched` is a text that must be in the id, the name or the hostname.
     """
@@ -191,7 +191,7 @@ CHANGE = Change(
     Machine,
     *("name", "version", "hostname", "os_info", "status", "is_available", "alerts_enabled", "last_seen"),
     "reserved_session_id",
-    # Whoever says what it is, says it for as long as nobody says otherwise.
+    # A status that a caller sets holds until a caller sets another one.
     always="silenced_at = CASE WHEN 'status' = ANY(:named::text[]) THEN NULL ELSE silenced_at END",
 )
 
@@ -330,7 +330,7 @@ async def delete(services: Services, write: WriteRequest, machine_id: UUID) -> R
         await _detach_runs(connection, machine_id, organization_id, services.settings, write.actor())
         if not await connection.fetchval(LOCK_FOR_DELETE, **own):
             raise MachineNotFound
-        # What was pinned or assigned to it meanwhile.
+        # Runs that were pinned or assigned to it meanwhile.
         await _detach_runs(connection, machine_id, organization_id, services.settings, write.actor())
         await connection.execute(DELETE, **own)
         return Reply(204, b"", has_event=True)  # perhaps: of the runs that it ended
@@ -372,7 +372,7 @@ LOCK_POOLS = statement(
     locked("pools", "pool_ids", "FOR KEY SHARE", "organization_id = :organization_id"),
 )
 
-# Placement passes over machines whose pools are being changed.
+# Placement skips machines while their pools are being changed.
 LOCK_MACHINES = statement(
     "machines.lock",
     locked("machines", "machine_ids", "FOR NO KEY UPDATE", "organization_id = :organization_id"),

@@ -1,4 +1,4 @@
-"""What workflows, machines and pools share: what a PATCH sets, and the runs of one in batches."""
+"""Parts of the routes of workflows, machines and pools: the values that a PATCH sets, and the runs of an object in batches."""
 
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
@@ -69,7 +69,7 @@ async def locked_runs(
 ) -> AsyncIterator[list[UUID]]:
     """Lock all runs of an organization's workflow or machine, newest first, a batch at a time.
 
-    What is done with one batch stays far below the statement timeout.
+    Work on one batch stays far below the statement timeout.
     """
     created_at, run_id = datetime(9999, 1, 1, tzinfo=UTC), UUID(int=2**128 - 1)
     owner = {"owner_id": owner_id, "organization_id": organization_id}

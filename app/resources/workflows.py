@@ -137,7 +137,7 @@ async def get_seen(database: Database, principal: Principal, workflow_id: UUID) 
 async def list_workflows(
     database: Database, principal: Principal, part: Slice, searched: str = "", **filters: object
 ) -> dict[str, object]:
-    """One page of what the caller may see; `filters` as in pages.where. Raises Invalid as paging.page does.
+    """One page of what the caller may see; `filters` as in paging.where. Raises Invalid as paging.page does.
 
     `searched` is a text that must be in the id or the name.
     """

@@ -39,7 +39,7 @@ BUSY_SECONDS = 0.1  # before a run is tried again that another transaction holds
 LOOK_AGAIN_SECONDS = 1.0  # before a run is tried again that found no room
 FAILED_SECONDS = 60.0  # before a run is tried again that met a defect
 
-# The code of a plan whose workflow has no policy any more.
+# The code of a plan if the workflow has no policy any more.
 POLICY_REMOVED = "policy_removed"
 
 NEXT_DUE = statement(
@@ -60,7 +60,7 @@ DUE = statement(
     """,
 )
 
-# Of the runs that are still at the planned attempt, and that nobody holds.
+# Lock the runs that are still at the planned attempt and not locked by another transaction.
 LOCK_ENDED = statement(
     "retry_policies.lock_ended",
     f"""
@@ -89,7 +89,7 @@ POSTPONE = statement(
 
 @dataclass(slots=True)
 class _Decided:
-    """What has become of the plans of a set."""
+    """The outcomes of the plans of a set."""
 
     retried: list[Record] = field(default_factory=list)
     void: list[Record] = field(default_factory=list)

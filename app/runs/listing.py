@@ -40,7 +40,7 @@ Order = Literal["created", "changed"]
 
 @dataclass(frozen=True, slots=True)
 class RunFilter:
-    """What a list is limited to; None means any.
+    """The filters of a list; None means any.
 
     `ended_from` and `ended_to` are times of the end by the database's clock, so only runs that have ended match them.
     """
@@ -179,7 +179,7 @@ _BITS = {
 
 
 def bits(fields: Collection[str]) -> int:
-    """What the statements are told of these keys."""
+    """These keys as the bits that the statements get."""
     return sum(bit for name, bit in _BITS.items() if name in fields)
 
 
@@ -229,7 +229,7 @@ ROWS = statement(
 BY_CHANGE = replace(RUNS, name="runs.changed", order=("changed_at", "id"))
 
 
-# What a search looks at, what costs least first; `deep`: the history too.
+# The texts that a search looks at, cheap ones first; `deep`: the history too.
 _SEARCHED = search.found_in("r.id::text", "r.session_alias", "array_to_string(r.error, E'\\n')", "r.input_values::text")
 
 

@@ -190,7 +190,7 @@ async def report(services: Services, write: WriteRequest, run_id: UUID, options:
     return reply
 
 
-# What may stand beside next_retry_at.
+# The fields that a request may have beside next_retry_at.
 _DROPPING = {"next_retry_at", "reason"}
 
 

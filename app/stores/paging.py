@@ -38,7 +38,7 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Which part of a list a page shows, and how many bytes it may have. `after` is `next` of the page before."""
+    """The part of a list that a page shows, and how many bytes it may have. `after` is `next` of the page before."""
 
     skip: int
     limit: int
@@ -104,7 +104,7 @@ async def page(
     following = {} if part.after is None else place_after(listing.name, listing.order, part.after)
     many = _Many(database, listing, counted, values)
     if part.skip > EXACT and (total := await many.total()).rows <= part.skip and not total.is_estimate:
-        return Found([], total, None)  # what lies beyond the end is not looked for
+        return Found([], total, None)  # rows beyond the end are not looked for
     is_long = many.is_long()
 
     async def find() -> tuple[Record, list[Record]]:
