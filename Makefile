@@ -115,10 +115,7 @@ lock: ## renew the locked lists from pyproject.toml (needs uv and npm)
 
 # The stamps are written last, so that an interrupted installation is done again.
 .venv/created.stamp:
-	@$(or $(PYTHON),python3) dev/check_machine.py
-	@rm -rf .venv
-	@echo "Creating .venv (some 10 s) ..."
-	@$(or $(PYTHON),python3) -m venv .venv
+	@$(or $(PYTHON),python3) dev/create_venv.py .venv
 	@touch $@
 
 .venv/run.stamp: .venv/created.stamp requirements.lock requirements-stack.lock

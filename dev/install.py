@@ -29,6 +29,9 @@ PIP = [
 LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
 FOUND = re.compile(r"(?:Collecting|Requirement already satisfied:) ([A-Za-z0-9._-]+)==")
 FETCHED = re.compile(r"\s+Downloading \S*?([^/\s]+)\.whl.*?(\([0-9.]+ [kMG]B\))")
+UNREACHABLE = re.compile(
+    r"connection broken by '(NewConnectionError|ConnectTimeoutError|NameResolutionError|ProxyError)"
+)
 SECONDS = 1 if sys.stdout.isatty() else 5  # between two words about it
 
 
@@ -51,7 +54,7 @@ def main(lists: list[str]) -> int:
         pip.wait()
         return 130
     if pip.wait() != 0:
-        print("\n".join(said[-20:]), file=sys.stderr)
+        print(_reason(said), file=sys.stderr)
     return pip.returncode if pip.returncode >= 0 else 128 - pip.returncode
 
 
@@ -91,6 +94,15 @@ def _follow(lines: "queue.SimpleQueue[str | None]", count: int) -> list[str]:
     if sys.stdout.isatty():
         _say("")
     return said
+
+
+def _reason(said: list[str]) -> str:
+    """Why pip has failed: one sentence if nothing answers at the registry, else what pip said last."""
+    if any(line.startswith("ERROR: No matching distribution") for line in said) and any(map(UNREACHABLE.search, said)):
+        return (
+            "No package registry can be reached, and nothing was installed: look at the network, then run make again."
+        )
+    return "\n".join(said[-20:])
 
 
 def _unpacked(since: float) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from ruamel.yaml import YAML
 
 from app import __version__
 from app.config import Settings
-from dev import check_machine
+from dev import create_venv
 from dev.stack import Bao, Part, Postgres, free_port, http
 from tests.support.stack import Stack
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -452,8 +454,36 @@ def test_what_a_machine_lacks_is_said(
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr("platform.libc_ver", lambda: (libc, ""))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find_spec(name))
-    told = check_machine.problem()
+    told = create_venv.problem()
     assert (told is None) if sentence is None else (told is not None and sentence in told)
+
+
+def test_a_registry_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
+    wanted = tmp_path / "wanted.lock"
+    wanted.write_text(f"there-is-no-such-package==1.0 --hash=sha256:{'0' * 64}\n", encoding="utf-8")
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
+    refused = run(sys.executable, "dev/install.py", str(wanted), **nowhere)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines() == [
+        "No package registry can be reached, and nothing was installed: look at the network, then run make again."
+    ]
+
+
+def test_ctrl_c_while_the_environment_is_made_shows_no_traceback(tmp_path: Path) -> None:
+    folder = tmp_path / "environment"
+    making = subprocess.Popen(
+        [sys.executable, "dev/create_venv.py", str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    until(lambda: (folder / "bin" / "python").exists(), what="a part of the environment")
+    os.killpg(making.pid, signal.SIGINT)
+    said, _ = making.communicate(timeout=30)
+    assert making.returncode == 130
+    assert said.splitlines() == [f"Creating {folder} (some 10 s) ..."]
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:

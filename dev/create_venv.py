@@ -1,7 +1,12 @@
-"""Say clearly what this machine lacks, before anything is installed. Runs on any Python 3, also one that is too old."""
+"""Say clearly what this machine lacks, then make the virtual environment. Runs on any Python 3, also one that is too old.
+
+python3 dev/create_venv.py .venv
+"""
 
 import importlib.util
 import platform
+import shutil
+import subprocess
 import sys
 
 
@@ -23,5 +28,20 @@ def problem() -> "str | None":
     return None
 
 
+def create(folder: str) -> int:
+    """Make the environment anew. What venv says is shown only if it fails: after Ctrl-C it would be a traceback."""
+    shutil.rmtree(folder, ignore_errors=True)
+    print("Creating %s (some 10 s) ..." % folder, flush=True)  # noqa: UP031 - see above
+    venv = subprocess.Popen([sys.executable, "-m", "venv", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        said, _ = venv.communicate()
+    except KeyboardInterrupt:
+        venv.communicate()
+        return 130
+    if venv.returncode:
+        sys.stderr.write(said.decode("utf-8", "replace"))
+    return venv.returncode
+
+
 if __name__ == "__main__":
-    sys.exit(problem())
+    sys.exit(problem() or create(sys.argv[1]))
