@@ -23,7 +23,7 @@ INSTALL := $(BIN)/python dev/install.py
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header
 
-.PHONY: help run psql bao keys stop reset test check soak fuzz test-sdk example restore-drill observe containers screenshots lint fmt bench release lock
+.PHONY: help run psql bao keys stop reset test check soak fuzz test-sdk example restore-drill observe containers screenshots lint fmt mutants bench release lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST))
@@ -95,6 +95,9 @@ lint: .venv/dev.stamp ## ruff, mypy, who may import whom, and Kubernetes' manife
 fmt: .venv/dev.stamp ## format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+mutants: .venv/dev.stamp ## take bounds out one by one, and see that a test fails each time (ARGS="parameters lanes": some)
+	@$(BIN)/python -m dev.mutants $(ARGS)
 
 bench: .venv/run.stamp ## measure: ratios to the bare framework and the bare database (ARGS="retry --seconds 3")
 	@$(BIN)/python -m benchmarks $(ARGS)

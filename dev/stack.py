@@ -226,7 +226,7 @@ class Part(ABC):
 
     def freeze(self) -> None:
         """Connections are still accepted by the kernel, but nothing answers."""
-        _signal(self._tree(), signal.SIGSTOP)
+        freeze(self._tree())
 
     def thaw(self) -> None:
         _signal(self._tree(), signal.SIGCONT)
@@ -269,6 +269,22 @@ def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
+
+
+def freeze(processes: list[psutil.Process]) -> None:
+    """Stop them, until they are thawed by SIGCONT. Their threads stop one after the other: on return all have."""
+    _signal(processes, signal.SIGSTOP)
+    deadline = time.monotonic() + 5
+    while any(_does_something(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def _does_something(process: psutil.Process) -> bool:
+    """Whether a thread of it is neither stopped nor gone, where the system tells."""
+    threads = Path(f"/proc/{process.pid}/task").glob("*/stat")
+    with contextlib.suppress(OSError):
+        return any(stat.read_text().rpartition(")")[2].split()[0] not in "TtZX" for stat in threads)
+    return False  # it ended meanwhile
 
 
 def _wait_gone(processes: list[psutil.Process], seconds: float) -> bool:

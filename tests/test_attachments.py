@@ -6,7 +6,6 @@ import hmac
 import random
 import re
 import secrets
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -221,14 +220,14 @@ class TestOvertaken:
                     "SELECT due_at > now() AS later FROM deletions WHERE name LIKE $1", f"%/{run_id}/%"
                 )
 
-            seaweedfs.process.send_signal(signal.SIGSTOP)
+            seaweedfs.freeze()
             try:
                 upload = uploads.submit(api.post, "/v1/run-attachments", json=output(run_id))
                 until(listed, what="the upload is being staged")
                 overtake(api, run_id)
                 assert not upload.done()
             finally:
-                seaweedfs.process.send_signal(signal.SIGCONT)
+                seaweedfs.thaw()
             refused(upload.result(), status, code)
             assert listed() == [{"later": True}]
             assert objects.stack.sql("SELECT 1 FROM run_attachments WHERE run_id = $1", run_id) == []
@@ -238,12 +237,12 @@ class TestOvertaken:
         with objects.client() as api, ThreadPoolExecutor(1) as uploads:
             run_id = running(api)
             condemn = "UPDATE deletions SET condemned_at = now() WHERE name LIKE $1 RETURNING name"
-            seaweedfs.process.send_signal(signal.SIGSTOP)
+            seaweedfs.freeze()
             try:
                 upload = uploads.submit(api.post, "/v1/run-attachments", json=output(run_id))
                 until(lambda: objects.stack.sql(condemn, f"%/{run_id}/%"), what="the upload is being staged")
             finally:
-                seaweedfs.process.send_signal(signal.SIGCONT)
+                seaweedfs.thaw()
             refused(upload.result(), 503, "storage_unavailable")
             assert api.get_run(run_id)["output_attachment_ids"] == []
 
@@ -272,7 +271,7 @@ def test_a_store_that_is_down_is_503_and_nothing_changes(objects: Server, seawee
     with objects.client() as api, ThreadPoolExecutor(2) as callers:
         run_id = running(api)
         made = api.upload(run_id)
-        seaweedfs.process.send_signal(signal.SIGSTOP)
+        seaweedfs.freeze()
         try:
             calls = [
                 callers.submit(api.post, "/v1/run-attachments", json=output(run_id)),
@@ -280,7 +279,7 @@ def test_a_store_that_is_down_is_503_and_nothing_changes(objects: Server, seawee
             ]
             replies = [call.result() for call in calls]
         finally:
-            seaweedfs.process.send_signal(signal.SIGCONT)
+            seaweedfs.thaw()
         for reply in replies:
             refused(reply, 503, "storage_unavailable")
             assert int(reply.headers["retry-after"]) > 0

@@ -5,7 +5,6 @@ import errno
 import logging
 import os
 import resource
-import signal
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -439,7 +438,7 @@ async def test_s3_roundtrip(bucket: FileStore) -> None:
 async def test_s3_frozen_then_killed(seaweedfs: SeaweedFS, bucket: FileStore) -> None:
     key = bucket.new_key("org", RUN)
     await bucket.put(key, b"before", deadline=soon())
-    seaweedfs.process.send_signal(signal.SIGSTOP)
+    seaweedfs.freeze()
     began = time.monotonic()
     results = await asyncio.gather(
         *(bucket.put(bucket.new_key("org", RUN), b"x", deadline=soon()) for _ in range(64)),
@@ -451,7 +450,7 @@ async def test_s3_frozen_then_killed(seaweedfs: SeaweedFS, bucket: FileStore) ->
     assert time.monotonic() - began < 15
     assert results.pop() is False
     assert {type(result) for result in results} == {StorageUnavailable}
-    seaweedfs.process.send_signal(signal.SIGCONT)
+    seaweedfs.thaw()
     assert await read(bucket, key, 0, 6) == b"before"
     seaweedfs.stop()
     began = time.monotonic()

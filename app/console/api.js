@@ -136,6 +136,8 @@ export function signOut(why) {
  * Raises Problem and Unreachable.
  */
 export async function call(method, path, { query, body, idempotencyKey, signal, seconds = READ_SECONDS, quiet = false, blob = false } = {}) {
+  // What was about to ask when the page signed out asks nothing any more.
+  if (!me.key) throw new DOMException("Signed out.", "AbortError");
   const url = new URL(path, ROOT);
   for (const [name, value] of Object.entries(query ?? {})) {
     if (value !== undefined && value !== null && value !== "") url.searchParams.set(name, value);

@@ -145,6 +145,11 @@ def test_half_an_hour_without_input_signs_out_and_wipes_the_page(console: Consol
     assert console.storage() == {}
     console.misses(console.page.locator("dialog"))
     assert run["id"][:8] not in console.text()
+    # What was about to ask asks nothing any more.
+    asked = len(console.asked)
+    late = "import('/console/api.js').then(({ call }) => call('GET', 'runs')).catch((error) => error.name)"
+    assert console.do(console.page.evaluate(late)) == "AbortError"
+    assert [request.url for request in console.asked[asked:] if "/v1/" in request.url] == []
 
 
 def test_a_tab_that_is_restored_later_shows_nothing(console: Console, api: Client) -> None:

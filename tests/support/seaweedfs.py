@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from dev.stack import free_port
+import psutil
+
+from dev.stack import free_port, freeze
 
 
 class SeaweedFS:
@@ -50,6 +53,13 @@ class SeaweedFS:
                 stderr=log,
                 env={"PATH": os.defpath, "HOME": str(folder)},
             )
+
+    def freeze(self) -> None:
+        """Connections are still accepted by the kernel, but nothing answers."""
+        freeze([psutil.Process(self.process.pid)])
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         self.process.kill()
