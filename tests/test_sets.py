@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import orjson
 import pytest
 
@@ -174,6 +175,31 @@ def test_a_twin_of_the_version_before_is_waited_for(desk: Desk) -> None:
             until(lambda: desk.stack.waiting() == 1, what="a set that waits")
         assert codes(waiting.result()) == ["200"] * 4
     assert desk.attempts(runs) == [2] * 4
+
+
+def test_a_deadlock_with_another_transaction_is_survived_by_all(desk: Desk, sets: list[tuple[str, int]]) -> None:
+    """The set holds a run and waits for a key; the other one holds the key and then waits for the run."""
+    runs = desk.runs(4)
+    retries = [desk.retry(run_id, uuid4().hex if place else "taken") for place, run_id in enumerate(runs)]
+
+    async def scenario(services: Services) -> list[Outcome]:
+        other = await asyncpg.connect(desk.stack.url)
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute(TAKEN, desk.client.organization)
+        waiting = asyncio.create_task(retry_runs(services, retries))
+        await asyncio.to_thread(until, lambda: desk.stack.waiting() == 1, what="a set that waits")
+        # PostgreSQL ends the set: its second of waiting, after which it looks for a deadlock, ends first.
+        await other.execute("UPDATE runs SET is_priority = is_priority WHERE id = $1", runs[1])
+        await transaction.rollback()
+        await other.close()
+        return await waiting
+
+    assert codes(done(desk.stack, scenario)) == ["200"] * 4
+    assert ("switch", 4) in sets
+    assert desk.attempts(runs) == [2] * 4
+    [row] = desk.stack.sql("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
+    assert row["deadlocks"] > 0
 
 
 def test_one_key_twice_at_once_is_one_retry(desk: Desk, sets: list[tuple[str, int]]) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,33 @@ def test_a_retry_is_a_tree_of_named_spans_without_anything_that_was_sent(
         report, _ = tree(collector, trace_id, "PATCH /v1/runs/{run_id}")
         assert report["parent"] == server["id"]
         assert f'"trace_id":"{trace_id}"' in traced.app.log.read_text()
+
+
+def test_a_set_is_one_span_that_is_linked_with_the_other_requests(
+    traced: Server, collector: Collector, stack: Stack
+) -> None:
+    with traced.client() as api, ThreadPoolExecutor(12) as threads:
+        runs = [api.finished("error")["id"] for _ in range(12)]
+        traces, header_fields = [], []
+        for _ in runs:
+            trace_id, _, headers = sampled()
+            traces.append(trace_id)
+            header_fields.append(headers)
+        with stack.held("LOCK TABLE run_attempts IN ACCESS EXCLUSIVE MODE"):
+            replies = [
+                threads.submit(api.post, f"/v1/runs/{run_id}/retry", headers=headers)
+                for run_id, headers in zip(runs, header_fields, strict=True)
+            ]
+            until(lambda: stack.waiting() >= 2, what="a set that waits beside the first one")
+        assert [reply.result().status_code for reply in replies] == [200] * 12
+
+    def of_sets() -> list[dict[str, Any]] | None:
+        found = [one for trace in traces for one in collector.spans(trace) if one["name"] == "runs.retry.switch"]
+        return found if len(found) + sum(len(one["links"]) for one in found) == 12 else None
+
+    spans = until(of_sets, what="each request in one span, as its parent or as a link")
+    assert any(one["links"] for one in spans)
+    assert set().union(*(one["links"] for one in spans)) < set(traces)
 
 
 def test_what_is_refused_is_no_error_and_what_fails_is_one_with_its_code(

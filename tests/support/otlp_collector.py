@@ -58,6 +58,7 @@ class Collector:
                                 "status": span.status.code,
                                 "message": span.status.message,
                                 "events": len(span.events),
+                                "links": {link.trace_id.hex() for link in span.links},
                                 "attributes": attributes,
                                 "resource": of_resource,
                             }
