@@ -35,13 +35,18 @@ ORGANIZATION_PATTERN = "^[A-Za-z0-9_-]{1,64}$"
 
 
 class RunStatus(enum.StrEnum):
-    """The five states of a run; the wire and the table use the same words."""
+    """The states of a run; the wire and the table use the same words.
+
+    ERROR: the attempt broke off. TASK_FAILED: the executor did its work, and says that the task itself failed. Only an executor
+    sets it; the service's own endings are ERROR or CANCELLED.
+    """
 
     SCHEDULING = "scheduling"
     RUNNING = "running"
     SUCCESS = "success"
     CANCELLED = "cancelled"
     ERROR = "error"
+    TASK_FAILED = "task_failed"
 
 
 ACTIVE = frozenset({RunStatus.SCHEDULING, RunStatus.RUNNING})
@@ -215,7 +220,9 @@ class Run(Base):
 
     __tablename__ = "runs"
     __table_args__ = (
-        CheckConstraint("status IN ('scheduling', 'running', 'success', 'cancelled', 'error')", name="status"),
+        CheckConstraint(
+            "status IN ('scheduling', 'running', 'success', 'cancelled', 'error', 'task_failed')", name="status"
+        ),
         CheckConstraint("attempt >= 1", name="attempt"),
         CheckConstraint(
             "status <> 'scheduling' OR (error IS NULL AND started_at IS NULL AND ended_at IS NULL)",
@@ -361,7 +368,7 @@ class RunAttempt(Base):
 
     __tablename__ = "run_attempts"
     __table_args__ = (
-        CheckConstraint("status IN ('success', 'cancelled', 'error')", name="status"),
+        CheckConstraint("status IN ('success', 'cancelled', 'error', 'task_failed')", name="status"),
         Index("ix_run_attempts_retried_at", "retried_at", postgresql_using="brin"),
     )
 

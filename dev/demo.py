@@ -16,7 +16,7 @@ from dev.stack import StackError, http, write_private
 
 ORGANIZATION = "demo"
 EXAMPLE_ORGANIZATION = "example"  # of `make example`, so that its machine gets none of the demo's runs
-TERMINAL = {"success", "error", "cancelled"}
+TERMINAL = {"success", "error", "cancelled", "task_failed"}
 PASSWORD = "demo-password-2"  # noqa: S105 - what the pretended application accepts
 OLD_PASSWORD = "demo-password-1"  # noqa: S105 - what the demo run was created with
 WORK_SECONDS = 3

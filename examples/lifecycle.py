@@ -29,7 +29,7 @@ from dev import running
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 60
-TERMINAL = {"success", "error", "cancelled"}
+TERMINAL = {"success", "error", "cancelled", "task_failed"}
 
 
 def main() -> None:

@@ -50,14 +50,15 @@ def test_a_filter_chooses_by_status_and_the_oldest_end_first(api: Client) -> Non
     cancelled = failed_runs(api, 1, "cancelled", workflow_id=workflow_id)[0]
     succeeded = failed_runs(api, 1, "success", workflow_id=workflow_id)[0]
     failed_runs(api, 1)  # of another workflow
+    task = api.finished("task_failed", workflow_id=workflow_id)["id"]
     job = start(api, filter={"workflow_id": workflow_id, "created_at_from": "24h"})
     assert job["filter"]["status"] == ["error"]
     assert job["filter"]["created_at_from"].endswith("Z")  # as it was then
     ended(api, job)
     assert [item["run_id"] for item in items(api, job)] == [*failed, late]
-    job = start(api, filter={"workflow_id": workflow_id, "status": ["cancelled", "success"]})
+    job = start(api, filter={"workflow_id": workflow_id, "status": ["cancelled", "success", "task_failed"]})
     ended(api, job)
-    assert {item["run_id"] for item in items(api, job)} == {cancelled, succeeded}
+    assert {item["run_id"] for item in items(api, job)} == {cancelled, succeeded, task}
 
 
 def test_each_filter_limits_the_choice(api: Client) -> None:

@@ -37,7 +37,7 @@ SELECT id, organization_id, status, pinned_machine_id AS pinned, assigned_machin
        claim IS NOT NULL AND claim_attempt = attempt AS is_claimed
 FROM runs WHERE organization_id = ANY($1::text[])
   AND (status IN ('scheduling', 'running') OR id = ANY(ARRAY(
-      SELECT id FROM runs WHERE organization_id = ANY($1::text[]) AND status IN ('success', 'error', 'cancelled')
+      SELECT id FROM runs WHERE organization_id = ANY($1::text[]) AND status IN ('success', 'error', 'cancelled', 'task_failed')
       ORDER BY random() LIMIT 40)))
 """
 

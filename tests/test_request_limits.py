@@ -143,7 +143,12 @@ def test_a_refusal_says_the_bound_or_the_allowed_values(api: Client) -> None:
     """They are ours; what was sent is not in it."""
     run, pool, long = f"/v1/runs/{api.run()['id']}", f"/v1/pools/{api.pool()}", "zqxjk" * 60_000
     cases: list[tuple[str, str, dict[str, Any], str]] = [
-        ("PATCH", run, {"status": "zqxjk"}, "'scheduling', 'running', 'success', 'cancelled' or 'error'"),
+        (
+            "PATCH",
+            run,
+            {"status": "zqxjk"},
+            "'scheduling', 'running', 'success', 'cancelled', 'error' or 'task_failed'",
+        ),
         ("PATCH", run, {"attempt": 0}, "1 or more"),
         ("PATCH", run, {"attempt": 2**31}, "2147483647 or less"),
         ("PATCH", run, {"error": ["zqxjk"] * 1001}, "at most 1000 entries"),

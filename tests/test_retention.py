@@ -41,7 +41,7 @@ def gone(api: Client, run_id: str) -> bool:
 
 def test_an_old_run_goes_with_all_that_it_names(kept: Client, keeping: Server) -> None:
     stack = keeping.stack
-    old = kept.finished(sensitive_input_values={"password": "old"}, file_inputs=[file_input()])
+    old = kept.finished("task_failed", sensitive_input_values={"password": "old"}, file_inputs=[file_input()])
     young = kept.finished()
     active = kept.run()
     stack.sql("UPDATE runs SET queued_at = now() - interval '1 year' WHERE id = $1", active["id"])

@@ -18,7 +18,7 @@ def blob_of(stack: Stack, attachment_id: str) -> str:
     return str(row["storage_path"])
 
 
-@pytest.mark.parametrize("status", ["success", "error", "cancelled"])
+@pytest.mark.parametrize("status", ["success", "error", "cancelled", "task_failed"])
 def test_a_finished_run_is_reset_in_place(api: Client, status: str) -> None:
     before = api.finished(status, input_values={"a": 1})
     reply = api.retry(before["id"])

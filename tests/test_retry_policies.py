@@ -239,6 +239,17 @@ def test_the_first_rule_that_matches_decides(api: Client, report: dict[str, Any]
         assert event["reason"] == f"Rule {rule} of the workflow's retry policy matched."
 
 
+def test_a_task_that_failed_is_retried_only_by_a_rule_that_names_it(api: Client) -> None:
+    named = LATER | {"on": [{"status": "error"}, {"status": "task_failed", "error_code": "totals.differ"}]}
+    for policy, code, is_planned_now in (
+        (LATER, "totals.differ", False),
+        (named, "totals.differ", True),
+        (named, "x", False),
+    ):
+        run = api.report(started(api, policy), status="task_failed", error_code=code)
+        assert (run["next_retry_at"] is not None) == is_planned_now, (policy, code)
+
+
 def test_a_deleted_machine_ends_and_plans(api: Client, stack: Stack) -> None:
     machine = api.machine()
     policy = LATER | {"on": [{"status": "error", "error_code": "machine_deleted"}]}

@@ -101,6 +101,27 @@ def test_the_lanes_of_waiting_runs_are_hashed(url: str) -> None:
     assert rows_of(url, lanes) == before
 
 
+def test_runs_whose_task_failed_have_failed_for_the_version_before(url: str) -> None:
+    """0029 and back, with data: neither the code of the error nor the time of the end is lost."""
+    assert alembic(url, "upgrade", "0029").returncode == 0
+    shown = "SELECT status, error_code, changed_at > now() - interval '1 hour' FROM runs"
+    columns = "(id, organization_id, workflow_id, status, lane, attempt, ended_at, changed_at, error_code)"
+    before = rows_of(
+        url,
+        "INSERT INTO workflows (id, organization_id, main_prompt) VALUES (gen_random_uuid(), 'o', 'x')",
+        f"INSERT INTO runs {columns} SELECT gen_random_uuid(), 'o', id, 'task_failed', 'any', 2, now(),"
+        " now() - interval '1 day', 'totals.differ' FROM workflows",
+        "INSERT INTO run_attempts (run_id, attempt, status, overridden) SELECT id, 1, 'task_failed', '{}' FROM runs",
+        shown,
+    )
+    assert before == [("task_failed", "totals.differ", False)]
+    done = alembic(url, "downgrade", "0028")
+    assert done.returncode == 0, done.stderr
+    assert rows_of(url, shown) == [("error", "totals.differ", False)]
+    assert rows_of(url, "SELECT status FROM run_attempts") == [("error",)]
+    assert alembic(url, "upgrade", "head").returncode == 0
+
+
 def test_replicas_may_migrate_together(url: str) -> None:
     with ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda _: alembic(url, "upgrade", "head"), range(3)))

@@ -62,6 +62,7 @@ export function ascii(json) {
 const SHAPES = {
   success: "M3.5 8.5l3 3 6-7",
   error: "M4 4l8 8M12 4l-8 8",
+  task_failed: "M4 4l8 8M12 4l-8 8",
   running: "M6 4l6 4-6 4z",
   scheduling: "M8 4v4l2.5 2M14 8A6 6 0 1 1 2 8a6 6 0 0 1 12 0z",
   cancelled: "M3.8 3.8l8.4 8.4M14 8A6 6 0 1 1 2 8a6 6 0 0 1 12 0z",

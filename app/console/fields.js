@@ -443,7 +443,7 @@ function pickList({ kind, label, describe, type, changed }) {
 }
 
 export function targetField(run, changed) {
-  const failed = run.status === "error" ? (run.assigned_machine_id ?? run.machine_id) : null;
+  const failed = ["error", "task_failed"].includes(run.status) ? (run.assigned_machine_id ?? run.machine_id) : null;
   const machines = pickList({
     kind: "machines",
     label: "Machines",

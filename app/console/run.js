@@ -9,7 +9,7 @@ import { openRetry } from "./retry.js";
 import { deliveryList, loadEndpoints } from "./webhooks.js";
 
 const TABS = { now: "Now", inputs: "Inputs", attempts: "Attempts", events: "Events", webhooks: "Webhooks", json: "JSON" };
-const TERMINAL = new Set(["success", "error", "cancelled"]);
+const TERMINAL = new Set(["success", "error", "task_failed", "cancelled"]);
 // A retry with overrides can still work: the dialog says which.
 const MENDABLE = new Set(["sensitive_inputs_expired", "input_attachments_expired", "machine_not_found", "pool_not_found", "session_not_found"]);
 const DRY_MS = 10_000;

@@ -8,8 +8,8 @@ import * as names from "./names.js";
 const PAGE = 100;
 const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at,changed_at";
 const LEAN = FIELDS.replace("error,", ""); // when the errors of a page are too long together
-const STATUSES = ["scheduling", "running", "success", "error", "cancelled"];
-const ENDED = ["success", "error", "cancelled"];
+const STATUSES = ["scheduling", "running", "success", "error", "task_failed", "cancelled"];
+const ENDED = ["success", "error", "task_failed", "cancelled"];
 const MOST_CHOSEN = 10_000; // runs of one bulk retry
 const COUNTS_MS = 10_000;
 const PERIODS = { "1h": ["Last hour", 3600], "24h": ["Last 24 hours", 86_400], "7d": ["Last 7 days", 604_800] };
@@ -558,7 +558,7 @@ function why(run) {
     const [line] = String(run.error[0]).split("\n", 1);
     return theirs(line.length > 300 ? `${line.slice(0, 300)}…` : line);
   }
-  if (run.status === "error" && run.error === undefined) return h("span.faint", null, "Too long for this list: open the run");
+  if (["error", "task_failed"].includes(run.status) && run.error === undefined) return h("span.faint", null, "Too long for this list: open the run");
   if (run.started_at && run.ended_at) return h("span.faint", null, `took ${took(Date.parse(run.ended_at) - Date.parse(run.started_at))}`);
   return null;
 }

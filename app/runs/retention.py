@@ -16,7 +16,8 @@ ENDED_LONG_AGO = statement(
     "retention.ended_long_ago",
     f"""
     WITH RECURSIVE {loose_scan("organization", "organization_id", "runs WHERE true")}
-    SELECT old.id FROM organization, unnest(ARRAY['success', 'error', 'cancelled']) AS terminal (status), LATERAL (
+    SELECT old.id
+    FROM organization, unnest(ARRAY['success', 'error', 'cancelled', 'task_failed']) AS terminal (status), LATERAL (
         SELECT id FROM runs
         WHERE organization_id = organization.organization_id AND status COLLATE "POSIX" = terminal.status
           AND changed_at <= now() - make_interval(days => :days)

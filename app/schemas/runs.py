@@ -40,6 +40,9 @@ from app.schemas.values import (
     examples,
 )
 
+# The statuses that a list may be asked for. No run here is in `running_checks`, which the vendor's clients may ask for.
+ListedStatus = Literal["scheduling", "running", "success", "cancelled", "error", "task_failed", "running_checks"]
+
 
 class _Overrides(Payload):
     input_values: Inputs | None = Field(

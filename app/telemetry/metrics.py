@@ -388,6 +388,7 @@ def begin() -> None:
         transitions.add(to, by, count=0)
     for to, by in (("error", "executor"), ("error", "silence"), ("error", "machine_deleted"), ("cancelled", "caller")):
         transitions.add(to, by, count=0)
+    transitions.add("task_failed", "executor", count=0)
     scrape_errors.add(count=0)
     placement_wait.begin()
     pool_wait.begin()

@@ -54,7 +54,7 @@ MOST_RUNS = 6  # what is looked at after each step grows with them
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
-TERMINAL = {"success", "error", "cancelled"}
+TERMINAL = {"success", "error", "cancelled", "task_failed"}
 NEXT = {"scheduling": {"running", "error", "cancelled"}, "running": TERMINAL}
 Body = dict[str, Any]
 

@@ -44,7 +44,15 @@ def test_filters_are_in_the_address_and_their_counts_beside_them(console: Consol
     api.finished("success")
     console.sign_in()
     chips = console.page.get_by_role("navigation", name="Status")
-    for name, number in (("All", 5), ("scheduling", 3), ("running", 0), ("success", 1), ("error", 1), ("cancelled", 0)):
+    for name, number in (
+        ("All", 5),
+        ("scheduling", 3),
+        ("running", 0),
+        ("success", 1),
+        ("error", 1),
+        ("task_failed", 0),
+        ("cancelled", 0),
+    ):
         console.sees(chips.get_by_role("link", name=f"{name} {number}", exact=True))
     console.do(chips.get_by_role("link", name="error").click())
     console.do(expect(console.rows).to_have_count(1))

@@ -51,6 +51,7 @@ def test_every_way_of_ending_is_sent_once(hooked: Hooked, stack: Stack) -> None:
     hooked.endpoint()
     api = hooked.api
     reported = hooked.ended()["id"]
+    task_failed = hooked.ended(status="task_failed")["id"]
     waiting = str(api.run(workflow_id=hooked.workflow_id)["id"])
     api.report(waiting, status="cancelled")
     # A deleted machine ends what needs it.
@@ -71,7 +72,7 @@ def test_every_way_of_ending_is_sent_once(hooked: Hooked, stack: Stack) -> None:
     finally:
         server.app.stop()
 
-    expected = [reported, waiting, *pinned, in_session["id"], silent]
+    expected = [reported, task_failed, waiting, *pinned, in_session["id"], silent]
     events = received(hooked, len(expected))
     assert sorted(event["run"]["id"] for event in events) == sorted(expected)
     for event in events:

@@ -45,13 +45,13 @@ from app.errors import (
     VaultUnavailable,
     WorkflowNotFound,
 )
-from app.models import RunStatus
 from app.runs import attempts, create, deleting, history, reading, report
 from app.runs.dry_run import dry_run
 from app.runs.listing import FIELDS, Order, RunFilter, Search, list_runs, shown_fields, wait_for_run
 from app.runs.retry import Retry, replied, retry_runs
 from app.schemas.runs import (
     DryRunResponse,
+    ListedStatus,
     RunAttemptResponse,
     RunBulkCreate,
     RunBulkCreateResponse,
@@ -230,7 +230,10 @@ async def list_all(
     workflow_id: Annotated[UUID | None, ONLY] = None,
     machine_id: Annotated[UUID | None, Query(description="Runs whose machine_id is this.")] = None,
     session_id: Annotated[UUID | None, ONLY] = None,
-    status: Annotated[RunStatus | None, ONLY] = None,
+    status: Annotated[
+        ListedStatus | None,
+        Query(description="Only runs in this status. No run is in `running_checks`: the page is empty."),
+    ] = None,
     created_at_from: Annotated[Timestamp | None, Query(description="Created at or after.")] = None,
     created_at_to: Annotated[Timestamp | None, Query(description="Created at or before.")] = None,
     changed_from: Annotated[
@@ -302,7 +305,7 @@ async def list_all(
     if is_head(request):  # a probe: it does not wait, and nobody looks for work with it
         return json_reply(await list_runs(own.database, wanted, shown, part))
     is_own = principal.machine_id in (None, machine_id)
-    if is_own and machine_id is not None and status is RunStatus.SCHEDULING and principal.may("runs:execute"):
+    if is_own and machine_id is not None and status == "scheduling" and principal.may("runs:execute"):
         looking_for_work = own.signs_of_life.waits(
             principal.organization_id, machine_id, lambda: may_still_send(request)
         )
