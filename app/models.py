@@ -564,7 +564,9 @@ class WebhookSecret(Base):
 
 
 class WebhookEvent(Base):
-    """The outbox: one event for each end of a run, in the bytes that are sent. A test event has no run.
+    """The outbox: one event for each end of a run, and for each machine that went down, in the bytes that are sent.
+
+    A test event and one of a machine have no run.
 
     `body` is null after its run was deleted.
     """

@@ -421,6 +421,11 @@ OWN: dict[str, dict[str, Any]] = {
     "idempotency.free": {"key": "key101"},
     "idempotency.store": {"ids": [ENDED], "status": 200},
     "api_keys.rows": {"ids": some("key")},
+    "included.members": {"most": 1000},
+    **{
+        f"included.{name}": {"workflow_ids": some("workflow", 101, 103), "machine_ids": some("machine", 101, 103)}
+        for name in ("weigh_of_runs", "workflows", "machines")
+    },
     "keys.insert": {"machine_id": None},
     "keys.list": {"organization_id": "k101"},
     "keys.revoke": {"id": an_id("key", 101)},
@@ -534,7 +539,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "setup.fits": {"names": ["jit"]},
     "signs_of_life.write": {"organization_ids": ["big"] * 2, "ages": [0.0] * 2},
-    "silence.disconnect": {"reservations": []},
+    "silence.disconnect": {"reservations": [], "reason": "x"},
     "silence.stay": {"run_ids": ASSIGNED_RUNS},
     "silence.unassign": {"run_ids": ASSIGNED_RUNS},
     "targets.session": {"session_id": an_id("waiting", 101)},

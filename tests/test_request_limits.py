@@ -398,6 +398,8 @@ def test_a_page_of_machines_in_pools_with_long_descriptions(api: Client, server:
         pool_id = api.json_of(api.get("/v1/pools?limit=1"))["items"][0]["id"]
         whole = api.get(f"/v1/pools/{pool_id}?include_machines=true")
         assert code(whole) == (422, [(["query", "include_machines"], "pool_too_large")])
+        for path in (f"/v1/pools/{pool_id}?include=machines", "/v1/pools?limit=2&include=machines"):
+            assert code(api.get(path)) == (422, [(["query", "include"], "page_too_large")])
         assert api.json_of(api.get(f"/v1/pools/{pool_id}"))["machine_count"] == 300
         extra = api.machine(status="disconnected")
         assert code(add(api, pool_id, extra)) == (422, [(["body", "machine_ids"], "pool_too_large")])

@@ -282,6 +282,6 @@ with 422 `number_changed`, and is to be sent as a string. Whole numbers of 64 bi
 at most 8 KiB (else 414) and 100 parameters; a parameter that is no list comes once.
 
 Keys and query parameters that this service does not know are ignored. Those of the vendor's API that it knows and does not
-support are refused with 422 `not_supported`: fields marked so, and in queries `include`, `tag_ids`, `include_tags=true`,
-`sort_mode=activity`, and `search` and `deep_search=true` where a list does not have them.
+support are refused with 422 `not_supported`: fields marked so, and in queries `tag_ids`, `include_tags=true`,
+`sort_mode=activity`, and `search`, `deep_search=true` and `include` where a route does not have them.
 """

@@ -1,7 +1,8 @@
 """Small pieces that every router uses: replies and paging."""
 
-from collections.abc import Mapping
-from typing import Annotated
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 from starlette.responses import Response
@@ -44,6 +45,17 @@ async def _part(request: Request, after: After = None, skip: Skip = 0, limit: Li
 
 # Which page of a list is asked for.
 Part = Annotated[Slice, Depends(_part)]
+
+
+def including(names: Sequence[str]) -> Any:
+    """The parameter `include` of a route that can add these objects."""
+    one = f" *({'|'.join(re.escape(name) for name in names)})? *"
+    return Query(
+        max_length=200,
+        description=f"What to add under `included`, with commas: {', '.join(f'`{name}`' for name in names)}.",
+        json_schema_extra={"pattern": f"^{one}(,{one})*$"},
+    )
+
 
 # Of a filter whose name says what it compares.
 ONLY = Query(description="Only those with this value.")

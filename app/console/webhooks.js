@@ -184,7 +184,7 @@ function endpointView(root, { id, params }) {
   }
 
   function of(one) {
-    return one.run_id ? [h("a", { href: `#/runs/${one.run_id}/webhooks` }, "Run ", short(one.run_id)), ` attempt ${one.attempt}`] : "Test";
+    return one.run_id ? [h("a", { href: `#/runs/${one.run_id}/webhooks` }, "Run ", short(one.run_id)), ` attempt ${one.attempt}`] : one.event_type === "downed_machines" ? "A machine went down" : "Test";
   }
 
   async function round(signal) {

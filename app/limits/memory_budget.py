@@ -187,11 +187,20 @@ def charge_or_refuse(count: int) -> None:
         own.charge(count)
 
 
-def reserve_reply(octets: int) -> None:
-    """Before a reply of `octets` bytes of JSON is read from the database. Raises NoRoom and QuotaExceeded."""
+def held() -> int:
+    """How many bytes the current request has reserved."""
+    own = current.get()
+    return 0 if own is None else own.held
+
+
+def reserve_reply(octets: int, *, beside: int = 0) -> None:
+    """Before a reply of `octets` bytes of JSON is read from the database. Raises NoRoom and QuotaExceeded.
+
+    `beside`: bytes that the request has reserved already, for another part of its reply.
+    """
     own = current.get()
     if own is not None and COPIES * octets > FREE_BYTES:
-        own.try_reserve(COPIES * octets)
+        own.try_reserve(beside + COPIES * octets)
 
 
 async def with_room(read: Callable[[], Awaitable[T]]) -> T:

@@ -19,7 +19,7 @@ from app.idempotency import Reply, Resource, WriteRequest, once
 from app.models import Machine, RunStatus
 from app.resources.patching import Change, Owner, locked_runs
 from app.runs.ending import end_runs
-from app.scheduling import rules
+from app.scheduling import downed_machines, rules
 from app.schemas.resources import MachineCreate, MachinePoolUpdate, MachineUpdate
 from app.schemas.values import MAX_POOLS
 from app.services import Services
@@ -211,6 +211,15 @@ LOCK_RESERVATION = statement(
     f"SELECT reserved_session_id FROM machines WHERE {_THE_MACHINE} FOR NO KEY UPDATE",
 )
 
+# Whether it is connected; it stays so until this transaction changes it.
+LOCK_STATUS = statement(
+    "machines.lock_status", f"SELECT status = 'connected' FROM machines WHERE {_THE_MACHINE} FOR NO KEY UPDATE"
+)
+RECORD_DOWN = statement(
+    "machines.record_down",
+    downed_machines.recorded(f"(SELECT * FROM machines WHERE {_THE_MACHINE})", ":reason::text"),
+)
+
 SESSION_ENDED = "The session was ended: its machine's reservation was cleared. Retry the run to start it again."
 
 
@@ -259,10 +268,14 @@ async def change(services: Services, write: WriteRequest, machine_id: UUID, opti
                 values.setdefault("is_available", True)
             else:
                 del values["reserved_session_id"]
+        own = {"machine_id": machine_id, "organization_id": organization_id}
+        goes_down = options.status in ("disconnected", "error") and await connection.fetchval(LOCK_STATUS, **own)
         if values:
             await CHANGE.apply(connection, organization_id, machine_id, values)
+        if goes_down:
+            await connection.execute(RECORD_DOWN, **own, reason=f"A request set the machine to {options.status}.")
         shown = await _show(connection, write.principal, [machine_id])
-        return Reply(200, shown, [machine_id], has_event=ends_session)
+        return Reply(200, shown, [machine_id], has_event=ends_session or bool(goes_down))
 
     reply = await once(services, write, work, RESOURCE)
     if options.status == "connected":

@@ -17,7 +17,7 @@ from app.access.auth import Actor
 from app.config import Settings
 from app.events import record_events
 from app.handoff import dispatches
-from app.scheduling import rules
+from app.scheduling import downed_machines, rules
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import by_id, rows_of, statement
 
@@ -47,7 +47,9 @@ SILENT = statement(
             status = CASE WHEN next <= now() THEN 'disconnected' ELSE status END,
             silenced_at = CASE WHEN next <= now() THEN now() ELSE silenced_at END
         FROM judged WHERE machines.ctid = judged.tid
-        RETURNING id, organization_id, coalesce(next <= now(), false) AS is_silent, last_seen
+        RETURNING machines.*, coalesce(next <= now(), false) AS is_silent
+    ), recorded AS (
+        {downed_machines.recorded("(SELECT * FROM changed WHERE is_silent)", ":reason::text")}
     )
     SELECT id, organization_id, last_seen FROM changed WHERE is_silent
     """,
@@ -93,17 +95,24 @@ STAY = statement("silence.stay", f"UPDATE runs SET awaited_since = NULL WHERE {b
 DISCONNECT = statement(
     "silence.disconnect",
     f"""
-    UPDATE machines SET
-        silenced_at = CASE WHEN status = 'connected' OR silenced_at IS NOT NULL THEN now() END,
-        status = CASE WHEN status = 'connected' THEN 'disconnected' ELSE status END,
-        look_at = NULL,
-        reserved_session_id = CASE WHEN reserved_session_id = ANY(:reservations::uuid[]) THEN NULL
-                              ELSE reserved_session_id END
-    WHERE ctid = ANY (ARRAY(SELECT tid FROM {rows_of("machines", "machine_ids")} AS one))
+    WITH before AS MATERIALIZED (
+        SELECT tid, id, status = 'connected' AS was_up FROM {rows_of("machines", "machine_ids")} AS one
+    ), changed AS (
+        UPDATE machines SET
+            silenced_at = CASE WHEN status = 'connected' OR silenced_at IS NOT NULL THEN now() END,
+            status = CASE WHEN status = 'connected' THEN 'disconnected' ELSE status END,
+            look_at = NULL,
+            reserved_session_id = CASE WHEN reserved_session_id = ANY(:reservations::uuid[]) THEN NULL
+                                  ELSE reserved_session_id END
+        WHERE ctid = ANY (ARRAY(SELECT tid FROM before))
+        RETURNING machines.*, (SELECT was_up FROM before WHERE before.id = machines.id) AS was_up
+    )
+    {downed_machines.recorded("(SELECT * FROM changed WHERE was_up)", ":reason::text")}
     """,
 )
 
 NOT_BEGUN = "The machine did not begin the run within {} s."
+NO_SIGN = "The machine gave no sign of life for {} s."
 
 
 async def look_for_silence(database: Database, settings: Settings) -> set[str]:
@@ -119,7 +128,7 @@ async def look_for_silence(database: Database, settings: Settings) -> set[str]:
 
 async def _disconnect_silent_machines(database: Database, seconds: int) -> set[str]:
     async with database.connection() as connection:
-        rows = await connection.fetch(SILENT, seconds=float(seconds), most=MOST)
+        rows = await connection.fetch(SILENT, seconds=float(seconds), most=MOST, reason=NO_SIGN.format(seconds))
     for row in rows:
         log.warning(
             {
@@ -179,4 +188,5 @@ async def _write(
             DISCONNECT,
             machine_ids=[run["assigned_machine_id"] for run in fenced],
             reservations=[run["session_id"] for run in taken if run["session_id"] is not None],
+            reason=actor.reason,
         )

@@ -14,12 +14,15 @@ from app.schemas.values import (
     Name,
     NonEmptyName,
     NotSupported,
+    Page,
     Payload,
     PoolIds,
     Prompt,
     Reply,
+    SearchedPage,
     Timestamp,
     Unsupported,
+    WithIncluded,
     example,
 )
 
@@ -103,6 +106,8 @@ class WorkflowResponse(Reply):
 
 MachineStatus = Literal["connected", "disconnected", "error"]
 
+_ALERTS_TEXT = "Whether `downed_machines` is sent when it goes down, to the webhook endpoints that ask for this event."
+
 
 class MachineCreate(Payload):
     """A machine that registers itself."""
@@ -130,7 +135,7 @@ class MachineUpdate(Payload):
     os_info: Name | None = Field(None, description="Its operating system.")
     status: MachineStatus | None = Field(None, description="Only a connected machine is given runs.")
     is_available: bool | None = Field(None, description="Only an available machine is given runs.")
-    alerts_enabled: bool | None = Field(None, description="Kept for clients; this service sends no alerts.")
+    alerts_enabled: bool | None = Field(None, description=_ALERTS_TEXT)
     last_seen: Timestamp | None = Field(None, description="When it was last heard of.")
     reserved_session_id: None = Field(
         None, description="Only null: cancels the session's active runs, clears the reservation and frees the machine."
@@ -169,7 +174,7 @@ class MachineResponse(Reply):
     os_info: str | None = Field(description="Its operating system.")
     status: MachineStatus = Field(description="Only a connected machine is given runs.")
     is_available: bool = Field(description="Only an available machine is given runs.")
-    alerts_enabled: bool = Field(description="Kept for clients; this service sends no alerts.")
+    alerts_enabled: bool = Field(description=_ALERTS_TEXT)
     reserved_session_id: UUID | None = Field(description="Only runs of this session are given to it.")
     machine_parameters: Unsupported
     machine_sensitive_parameters: Unsupported
@@ -178,6 +183,14 @@ class MachineResponse(Reply):
     pools: list[PoolResponse]
     created_at: datetime
     last_seen: datetime = Field(description="When it was last heard of.")
+
+
+class MachineWithIncluded(MachineResponse, WithIncluded):
+    """A machine, and what `include` adds."""
+
+
+class MachinePage(SearchedPage[MachineResponse], WithIncluded):
+    """One page of machines."""
 
 
 class MachineHealthError(Reply):
@@ -237,6 +250,16 @@ class PoolWithMachines(PoolResponse):
     """A pool and its machines."""
 
     machines: list[MachineResponse]
+
+
+class PoolDetails(PoolResponse, WithIncluded):
+    """A pool, and what the query adds."""
+
+    machines: list[MachineResponse] = Field(default=[], description="Only with include_machines=true: its machines.")
+
+
+class PoolPage(Page[PoolResponse], WithIncluded):
+    """One page of pools."""
 
 
 class MachinePoolAssignment(Payload):

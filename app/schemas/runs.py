@@ -36,6 +36,7 @@ from app.schemas.values import (
     Timestamp,
     Unsupported,
     Variables,
+    WithIncluded,
     example,
     examples,
 )
@@ -318,7 +319,11 @@ class RunProjection(RunResponse):
     )
 
 
-class RunPage(SearchedPage[RunProjection]):
+class RunWithIncluded(RunProjection, WithIncluded):
+    """A run, and what `include` adds; with `fields=`, only those keys and the base fields are present."""
+
+
+class RunPage(SearchedPage[RunProjection], WithIncluded):
     """One page of runs."""
 
     list_is_partial: bool = Field(

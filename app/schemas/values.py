@@ -14,7 +14,7 @@ import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 from urllib.parse import unquote
 from uuid import UUID
 
@@ -419,6 +419,23 @@ class Reply(BaseModel):
     """A reply: every key is always present."""
 
     model_config = ConfigDict(json_schema_mode_override="serialization")
+
+
+class Included(Reply):
+    """An object that an item of the reply names, with the fields of its own model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["workflow", "machine", "pool"] = Field(description="What it is.")
+    id: UUID = Field(description="Its id, as the item names it.")
+
+
+class WithIncluded(Reply):
+    """A reply that `include` can add objects to."""
+
+    included: list[Included] = Field(
+        default=[], description="Only if `include` is given: what it asks for, each object once."
+    )
 
 
 class Page(Reply, Generic[T]):

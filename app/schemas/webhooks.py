@@ -6,10 +6,11 @@ from uuid import UUID
 
 from pydantic import Field
 
+from app.schemas.resources import MachineStatus
 from app.schemas.runs import RunResponse
 from app.schemas.values import Name, Payload, Reply, Timestamp, example
 
-EventType = Literal["run_complete"]
+EventType = Literal["run_complete", "downed_machines"]
 
 # What is accepted everywhere: an https URL of a host by name, at its own port or a high one. Which others are accepted the
 # service decides (webhooks/addresses.py): that cannot be said in a pattern.
@@ -33,7 +34,7 @@ class WebhookEndpointCreate(Payload):
     model_config = example(url="https://example.com/webhooks/runs", description="Billing")
 
     url: WebhookUrl = Field(description=_URL_TEXT)
-    event_types: EventTypes | None = Field(None, description=f"{_TYPES_TEXT} Default: all.")
+    event_types: EventTypes | None = Field(None, description=f"{_TYPES_TEXT} Default: `run_complete` alone.")
     description: Name | None = Field(None, description=_DESCRIPTION_TEXT)
     disabled: bool | None = Field(default=False, description="true sends nothing until it is enabled.")
 
@@ -97,8 +98,8 @@ class WebhookDeliveryResponse(Reply):
     event_id: UUID = Field(description="`event_id` in the body, the same for all endpoints.")
     event_type: str = Field(description="What happened.")
     occurred_at: datetime = Field(description="When.")
-    run_id: UUID | None = Field(description="The run; null for a test.")
-    attempt: int | None = Field(description="The run's attempt that ended; null for a test.")
+    run_id: UUID | None = Field(description="The run; null for a test and for `downed_machines`.")
+    attempt: int | None = Field(description="The run's attempt that ended; null if there is no run.")
     status: Literal["pending", "delivered", "failed"] = Field(description="`failed`: it is not tried again by itself.")
     tries: int = Field(description="How often it was sent since it was made or resent.")
     next_try_at: datetime | None = Field(description="When it is sent next; null unless pending.")
@@ -135,9 +136,30 @@ class RunCompletedEvent(Reply):
     """The body of a `run_complete` message."""
 
     event_id: UUID = Field(description="One for each ending of a run.")
-    event_type: EventType = Field(description="What happened.")
+    event_type: Literal["run_complete"] = Field(description="What happened.")
     occurred_at: datetime = Field(description="When.")
     run: RunResponse = Field(description="The run as GET showed it at that moment.")
     truncated: list[str] | None = Field(
         None, description="Present if the body was too large: fields of the run that are null for that reason."
     )
+
+
+class DownedMachine(Reply):
+    """A machine that went down."""
+
+    machine_id: UUID = Field(description="The machine.")
+    organization_id: str
+    name: str | None = Field(description="What people call it.")
+    status: MachineStatus = Field(description="`disconnected` or `error`.")
+    last_seen: datetime = Field(description="When it was last heard of.")
+    reason: str = Field(description="Why it is down, in a sentence.")
+
+
+class DownedMachinesEvent(Reply):
+    """The body of a `downed_machines` message."""
+
+    event_id: UUID = Field(description="One for each time that a machine goes down.")
+    event_type: Literal["downed_machines"] = Field(description="What happened.")
+    occurred_at: datetime = Field(description="When.")
+    organization_id: str
+    machines: list[DownedMachine] = Field(description="Always one machine.")

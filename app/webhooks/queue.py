@@ -174,7 +174,12 @@ RECOVER = statement(
         INSERT INTO webhook_deliveries (id, event_id, endpoint_id, organization_id)
         SELECT gen_random_uuid(), missed.id, job.endpoint_id, job.organization_id
         FROM job CROSS JOIN missed CROSS JOIN LATERAL (
-            SELECT FROM webhook_events WHERE id = missed.id AND run_id IS NOT NULL AND body IS NOT NULL LIMIT 1
+            SELECT FROM webhook_events event
+            WHERE event.id = missed.id AND event.body IS NOT NULL
+              AND (event.run_id IS NOT NULL OR event.event_type <> 'run_complete')  -- a test is sent once
+              AND event.event_type = ANY (ARRAY(
+                  SELECT unnest(event_types) FROM webhook_endpoints WHERE id = job.endpoint_id))
+            LIMIT 1
         ) AS real
         ON CONFLICT (event_id, endpoint_id) DO UPDATE SET status = 'pending', tries = 0, due_at = now(), lease = NULL
             WHERE webhook_deliveries.status = 'failed'

@@ -27,6 +27,7 @@ from runs_client.models import (  # type: ignore[import-not-found,unused-ignore]
     RunRetrySensitiveInputValues,
     RunStatus,
     RunUpdate,
+    RunWithIncluded,
     WebhookEndpointCreate,
     WebhookEndpointResponse,
     WebhookEndpointUpdate,
@@ -73,7 +74,7 @@ def use(url: str, key: str, workflow_id: UUID) -> dict[str, Any]:
     again = expect(retry_run.sync(created.id, client=client, body=retry, idempotency_key="once"), RunResponse)
     assert again.attempt == retried.attempt == 2
     assert retried.status is RunStatus.SCHEDULING
-    read = expect(get_run.sync(created.id, client=client), RunResponse)
+    read = expect(get_run.sync(created.id, client=client), RunWithIncluded)
     page = expect(list_runs.sync(client=client, workflow_id=workflow_id, limit=10), RunPage)
     assert [run.id for run in page.items] == [created.id]
 

@@ -97,7 +97,7 @@ class Sdk:
     def complete(self, response: Any, model: Any) -> Any:
         """Of this model, with every key that the version declares."""
         assert isinstance(response, model), type(response)
-        names = {field.name for field in model.__attrs_attrs__} - {"included"}  # `include` is not served
+        names = {field.name for field in model.__attrs_attrs__} - {"included"}  # only with `include`
         missing = sorted(name for name in names if isinstance(getattr(response, name), types.Unset))
         assert not missing, f"{model.__name__} came without {missing}"
         return response
@@ -296,6 +296,11 @@ def refused(sdk: Sdk, method: str, *arguments: Any, **options: Any) -> None:
     assert [item.type_ for item in found.detail] == ["not_supported"], found
 
 
+def included(reply: Any) -> set[tuple[str, str]]:
+    """What `include` has added, by type and id."""
+    return {(one.type_, str(one.id)) for one in reply.included}
+
+
 def runs(sdk: Sdk) -> None:
     sdk.clear()
     pool_id = sdk.pool()
@@ -385,6 +390,21 @@ def runs(sdk: Sdk) -> None:
     assert sdk("runs.list", created_at_from=created.created_at - day, created_at_to=created.created_at + day).total >= 7
     assert sdk("runs.list", created_at_from=(created.created_at + day).isoformat()).total == 0
     assert sdk("runs.list", created_at_to=created.created_at - day).total == 0
+
+    if hasattr(models.RunStatus, "TASK_FAILED"):
+        task = str(sdk.run(workflow_id=workflow_id).id)
+        sdk.report(task, status="running")
+        assert sdk.report(task, status="task_failed").status is models.RunStatus.TASK_FAILED
+        assert ids(sdk("runs.list", workflow_id=workflow_id, status=models.RunStatus.TASK_FAILED)) == [task]
+        assert sdk("runs.list", status=models.RunStatus.RUNNING_CHECKS).items == []
+        assert sdk("runs.retry", task, models.RunRetry.from_dict({})).status is models.RunStatus.SCHEDULING
+    if "include" in inspect.signature(sdk.client.runs.list).parameters:
+        workflow = {("workflow", str(pinned.workflow_id))}
+        machine = {("machine", machine_id)}
+        page = sdk("runs.list", machine_id=machine_id, include=["workflow", "machine"])
+        assert included(page) == workflow | machine
+        assert included(sdk("runs.get", str(pinned.id), include=["workflow", "machine.pools"])) == workflow | machine
+        assert included(sdk("machines.get", machine_id, include=["pools"])) == set()
 
     # Every field of the projection by itself.
     for field in models.RunField:

@@ -1,4 +1,4 @@
-"""Run with an SDK version: is a message what that SDK's RunCompletedEvent reads, and what is in it afterwards?"""
+"""Run with an SDK version: is a message what that SDK's type for it reads, and what is in it afterwards?"""
 
 import json
 import sys
@@ -6,7 +6,15 @@ import sys
 from openapi_client.cyberdesk_cloud_client.models.run_completed_event import RunCompletedEvent  # type: ignore[import-not-found] # the SDK's venv
 
 job = json.load(sys.stdin)
-event = RunCompletedEvent.from_dict(json.loads(job["body"]))
+body = json.loads(job["body"])
+if body["event_type"] == "downed_machines":
+    from openapi_client.cyberdesk_cloud_client.models.downed_machines_event import (  # type: ignore[import-not-found]
+        DownedMachinesEvent,
+    )
+
+    json.dump(DownedMachinesEvent.from_dict(body).to_dict(), sys.stdout)
+    sys.exit()
+event = RunCompletedEvent.from_dict(body)
 json.dump(
     {
         "event_id": str(event.event_id),

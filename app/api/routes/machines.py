@@ -7,20 +7,22 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
-from app.api.responses import ONLY, From, Part, To, json_reply, send
+from app.api.responses import ONLY, From, Part, To, including, json_reply, send
 from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
-from app.resources import machines
+from app.resources import included, machines
 from app.schemas.resources import (
     MachineCreate,
+    MachinePage,
     MachinePoolUpdate,
     MachineResponse,
     MachinesHealth,
     MachineStatus,
     MachineUpdate,
+    MachineWithIncluded,
     PoolResponse,
 )
-from app.schemas.values import Name, SearchedPage, SearchText
+from app.schemas.values import Name, SearchText
 from app.stores.documents import encode
 from app.stores.paging import Slice
 
@@ -55,7 +57,10 @@ async def create_machine(request: Request) -> Response:
     return send(await machines.create(services(request), write, options))
 
 
-@router.get("", response_model=SearchedPage[MachineResponse], **operation(scope="runs:read", bound="runs:read"))
+_Include = Annotated[str, including(included.OF_MACHINES)]
+
+
+@router.get("", response_model=MachinePage, **operation(scope="runs:read", bound="runs:read"))
 async def list_machines(
     request: Request,
     part: Part,
@@ -66,22 +71,25 @@ async def list_machines(
     search: Annotated[
         SearchText, Query(description="Only those with this text in their id, name or hostname; no case.")
     ] = "",
+    include: _Include = "",
 ) -> Response:
     """Machines, newest first."""
     principal = request.state.principal
-    return json_reply(
-        await machines.list_machines(
-            services(request).database,
-            principal.organization_id,
-            part,
-            search,
-            id=principal.machine_id,  # a key that is bound to a machine sees no other
-            name=name,
-            status=status,
-            created_at_from=created_at_from,
-            created_at_to=created_at_to,
-        )
+    wanted = included.names(include, included.OF_MACHINES)
+    page: dict[str, Any] = await machines.list_machines(
+        services(request).database,
+        principal.organization_id,
+        part,
+        search,
+        id=principal.machine_id,  # a key that is bound to a machine sees no other
+        name=name,
+        status=status,
+        created_at_from=created_at_from,
+        created_at_to=created_at_to,
     )
+    if wanted:
+        page |= {"included": await included.of_machines(page["items"])}
+    return json_reply(page)
 
 
 def _refuse_others(machine_id: UUID, request: Request) -> None:
@@ -91,13 +99,19 @@ def _refuse_others(machine_id: UUID, request: Request) -> None:
 
 
 @router.get(
-    "/{machine_id}", response_model=MachineResponse, **operation(MachineNotFound, scope="runs:read", bound="runs:read")
+    "/{machine_id}",
+    response_model=MachineWithIncluded,
+    **operation(MachineNotFound, scope="runs:read", bound="runs:read"),
 )
-async def get_machine(machine_id: UUID, request: Request) -> Response:
+async def get_machine(machine_id: UUID, request: Request, include: _Include = "") -> Response:
     """One machine."""
+    wanted = included.names(include, included.OF_MACHINES)
     _refuse_others(machine_id, request)
     async with services(request).database.connection() as connection:
-        return json_reply(await machines.get(connection, request.state.principal.organization_id, machine_id))
+        machine = await machines.get(connection, request.state.principal.organization_id, machine_id)
+    if wanted:
+        machine |= {"included": await included.of_machines([machine])}
+    return json_reply(machine)
 
 
 @router.patch(

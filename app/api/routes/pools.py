@@ -7,13 +7,20 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.api.openapi import operation
 from app.api.requests import read, read_write, services
-from app.api.responses import Part, json_reply, send
+from app.api.responses import Part, including, json_reply, send
 from app.api.scopes import Route
 from app.errors import MachineNotFound, PoolNotFound
 from app.limits import memory_budget
-from app.resources import pools
-from app.schemas.resources import MachinePoolAssignment, PoolCreate, PoolResponse, PoolUpdate, PoolWithMachines
-from app.schemas.values import Page
+from app.resources import included, pools
+from app.schemas.resources import (
+    MachinePoolAssignment,
+    PoolCreate,
+    PoolDetails,
+    PoolPage,
+    PoolResponse,
+    PoolUpdate,
+    PoolWithMachines,
+)
 
 router = APIRouter(route_class=Route, prefix="/v1/pools", tags=["pools"])
 
@@ -30,22 +37,31 @@ async def create_pool(request: Request) -> Response:
     return send(await pools.create(services(request), write, options))
 
 
-@router.get("", response_model=Page[PoolResponse], **operation(scope="runs:read"))
-async def list_pools(request: Request, part: Part) -> Response:
+_Include = Annotated[str, including(included.OF_POOLS)]
+
+
+@router.get("", response_model=PoolPage, **operation(scope="runs:read"))
+async def list_pools(request: Request, part: Part, include: _Include = "") -> Response:
     """Pools, newest first."""
-    organization_id = request.state.principal.organization_id
-    return json_reply(await pools.list_pools(services(request).database, organization_id, part))
+    own, organization_id = services(request), request.state.principal.organization_id
+    wanted = included.names(include, included.OF_POOLS)
+    page: dict[str, Any] = await pools.list_pools(own.database, organization_id, part)
+    if wanted:
+        page |= {"included": await included.of_pools(own, organization_id, page["items"])}
+    return json_reply(page)
 
 
-@router.get("/{pool_id}", response_model=PoolWithMachines | PoolResponse, **operation(PoolNotFound, scope="runs:read"))
+@router.get("/{pool_id}", response_model=PoolDetails, **operation(PoolNotFound, scope="runs:read"))
 async def get_pool(
     pool_id: UUID,
     request: Request,
     include_machines: Annotated[bool, Query(description="Show its machines too.")] = False,
+    include: _Include = "",
 ) -> Response:
     """One pool."""
     organization_id = request.state.principal.organization_id
     own = services(request)
+    wanted = included.names(include, included.OF_POOLS)
 
     async def find() -> dict[str, Any]:
         async with own.database.connection() as connection:
@@ -59,7 +75,10 @@ async def get_pool(
                 asked_by=("query", "include_machines"),
             )
 
-    return json_reply(await memory_budget.with_room(find))
+    pool = await memory_budget.with_room(find)
+    if wanted:
+        pool |= {"included": await included.of_pools(own, organization_id, [pool])}
+    return json_reply(pool)
 
 
 @router.patch(

@@ -1,7 +1,7 @@
 """Runs: create, list, read, report, delete, and retry."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
@@ -21,7 +21,7 @@ from app.api.requests import (
     still_known,
     while_connected,
 )
-from app.api.responses import ONLY, EventsAfter, Limit, Part, Skip, json_reply, send
+from app.api.responses import ONLY, EventsAfter, Limit, Part, Skip, including, json_reply, send
 from app.api.scopes import Route
 from app.errors import (
     AlreadyClaimed,
@@ -45,6 +45,7 @@ from app.errors import (
     VaultUnavailable,
     WorkflowNotFound,
 )
+from app.resources import included
 from app.runs import attempts, create, deleting, history, reading, report
 from app.runs.dry_run import dry_run
 from app.runs.listing import FIELDS, Order, RunFilter, Search, list_runs, shown_fields, wait_for_run
@@ -59,10 +60,10 @@ from app.schemas.runs import (
     RunEventResponse,
     RunHistoryPage,
     RunPage,
-    RunProjection,
     RunResponse,
     RunRetry,
     RunUpdate,
+    RunWithIncluded,
 )
 from app.schemas.values import ErrorCode, Flag, Page, Reason, SearchText, Timestamp
 from app.telemetry import metrics
@@ -159,15 +160,26 @@ _GET["responses"] |= {
 }
 
 
-@router.get("/{run_id}", response_model=RunResponse | RunProjection, **_GET)
+_Include = Annotated[str, including(included.OF_RUNS)]
+
+
+@router.get("/{run_id}", response_model=RunWithIncluded, **_GET)
 async def get_run(
     run_id: UUID,
     request: Request,
     fields: Annotated[list[_FieldNames] | None, Query(description="Only these keys, and the base fields.")] = None,
+    include: _Include = "",
 ) -> Response:
-    """One run. Leave run_message_history out with `fields`, and read it in pages, if it has screenshots."""
-    database, principal = services(request).database, request.state.principal
-    found = await reading.read(database, run_id, principal, shown_fields(fields), known_tags(request))
+    """One run. Leave run_message_history out with `fields`, and read it in pages, if it has screenshots.
+
+    With `include` the reply has no ETag: what it adds may change while the run does not.
+    """
+    own, principal = services(request), request.state.principal
+    if wanted := included.names(include, included.OF_RUNS):
+        run = (await reading.read(own.database, run_id, principal, shown_fields(fields))).run
+        assert run is not None  # noqa: S101 - no tag was given
+        return json_reply(run | {"included": await included.of_runs(own, principal, wanted, [run])})
+    found = await reading.read(own.database, run_id, principal, shown_fields(fields), known_tags(request))
     headers = {"ETag": found.tag}
     if found.run is None:
         return Response(None, 304, headers)
@@ -271,6 +283,7 @@ async def list_all(
         ),
     ] = False,
     fields: Annotated[list[_FieldNames] | None, Query(description="Only these keys, and the base fields.")] = None,
+    include: _Include = "",
     wait: Annotated[
         float,
         Query(ge=0, le=30, description="Seconds to hold the reply until there is a run (assigned to machine_id)."),
@@ -300,7 +313,7 @@ async def list_all(
     searched = None if not search else Search(search, deep_search)
     if searched is not None:
         _refuse_search(wanted, searched, wait)
-    own, shown = services(request), shown_fields(fields)
+    own, shown, related = services(request), shown_fields(fields), included.names(include, included.OF_RUNS)
     looking_for_work: AbstractContextManager[None] = nullcontext()
     if is_head(request):  # a probe: it does not wait, and nobody looks for work with it
         return json_reply(await list_runs(own.database, wanted, shown, part))
@@ -314,7 +327,10 @@ async def list_all(
             with request.app.state.limits.long_poll(principal):
                 await while_connected(request, wait_for_run(own, wanted, wait))
             await still_known(request)
-    return json_reply(await list_runs(own.database, wanted, shown, part, order, searched))
+    page: dict[str, Any] = await list_runs(own.database, wanted, shown, part, order, searched)
+    if related:
+        page |= {"included": await included.of_runs(own, principal, related, page["items"])}
+    return json_reply(page)
 
 
 def _refuse_search(wanted: RunFilter, searched: Search, wait: float) -> None:
