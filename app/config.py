@@ -418,6 +418,11 @@ class Settings(DatabaseSettings):
         le=36_500,
         description="Days for which archived attempts are kept, at most as long as their run. 0: as long as their run.",
     )
+    attempt_outputs: Literal["none", "all"] = Field(
+        "none",
+        description="What a retry keeps of the attempt that it replaces. none: its outputs, message history and output files"
+        " are removed. all: they stay with the archived attempt, as long as that is kept.",
+    )
     event_retention_days: int = Field(
         90, ge=0, le=36_500, description="Days for which events of runs are kept. 0: for ever."
     )

@@ -15,6 +15,7 @@ Refusal
 │   ├── WebhookDeliveryNotFound    webhook_delivery_not_found
 │   ├── BulkRetryNotFound      bulk_retry_not_found
 │   ├── RouteNotFound          route_not_found
+│   ├── AttemptNotFound        attempt_not_found
 │   └── NotSupported           not_supported
 ├── MethodNotAllowed           405 method_not_allowed
 ├── RequestTimeout             408 request_timeout
@@ -179,6 +180,13 @@ class WorkflowNotFound(NotFound):
 
 class AttachmentNotFound(NotFound):
     code, detail = "attachment_not_found", "No attachment with this id exists in your organization; check the id."
+
+
+class AttemptNotFound(NotFound):
+    code = "attempt_not_found"
+    detail = (
+        "The run has no attempt with this number, or it is kept no longer; GET /v1/runs/{run_id}/attempts lists them."
+    )
 
 
 class WebhookEndpointNotFound(NotFound):

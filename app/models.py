@@ -136,8 +136,25 @@ class Workflow(Base):
     includes_file_exports: Mapped[bool] = mapped_column(server_default=text("false"))
     is_webhooks_enabled: Mapped[bool] = mapped_column(server_default=text("false"))
     retry_policy: Mapped[dict[str, Any] | None]
+    version: Mapped[int] = mapped_column(server_default=text("1"))  # one more with each new name, prompt or schema
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class WorkflowVersion(Base):
+    """What a PATCH of a workflow replaced: its name, prompt and schemas as they were."""
+
+    __tablename__ = "workflow_versions"
+
+    workflow_id: Mapped[UUID] = mapped_column(ForeignKey("workflows.id", ondelete="CASCADE"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str | None]
+    main_prompt: Mapped[str]
+    input_schema: Mapped[str | None]
+    output_schema: Mapped[str | None]
+    replaced_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    replaced_by_key_id: Mapped[UUID | None]
+    replaced_by_user_id: Mapped[UUID | None]
 
 
 class Machine(Base):
@@ -326,6 +343,7 @@ class Run(Base):
     release_session_after: Mapped[bool | None]
     error: Mapped[list[str] | None]
     error_code: Mapped[str | None]
+    workflow_version: Mapped[int | None]  # of the workflow when the attempt became `running`
     main_prompt: Mapped[str | None]
     model_metadata: Mapped[dict[str, Any] | None]
     # In byte order: placement.py skips from one lane to the next.
@@ -346,10 +364,10 @@ class Run(Base):
 
 
 class RunOutput(Base):
-    """The outputs and the history of an attempt. A run shows those of its current attempt.
+    """The outputs, the history and the usage of an attempt. A run shows those of its current attempt.
 
     They have a table of their own, so that a retry need not touch their bytes: to clear a long history in place, PostgreSQL
-    would delete it in pieces of 2 KB. A background loop removes superseded rows.
+    would delete it in pieces of 2 KB. A background loop clears superseded rows; the usage of an archived attempt stays.
     """
 
     __tablename__ = "run_outputs"
@@ -389,6 +407,8 @@ class RunAttempt(Base):
     bulk_retry_id: Mapped[UUID | None]
     overridden: Mapped[list[str]]
     reason: Mapped[str | None]
+    workflow_version: Mapped[int | None]
+    outputs_are_kept: Mapped[bool] = mapped_column(server_default=text("false"))  # as ATTEMPT_OUTPUTS was then
 
 
 class RunEvent(Base):
@@ -475,6 +495,7 @@ class RunAttachment(Base):
     cleanup_imports_after_run: Mapped[bool] = mapped_column(server_default=text("false"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
+    attempt: Mapped[int | None]  # of an output that stays after a retry: the earlier attempt; null: the current one
 
 
 class Deletion(Base):

@@ -92,6 +92,7 @@ class TestHandIn:
             "size_bytes": 4,
             "target_path": r"C:\out\r.csv",
             "cleanup_imports_after_run": True,
+            "attempt": None,
         }
         path = f"/v1/run-attachments/{created['id']}"
         assert api.json_of(api.get(path))["id"] == created["id"]

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from app.api.validation import SENTENCES
+from app.resources import included
 from app.runs.listing import FIELDS
 from tests.support import documents
 from tests.support.client import Client, file_input
@@ -59,6 +60,11 @@ KNOWN = {
     "The port must be from 1 to 65535.",
     "The host is neither a name nor an address in its usual form.",
     f"Must be names of fields of a run: {', '.join(sorted(FIELDS))}.",
+    *(
+        f"Must be names from this list, with commas: {', '.join(names)}."
+        for names in (included.OF_RUNS, included.OF_MACHINES, included.OF_POOLS)
+    ),
+    "Send run_id, too: an attempt is one of a run.",
 }
 SENTENCE = re.compile("|".join(re.sub(r"\\{[a-z_]+\\}", lambda _: FILLED_IN, re.escape(known)) for known in KNOWN))
 
@@ -86,6 +92,7 @@ class Scene:
         self.ids["webhook_delivery_id"] = client.json_of(sent, 201)["id"]
         nobodys = {"run_ids": [str(uuid4())]}  # a bulk retry that has nothing to do
         self.ids["bulk_retry_id"] = client.json_of(client.post("/v1/bulk-retries", json=nobodys), 202)["id"]
+        self.places = self.ids | {"attempt": 1}  # what stands in paths
         # In bodies; an output is handed in for a running run.
         self.values = self.ids | {"run_id": running, "machine_ids": [machine], "pool_ids": [self.ids["pool_id"]]}
         self.names = {name for schema in self.schemas.values() for name in schema.get("properties", {})}
@@ -406,7 +413,7 @@ ESCAPED_JUNK = [
 def test_queries(scene: Scene) -> None:
     refused = 0
     for method, path, operation in scene.operations():
-        url = path.format(**scene.ids)
+        url = path.format(**scene.places)
         for parameter in operation.get("parameters", ()):
             if method != "GET" or parameter["in"] != "query":
                 continue
@@ -465,7 +472,7 @@ def test_times(scene: Scene, value: str) -> None:
     for method, path, operation in scene.operations():
         for parameter in operation.get("parameters", ()):
             if method == "GET" and is_time(parameter["schema"]):
-                reply = scene.client.get(path.format(**scene.ids), params={parameter["name"]: value})
+                reply = scene.client.get(path.format(**scene.places), params={parameter["name"]: value})
                 assert reply.status_code == TIMES[value], (path, parameter["name"])
                 if reply.status_code == 422:
                     scene.assert_refused(reply, 422)
@@ -541,7 +548,7 @@ def test_paths(scene: Scene) -> None:
     refused = 0
     for method, path, _ in scene.operations():
         for name in re.findall("{([a-z_]+)}", path):
-            known = str(scene.ids[name])
+            known = str(scene.places[name])
             near = [f"{known}%00", f"%00{known}", f"{known}%0a", f"%20{known}", f"{known}%20", f"{known}0", known[:-1]]
             near += [f"{known};x=1", f"{known},{known}", f"{{{known}", f"{known}.", f"urn:uuid:{{{known}}}"]
             junk = [httpx.URL(path="/" + value).raw_path[1:].decode() for value in JUNK if value]
@@ -595,7 +602,7 @@ def test_no_spelling_of_a_path_needs_no_key(scene: Scene, path: str) -> None:
 def test_methods_that_no_path_has(scene: Scene) -> None:
     paths = [*scene.document["paths"], "/", "/docs", "/openapi.json", "/nothing"]
     for path in paths:
-        url = path.format(**scene.ids)
+        url = path.format(**scene.places)
         for method in ("TRACE", "PROPFIND", "SEARCH", "PURGE", "LINK", "M-SEARCH"):
             reply = scene.client.request(method, url)
             scene.assert_refused(reply, 404 if path == "/nothing" else 405)
@@ -616,9 +623,9 @@ def test_spellings_of_ids_mean_the_same_thing(scene: Scene, spelling: str) -> No
     for method, path, operation in scene.operations():
         if method != "GET" or path.startswith("/downloads/"):
             continue
-        spelled = path.format(**{name: spell(str(value)) for name, value in scene.ids.items()})
+        spelled = path.format(**scene.places | {name: spell(str(value)) for name, value in scene.ids.items()})
         if spelled != path and not path.endswith("download-url"):  # its URL is new each time
-            assert scene.client.get(spelled).content == scene.client.get(path.format(**scene.ids)).content, path
+            assert scene.client.get(spelled).content == scene.client.get(path.format(**scene.places)).content, path
         for parameter in operation.get("parameters", ()):
             if parameter["in"] == "query" and parameter["name"] in scene.ids:
                 one = {parameter["name"]: scene.ids[parameter["name"]]}

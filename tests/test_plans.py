@@ -57,9 +57,11 @@ SHORT = 30  # while plans are made
 FILL = (
     "INSERT INTO api_keys (id, organization_id, key_hash, revoked_at)"
     " SELECT md5('key' || n)::uuid, 'k' || n % 5000, sha256(n::text::bytea), CASE WHEN n % 2 = 0 THEN now() END FROM {rows}",
-    "INSERT INTO workflows (id, organization_id, main_prompt, is_webhooks_enabled, retry_policy, created_at)"
-    " SELECT md5('workflow' || n)::uuid, 'big', 'Do it.', true, '{{\"max_retries\": 3}}', now() - n * interval '1 s'"
+    "INSERT INTO workflows (id, organization_id, main_prompt, is_webhooks_enabled, retry_policy, version, created_at)"
+    " SELECT md5('workflow' || n)::uuid, 'big', 'Do it.', true, '{{\"max_retries\": 3}}', 4, now() - n * interval '1 s'"
     " FROM {rows}",
+    "INSERT INTO workflow_versions (workflow_id, version, main_prompt)"
+    " SELECT md5('workflow' || n)::uuid, version, 'Do it.' FROM {rows}, generate_series(1, 3) AS version",
     "INSERT INTO machines (id, organization_id, fingerprint, unkey_key_id, reserved_session_id, look_at, last_seen, created_at)"
     " SELECT md5('machine' || n)::uuid, 'big', n::text, 'x', CASE WHEN n % 5 = 0 THEN md5('session' || n)::uuid END,"
     " now() + (n % 100 - 1) * interval '1 min' - n * interval '1 ms', now() - interval '1 h', now() - n * interval '1 s'"
@@ -123,7 +125,8 @@ FILL = (
     "INSERT INTO stored_replies (organization_id, until, bytes)"
     " SELECT CASE WHEN n % 2 = 0 THEN 'big' ELSE 'o' || n END, now() + (n - 300) * interval '1 min', 5 FROM {rows}",
     "INSERT INTO webhook_endpoints (id, organization_id, url, event_types)"
-    " SELECT md5('endpoint' || n)::uuid, CASE WHEN n < 6 THEN 'big' ELSE 'w' || n END, 'https://localhost/', '{{run_complete}}'"
+    " SELECT md5('endpoint' || n)::uuid, CASE WHEN n < 6 THEN 'big' ELSE 'w' || n END, 'https://localhost/',"
+    " '{{run_complete,downed_machines}}'"
     " FROM {rows}",
     "INSERT INTO webhook_secrets (path, endpoint_id, expires_at)"
     " SELECT 'hooks/' || n || '/' || k, md5('endpoint' || n)::uuid, "
@@ -244,6 +247,7 @@ SAMPLES: dict[str, Any] = {
     "key_id": an_id("key", 1),
     "key_ids": some("key"),
     "key_room": 10**6,
+    "keeps_outputs": False,
     "lane": "any",
     "lease": an_id("lease", 101),
     "lease_seconds": 60.0,
@@ -362,6 +366,7 @@ _JOB: dict[str, Any] = {
 
 # Of a statement, where those by the parameter's name do not do.
 OWN: dict[str, dict[str, Any]] = {
+    **{f"attempts.{name}": {"attempt": 1} for name in ("archived", "weigh")},
     "attachments.delete": {"attachment_id": an_id("output", 10_020)},
     "attachments.forget_bytes": {"ids": some("input", 10_010, 10_020)},
     "attachments.forget_outputs": _FILES,
@@ -527,6 +532,7 @@ OWN: dict[str, dict[str, Any]] = {
     "runs.retry.switch_staged": _RETRIED
     | _NEW_FILE
     | {
+        "keeps_outputs": True,
         "file_run_ids": [ENDED],
         "machine_ids": [an_id("machine", 101), None],
         "name_counts": [2, 0],
@@ -576,7 +582,7 @@ OWN: dict[str, dict[str, Any]] = {
     "webhooks.secret.add": {"endpoint_id": an_id("endpoint", 3)},
     "webhooks.secret.forget_expired": {"endpoint_id": an_id("endpoint", 102)},
     "webhooks.start_recovery": {"since": LONG_AGO},
-    "workflows.change": {"id": an_id("workflow", 101)},
+    "workflows.change": {"id": an_id("workflow", 101), "version": 5},
     "workflows.rows": {"ids": some("workflow")},
     "workflows.delete": {"workflow_id": an_id("workflow", 101)},
     "workflows.used": {"machine_id": an_id("machine", 1), "workflow_id": an_id("workflow", 101)},
@@ -622,7 +628,7 @@ MORE: dict[str, tuple[int, str]] = {
     "placement.assign": (100, "two runs, each in nine indexes"),
     "placement.assign_and_hand_over": (120, "two runs, each in nine indexes, and a dispatch of each"),
     "replies.forget": (1_000, "a batch of 1,000"),
-    "retention.prune_attempts": (6_500, "a batch of 2,000"),
+    "retention.prune_attempts": (25_000, "a batch of 2,000, and the outputs and files of each"),
     "runs.ending.end": (90, "two runs, each in six indexes, one more since 0021, and an event of each"),
     "runs.ending.silent": (1_200, "a batch of 100; of all that run, if statistics know of none that runs"),
     "runs.lock_by.workflow_id": (1_600, "a batch of 200; all 1,300 runs of the workflow, if statistics expect few"),

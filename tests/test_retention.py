@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,9 @@ LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 @pytest.fixture(scope="module")
 def keeping(stack: Stack) -> Iterator[Server]:
-    """A server that keeps ended runs and attempts for 30 days."""
+    """A server that keeps ended runs and attempts for 30 days, attempts with their outputs."""
     with own_database(stack, "retention") as own:
-        started = start_server(own, RUN_RETENTION_DAYS=30, ATTEMPT_RETENTION_DAYS=30)
+        started = start_server(own, RUN_RETENTION_DAYS=30, ATTEMPT_RETENTION_DAYS=30, ATTEMPT_OUTPUTS="all")
         yield started
         started.app.stop()
 
@@ -136,3 +137,97 @@ def test_by_default_everything_stays(api: Client, stack: Stack, foreign: Client)
     stack.sql("UPDATE run_attempts SET retried_at = now() - interval '90 years' WHERE run_id = $1", run_id)
     foreign.finished()
     assert api.json_of(api.get(f"/v1/runs/{run_id}/attempts"))["total"] == 1
+
+
+# --- what attempts produced, with ATTEMPT_OUTPUTS=all -----------------------------------------------------------------
+
+
+def attempt(api: Client, run_id: str, number: int) -> dict[str, Any]:
+    found: dict[str, Any] = api.json_of(api.get(f"/v1/runs/{run_id}/attempts/{number}"))
+    return found
+
+
+def files(api: Client, **query: object) -> list[str]:
+    found = api.json_of(api.get("/v1/run-attachments", params=query))  # type: ignore[arg-type]
+    return [file["id"] for file in found["items"]]
+
+
+def produced(api: Client, run_id: str, number: int) -> dict[str, Any]:
+    """What an attempt reports, and leaves."""
+    api.report(run_id, status="running")
+    file = api.upload(run_id, f"file {number}".encode())["id"]
+    reported: dict[str, Any] = {
+        "output_data": {"n": number},
+        "run_message_history": [{"role": "user", "content": "x" * 3000}],
+        "usage_metadata": {"tokens": number},
+    }
+    api.report(run_id, status="error", error=[f"broken {number}"], **reported)
+    return reported | {"output_attachment_ids": [file]}
+
+
+def test_outputs_and_files_of_earlier_attempts_stay_and_the_run_reads_as_cleared(kept: Client, keeping: Server) -> None:
+    run = kept.run(file_inputs=[file_input()], sensitive_input_values={"pin": "1"})
+    run_id = run["id"]
+    made = {}
+    for number, overrides in ((1, {}), (2, {"file_inputs": [file_input(b"new")], "sensitive_input_values": {}})):
+        made[number] = produced(kept, run_id, number)
+        after = kept.json_of(kept.retry(run_id, **overrides))
+        cleared = ("error", "output_data", "run_message_history", "usage_metadata")
+        assert ([after[name] for name in cleared], after["output_attachment_ids"]) == ([None] * 4, [])
+        assert kept.get_run(run_id) == after
+    for number, left in made.items():
+        found = attempt(kept, run_id, number)
+        assert {name: found[name] for name in left} == left
+        assert (found["attempt"], found["error"], found["outputs_are_kept"]) == (number, [f"broken {number}"], True)
+        [file] = left["output_attachment_ids"]
+        assert kept.get(f"/v1/run-attachments/{file}/download").content == f"file {number}".encode()
+        assert kept.json_of(kept.get(f"/v1/run-attachments/{file}"))["attempt"] == number
+        assert files(kept, run_id=run_id, attempt=number) == [file]
+    # Without a number, lists show what the run has now; replaced inputs are kept by nothing.
+    assert files(kept, run_id=run_id) == kept.get_run(run_id)["input_attachment_ids"]
+    assert kept.get(f"/v1/run-attachments/{run['input_attachment_ids'][0]}").status_code == 404
+    made[3] = produced(kept, run_id, 3)
+    assert files(kept, run_id=run_id, attempt=3) == made[3]["output_attachment_ids"]
+    assert set(files(kept)) == set(files(kept, run_id=run_id)) > set(made[3]["output_attachment_ids"])
+    # A report cannot name a file of an earlier attempt as its own.
+    reply = kept.patch(f"/v1/runs/{run_id}", json={"output_attachment_ids": made[1]["output_attachment_ids"]})
+    assert reply.status_code == 422
+    # All of it goes with the run.
+    assert kept.delete(f"/v1/runs/{run_id}").status_code == 204
+    until(lambda: not keeping.stack.blobs(f"{kept.organization}/{run_id}"), what="its files are deleted")
+    assert_nothing_lost(keeping.stack, kept.organization)
+
+
+def test_what_attempts_produced_goes_with_them_by_age(kept: Client, keeping: Server) -> None:
+    run_id = kept.run()["id"]
+    for number in (1, 2):
+        made = produced(kept, run_id, number)
+        kept.json_of(kept.retry(run_id))
+    age = "UPDATE run_attempts SET retried_at = now() - interval '31 days' WHERE run_id = $1 AND attempt = 1"
+    keeping.stack.sql(age, run_id)
+    until(lambda: kept.get(f"/v1/runs/{run_id}/attempts/1").status_code == 404)
+    left = "SELECT attempt FROM run_outputs WHERE run_id = $1"
+    until(lambda: keeping.stack.sql(left, run_id) == [{"attempt": 2}])
+    until(lambda: len(keeping.stack.blobs(f"{kept.organization}/{run_id}")) == 1, what="its file is deleted")
+    assert attempt(kept, run_id, 2)["output_attachment_ids"] == made["output_attachment_ids"]
+    assert_nothing_lost(keeping.stack, kept.organization)
+
+
+def test_a_key_of_a_machine_sees_only_the_current_attempt(kept: Client, keeping: Server) -> None:
+    machine = kept.machine()
+    run_id = kept.run(machine_id=machine)["id"]
+    until(lambda: kept.get_run(run_id)["assigned_machine_id"])
+    [earlier] = produced(kept, run_id, 1)["output_attachment_ids"]
+    kept.json_of(kept.retry(run_id))
+    until(lambda: kept.get_run(run_id)["assigned_machine_id"])
+    [current] = produced(kept, run_id, 2)["output_attachment_ids"]
+    key = keeping.stack.new_key(kept.organization, scopes=["runs:execute"], machine_id=machine)
+    with keeping.client(kept.organization, key=key) as desk:
+        assert attempt(desk, run_id, 2)["output_attachment_ids"] == [current]
+        assert desk.json_of(desk.get(f"/v1/runs/{run_id}/attempts/1"), 404)["code"] == "attempt_not_found"
+        assert files(desk, run_id=run_id) == files(desk, run_id=run_id, attempt=2) == [current]
+        assert files(desk, run_id=run_id, attempt=1) == []
+        for path in (f"{earlier}", f"{earlier}/download", f"{earlier}/download-url"):
+            assert desk.get(f"/v1/run-attachments/{path}").status_code == 404
+        [listed] = desk.json_of(desk.get(f"/v1/runs/{run_id}/attempts"))["items"]
+        assert listed["usage_metadata"] is None

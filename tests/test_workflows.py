@@ -21,6 +21,7 @@ KEYS = {
     "includes_file_exports",
     "is_webhooks_enabled",
     "retry_policy",
+    "version",
     "includes_input_variables",
     "terminal_command_allowlist",
     "model_metadata",
@@ -88,7 +89,7 @@ def test_list_is_filtered_and_paged(api: Client, foreign: Client) -> None:
 def test_patch(api: Client) -> None:
     workflow = create(api, name="old", input_schema="{}", includes_file_exports=True)
     changed = api.json_of(api.patch(f"/v1/workflows/{workflow['id']}", json={"main_prompt": "Do that."}))
-    assert changed == workflow | {"main_prompt": "Do that.", "updated_at": changed["updated_at"]}
+    assert changed == workflow | {"main_prompt": "Do that.", "version": 2, "updated_at": changed["updated_at"]}
     assert changed["updated_at"] > workflow["updated_at"]
     # null clears what may be null, and leaves alone what cannot be.
     nulls = dict.fromkeys(("name", "input_schema", "main_prompt", "includes_file_exports", "is_webhooks_enabled"))

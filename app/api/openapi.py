@@ -161,7 +161,7 @@ def _complete(document: dict[str, Any]) -> None:
             if "description" in described:  # else the framework's: the function's name once more
                 described["summary"] = re.split(r"[.:;] |\.?\n|\.$", described["description"], maxsplit=1)[0]
             for parameter in described.get("parameters", ()):
-                if parameter["in"] == "path":
+                if parameter["in"] == "path" and parameter["name"].endswith("_id"):
                     parameter["description"] = f"Id of the {parameter['name'].removesuffix('_id')}."
             for status, response in described["responses"].items():
                 headers = response.setdefault("headers", {})

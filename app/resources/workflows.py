@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 import orjson
 
 from app.access.auth import Principal
-from app.errors import WorkflowNotFound
+from app.errors import Invalid, WorkflowNotFound
 from app.idempotency import Reply, Resource, WriteRequest, once
 from app.limits import memory_budget
 from app.models import Workflow
@@ -33,6 +33,7 @@ COLUMNS = {
     "includes_file_exports": "includes_file_exports",
     "is_webhooks_enabled": "is_webhooks_enabled",
     "retry_policy": "retry_policy",
+    "version": "version",
     "created_at": "created_at",
     "updated_at": "updated_at",
 }
@@ -72,9 +73,57 @@ INSERT = statement(
 CHANGE = Change(
     Workflow,
     *("name", "main_prompt", "input_schema", "output_schema", "includes_file_exports", "is_webhooks_enabled"),
-    "retry_policy",
+    *("retry_policy", "version"),
     always="updated_at = now()",
 )
+
+# What a run executes. A change of it makes a new version.
+_VERSIONED = ("name", "main_prompt", "input_schema", "output_schema")
+MOST_VERSIONS = 1000  # that are kept of a workflow, besides the current one
+
+# The version that a PATCH replaces, if that changes anything of it: kept, and the oldest one goes.
+REPLACE_VERSION = statement(
+    "workflows.replace_version",
+    f"""
+    WITH old AS MATERIALIZED (
+        SELECT id, version, {", ".join(_VERSIONED)} FROM workflows WHERE {_THE_WORKFLOW} FOR NO KEY UPDATE
+    ), replaced AS (
+        INSERT INTO workflow_versions (workflow_id, version, {", ".join(_VERSIONED)}, replaced_at, replaced_by_key_id,
+                                       replaced_by_user_id)
+        SELECT old.*, clock_timestamp(), :key_id, :user_id FROM old
+        WHERE {" OR ".join(f"('{one}' = ANY(:named::text[]) AND old.{one} IS DISTINCT FROM :{one})" for one in _VERSIONED)}
+        RETURNING version
+    ), forgotten AS (
+        DELETE FROM workflow_versions
+        WHERE workflow_id = :workflow_id AND version <= (SELECT version FROM replaced) - {MOST_VERSIONS}
+    )
+    SELECT version FROM replaced
+    """,
+)
+
+_VERSIONS = "FROM workflow_versions WHERE workflow_id = :workflow_id ORDER BY version DESC LIMIT :limit"
+
+# A number of versions, the newest first, and the bytes of their JSON: all of them, or the first that are too many.
+WEIGH_VERSIONS = statement(
+    "workflows.weigh_versions",
+    f"""
+    SELECT count(*) AS count, coalesce(sum(octets), 0)::bigint AS octets,
+           count(*) FILTER (WHERE total <= :max_bytes::bigint) AS fitting
+    FROM (
+        SELECT octets, sum(octets) OVER (ORDER BY version DESC) AS total
+        FROM (SELECT version, octet_length(to_json(workflow_versions)::text) + 100 AS octets {_VERSIONS}) AS weighed
+    ) AS summed
+    """,
+)
+VERSIONS = statement(
+    "workflows.versions",
+    f"""
+    SELECT workflow_id::text, version, {", ".join(_VERSIONED)}, replaced_at,
+           replaced_by_key_id::text, replaced_by_user_id::text
+    {_VERSIONS}
+    """,
+)
+KNOWN = statement("workflows.known", f"SELECT 1 FROM workflows WHERE {_THE_WORKFLOW}")
 
 # A run that is created meanwhile holds the key: this waits for it, and the next one finds no workflow.
 LOCK_FOR_DELETE = statement("workflows.delete.lock", f"SELECT 1 FROM workflows WHERE {_THE_WORKFLOW} FOR UPDATE")
@@ -134,6 +183,28 @@ async def get_seen(database: Database, principal: Principal, workflow_id: UUID) 
         return await get(connection, organization_id, workflow_id)
 
 
+async def list_versions(
+    database: Database, organization_id: str, workflow_id: UUID, *, limit: int, max_bytes: int
+) -> list[dict[str, Any]]:
+    """What changes of a workflow replaced, the newest first. Raises WorkflowNotFound; Invalid for more than `max_bytes`;
+    QuotaExceeded and Overloaded."""
+
+    async def read() -> list[dict[str, Any]]:
+        async with database.connection() as connection:
+            if not await connection.fetchval(KNOWN, workflow_id=workflow_id, organization_id=organization_id):
+                raise WorkflowNotFound
+            found = await connection.fetchrow(WEIGH_VERSIONS, workflow_id=workflow_id, limit=limit, max_bytes=max_bytes)
+            assert found is not None  # noqa: S101 - it counts
+            if found["count"] > 1 and found["octets"] > max_bytes:
+                sentence = f"The reply would have more than {max_bytes} bytes; limit={max(1, found['fitting'])} fits."
+                raise Invalid((("query", "limit"), sentence, "page_too_large"))
+            memory_budget.reserve_reply(found["octets"])
+            rows = await connection.fetch(VERSIONS, workflow_id=workflow_id, limit=limit)
+            return [dict(row.items()) for row in rows]
+
+    return await memory_budget.with_room(read)
+
+
 async def list_workflows(
     database: Database, principal: Principal, part: Slice, searched: str = "", **filters: object
 ) -> dict[str, object]:
@@ -181,6 +252,18 @@ async def change(services: Services, write: WriteRequest, workflow_id: UUID, opt
         values = CHANGE.named(options)
         if "retry_policy" in values:
             values["retry_policy"] = _stored(options.retry_policy)
+        if not values.keys().isdisjoint(_VERSIONED):
+            version = await connection.fetchval(
+                REPLACE_VERSION,
+                workflow_id=workflow_id,
+                organization_id=organization_id,
+                named=list(values),
+                key_id=write.principal.key_id,
+                user_id=write.principal.user_id,
+                **{name: values.get(name) for name in _VERSIONED},
+            )
+            if version is not None:
+                values["version"] = version + 1
         await CHANGE.apply(connection, organization_id, workflow_id, values)
         return Reply(200, await _show(connection, write.principal, [workflow_id]), [workflow_id])
 

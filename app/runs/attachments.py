@@ -36,10 +36,11 @@ from app.stores.statements import by_id, rows_of, statement
 
 COLUMNS = columns(projection.ATTACHMENT_COLUMNS)
 
-# What the caller may see: a key that is bound to a machine, files of that machine's runs. OFFSET 0: the run is looked up by its
-# id for this attachment, not joined.
+# What the caller may see: a key that is bound to a machine, files of that machine's runs, and none of earlier attempts, which
+# may have been on other machines. OFFSET 0: the run is looked up by its id for this attachment, not joined.
 OF_CALLER = f"""EXISTS (
-    SELECT FROM (SELECT * FROM runs WHERE id = a.run_id OFFSET 0) AS r WHERE a.organization_id = :organization_id AND {SEEN}
+    SELECT FROM (SELECT * FROM runs WHERE id = a.run_id OFFSET 0) AS r
+    WHERE a.organization_id = :organization_id AND {SEEN} AND (:bound_to::uuid IS NULL OR {projection.CURRENT})
     OFFSET 0)"""
 
 GET = statement(
@@ -107,10 +108,27 @@ async def _left(connection: Connection, principal: Principal, ids: Sequence[UUID
 RESOURCE = Resource(_show, _left)
 
 
+# The output files of one attempt. Those of the current one have no number.
+_OF_ATTEMPT = f"""
+    a.attachment_type = 'output'
+    AND (a.attempt = :attempt OR ({projection.CURRENT} AND :attempt = (SELECT attempt FROM runs WHERE id = :run_id)))
+"""
+
+
 async def list_attachments(
-    database: Database, principal: Principal, run_id: UUID | None, kind: AttachmentType | None, part: Slice
+    database: Database,
+    principal: Principal,
+    run_id: UUID | None,
+    kind: AttachmentType | None,
+    part: Slice,
+    attempt: int | None = None,
 ) -> dict[str, object]:
-    """One page, newest first. Raises Invalid as paging.page does."""
+    """One page of what runs have now, newest first; with `attempt`, of the output files of this attempt of one run.
+
+    Raises Invalid, also as paging.page does.
+    """
+    if attempt is not None and run_id is None:
+        raise Invalid((("query", "attempt"), "Send run_id, too: an attempt is one of a run.", "attempt_without_run"))
     organization_id = principal.organization_id
     if run_id is None:
         condition, values = where("a", organization_id=organization_id, attachment_type=kind)
@@ -118,6 +136,10 @@ async def list_attachments(
         condition, values = where("a", run_id=run_id, attachment_type=kind)
         condition += " AND a.organization_id || '' = :organization_id"
         values["organization_id"] = organization_id
+    if attempt is None or principal.machine_id is not None:
+        condition += f" AND {projection.CURRENT}"
+    if attempt is not None:
+        condition, values = f"{condition} AND {_OF_ATTEMPT}", values | {"attempt": attempt}
     if principal.machine_id is not None:
         condition, values = f"{condition} AND {OF_MACHINE}", values | {"machine_id": principal.machine_id}
     found = await page(database, ATTACHMENTS, (f"{condition} AND {projection.VISIBLE}",), part, values, ROWS)

@@ -32,7 +32,7 @@ SEEN = statement(
     SELECT r.attempt, r.error IS NOT NULL AS has_error,
            coalesce(o.has_outputs, false) AS has_outputs, coalesce(o.has_history, false) AS has_history,
            (SELECT count(*) FROM run_attachments a
-            WHERE a.run_id = r.id AND a.attachment_type = 'output') AS output_attachments,
+            WHERE a.run_id = r.id AND a.attachment_type = 'output' AND {projection.CURRENT}) AS output_attachments,
            {carried.HAS},
            (SELECT d.due_at FROM deletions d WHERE d.store = '{deletions.SECRETS}' AND d.name = r.secret_path) AS kept_until
     FROM runs r LEFT JOIN LATERAL (

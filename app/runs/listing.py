@@ -209,7 +209,7 @@ RUNS = Listing(
     octets=f"""
         1200 + {_octets(*_TEXTS)} + CASE WHEN {is_shown("pool_ids")} THEN 39 * coalesce(cardinality(r.pool_ids), 0) ELSE 0 END
         + CASE WHEN {is_shown(*_ATTACHED)} THEN
-              (SELECT 39 * count(*) FROM run_attachments a WHERE a.run_id = r.id) ELSE 0 END
+              (SELECT 39 * count(*) FROM run_attachments a WHERE a.run_id = r.id AND {projection.CURRENT}) ELSE 0 END
         + CASE WHEN {is_shown(*PRODUCED)} THEN coalesce(
               (SELECT {_octets(*PRODUCED)} FROM run_outputs o WHERE o.run_id = r.id AND o.attempt = r.attempt), 0) ELSE 0 END
     """,

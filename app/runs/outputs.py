@@ -1,6 +1,7 @@
 """Outputs, history and usage of runs: rows of their own, by run and attempt, so that a retry leaves them behind for nothing.
 
-Only the report writes them, and only the background removes those of superseded attempts.
+Only the report writes them, and only the background clears those of superseded attempts. The usage of an attempt stays as long
+as the archived attempt. With ATTEMPT_OUTPUTS=all a retry marks nothing as superseded.
 """
 
 from app.stores.database import Database
@@ -26,21 +27,29 @@ SAVE_OUTPUTS = statement(
 PRUNE_OUTPUTS = statement(
     "runs.outputs.prune",
     """
-    DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(
-        SELECT tid FROM (
-            SELECT tid, sum(octets) OVER (ORDER BY tid) - octets AS before FROM (
-                SELECT ctid AS tid,
+    WITH chosen AS MATERIALIZED (
+        SELECT tid, has_usage FROM (
+            SELECT tid, has_usage, sum(octets) OVER (ORDER BY tid) - octets AS before FROM (
+                SELECT ctid AS tid, usage_metadata IS NOT NULL AS has_usage,
                        coalesce(pg_column_size(output_data), 0) + coalesce(pg_column_size(run_message_history), 0)
                            + coalesce(pg_column_size(usage_metadata), 0) AS octets
                 FROM run_outputs WHERE is_superseded ORDER BY run_id LIMIT 200 FOR UPDATE SKIP LOCKED
             ) AS superseded
         ) AS summed
-        WHERE before < 16 * 1024 * 1024))
+        WHERE before < 16 * 1024 * 1024
+    ), emptied AS (
+        UPDATE run_outputs SET output_data = NULL, run_message_history = NULL, is_superseded = false
+        WHERE ctid = ANY (ARRAY(SELECT tid FROM chosen WHERE has_usage))
+    ), removed AS (
+        DELETE FROM run_outputs WHERE ctid = ANY (ARRAY(SELECT tid FROM chosen WHERE NOT has_usage))
+    )
+    SELECT count(*) FROM chosen
     """,
 )
 
 
 async def prune_outputs(database: Database) -> bool:
-    """Remove a batch of what superseded attempts left; whether there may be more."""
+    """Clear a batch of what superseded attempts left; whether there may be more."""
     async with database.connection() as connection:
-        return await connection.execute(PRUNE_OUTPUTS) != "DELETE 0"
+        cleared: int = await connection.fetchval(PRUNE_OUTPUTS)
+    return cleared > 0

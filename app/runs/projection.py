@@ -32,11 +32,14 @@ LEFT JOIN LATERAL (
 # An output is gone once it has expired, collected or not. An input's row stays: it is why a retry is refused.
 VISIBLE = "(a.attachment_type = 'input' OR a.expires_at IS NULL OR a.expires_at > now())"
 
+# Files of earlier attempts that stay are no files of the run.
+CURRENT = "a.attempt IS NULL"
+
 
 def _attachment_ids(kind: str) -> str:
     return (
         "ARRAY(SELECT a.id::text FROM run_attachments a"
-        f" WHERE a.run_id = r.id AND a.attachment_type = '{kind}' AND {VISIBLE} ORDER BY a.created_at, a.id)"
+        f" WHERE a.run_id = r.id AND a.attachment_type = '{kind}' AND {CURRENT} AND {VISIBLE} ORDER BY a.created_at, a.id)"
     )
 
 
@@ -127,6 +130,8 @@ RUN_COLUMNS = {
     "is_priority": "r.is_priority",
     "error": "r.error",
     "error_code": "r.error_code",
+    # A retry by the version before leaves that of the attempt before.
+    "workflow_version": "CASE WHEN r.status <> 'scheduling' THEN r.workflow_version END",
     "output_data": "o.output_data",
     "output_attachment_ids": _attachment_ids("output"),
     "run_message_history": "o.run_message_history",
@@ -252,6 +257,14 @@ async def many(connection: Connection, rows: Iterable[Record]) -> list[dict[str,
     return runs
 
 
+def end_reason(run_id: str, attempt: str) -> str:
+    """A SQL expression for why an attempt was ended."""
+    return f"""(
+        SELECT e.reason FROM run_events e WHERE e.run_id = {run_id} AND e.attempt = {attempt} AND e.event = 'ended' LIMIT 1
+    )"""
+
+
+# From `run_attempts t` and `o`, its row of run_outputs.
 ATTEMPT_COLUMNS = {
     "run_id": "t.run_id::text",
     "attempt": "t.attempt",
@@ -270,10 +283,9 @@ ATTEMPT_COLUMNS = {
     "retried_by_user_id": "t.retried_by_user_id::text",
     "overridden": "t.overridden",
     "reason": "t.reason",
-    "end_reason": (
-        "(SELECT e.reason FROM run_events e"
-        " WHERE e.run_id = t.run_id AND e.attempt = t.attempt AND e.event = 'ended' LIMIT 1)"
-    ),
+    "workflow_version": "t.workflow_version",
+    "usage_metadata": "o.usage_metadata",
+    "end_reason": end_reason("t.run_id", "t.attempt"),
 }
 
 ATTACHMENT_COLUMNS = {
@@ -290,4 +302,5 @@ ATTACHMENT_COLUMNS = {
     "cleanup_imports_after_run": "a.cleanup_imports_after_run",
     "created_at": "a.created_at",
     "expires_at": "a.expires_at",
+    "attempt": "a.attempt",
 }

@@ -14,7 +14,7 @@ from app.errors import InsufficientScope, Invalid, InvalidTransition, RunNotFoun
 from app.events import By, announce, record_events
 from app.handoff import dispatches
 from app.idempotency import Reply, WriteRequest, once
-from app.models import TERMINAL, Run, RunStatus
+from app.models import TERMINAL, Run, RunStatus, Workflow
 from app.runs import fences, moving, projection, replays
 from app.runs.ending import LEAVES, drop_plans, ended, release
 from app.runs.outputs import SAVE_OUTPUTS, SAVED
@@ -32,7 +32,8 @@ OUTPUTS_OF = statement(
     "runs.report.outputs_of",
     f"""
     SELECT count(*) FROM run_attachments a
-    WHERE a.run_id = :run_id AND a.attachment_type = 'output' AND a.id = ANY(:ids::uuid[]) AND {projection.VISIBLE}
+    WHERE a.run_id = :run_id AND a.attachment_type = 'output' AND a.id = ANY(:ids::uuid[])
+      AND {projection.CURRENT} AND {projection.VISIBLE}
     """,
 )
 
@@ -52,6 +53,15 @@ _started_at = func.coalesce(
 )
 _ended_at = func.coalesce(bindparam("ended_at", type_=Run.ended_at.type), Run.ended_at, case((_ends, _now)))
 
+# The executor reads the workflow's prompt once the run is `running`.
+_workflow_version = (
+    select(Workflow.version)
+    .where(Workflow.id == Run.workflow_id)
+    .correlate(Run)
+    .limit(literal_column("1"))
+    .scalar_subquery()
+)
+
 _reported = (
     update(Run)
     .where(Run.id == bindparam("run_id"))
@@ -67,6 +77,7 @@ _reported = (
             Run.changed_at: case((or_(_starts, _ends), _now), else_=Run.changed_at),
             Run.claim: case((_starts, bindparam("claim", type_=Run.claim.type)), else_=Run.claim),
             Run.claim_attempt: case((_starts, Run.attempt), else_=Run.claim_attempt),
+            Run.workflow_version: case((_starts, _workflow_version), else_=Run.workflow_version),
             Run.reported_at: case((_status == constant("running"), _now), else_=Run.reported_at),
         }
     )

@@ -203,7 +203,7 @@ async def _retry_within(connection: Connection, services: Services, asked: Seque
             taken.add(retry.run_id)
             changes[place] = change
     admitted = await _admitted(connection, services, changes, outcomes)
-    bodies = await write(connection, [changes[place] for place, _ in admitted])
+    bodies = await write(connection, [changes[place] for place, _ in admitted], services.settings)
     for (place, standings), body in zip(admitted, bodies, strict=True):
         if body is not None:
             outcomes[place] = Reply(200, body, standings=standings)
@@ -270,11 +270,11 @@ async def _read_set(services: Services, retries: Sequence[Retry]) -> list[Record
 async def _write_set(services: Services, changes: Sequence[Change]) -> list[bytes | None]:
     async with services.database.connection() as connection:
         with committing():
-            return await write(connection, changes)
+            return await write(connection, changes, services.settings)
 
 
 async def _write_counted_set(services: Services, changes: Sequence[Change]) -> list[bytes | None]:
     """The same for those that the quotas on waiting runs must count: sets of one organization go one after the other."""
     async with services.database.transaction() as connection:
         await quotas.take_turns(connection, {change.retry.organization_id for change in changes})
-        return await write(connection, changes)
+        return await write(connection, changes, services.settings)

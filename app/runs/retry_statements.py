@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
+from app.config import Settings
 from app.events import record_events
 from app.idempotency import STORED, no_twin
 from app.runs import carried, projection, quotas, staging
@@ -74,6 +75,9 @@ LOCK_RUN = statement(
     "SELECT secret_path FROM runs WHERE id = :run_id AND organization_id = :organization_id FOR NO KEY UPDATE",
 )
 
+# The output files that go with the attempt.
+_OUTPUTS = "(attachment_type = 'output' AND attempt IS NULL AND NOT :keeps_outputs::boolean)"
+
 # The arrays of every switch, and their types.
 COLUMNS = {
     "run_id": "uuid",
@@ -125,7 +129,7 @@ def _switch_statement(
     *,
     first: str = "",
     guard: str = "",
-    removed: str = "attachment_type = 'output'",
+    removed: str = _OUTPUTS,
     requeued: str = "",
     input_ids: str = projection.RUN_COLUMNS["input_attachment_ids"],
     also: Sequence[str] = (),
@@ -136,6 +140,7 @@ def _switch_statement(
     requeue the run, record the event, make the reply, and store it under the key. A run is left out if it is not in the version
     that the rules saw, if another transaction has locked it, if a twin is under way, or if a guard does not hold.
 
+    With `keeps_outputs` the outputs stay as they are, and output files get the number of the attempt.
     `first` is SQL for the guards, before `seen`. The parts in `also` must read from `seen`.
     """
     arrays = ", ".join(f":{name}s::{kind}[]" for name, kind in columns.items())
@@ -169,7 +174,7 @@ def _switch_statement(
     ), {first} seen AS MATERIALIZED (
         SELECT wanted.*, run.* FROM wanted, LATERAL (
             SELECT id, attempt, status, error, error_code, assigned_machine_id, session_id AS old_session_id,
-                   started_at, ended_at, secret_path AS old_secret_path, ctid AS tid
+                   started_at, ended_at, workflow_version, secret_path AS old_secret_path, ctid AS tid
             FROM runs
             WHERE id = wanted.run_id AND organization_id = wanted.organization_id AND xmin::text = wanted.version
             OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED
@@ -179,9 +184,9 @@ def _switch_statement(
     ), archived AS (
         INSERT INTO run_attempts (run_id, attempt, status, error, error_code, machine_id, session_id, started_at,
                                   ended_at, retried_by_key_id, retried_by_user_id, retried_by, bulk_retry_id,
-                                  overridden, reason)
+                                  overridden, reason, workflow_version, outputs_are_kept)
         SELECT id, attempt, status, error, error_code, assigned_machine_id, old_session_id, started_at, ended_at,
-               key_id, user_id, by, bulk_retry_id, overridden::text[], reason
+               key_id, user_id, by, bulk_retry_id, overridden::text[], reason, workflow_version, :keeps_outputs::boolean
         FROM seen
     ), removed AS (
         DELETE FROM run_attachments WHERE ctid = ANY (ARRAY(
@@ -198,6 +203,16 @@ def _switch_statement(
             SELECT output.tid FROM seen, LATERAL (
                 SELECT ctid AS tid FROM run_outputs WHERE run_id = seen.id AND attempt = seen.attempt OFFSET 0
             ) AS output
+            WHERE NOT :keeps_outputs::boolean
+        ))
+    ), kept AS (
+        UPDATE run_attachments SET attempt = (SELECT seen.attempt FROM seen WHERE seen.id = run_attachments.run_id)
+        WHERE ctid = ANY (ARRAY(
+            SELECT file.tid FROM seen, LATERAL (
+                SELECT ctid AS tid FROM run_attachments
+                WHERE run_id = seen.id AND attachment_type = 'output' AND attempt IS NULL OFFSET 0
+            ) AS file
+            WHERE :keeps_outputs::boolean
         ))
     ), recorded AS ({recorded}), {"".join(f"{part}, " for part in also)} r AS (
         UPDATE runs
@@ -205,7 +220,8 @@ def _switch_statement(
             queued_at = greatest(clock_timestamp(), seen.not_before), queued_by_key_id = seen.key_id,
             traceparent = seen.traceparent, lane = seen.lane, queue_rank = seen.queue_rank,
             avoided_machine_id = CASE WHEN seen.avoids_last_machine THEN seen.assigned_machine_id END,
-            error = NULL, error_code = NULL, started_at = NULL, ended_at = NULL, reported_at = NULL, assigned_machine_id = NULL,
+            error = NULL, error_code = NULL, workflow_version = NULL, started_at = NULL, ended_at = NULL,
+            reported_at = NULL, assigned_machine_id = NULL,
             pinned_machine_id = seen.pinned_machine_id, pool_ids = coalesce(seen.pool_ids::uuid[], runs.pool_ids),
             pin_is_deleted = runs.pin_is_deleted AND seen.pinned_machine_id IS NULL AND seen.pool_ids IS NULL,
             is_priority = seen.is_priority, automatic_retries = seen.automatic_retries,
@@ -241,7 +257,7 @@ SWITCH_STAGED = _switch_statement(
             OFFSET 0 FOR KEY SHARE SKIP LOCKED
         ) AS machine))
     """,
-    removed="(attachment_type = 'output' OR seen.replaces_inputs)",
+    removed=f"({_OUTPUTS} OR (attachment_type = 'input' AND seen.replaces_inputs))",
     requeued="""
             , sensitive_input_aliases = coalesce(seen.sensitive_input_aliases, runs.sensitive_input_aliases)
             , secret_path = CASE WHEN seen.sensitive_input_aliases IS NULL THEN runs.secret_path ELSE seen.secret_path END
@@ -363,13 +379,14 @@ async def read(connection: Connection, retries: Sequence[Retry]) -> list[Record 
     return _in_order(rows, len(retries))
 
 
-async def write(connection: Connection, changes: Sequence[Change]) -> list[bytes | None]:
+async def write(connection: Connection, changes: Sequence[Change], settings: Settings) -> list[bytes | None]:
     """The replies of those that have taken effect."""
+    always = {"keeps_outputs": settings.attempt_outputs == "all"}
     plain = [change for change in changes if change.is_plain()]
     staged = [change for change in changes if not change.is_plain()]
     bodies: dict[UUID, bytes] = {}
     if plain:
-        rows = await connection.fetch(SWITCH, **_arrays(COLUMNS, _rows(plain)), ttl_seconds=_ttl(plain))
+        rows = await connection.fetch(SWITCH, **_arrays(COLUMNS, _rows(plain)), ttl_seconds=_ttl(plain), **always)
         bodies |= {plain[row["place"] - 1].run_id: row["body"] for row in rows}
     if staged:
         named = [(place, name, kept) for place, one in enumerate(staged, 1) for name, kept in one.names()]
@@ -379,6 +396,7 @@ async def write(connection: Connection, changes: Sequence[Change]) -> list[bytes
             **_arrays(COLUMNS, _rows(staged)),
             **_arrays(STAGED_COLUMNS, [one.more() for one in staged]),
             ttl_seconds=_ttl(staged),
+            **always,
             name_places=[place for place, _, _ in named],
             stores=[name.store for _, name, _ in named],
             names=[name.name for _, name, _ in named],

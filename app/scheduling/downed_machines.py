@@ -25,8 +25,10 @@ def recorded(machines: str, reason: str) -> str:
                    )))::text, 'UTF8')
         FROM {machines} AS down
         CROSS JOIN LATERAL (SELECT down.id AS machine_id, gen_random_uuid() AS id, clock_timestamp() AS at OFFSET 0) AS event
-        WHERE down.alerts_enabled AND EXISTS (
+        CROSS JOIN LATERAL (
             SELECT FROM webhook_endpoints e
-            WHERE e.organization_id = down.organization_id AND '{EVENT_TYPE}' = ANY (e.event_types) LIMIT 1)
+            WHERE e.organization_id = down.organization_id AND '{EVENT_TYPE}' = ANY (e.event_types) LIMIT 1
+        ) AS asking
+        WHERE down.alerts_enabled
         """
     )

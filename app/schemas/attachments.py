@@ -157,6 +157,9 @@ class RunAttachmentResponse(Reply):
     cleanup_imports_after_run: bool = Field(description="Delete it from the machine after the run.")
     created_at: datetime
     expires_at: datetime | None = Field(description="When the file is deleted; null keeps it as long as the run.")
+    attempt: int | None = Field(
+        description="Of an output file of an earlier attempt: that attempt. null: a file that the run has now."
+    )
 
 
 class DownloadUrlResponse(Reply):

@@ -92,6 +92,7 @@ class WorkflowResponse(Reply):
     includes_file_exports: bool = Field(description="Its runs hand in files.")
     is_webhooks_enabled: bool = Field(description="Its runs' endings are sent to the organization's webhook endpoints.")
     retry_policy: RetryPolicy | None = Field(description="Which of its runs are retried by themselves, and when.")
+    version: int = Field(description="1 at creation, one more with each new name, prompt or schema.")
     includes_input_variables: bool = Field(description="Always false.")
     terminal_command_allowlist: Unsupported
     model_metadata: Unsupported
@@ -102,6 +103,20 @@ class WorkflowResponse(Reply):
     post_run_checks: Unsupported
     created_at: datetime
     updated_at: datetime
+
+
+class WorkflowVersionResponse(Reply):
+    """What a change of a workflow replaced."""
+
+    workflow_id: UUID = Field(description="The workflow.")
+    version: int = Field(description="The version that was replaced, as in workflow_version of runs.")
+    name: str | None
+    main_prompt: str = Field(description="What the agent was told to do.")
+    input_schema: str | None = Field(description="JSON Schema of input_values, as text.")
+    output_schema: str | None = Field(description="JSON Schema of output_data, as text.")
+    replaced_at: datetime = Field(description="When it was replaced.")
+    replaced_by_key_id: UUID | None = Field(description="The API key that replaced it.")
+    replaced_by_user_id: UUID | None = Field(description="The user that key belongs to.")
 
 
 MachineStatus = Literal["connected", "disconnected", "error"]

@@ -239,6 +239,9 @@ SCHEDULING_REASONS = Literal[
 ]
 
 
+_VERSION_TEXT = "The version of its workflow when the attempt became `running`; null until then."
+
+
 class RunResponse(Reply):
     """A run."""
 
@@ -264,6 +267,7 @@ class RunResponse(Reply):
     is_priority: bool = Field(description="Starts before runs without priority.")
     error: list[str] | None = Field(description="What went wrong.")
     error_code: str | None = Field(description="The same as a word that programs compare, if the report gave one.")
+    workflow_version: int | None = Field(description=_VERSION_TEXT)
     output_data: dict[str, Any] | None = Field(description="The result.")
     output_attachment_ids: list[str] = Field(description="Files that the executor handed in.")
     run_message_history: list[dict[str, Any]] | None = Field(description="What was said and done.")
@@ -354,7 +358,26 @@ class RunAttemptResponse(Reply):
     retried_by_user_id: UUID | None = Field(description="The user that key belongs to.")
     overridden: list[str] = Field(description="Names of the fields the retry changed; never values.")
     reason: str | None = Field(description="Why the retry was asked for.")
+    workflow_version: int | None = Field(description=_VERSION_TEXT)
+    usage_metadata: dict[str, Any] | None = Field(
+        description="What the attempt used, as reported; null for a key that is bound to a machine."
+    )
     end_reason: str | None = Field(description="Why the attempt was ended, as far as its event is still kept.")
+
+
+class RunAttemptDetails(RunAttemptResponse):
+    """One attempt with what it produced: an earlier one, or the current one."""
+
+    retried_at: datetime | None = Field(description="null: it is the current attempt.")  # type: ignore[assignment]
+    by: Literal["request", "bulk", "policy"] | None = Field(  # type: ignore[assignment]
+        description="Who retried it; null: it is the current attempt."
+    )
+    outputs_are_kept: bool = Field(
+        description="false: ATTEMPT_OUTPUTS was `none` when it was retried, and its outputs were cleared."
+    )
+    output_data: dict[str, Any] | None = Field(description="The result.")
+    output_attachment_ids: list[str] = Field(description="Files that the executor handed in.")
+    run_message_history: list[dict[str, Any]] | None = Field(description="What was said and done.")
 
 
 class RunEventResponse(Reply):

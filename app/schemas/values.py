@@ -224,6 +224,17 @@ ErrorCode = Annotated[str, Field(pattern=r"^[a-z0-9_.]{1,100}$")]
 # Of a search; the empty text is none.
 SearchText = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
 Reason = Annotated[str, Field(max_length=MAX_REASON, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
+
+
+def _digits(value: object) -> object:
+    """Pydantic also reads " 1 ", "+1" and "1_000" as numbers."""
+    if isinstance(value, str) and not re.fullmatch("[0-9]{1,19}", value):
+        raise PydanticCustomError("int_parsing", "not an integer")
+    return value
+
+
+# In a path.
+Number = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(_digits)]
 # In a query; the empty text is false, as the vendor's clients send it.
 Flag = Annotated[bool, BeforeValidator(lambda value: value or False)]
 Prompt = Annotated[

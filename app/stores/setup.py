@@ -42,6 +42,7 @@ GRANTS = {
     "webhook_events": _ALL,
     "webhook_recoveries": _ALL,
     "webhook_secrets": _ALL,
+    "workflow_versions": "SELECT, INSERT, DELETE",
     "workflows": _ALL,
 }
 

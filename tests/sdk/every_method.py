@@ -278,7 +278,7 @@ def workflows(sdk: Sdk) -> None:
     assert recent(created.updated_at)
     updated = sdk("workflows.update", workflow_id, models.WorkflowUpdate.from_dict({"name": "Post it"}))
     assert (updated.name, updated.main_prompt) == ("Post it", "Post {amount}.")
-    assert sdk("workflows.get", workflow_id).to_dict() == updated.to_dict()
+    assert alike(sdk("workflows.get", workflow_id), updated)
     other = sdk.workflow()
     page = sdk("workflows.list")
     assert page.total == len(page.items)
@@ -294,6 +294,13 @@ def refused(sdk: Sdk, method: str, *arguments: Any, **options: Any) -> None:
     found = response.data if response.data is not None else response.error
     assert isinstance(found, models.HTTPValidationError), repr(found)
     assert [item.type_ for item in found.detail] == ["not_supported"], found
+
+
+def alike(one: Any, other: Any, at_least: int = 10) -> bool:
+    """In all keys that both have: while two versions answer, a reply has keys that only the later one shows."""
+    first, second = one.to_dict(), other.to_dict()
+    both = first.keys() & second.keys()
+    return len(both) > at_least and {name: first[name] for name in both} == {name: second[name] for name in both}
 
 
 def included(reply: Any) -> set[tuple[str, str]]:
@@ -322,10 +329,7 @@ def runs(sdk: Sdk) -> None:
     assert len(shown["input_attachment_ids"]) == 1
     assert (created.error, created.output_data, created.run_message_history) == (None, None, None)
     assert created.output_attachment_ids == []
-    again = sdk("runs.get", run_id).to_dict()
-    both = shown.keys() & again.keys()  # while two versions answer, a run has keys that only the later one shows
-    assert {name: again[name] for name in both} == {name: shown[name] for name in both}
-    assert len(both) > 20
+    assert alike(sdk("runs.get", run_id), created, 20)
 
     running = sdk.report(run_id, status="running")
     assert running.status is models.RunStatus.RUNNING
@@ -402,7 +406,7 @@ def runs(sdk: Sdk) -> None:
         workflow = {("workflow", str(pinned.workflow_id))}
         machine = {("machine", machine_id)}
         page = sdk("runs.list", machine_id=machine_id, include=["workflow", "machine"])
-        assert included(page) == workflow | machine
+        assert included(page) >= workflow | machine
         assert included(sdk("runs.get", str(pinned.id), include=["workflow", "machine.pools"])) == workflow | machine
         assert included(sdk("machines.get", machine_id, include=["pools"])) == set()
 
@@ -579,7 +583,7 @@ def run_attachments(sdk: Sdk) -> None:
     assert output.attachment_type is models.AttachmentType.OUTPUT
     assert output.expires_at == expiry
     assert recent(output.created_at)
-    assert sdk("run_attachments.get", output_id).to_dict() == output.to_dict()
+    assert alike(sdk("run_attachments.get", output_id), output)
 
     page = sdk("run_attachments.list", run_id=run_id)
     assert page.total == 2

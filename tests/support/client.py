@@ -25,6 +25,7 @@ RUN_KEYS = {
         "main_prompt",
         "model_metadata",
         "usage_metadata",
+        "workflow_version",
     ),
     "post_run_checks",
 }

@@ -75,10 +75,19 @@ async def list_run_attachments(
     part: Part,
     run_id: Annotated[UUID | None, ONLY] = None,
     attachment_type: Annotated[AttachmentType | None, ONLY] = None,
+    attempt: Annotated[
+        int | None,
+        Query(
+            ge=1,
+            le=2**31 - 1,
+            description="Beside run_id: only the output files of this attempt. Those of earlier attempts are kept if the"
+            " service is set to ATTEMPT_OUTPUTS=all.",
+        ),
+    ] = None,
 ) -> Response:
-    """Attachments of the organization's runs, newest first."""
+    """Attachments that the organization's runs have now, newest first."""
     database, principal = services(request).database, request.state.principal
-    return json_reply(await attachments.list_attachments(database, principal, run_id, attachment_type, part))
+    return json_reply(await attachments.list_attachments(database, principal, run_id, attachment_type, part, attempt))
 
 
 @router.post(

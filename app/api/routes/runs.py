@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field
 
 from app import events
@@ -27,6 +27,7 @@ from app.errors import (
     AlreadyClaimed,
     AssignmentSuperseded,
     AttemptChanged,
+    AttemptNotFound,
     AttemptSuperseded,
     InputAttachmentsExpired,
     Invalid,
@@ -53,6 +54,7 @@ from app.runs.retry import Retry, replied, retry_runs
 from app.schemas.runs import (
     DryRunResponse,
     ListedStatus,
+    RunAttemptDetails,
     RunAttemptResponse,
     RunBulkCreate,
     RunBulkCreateResponse,
@@ -65,7 +67,7 @@ from app.schemas.runs import (
     RunUpdate,
     RunWithIncluded,
 )
-from app.schemas.values import ErrorCode, Flag, Page, Reason, SearchText, Timestamp
+from app.schemas.values import ErrorCode, Flag, Number, Page, Reason, SearchText, Timestamp
 from app.telemetry import metrics
 
 router = APIRouter(route_class=Route, prefix="/v1/runs", tags=["runs"])
@@ -216,6 +218,24 @@ async def get_run_history(
 async def list_run_attempts(run_id: UUID, request: Request, part: Part) -> Response:
     """The archive of finished attempts, newest first."""
     return json_reply(await attempts.list_attempts(services(request).database, run_id, request.state.principal, part))
+
+
+@router.get(
+    "/{run_id}/attempts/{attempt}",
+    response_model=RunAttemptDetails,
+    **operation(RunNotFound, AttemptNotFound, scope="runs:read", bound="runs:read"),
+)
+async def get_run_attempt(
+    run_id: UUID,
+    attempt: Annotated[Number, Path(description="Its number, from 1.")],
+    request: Request,
+) -> Response:
+    """One attempt with what it produced: the current one, or an earlier one.
+
+    The outputs of earlier attempts are kept if the service is set to ATTEMPT_OUTPUTS=all. A key that is bound to a machine sees
+    only the current attempt.
+    """
+    return json_reply(await attempts.get(services(request).database, run_id, attempt, request.state.principal))
 
 
 @router.get(

@@ -11,7 +11,7 @@ from app.api.responses import From, Part, To, json_reply, send
 from app.api.scopes import Route
 from app.errors import WorkflowNotFound
 from app.resources import workflows
-from app.schemas.resources import WorkflowCreate, WorkflowResponse, WorkflowUpdate
+from app.schemas.resources import WorkflowCreate, WorkflowResponse, WorkflowUpdate, WorkflowVersionResponse
 from app.schemas.values import SearchedPage, SearchText
 
 router = APIRouter(route_class=Route, prefix="/v1/workflows", tags=["workflows"])
@@ -63,6 +63,31 @@ async def list_workflows(
 async def get_workflow(workflow_id: UUID, request: Request) -> Response:
     """One workflow."""
     return json_reply(await workflows.get_seen(services(request).database, request.state.principal, workflow_id))
+
+
+@router.get(
+    "/{workflow_id}/versions",
+    response_model=list[WorkflowVersionResponse],
+    **operation(WorkflowNotFound, scope="runs:read"),
+)
+async def list_workflow_versions(
+    workflow_id: UUID,
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=workflows.MOST_VERSIONS, description="Most versions in the reply.")] = 1000,
+) -> Response:
+    """What each change of the name, the prompt or the schemas replaced, newest first; the last 1,000 are kept.
+
+    The current version is the workflow itself.
+    """
+    own = services(request)
+    versions = await workflows.list_versions(
+        own.database,
+        request.state.principal.organization_id,
+        workflow_id,
+        limit=limit,
+        max_bytes=own.settings.max_reply_bytes,
+    )
+    return json_reply(versions)
 
 
 @router.patch(
