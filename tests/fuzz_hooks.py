@@ -30,6 +30,8 @@ def before_call(_: Any, case: schemathesis.Case[Any], __: Any) -> None:
     # A cursor is what a page has said: no pattern makes one of that very list. Those of events are numbers.
     if isinstance(after, str) and re.fullmatch("[A-Za-z0-9_-]{0,200}", after) and not case.path.endswith("/events"):
         case.query["after"] = ""
+    if "attempt" in case.query and not case.query.get("run_id"):  # the document says in words that it needs the run
+        case.query["run_id"] = str(uuid4())
     key = case.headers.get("Idempotency-Key")
     # A key belongs to one request: the next one with it would be 422.
     if isinstance(key, str) and re.fullmatch("[!-~]{1,255}", key):

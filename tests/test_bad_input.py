@@ -563,8 +563,8 @@ def test_paths(scene: Scene) -> None:
             ):
                 url = path.replace(f"{{{name}}}", value)  # no path has two of them
                 reply = scene.client.request(method, scene.server.url + url, json={})
-                if (method, reply.request.url.path) == ("GET", "/"):
-                    continue  # the client itself has followed "../..", and the root is there for everybody
+                if (method, reply.request.url.path.rstrip("/")) in {("GET", ""), ("GET", "/v1/runs")}:
+                    continue  # the client itself has followed "../..", and there is something
                 try:
                     scene.assert_refused(reply, 404, 405, 414, 422)
                 except AssertionError as failure:

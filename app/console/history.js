@@ -131,6 +131,26 @@ function picture(item, index) {
   return h("button.picture", { type: "button", "aria-label": `${label}, enlarge`, onclick: () => openDialog({ title: label, className: "wide", body: drawn(blob, label) }) }, image);
 }
 
+/** The last picture among messages; null if there is none that can be shown. */
+export function lastPicture(messages) {
+  for (let index = messages.length - 1; index >= 0; index -= 1) {
+    try {
+      const found = pictureIn(messages[index]?.content, index);
+      if (found) return found;
+    } catch {
+      // a form that the console does not know has no picture for it
+    }
+  }
+  return null;
+}
+
+function pictureIn(content, index) {
+  if (Array.isArray(content)) return content.reduceRight((found, item) => found ?? pictureIn(item, index), null);
+  if (content === null || typeof content !== "object") return null;
+  const shown = picture(content, index);
+  return shown?.classList.contains("picture") ? shown : pictureIn(content.content ?? content.output, index);
+}
+
 function drawn(blob, alt) {
   const url = URL.createObjectURL(blob);
   const done = () => URL.revokeObjectURL(url);

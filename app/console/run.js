@@ -2,6 +2,7 @@
 
 import { aborted, call, may, me, newIdempotencyKey, page, poll, save } from "./api.js";
 import { bar, bytes, clock, copy, copyButton, count, fill, h, icon, keeping, notice, now, openDialog, reason, say, short, skeleton, span, status, theirs, time, toast, took } from "./dom.js";
+import { comparison } from "./compare.js";
 import { historyView, inPieces, json, prose, safely } from "./history.js";
 import * as names from "./names.js";
 import { neighbours } from "./runs.js";
@@ -52,6 +53,7 @@ export function runView(root, first, app) {
   const cancelButton = h("button", { type: "button", onclick: cancel }, "Cancel run …");
   const obstacleText = h("p.obstacle", { id: "obstacle" });
   let keepPanel = keeping(panel);
+  const compared = comparison(id, author);
   const deliveries = h("div");
   const drawDeliveries = deliveryList(
     deliveries,
@@ -433,10 +435,10 @@ export function runView(root, first, app) {
       return { attempt, cause, waited: start === null ? 0 : Math.max(0, start - queued), ran: attempt.started_at && end !== null ? Math.max(0, end - start) : 0, queued };
     });
     const longest = Math.max(1, ...lives.map((life) => life.waited + life.ran));
-    return h(
+    const list = h(
       "ol.attempts",
       { reversed: true },
-      lives.reverse().map(({ attempt, cause, waited, ran, queued }) =>
+      lives.toReversed().map(({ attempt, cause, waited, ran, queued }) =>
         h(
           "li",
           { value: attempt.attempt },
@@ -463,6 +465,7 @@ export function runView(root, first, app) {
         ),
       ),
     );
+    return [compared(lives), list];
   }
 
   function author(key, user) {
