@@ -31,6 +31,7 @@ def test_a_finished_run_is_reset_in_place(api: Client, status: str) -> None:
         "error": None,
         "error_code": None,
         "workflow_version": None,
+        "last_report_at": None,
         "output_data": None,
         "run_message_history": None,
         "output_attachment_ids": [],

@@ -26,6 +26,8 @@ RUN_KEYS = {
         "model_metadata",
         "usage_metadata",
         "workflow_version",
+        "last_report_at",
+        "is_reporting",
     ),
     "post_run_checks",
 }
