@@ -6,6 +6,7 @@ says; and nobody waits for it longer than a second.
 
 import asyncio
 import time
+from functools import partial
 
 from app.config import Settings
 from app.errors import DatabaseUnavailable
@@ -13,6 +14,7 @@ from app.runs import projection
 from app.scheduling import rules
 from app.stores.database import Database
 from app.stores.pool import party
+from app.stores.single_flight import SingleFlight
 from app.stores.statements import statement
 from app.telemetry import metrics
 
@@ -148,14 +150,12 @@ class Gauges:
         self._silent_seconds = max(float(settings.machine_silence_seconds), LEAST_SILENT_SECONDS)
         self._found: metrics.Readings = {}
         self._until = 0.0
-        self._reading: asyncio.Task[None] | None = None
+        self._reading: SingleFlight[None] = SingleFlight()
 
     async def read(self, database: Database) -> metrics.Readings:
         """Empty while the database does not answer; then it is counted as an error."""
-        if self._reading is None and time.monotonic() >= self._until:
-            self._reading = asyncio.create_task(self._read(database))
-        if self._reading is not None:
-            await asyncio.shield(self._reading)
+        if self._reading.is_under_way or time.monotonic() >= self._until:
+            await self._reading.join(partial(self._read, database))
         return self._found
 
     async def _read(self, database: Database) -> None:
@@ -176,5 +176,3 @@ class Gauges:
                 values = () if label is None else (str(_LABELS.get(label, label)),)
                 found.setdefault(row["name"], {})[values] = row["value"]
             self._found, self._until = found, time.monotonic() + KEPT_SECONDS
-        finally:
-            self._reading = None

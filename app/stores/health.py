@@ -12,6 +12,7 @@ from app.stores.files import FileStore
 from app.stores.outages import Outage, Problem
 from app.stores.secrets import SecretStore
 from app.stores.setup import Unfit
+from app.stores.single_flight import SingleFlight
 
 Store = Literal["database", "vault", "storage"]
 STORES: tuple[Store, ...] = ("database", "vault", "storage")
@@ -34,14 +35,14 @@ class _Check:
     def __init__(self, ask: Callable[[], Awaitable[Problem | None]], outage: Outage) -> None:
         self._ask = ask
         self._until = 0.0  # of time.monotonic()
-        self._answer: asyncio.Task[Problem | None] | None = None
+        self._answer: SingleFlight[Problem | None] = SingleFlight()
         self.outage = outage
 
     async def __call__(self, *, is_new: bool = False) -> Problem | None:
         """What is wrong, if anything is. `is_new`: an answer from before this call does not count."""
-        if self._answer is None or (self._answer.done() and (is_new or time.monotonic() >= self._until)):
-            self._answer = asyncio.create_task(self._find_out())
-        return await asyncio.shield(self._answer)  # the others go on waiting for it when one of them gives up
+        if is_new or self._answer.is_under_way or time.monotonic() >= self._until:
+            return await self._answer.join(self._find_out)
+        return await self._answer.again()
 
     async def _find_out(self) -> Problem | None:
         answer = await self._ask()

@@ -4,12 +4,13 @@ A count of a million rows takes PostgreSQL longer than everything else that a pa
 each time: a caller that looks right after a write must find it counted.
 """
 
-import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Final
+
+from app.stores.single_flight import SingleFlight
 
 # Up to here a count is exact to the moment, and made with the page.
 EXACT: Final = 10_000
@@ -33,20 +34,18 @@ class Total:
 
 
 class _Shared:
-    """One count, made or in the making, and when it began."""
+    """The count of one list, and when it began."""
 
-    __slots__ = ("began", "task")
+    __slots__ = ("began", "flight")
 
-    def __init__(self, task: "asyncio.Task[Total]") -> None:
-        self.began = time.monotonic()
-        self.task = task
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.flight: SingleFlight[Total] = SingleFlight()
 
     def known(self) -> Total | None:
-        """What was counted, if that is done and there are many."""
-        if not self.task.done() or self.task.cancelled() or self.task.exception() is not None:
-            return None
-        total = self.task.result()
-        return total if total.rows > EXACT else None
+        """The count, if it is done and the list is long."""
+        total = self.flight.last
+        return total if total is not None and total.rows > EXACT else None
 
     def fresh(self) -> Total | None:
         """The same, if it may be shown still."""
@@ -69,25 +68,15 @@ class SharedCounts:
 
     async def get(self, key: Hashable, count: Callable[[], Awaitable[Total]]) -> tuple[Total, bool]:
         """The count, not older than it may be; and whether it began after this call did. Raises what `count` raises."""
-        shared, is_own = self._shared.get(key), False
+        shared = self._shared.get(key)
         if shared is not None and (total := shared.fresh()) is not None:
             return total, False
-        if shared is None or shared.task.done():
-            shared, is_own = _Shared(asyncio.create_task(_awaited(count))), True
-            shared.task.add_done_callback(_looked_at)
-            self._shared[key] = shared
+        if shared is None:
+            shared = self._shared[key] = _Shared()
             while len(self._shared) > MOST:
                 self._shared.popitem(last=False)
         self._shared.move_to_end(key)
-        # Whoever goes away does not take the count from the others.
-        return await asyncio.shield(shared.task), is_own
-
-
-async def _awaited(count: Callable[[], Awaitable[Total]]) -> Total:
-    return await count()
-
-
-def _looked_at(task: "asyncio.Task[Total]") -> None:
-    """Nobody may be left who waits for it: asyncio would complain of a failure that nobody saw."""
-    if not task.cancelled():
-        task.exception()
+        is_own = not shared.flight.is_under_way
+        if is_own:
+            shared.began = time.monotonic()
+        return await shared.flight.join(count), is_own
