@@ -189,6 +189,7 @@ PLAIN = (
     "stores/locks.py",
     "stores/pool.py",
     "stores/secrets.py",
+    "stores/single_flight.py",
     "stores/together.py",
     "stores/wakeups.py",
     "webhooks/delivery.py",
