@@ -90,7 +90,7 @@ class DatabaseUrl:
     is_balanced: bool  # the servers are tried in a random order
     connect_timeout: float | None  # seconds, for one server
     ignored: tuple[str, ...]  # parameters that were left out
-    not_enforced: tuple[str, ...]  # of these, the ones that ask for a check, which is not made
+    not_enforced: tuple[str, ...]  # ignored parameters that ask for a check, which is not made
 
     @classmethod
     def parse(cls, url: str) -> "DatabaseUrl":

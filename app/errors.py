@@ -244,7 +244,7 @@ class QuotaExceeded(Refusal):
 
     @classmethod
     def problem_type(cls) -> str:
-        """Of IANA's registry of problem types, with its member `violated-policies`."""
+        """A problem type of IANA's registry, with its member `violated-policies`."""
         return "https://iana.org/assignments/http-problem-types#quota-exceeded"
 
 
@@ -475,7 +475,7 @@ class InternalError(Refusal):
 
 class Unavailable(Refusal):
     status = 503
-    kind: str | None = None  # of the failure, in a word, for logs: `timeout`, `refused`, `authentication`
+    kind: str | None = None  # the failure in a word, for logs: `timeout`, `refused`, `authentication`
 
     def __init__(self, detail: str | None = None) -> None:
         super().__init__(detail, headers={"Retry-After": "2"})

@@ -111,7 +111,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _begin_to_count(services: Services) -> None:
-    """What is not counted where it happens, but asked for before a scrape."""
+    """Gauges that are read before a scrape instead of being counted."""
     counted.begin()
     counted.silence_limit.set(services.settings.run_silence_seconds or 3600)
     counted.in_flight_bytes.read_from(lambda: {(): services.in_flight.used})

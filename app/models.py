@@ -354,7 +354,7 @@ class Run(Base):
     # Retries by the workflow's policy since a request or a bulk retry last asked for this run; null: none are wanted.
     automatic_retries: Mapped[int | None] = mapped_column(SmallInteger, server_default=text("0"))
     queued_by_key_id: Mapped[UUID | None]  # the key that created the run or last retried it
-    traceparent: Mapped[str | None]  # of the request that queued the run: its executor continues the trace
+    traceparent: Mapped[str | None]  # from the request that queued the run: the run's executor continues the trace
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     reported_at: Mapped[datetime | None]
@@ -460,7 +460,7 @@ class PlannedRetry(Base):
     organization_id: Mapped[str]
     due_at: Mapped[datetime]
     next_try_at: Mapped[datetime] = mapped_column("look_at")
-    rule: Mapped[int] = mapped_column(SmallInteger)  # of the policy, the one that matched; 0: it has none
+    rule: Mapped[int] = mapped_column(SmallInteger)  # number of the rule that matched; 0: the policy has no rules
     avoids_last_machine: Mapped[bool]
     owes_event: Mapped[bool]  # the attempt's `run_complete` was not sent, and is if the plan is dropped
 

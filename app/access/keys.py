@@ -1,5 +1,5 @@
 """Make, list, rotate and revoke API keys, for the command line, in the role that owns the tables. The service itself may only
-list the keys of an organization. Whom a key stands for when it is used is found out in access/auth.py.
+list the keys of an organization. access/auth.py finds out the caller of a request by its key.
 """
 
 from datetime import datetime
@@ -12,7 +12,7 @@ from app.stores.statements import statement
 
 
 class NewKey(NamedTuple):
-    """What is stored of a new key."""
+    """The columns of a new key."""
 
     id: UUID
     organization_id: str

@@ -1,6 +1,6 @@
 """gzip for replies of JSON that a caller reads: in pieces, by one thread of the process, the organizations in turns.
 
-Only GETs of callers with a key. A write's reply is short, and a public reply counts for nobody's bytes in flight.
+Only GETs of callers with a key. A write's reply is short, and a public reply counts for no party's memory.
 """
 
 import asyncio

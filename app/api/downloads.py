@@ -54,7 +54,7 @@ def requested_range(headers: Headers, size: int, etag: str) -> tuple[int, int] |
 
 async def respond(services: Services, file: Record, request: Request) -> Response:
     """The bytes, or the range that the request asks for, in chunks; no connection to the database is held meanwhile.
-    Of a HEAD request only one byte is read, to see that there are any.
+    A HEAD request reads one byte, to see that there are any.
 
     Raises RangeNotSatisfiable, StorageUnavailable, Overloaded, QuotaExceeded, AttachmentBytesMissing, and AttachmentNotFound if
     the row went since it was read. A file that goes while it is being sent breaks the connection: the caller has less than
@@ -111,7 +111,7 @@ class Ticket:
 
     @classmethod
     def sign(cls, settings: Settings, attachment_id: UUID, expires_in: int, now: float) -> "Ticket":
-        """A ticket for so many seconds. `now` is the database's time: any replica may be asked to redeem it."""
+        """A ticket that is valid for `seconds`. `now` is the database's time: any replica may be asked to redeem it."""
         expires = str(int(now) + expires_in)
         key = settings.server_key.get_secret_value()
         return cls(str(attachment_id), expires, _signature(key, str(attachment_id), expires))
@@ -137,7 +137,7 @@ def _signature(key: str, attachment_id: str, expires: str) -> str:
 
 
 async def redeem(database: Database, settings: Settings, ticket: Ticket) -> Record:
-    """What is needed to read the ticket's attachment. Raises AttachmentNotFound whatever is wrong: it helps nobody guess."""
+    """The columns for reading the attachment of a ticket. Raises AttachmentNotFound for every fault."""
     if not ticket.holds(settings, database.clock.now()):
         raise AttachmentNotFound
     async with database.connection() as connection:

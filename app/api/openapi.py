@@ -131,7 +131,7 @@ def _responses(possible: tuple[type[Refusal], ...]) -> dict[int | str, dict[str,
 
 
 def _problem(refusal: type[Refusal]) -> dict[str, Any]:
-    """What is sent, as an example. The sentences that depend on the run are not known here."""
+    """An example of the reply. The sentences that depend on the run are not known here."""
     members = {"violated-policies": ["key-requests"]} if refusal is QuotaExceeded else {}
     return {
         "type": refusal.problem_type(),
@@ -191,7 +191,7 @@ _JSON_VALUE = {
 }
 
 
-# Of fields whose name says nearly everything, the same in every reply.
+# Descriptions of fields that are the same in every reply.
 _USUAL_DESCRIPTIONS = {
     "id": "Identifies it.",
     "run_id": "The run.",

@@ -173,7 +173,7 @@ async def read_only(request: Request, model: type[Model]) -> Model:
 
 
 async def read_write(request: Request) -> WriteRequest:
-    """For writes whose body means nothing (DELETE)."""
+    """For writes without a meaningful body (DELETE)."""
     settings = services(request).settings
     raw = await _read_body(request, min(settings.max_body_bytes, settings.max_small_body_bytes))
     await still_known(request)

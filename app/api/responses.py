@@ -57,7 +57,7 @@ def including(names: Sequence[str]) -> Any:
     )
 
 
-# Of a filter whose name says what it compares.
+# For a filter with a name that says what it compares.
 ONLY = Query(description="Only those with this value.")
 
 

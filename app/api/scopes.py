@@ -20,7 +20,7 @@ BOUND = "x-machine-keys"
 
 
 class Route(APIRoute):
-    """A route that a key without its scope cannot use, and whose parameters can be sent only once.
+    """A route that needs a scope, and that takes each parameter only once.
 
     Raises InsufficientScope and Invalid.
     """

@@ -1,6 +1,6 @@
 """Files of our pages, served from memory: read once at start, and compressed once when one is first asked for.
 
-Browsers keep them and ask each time whether they have changed (ETag): after an upgrade nobody works with files of the
+Browsers keep them and ask each time whether they have changed (ETag): after an upgrade no browser works with files of the
 version before.
 """
 

@@ -1,6 +1,6 @@
 """The choice of runs of a bulk retry, made once and by one statement, with the attempt of each run at that moment.
 
-The same choice serves the job, whose statement stores it, and the dry run, whose statement only reads it.
+The job stores the choice by its statement, and the dry run only reads it.
 """
 
 from collections.abc import AsyncIterator, Mapping

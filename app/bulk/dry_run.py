@@ -26,7 +26,7 @@ from app.stores.statements import statement
 
 SAMPLE = 100  # runs of each code that are named
 READ_AT_ONCE = 500  # runs
-LANES_AT_ONCE = 500  # of which one statement finds out what they wait for
+LANES_AT_ONCE = 500  # lanes that one statement explains
 
 # One run of each lane: all of a lane want the same.
 PLACEMENT = statement(

@@ -14,10 +14,10 @@ from temporalio.common import RetryPolicy
 from temporalio.exceptions import ActivityError, TimeoutError, TimeoutType  # noqa: A004 - Temporal's
 
 WORKFLOW, EXECUTE, CONCLUDE = "run_attempt", "execute_run", "conclude"
-QUEUE = "runs-api"  # of the workflow workers, `python -m app worker`
+QUEUE = "runs-api"  # the queue of the workflow workers (`python -m app worker`)
 DELIVERIES = 3
 REPORTED, SUPERSEDED = "reported", "superseded"  # what executors answer; anything else says that they gave it up
-NOT_BEGUN = "not_begun"  # what `conclude` answers when nobody has begun the run: it can be delivered again
+NOT_BEGUN = "not_begun"  # answer of `conclude` if no executor has begun the run: it can be delivered again
 
 _CONCLUDE_SECONDS = 10.0
 _AGAIN_AFTER = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
@@ -55,7 +55,7 @@ class Conclusion:
 
 @workflow.defn(name=WORKFLOW)
 class RunAttempt:
-    """Deliver until somebody has begun the run, and see to it that it does not stay begun for ever."""
+    """Deliver until an executor has begun the run, and make sure that the run ends."""
 
     @workflow.run
     async def run(self, order: Order) -> str:

@@ -117,7 +117,7 @@ class Dispatcher:
             reason = error.status.name
         except TimeoutError:
             reason = "TIMEOUT"
-        except RuntimeError:  # of the SDK's core: it could not connect
+        except RuntimeError:  # a failure of the SDK's core: it could not connect
             reason = "CONNECT"
         except Exception as error:  # noqa: BLE001 - one bad row must not hold up the others
             line = {"event": "dispatch_broke", "kind": row["kind"], "run_id": str(row["run_id"])}

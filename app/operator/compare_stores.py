@@ -30,7 +30,7 @@ _OF_A_RUN = re.compile(r"[^/]+/[A-Za-z0-9_-]{1,64}/([0-9a-f-]{36})/[0-9a-f-]{36}
 class Difference:
     """`orphaned`: it exists, and neither a row nor the deletion list names it. `missing`: a row needs it, and it is not there.
 
-    `owner` is whose it would be, of what is missing.
+    `owner` is the row that needs a missing name.
     """
 
     kind: Literal["orphaned", "missing"]
@@ -74,7 +74,7 @@ _SECRET_NEEDED = f"""
     run.secret_path IS NOT NULL AND ({rules.is_active("run")}
         OR {_is_kept("vault", "run.secret_path", until="d.condemned_at IS NULL AND d.due_at > now()")})
 """
-# What is due is as good as gone.
+# A name that is due counts as gone.
 _FILE_NEEDED = f"""
     file.storage_path IS NOT NULL
     AND {_is_kept("storage", "file.storage_path", until="(d.condemned_at IS NOT NULL OR d.due_at <= now())")} IS NULL

@@ -32,7 +32,7 @@ DISPATCHES_SEEN = 10_000
 PLANS_COUNTED = 10_000
 SILENT_COUNTED = 10_000
 
-# After at least so many seconds without a report a running run counts as silent.
+# A running run counts as silent after this many seconds without a report.
 LEAST_SILENT_SECONDS = 180.0
 
 # Runs that wait are counted by lane, from the index of the queue alone; why they do is asked of the head of each of the longest
@@ -126,7 +126,7 @@ GAUGES = statement(
     """,
 )
 
-# What is shown where there is nothing: a series that comes and goes looks like one that nobody scrapes.
+# Series that are shown with 0: a series that comes and goes looks like a failed scrape.
 _NOTHING: dict[str, tuple[str, ...]] = {
     "runs_waiting": (
         "waiting_for_machine",

@@ -194,7 +194,7 @@ async def send_test(services: Services, write: WriteRequest, endpoint_id: UUID) 
 
 
 def _example(event_id: UUID, organization_id: str, occurred_at: datetime) -> dict[str, Any]:
-    """A message like any other, of a run that nobody has: its ids are all zeros."""
+    """A message of a run that does not exist: its ids are all zeros."""
     nobody = UUID(int=0)
     run: dict[str, Any] = dict.fromkeys([*projection.RUN_COLUMNS, *projection.RUN_UNSUPPORTED])
     run |= {

@@ -31,8 +31,8 @@ from app.stores.statements import statement
 from app.webhooks import signing
 from app.webhooks.addresses import Allowed, NotAllowed
 
-MAX_ENDPOINTS = 20  # of an organization: each makes one more copy of every message
-MAX_SECRETS = 5  # of an endpoint that sign at the same time
+MAX_ENDPOINTS = 20  # endpoints of an organization: each makes one more copy of every message
+MAX_SECRETS = 5  # secrets of an endpoint that sign at the same time
 OVERLAP = timedelta(hours=24)  # how long a secret that was rotated away goes on signing
 EVENT_TYPES = ["run_complete"]
 

@@ -93,7 +93,7 @@ DROP = statement(
 
 @dataclass(slots=True)
 class Plans:
-    """What was planned for runs that a transaction has ended."""
+    """The plans for the runs that a transaction has ended."""
 
     due: dict[UUID, datetime] = field(default_factory=dict)  # by run
     silent: set[UUID] = field(default_factory=set)  # runs that send no `run_complete` for this ending
@@ -155,7 +155,7 @@ async def make(connection: Connection, run_ids: Sequence[UUID], settings: Settin
 
 
 async def drop(connection: Connection, codes: Mapping[UUID, str], attempts: Sequence[int], actor: Actor) -> list[UUID]:
-    """Drop the plans of these runs and attempts, each with its code. The runs whose ending is still to be sent.
+    """Drop the plans of these runs and attempts, each with its code. Returns the runs with an ending that is still to be sent.
 
     The caller has locked the runs: none of them is at another attempt.
     """

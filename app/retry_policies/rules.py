@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-# Statuses for which a run may be retried by itself. A cancelled run never is: somebody wanted it to stop.
+# Statuses for which a run may be retried by itself. A cancelled run is never retried: a caller wanted it to stop.
 FAILED = frozenset({"error", "task_failed"})
 
 
@@ -27,7 +27,7 @@ class RetryPolicy:
     """A policy as a workflow stores it. Keys that a newer version has stored are ignored."""
 
     max_retries: int
-    delays_seconds: Sequence[float]  # of the first retry, the second, ...; the last one repeats
+    delays_seconds: Sequence[float]  # before the first retry, the second, ...; the last one repeats
     jitter: float
     rules: Sequence[Rule]  # none: every ending in `error`
     avoids_last_machine: bool
@@ -70,9 +70,9 @@ class Ending:
     error: Sequence[str]
     error_code: str | None
     ended_at: datetime  # by the database's clock
-    automatic_retries: int | None  # so far, since somebody asked for this run last; None: none are wanted
+    automatic_retries: int | None  # retries since a caller last asked for this run; None: none are wanted
     has_secret: bool
-    inputs_expire_at: datetime | None  # of the input file that expires first
+    inputs_expire_at: datetime | None  # when the first input file expires
 
 
 @dataclass(frozen=True, slots=True)

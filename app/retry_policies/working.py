@@ -182,7 +182,7 @@ class RetryWorker:
         connection.after_commit(tell)
 
     async def _drop(self, connection: Connection, decided: _Decided) -> bool:
-        """Drop the plans of runs that nobody is changing now; the others are busy. Whether there is an event to send."""
+        """Drop the plans of runs that are not locked; the others are busy. Whether there is an event to send."""
         if not decided.dropped:
             return False
         rows = await connection.fetch(LOCK_ENDED, **_keys(plan for plan, _ in decided.dropped))

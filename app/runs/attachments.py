@@ -83,7 +83,7 @@ async def _get(connection: Connection, attachment_id: UUID, principal: Principal
 
 
 async def readable(connection: Connection, attachment_id: UUID, principal: Principal | None) -> Record:
-    """What is needed to read an attachment's bytes; None is a caller with a signed URL. Raises AttachmentNotFound."""
+    """The columns for reading an attachment's bytes; None is a caller with a signed URL. Raises AttachmentNotFound."""
     if principal is None:
         row = await connection.fetchrow(READABLE, attachment_id=attachment_id)
     else:
@@ -104,7 +104,7 @@ async def _left(connection: Connection, principal: Principal, ids: Sequence[UUID
     return body
 
 
-# An attachment, and its run, whose end is its own.
+# An attachment and its run: it ends with the run.
 RESOURCE = Resource(_show, _left)
 
 

@@ -36,7 +36,7 @@ async def conclude(
     why: str,
     is_last: bool,
 ) -> str:
-    """End the run if it is still at this attempt and somebody has begun it, or this was the last delivery.
+    """End the run if it is still at this attempt and an executor has begun it, or this was the last delivery.
 
     NOT_BEGUN if it can be delivered again; else how it stands, in one word. Raises DatabaseUnavailable.
     """
@@ -52,7 +52,7 @@ async def conclude(
         if not is_begun and run["assigned_machine_id"] is None:
             return "superseded"
         if is_begun and why == "refused":
-            return "begun_elsewhere"  # by whoever answers for it, as an executor that waits by long poll
+            return "begun_elsewhere"  # by its executor, as one that waits by long poll
         if not is_begun and not is_last:
             return NOT_BEGUN
         status = RunStatus.CANCELLED if why == "cancelled" else RunStatus.ERROR

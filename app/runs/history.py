@@ -12,7 +12,7 @@ from app.runs import projection
 from app.stores.database import Connection, Database, Record
 from app.stores.statements import statement
 
-PAGE_BYTES = 1024 * 1024  # of messages in a page, but for one that is longer: it has a page of its own
+PAGE_BYTES = 1024 * 1024  # bytes of messages in a page; a longer message has a page of its own
 
 # `following` is the length of the first message that may be in the page, also if it is too long for it.
 PAGE = statement(

@@ -1,6 +1,6 @@
 """The queue as people look at it: who waits, for what, for how long, and why.
 
-The work is bounded whatever waits: so many lanes are looked at, so many are shown, and so many runs are counted in each.
+The work is bounded: LANES_SEEN lanes are looked at, LANES_SHOWN are shown, and RUNS_COUNTED runs are counted in each.
 """
 
 from typing import Any

@@ -52,7 +52,7 @@ async def _left_of_bulk(connection: Connection, principal: Principal, ids: Seque
 
 
 def bulk_resource(max_reply_bytes: int) -> Resource:
-    """All runs of a bulk that are left. Of more than so many bytes: PayloadTooLarge."""
+    """All runs of a bulk that are left. Raises PayloadTooLarge for more bytes."""
 
     async def show(connection: Connection, principal: Principal, ids: Sequence[UUID]) -> bytes:
         left = await _left(connection, principal, ids)

@@ -93,7 +93,7 @@ class _Asked:
         return cls(retry, services.settings.retry_cooldown_seconds, new_session_id, staged)
 
     def change(self, run: Record | None, missing: Sequence[Refusal]) -> Change:
-        """What is to be written. Raises the first of the refusals, and NoRoom and QuotaExceeded for too long a reply."""
+        """The change to write. Raises the first of the refusals, and NoRoom and QuotaExceeded for too long a reply."""
         retry = self.retry
         refuse_contradictions(retry.options.session_id, retry.options.start_session)
         decided = decide(

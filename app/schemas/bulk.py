@@ -23,7 +23,7 @@ from app.schemas.values import (
     example,
 )
 
-MAX_RUNS = 10_000  # of one bulk retry
+MAX_RUNS = 10_000  # in one bulk retry
 MIN_PACE, MAX_PACE = 0.1, 1000.0  # retries a second
 
 # --- what a caller sends ----------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class _Search:
         self._raw = raw
         self._walk = _Walk(raw)
         self._looked_at = 0
-        self._end = 0  # of the last text that was come upon
+        self._end = 0  # the end of the last text that was met
 
     def fields(self, places: Iterator[int]) -> set[tuple[str, ...]]:
         """The fields of the numbers at these places that a double does not give back."""
@@ -169,7 +169,7 @@ def _decimal(text: bytes) -> tuple[bytes, int]:
 
 
 class _Walk:
-    """A walk over the body's texts and brackets, as far as somebody has asked."""
+    """A walk over the body's texts and brackets, as far as it was asked for."""
 
     def __init__(self, raw: bytes) -> None:
         self.names: list[str] = []  # of the outermost two fields around the place that was asked for last

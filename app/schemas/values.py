@@ -35,12 +35,12 @@ from pydantic_core import PydanticCustomError
 from app.config import Settings
 from app.schemas import numbers
 
-MAX_PROMPT_BYTES = 256 * 1024  # of a prompt, a JSON schema, or metadata as JSON; in UTF-8
+MAX_PROMPT_BYTES = 256 * 1024  # bytes of a prompt, a JSON schema, or metadata as JSON; in UTF-8
 MAX_LINE = 100_000  # characters in one line of a run's error
-MAX_ERROR_BYTES = 256 * 1024  # of all lines as JSON, without the quotes: a page of 100 runs fits into a reply
+MAX_ERROR_BYTES = 256 * 1024  # bytes of all lines as JSON, without the quotes: a page of 100 runs fits into a reply
 MAX_DESCRIPTION = 10_000  # characters: a machine shows those of all its pools
 MAX_NAME = 255  # characters in a name, also of a variable: each copy of a run in a bulk repeats it
-MAX_POOLS = 100  # of a run, and of a machine
+MAX_POOLS = 100  # pools of a run, and of a machine
 MAX_IDS = 1_000  # in one list of machines or attachments
 MAX_VARIABLES = 1_000  # names in input_values or sensitive_input_values
 MAX_REASON = 500  # characters in a reason
@@ -149,7 +149,7 @@ def whole(value: object, info: ValidationInfo) -> object:
 
 
 def _few_bytes(value: T) -> T:
-    """Of text as it is, of anything else as JSON."""
+    """The length of text as it is, of other values as JSON."""
     size = len(value.encode() if isinstance(value, str) else orjson.dumps(value))
     if size > MAX_PROMPT_BYTES:
         raise PydanticCustomError("too_many_bytes", "too large", {"max_bytes": MAX_PROMPT_BYTES})
@@ -182,7 +182,7 @@ def _is_alias(value: str, settings: Settings) -> bool:
 
 
 def _no_alias(value: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
-    """Whoever sends a run's aliases back as its secrets would lose the secrets."""
+    """A caller that sends a run's aliases back as its secrets would lose the secrets."""
     reading = info.context
     if not isinstance(reading, Reading):
         return value
@@ -221,7 +221,7 @@ NonEmptyName = Annotated[
     str, Field(min_length=1, max_length=MAX_NAME, json_schema_extra=NO_NUL), AfterValidator(storable_text)
 ]
 ErrorCode = Annotated[str, Field(pattern=r"^[a-z0-9_.]{1,100}$")]
-# Of a search; the empty text is none.
+# The text of a search; an empty text is no search.
 SearchText = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
 Reason = Annotated[str, Field(max_length=MAX_REASON, json_schema_extra=NO_NUL), AfterValidator(storable_text)]
 
@@ -398,7 +398,7 @@ class Payload(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
-    # Of the bodies in its schema's examples.
+    # An example of a body for the schema.
     EXAMPLE_NAMES: ClassVar[tuple[str, ...]] = ("example",)
 
     @classmethod

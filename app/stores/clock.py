@@ -9,10 +9,10 @@ import time
 
 log = logging.getLogger("app.clock")
 
-OFF_SECONDS = 5.0  # of this machine's clock: it is told from here on
+OFF_SECONDS = 5.0  # seconds that the machine's clock may differ before it is logged
 SLOW_SECONDS = 1.0  # a measurement that took longer says too little if there is another
 
-# It goes on while the machine is suspended, and nobody can set it.
+# This clock goes on while the machine is suspended, and it cannot be set.
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 

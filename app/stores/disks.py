@@ -12,17 +12,17 @@ log = logging.getLogger("app.disks")
 
 FULL = "disk_full"
 
-# A write that failed for want of room counts for so long: a look at the disk may find room that this write did not.
+# A write that failed for want of room counts for this many seconds: a look at the disk may find room that this write did not.
 REMEMBERED_SECONDS = 30.0
 
 
 class Disk:
-    """What is known of the disk of a store."""
+    """The state of the disk of a store."""
 
     def __init__(self, store: str) -> None:
         self._store = store
         self._seen_full = False  # at the last look
-        self._refused_until = 0.0  # of time.monotonic()
+        self._refused_until = 0.0  # in time.monotonic()
         self._told = False
 
     @property

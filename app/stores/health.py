@@ -34,12 +34,12 @@ class _Check:
 
     def __init__(self, ask: Callable[[], Awaitable[Problem | None]], outage: Outage) -> None:
         self._ask = ask
-        self._until = 0.0  # of time.monotonic()
+        self._until = 0.0  # in time.monotonic()
         self._answer: SingleFlight[Problem | None] = SingleFlight()
         self.outage = outage
 
     async def __call__(self, *, is_new: bool = False) -> Problem | None:
-        """What is wrong, if anything is. `is_new`: an answer from before this call does not count."""
+        """The problem of the store, if it has one. `is_new`: an answer from before this call does not count."""
         if is_new or self._answer.is_under_way or time.monotonic() >= self._until:
             return await self._answer.join(self._find_out)
         return await self._answer.again()

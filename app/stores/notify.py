@@ -10,7 +10,7 @@ from app.stores.database import Database
 from app.stores.statements import statement
 from app.stores.wakeups import Wakeups
 
-# Nobody needs it on disk.
+# The commit need not wait for the disk.
 TELL = statement(
     "channels.tell",
     """

@@ -26,7 +26,7 @@ class Outage:
 
     def __init__(self, store: str) -> None:
         self._store = store
-        self._began: float | None = None  # of time.monotonic(); None: the store can be used
+        self._began: float | None = None  # in time.monotonic(); None: the store can be used
         self.suspected = asyncio.Event()  # a call has failed: check the store soon
 
     @property

@@ -172,8 +172,8 @@ def newest_first(order: Sequence[str], *, ascending: bool = False) -> str:
 def following(listing: Listing, branches: Sequence[str], limit: str, *, is_after: bool) -> str:
     """SQL for the order's columns of all rows, or of those after a place; without ORDER BY if there is one branch.
 
-    Of several branches each gives its own newest, no more than `limit`, in the order of an index; the list is cut from their
-    merge.
+    If there are several, each branch gives its own newest, no more than `limit`, in the order of an index; the list is cut from
+    their merge.
     """
     columns, order = ", ".join(listing.order), newest_first(listing.order, ascending=listing.ascending)
     after = ""
@@ -191,7 +191,7 @@ def _find(listing: Listing, branches: tuple[str, ...], counted: tuple[str, ...],
     """A statement for each shape of a request, made once.
 
     Keys are found before any row is read that is wide. Then the rows are weighed one after the other, no further than to
-    the first that is too much. Of a long list, rows are counted no further than to see that it is long.
+    the first that is too much. Rows are counted no further than to see that a list is long.
     """
     total = " + ".join(
         f"(SELECT count(*) FROM (SELECT FROM {listing.source} WHERE {branch} LIMIT {EXACT + 1}) AS few)"
@@ -254,7 +254,7 @@ class _Many:
         return self._database.counts.is_long(self._key)
 
     async def total(self) -> Total:
-        """Of many rows, as many as there were within the last second; of few, as many as there are."""
+        """A long list: the count of the last second. A short list: the count as of now."""
         total, is_own = await self._database.counts.get(self._key, self._counted)
         return total if is_own or total.rows > EXACT else await self._counted()
 

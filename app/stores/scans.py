@@ -1,4 +1,4 @@
-"""One page of a list whose filter no index serves: rows are looked at in the order of an index, newest first, one by one.
+"""One page of a list with a filter that no index serves. Rows are looked at one by one, in the order of an index.
 
 No more than ROWS rows are looked at for a page, and none after SECONDS. The page says so (`is_partial`), and its cursor goes on
 where the scan stopped, also if the page is empty. The total is what was found so far.
@@ -57,7 +57,7 @@ class Scan:
 
     @property
     def name(self) -> str:
-        """Of its cursors."""
+        """The name in its cursors."""
         return f"{self.shown.name}.scan"
 
 
@@ -154,7 +154,7 @@ async def _look(database: Database, wanted: Scan, seen: _Seen, enough: int) -> N
 
 
 async def _look_on(connection: Connection, wanted: Scan, seen: _Seen, size: int) -> None:
-    """Look at so many more rows. One more than ROWS only says that there are more."""
+    """Look at `size` more rows. One more than ROWS only says that there are more."""
     statement = _look_at(wanted.listing, wanted.branches, wanted.matches, wanted.shown, is_after=bool(seen.after))
     row = await connection.fetchrow(statement, slice=size, **wanted.values, **seen.after)
     assert row is not None  # noqa: S101 - an aggregate

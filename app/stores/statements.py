@@ -28,7 +28,7 @@ class Statement:
     name: str
     sql: str
     parameters: tuple[str, ...]
-    values: Mapping[str, object] = field(default_factory=dict)  # of a list that was composed for one request
+    values: Mapping[str, object] = field(default_factory=dict)  # for a list that was composed for one request
 
     def arguments(self, given: Mapping[str, object]) -> list[object]:
         """The values in the order of the SQL. Raises TypeError for a missing or an unknown name."""
@@ -57,7 +57,7 @@ def statement(name: str, written: str | ClauseElement) -> Statement:
 
 
 def composed(name: str, written: ClauseElement) -> Statement:
-    """A list whose conditions depend on the request: compiled for this request, with the values that it was made of."""
+    """A list with conditions that depend on the request: compiled for this request, with the values that it was made of."""
     return _compiled(name, written)
 
 

@@ -58,7 +58,7 @@ class Slots:
     async def run(self, call: Callable[[], T], *, wait: float, patience: float) -> T:
         """Raises TimeoutError after `wait` seconds without a free slot, or after `patience` seconds without a result.
 
-        A thread cannot be interrupted: a call whose caller gave up keeps its slot until it really ends.
+        A thread cannot be interrupted: a call that was given up keeps its slot until it really ends.
         """
         async with asyncio.timeout(wait):
             await self._free.acquire()

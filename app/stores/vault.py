@@ -210,7 +210,7 @@ class VaultSecrets:
         self._health = Slots("vault-health", _HEALTH_SLOTS)
         self._login_works: bool | None = None  # None: not known
         self._may_sign = True  # until the contrary is known
-        self._look_at_login = 0.0  # of time.monotonic()
+        self._look_at_login = 0.0  # in time.monotonic()
 
     @property
     def writes_at_once(self) -> int:

@@ -29,7 +29,7 @@ class _Outages:
     """When a connection to Vault last met a node that cannot answer, for all connections of a store."""
 
     def __init__(self) -> None:
-        self._last = float("-inf")  # of time.monotonic()
+        self._last = float("-inf")  # in time.monotonic()
 
     def note(self) -> None:
         """A call failed, or was answered by a node that cannot serve."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
-# Of requests whose caller does not say; OTEL_TRACES_SAMPLER and OTEL_TRACES_SAMPLER_ARG set another.
+# For requests without a decision of the caller; OTEL_TRACES_SAMPLER and OTEL_TRACES_SAMPLER_ARG set another.
 RATIO = 0.01
 
 _LONGEST_PATH = 256
@@ -37,7 +37,7 @@ _STOP_SECONDS = 3.0
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 
-# What is called, without what is called with it.
+# The name of the call, without its arguments.
 _STORE_CALLS = {
     ("vault", "write"): ("POST", "/v1/{mount}/data/{path}"),
     ("vault", "read"): ("GET", "/v1/{mount}/data/{path}"),
@@ -125,7 +125,7 @@ def start(database_url: str) -> None:
 
 
 def stop() -> None:
-    """Send what is left, for a short while; a collector that does not answer holds up nobody."""
+    """Send what is left, for a short while; a collector that does not answer delays nothing."""
     if _provider is not None:
         sending = threading.Thread(target=_provider.shutdown, daemon=True)
         sending.start()

@@ -92,7 +92,7 @@ class Allowed:
             raise NotAllowed("Must be a public address.")
         if not url.secure and (
             literal is not None or not self.networks
-        ):  # of a name, the address decides when it is used
+        ):  # for a name, its address decides when it is used
             raise NotAllowed("Must begin with https://.")
         if url.port < 1024 and url.port != (443 if url.secure else 80):
             raise NotAllowed("Must use the scheme's own port or one from 1024 to 65535.")
@@ -131,7 +131,7 @@ def parse(text: str) -> Url:
 def is_public(address: Address) -> bool:
     """Whether the whole internet can reach it, as far as the registries say (RFC 6890 and its updates)."""
     address = _unwrapped(address)
-    # 6to4 carries an IPv4 address that nobody has checked; Teredo does too, and is special.
+    # 6to4 carries an IPv4 address that was not checked; Teredo does too, and is special.
     if isinstance(address, IPv6Address) and (address not in _GLOBAL_UNICAST or address.sixtofour is not None):
         return False
     is_special = address.is_multicast or address.is_reserved or _is_in(address, _SPECIAL)

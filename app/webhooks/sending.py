@@ -63,7 +63,7 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 def trust(cacert: Path | None) -> ssl.SSLContext:
-    """Whose certificates of receivers are believed: the system's authorities, or those of this file."""
+    """The authorities that certificates of receivers are checked with: the system's, or those of this file."""
     return ssl.create_default_context(cafile=None if cacert is None else str(cacert))
 
 
@@ -164,7 +164,7 @@ class Post:
         except _FAILURES as error:
             raise Failed(self._reason(error, "no_answer")) from None
         else:
-            if self._aborted:  # what was read ends where it was broken off
+            if self._aborted:  # the answer was broken off
                 raise Failed("timeout")
             return Answer(response.status, answer, response.headers.get("Retry-After"))
         finally:

@@ -65,7 +65,7 @@ class SignsOfLife:
         self._counted_at = time.monotonic()
 
     def note(self, organization_id: str, machine_id: UUID) -> None:
-        """A sign of life. Of another organization's machine it is none."""
+        """A sign of life of a machine of this organization."""
         if len(self._unwritten) < MOST_MACHINES:
             self._unwritten[organization_id, machine_id] = time.monotonic()
             self.event.set()

@@ -18,7 +18,7 @@ _COME_BACK_SECONDS = EVERY_SECONDS + 5
 # Keys that a process remembers. One that it has forgotten is asked about once more, and no harm done.
 MOST_KEYS = 10_000
 
-# Whoever holds a row now writes it, or it is written the next time: nothing waits for a lock here.
+# A locked row is written the next time: nothing waits for a lock here.
 WRITE = statement(
     "last_used.write",
     """

@@ -62,7 +62,7 @@ class StoredReplies:
         return self._longest if stored < self._share else 0
 
     def count(self, organization_id: str, size: int) -> None:
-        """So many bytes were stored."""
+        """Note that these bytes were stored."""
         self._counted[organization_id] += size
 
     async def exchange(self, database: Database) -> None:
@@ -73,7 +73,9 @@ class StoredReplies:
         if not new and not full:
             return
         try:
-            async with database.transaction() as connection:  # what is counted again was not added
+            async with (
+                database.transaction() as connection
+            ):  # if it fails, nothing was added, and the sums are counted again
                 if new:
                     await connection.execute(
                         ADD, organization_ids=list(new), bytes=list(new.values()), ttl_seconds=self._ttl_seconds
