@@ -221,6 +221,14 @@ def test_docstrings_and_comments_are_plain_english(name: str) -> None:
     assert [remark for remark in remarks if RIDDLES.search(" ".join(remark.split()))] == []
 
 
+def test_every_docstring_begins_with_a_sentence() -> None:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for file in (ROOT / "app").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
+                assert re.search(r"[.:]\W*$", docstring.partition("\n\n")[0]), (file, docstring)
+
+
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_pages_name_files_that_exist(page: str) -> None:
     named = re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:\.py|/))`", (ROOT / page).read_text(encoding="utf-8"))

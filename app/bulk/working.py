@@ -1,8 +1,8 @@
 """The work on bulk retries: set after set, organizations in turns, until every run was retried or skipped.
 
-A set is one transaction. It locks the job, whose row is the lease: a replica that is killed loses the lock with its
-connection, and another one goes on. The runs are switched and their items decided in that transaction, so no run is retried
-without its item saying so. Each item knows the attempt that it was chosen with: a run at another attempt is skipped.
+A set is one transaction. It locks the row of the job, and this lock is the lease: a replica that is killed loses the lock with
+its connection, and another replica goes on. The transaction switches the runs and decides their items, so no run is retried
+without a decided item. Each item knows the attempt that it was chosen with: a run at another attempt is skipped.
 """
 
 import logging

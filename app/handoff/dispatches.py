@@ -1,8 +1,7 @@
-"""Dispatches: rows that say what Temporal is to be told, written by the transaction that makes it so. What is done with them is
-in temporal.py.
+"""Dispatches: rows for messages to Temporal, written by the transaction that causes the message. temporal.py sends them.
 
-`start`: a run was given to a machine. `cancel`: one that a machine had was ended or taken away by somebody else than its
-executor. Nothing is written without TEMPORAL_ADDRESS. It knows the tables and nothing of Temporal.
+`start`: a run was given to a machine. `cancel`: a machine's run was ended, or taken away from it, not by its executor. Without
+TEMPORAL_ADDRESS nothing is written. This file knows the tables and nothing of Temporal.
 """
 
 from collections.abc import Sequence

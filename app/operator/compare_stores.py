@@ -212,7 +212,7 @@ async def _orphaned(
     names: Sequence[str],
     exists: Callable[[str], Awaitable[bool]],
 ) -> list[str]:
-    """Those that nobody names and that exist still: what was named when it was listed may be deleted since."""
+    """The names that no row names and that still exist: a name may have been deleted since it was listed."""
     candidates = await unnamed(names)
     return [name for name, there in await _each(candidates, exists) if there]
 

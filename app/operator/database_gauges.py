@@ -1,7 +1,7 @@
 """What only the database knows of the whole service: who waits, what is due, which machines there are. For metrics.
 
-One statement, at most every ten seconds in a process. Whatever there is, it goes along indexes and counts no further than it
-says; and nobody waits for it longer than a second.
+One statement, at most every ten seconds in a process. It reads along indexes and counts up to fixed limits, and
+no scrape waits for it longer than a second.
 """
 
 import asyncio

@@ -405,7 +405,7 @@ JOIN = statement(
     """,
 )
 
-# Of locked machines: who else puts them into pools waits for us, and then sees ours.
+# For locked machines: another request that puts them into pools waits for this one, and then sees its rows.
 IN_TOO_MANY = statement(
     "pools.in_too_many",
     """

@@ -1,7 +1,7 @@
 """Planned retries: the rows that say which attempt is to be retried when, written by the transaction that ends the attempt.
 
-A plan is for one attempt. Whatever retries or deletes the run meanwhile does not look for it: a plan whose run is at another
-attempt is void, is shown nowhere, and goes when it is due (working.py).
+A plan is for one attempt. Code that retries or deletes the run meanwhile does not look for the plan: if the run is at another
+attempt, the plan is void, is shown nowhere, and is removed when it is due (working.py).
 """
 
 import logging

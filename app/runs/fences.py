@@ -53,7 +53,7 @@ def refuse_late(run: Record, given: Fenced, *, only_stops: bool = False) -> None
     if given.attempt not in (None, run["attempt"]):
         raise AttemptSuperseded(run["attempt"])
     if given.assignment is not None:
-        # Taken from its machine and not yet given to the next one. What nobody was ever given cannot be taken from anybody.
+        # The run was taken from its machine and not given to another one yet. A run that never had a machine was not taken.
         taken = run["status"] == RunStatus.SCHEDULING and run["assigned_machine_id"] is None and run["assignment"] > 0
         if taken or given.assignment != run["assignment"]:
             raise AssignmentSuperseded(run["assignment"])

@@ -10,8 +10,8 @@ from app.runs.deleting import remove_runs
 from app.stores.database import Database
 from app.stores.statements import loose_scan, statement
 
-# Of each organization, which are found one after the other, until there are enough. By `changed_at`, the database's time of the
-# end: `ended_at` may be by a clock that is wrong. What somebody holds is just being retried or deleted.
+# Runs of one organization after the other, until there are enough. `changed_at` is the end by the database's clock; `ended_at`
+# may come from a clock that is wrong. A locked run is just being retried or deleted.
 ENDED_LONG_AGO = statement(
     "retention.ended_long_ago",
     f"""

@@ -1,16 +1,16 @@
 """Retry finished runs in place: check -> stage -> switch -> settle. A retry is a set of one.
 
-check    a plain read, on which the rules decide; a retry with secrets or files is refused here before anything is written
-stage    new secrets and files are written under fresh names that are on the deletion list first (staging.py)
-switch   one statement: archive, clear, requeue, and take what was staged off the deletion list. It takes effect only for a run
-         whose row is still the one on which the rules decided, and only if it finds the rest of what they decided on
-settle   after the commit the background task deletes what was replaced and looks for a machine (background.py)
+check    read the run and let the rules decide; a retry with secrets or files is refused here before anything is written
+stage    write new secrets and files under fresh names that are on the deletion list first (staging.py)
+switch   one statement: archive, clear, requeue, and take staged names off the deletion list. It takes effect only if the run's
+         row is still in the version that the rules saw, and if it can lock the other rows that they relied on
+settle   after the commit, loops delete the replaced secrets and files and look for a machine (background.py)
 
 Retries that meet go through each statement together (stores/together.py). A retry goes through a transaction of its own if its
 run is locked, if its run changes again and again, or if a twin is about to take its Idempotency-Key: the transaction waits for
 the lock first, and then runs the same statements.
 
-A process killed anywhere leaves the run wholly before or wholly after: the switch is the only step that changes it.
+A process may be killed at any point: only the switch changes the run, so the run is either as before or retried.
 """
 
 import asyncio

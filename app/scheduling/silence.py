@@ -91,7 +91,7 @@ UNASSIGN = statement(
 
 STAY = statement("silence.stay", f"UPDATE runs SET awaited_since = NULL WHERE {by_id('runs', 'run_ids')}")
 
-# One that somebody has disconnected stays so. `reservations` are those of sessions that have not begun and lose them.
+# A machine that a caller has disconnected stays so. `reservations` are reservations of sessions that have not begun: they end.
 DISCONNECT = statement(
     "silence.disconnect",
     f"""

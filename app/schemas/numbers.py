@@ -1,8 +1,8 @@
-"""Numbers that would be changed: those whose decimal a double (IEEE 754, 64 bits) does not give back.
+"""Numbers that would be changed, because a double (IEEE 754, 64 bits) does not give their decimal back.
 
-A parser has rounded a number before anybody can look at it, so fractions are compared with the text of the body. Most bodies
-have no fraction and are not looked at. Of the others only runs of 16 digits are looked at closely: any decimal of 15 digits
-comes back from a double, unless its exponent is out of range.
+A parser rounds a number before it can be checked, so fractions are compared with the text of the body. Most bodies have no
+fraction and are not looked at. In other bodies only numbers with 16 digits or more are looked at closely: any decimal of 15
+digits comes back from a double, unless its exponent is out of range.
 """
 
 import re

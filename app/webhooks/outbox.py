@@ -1,7 +1,6 @@
-"""The outbox: rows that say what happened, written by the transaction that makes it happen. What is done with them is in
-delivery.py.
+"""The outbox: one row for each event, written by the transaction that causes the event. delivery.py sends them.
 
-Knows the table and nothing of runs: the writer of an event makes its body.
+This file knows the table and nothing of runs: the writer of an event makes its body.
 """
 
 from app.models import WebhookEvent

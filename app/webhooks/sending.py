@@ -1,8 +1,8 @@
 """Send one webhook. Beside the store of secrets this is the only file that imports urllib3.
 
-The host is resolved once, each address is checked, and the connection goes to an address that was checked, so a name that
-resolves differently a moment later changes nothing. Redirects are answers like any other: nothing here follows one. A thread
-that waits for a receiver cannot be interrupted, so whoever gives up shuts its socket down.
+The host is resolved once, each address is checked, and the connection goes to a checked address. So a name that resolves
+differently a moment later changes nothing. Redirects are not followed. A thread that waits for a receiver cannot be
+interrupted; to give up, its socket is shut down.
 """
 
 import socket

@@ -23,8 +23,8 @@ EVERY_SECONDS = 10.0
 MOST_MACHINES = 20_000
 BATCH = 1000
 
-# One that is offline only because it was silent is connected again, if the sign came after that. Whoever holds a row now
-# changes it, and it is written the next time: nothing waits for a lock here.
+# A machine that is offline only because it was silent is connected again, if the sign came after that. A locked row is written
+# the next time: nothing waits for a lock here.
 WRITE = statement(
     "signs_of_life.write",
     """
@@ -54,7 +54,7 @@ _Sign = tuple[str, UUID]  # organization and machine, as a request gave them
 
 
 class SignsOfLife:
-    """The machines that gave signs of life which are not written yet, and those whose executor waits for work right now."""
+    """Signs of life of machines that are not written yet, and the machines with an executor that waits for work now."""
 
     def __init__(self, silence_seconds: float) -> None:
         self.event = asyncio.Event()  # set when there is something to write
