@@ -1,8 +1,8 @@
 // Bulk retries: the dialog that starts one, their list, and the page of one with its runs.
 
 import { aborted, call, may, me, newIdempotencyKey, poll } from "./api.js";
-import { bar, clock, count, fill, h, icon, keeping, notice, openDialog, reason, short, skeleton, status, theirs, time, toast } from "./dom.js";
-import { priorityField, reasonField, targetField, valuesField } from "./fields.js";
+import { bar, count, fill, h, icon, keeping, notice, openDialog, reason, short, skeleton, status, theirs, time, timestamp, toast } from "./dom.js";
+import { priorityField, reasonField, startField, targetField, valuesField } from "./fields.js";
 import * as names from "./names.js";
 
 const QUIET_MS = 300; // after the last change
@@ -48,7 +48,7 @@ function numberField(legend, label, note, name, attributes) {
 export function openBulkRetry({ chosen, total, closed }) {
   const idempotencyKey = newIdempotencyKey();
   const nothing = { input_values: null, pool_ids: null, machine_id: null };
-  const overrides = [valuesField(nothing, changed, "Each run keeps its own."), targetField(nothing, changed), priorityField(nothing, changed, "Each run keeps its own.")];
+  const overrides = [valuesField(nothing, changed, "Each run keeps its own."), targetField(nothing, changed), priorityField(nothing, changed, "Each run keeps its own."), startField(changed)];
   const [, target] = overrides;
   const pace = [
     numberField("First", "Retry so many first", "go first, the rest only if all of them succeed", "first", { min: 0, max: 10_000 }),
@@ -291,7 +291,7 @@ function jobView(root, { id, params }) {
       "li",
       null,
       h("header", null, status(shown, one.outcome === "retried" ? (one.result ?? "cancelled") : one.outcome === "pending" ? "scheduling" : "cancelled"), h("span.grow", null, h("a", { href: `#/runs/${one.run_id}` }, "Run ", short(one.run_id)), one.attempt && one.outcome === "retried" ? ` attempt ${one.attempt + 1}` : "")),
-      h("p.meta", null, one.detail ? h("span", null, one.detail) : null, one.decided_at ? h("span.faint", null, h("time", { datetime: one.decided_at }, clock(one.decided_at))) : null),
+      h("p.meta", null, one.detail ? h("span", null, one.detail) : null, one.decided_at ? h("span.faint", null, timestamp(one.decided_at)) : null),
     );
   }
 

@@ -109,6 +109,7 @@ export const REASONS = {
   machine_not_responding: "Its machine does not respond",
   no_machine_in_pools: "No machine is in all its pools",
   waiting_for_session: "Waits for its turn in the session",
+  not_before: "Is held until its start time",
 };
 
 export function reason(code) {
@@ -155,27 +156,53 @@ function brief(ms) {
   return span(ms).replace(/^(\d+ (min|h)) .*/, "$1");
 }
 
-/** How long something took, with tenths where they matter. */
+/** How long something took, with tenths of a second below 10 s. */
 export function took(ms) {
-  return ms < 10_000 ? `${(Math.max(0, ms) / 1000).toFixed(1)} s` : span(ms);
+  if (ms < 100) return "less than 0.1 s";
+  return ms < 10_000 ? `${(ms / 1000).toFixed(1)} s` : span(ms);
 }
 
+/** A time as every screen writes it, in the zone that zone() names. */
 export function clock(at) {
   return new Date(at).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" });
+}
+
+/** The same to the minute; without the day if that is today. */
+export function minute(at) {
+  const isToday = new Date(at).toDateString() === new Date(now()).toDateString();
+  return new Date(at).toLocaleString(undefined, isToday ? { timeStyle: "short" } : { dateStyle: "medium", timeStyle: "short" });
+}
+
+/** The browser's time zone, as "Europe/Berlin (UTC+01:00)". */
+export function zone() {
+  const offset = -new Date(now()).getTimezoneOffset();
+  const [hours, minutes] = [Math.floor(Math.abs(offset) / 60), Math.abs(offset) % 60].map((part) => String(part).padStart(2, "0"));
+  const name = Intl.DateTimeFormat().resolvedOptions().timeZone;
+  return offset || name !== "UTC" ? `${name} (UTC${offset < 0 ? "-" : "+"}${hours}:${minutes})` : "UTC";
+}
+
+/** For the title of a time. */
+export function utc(at) {
+  return `${new Date(at).toISOString().slice(0, 19).replace("T", " ")} UTC`;
+}
+
+/** A time that is written out; UTC stands in its title. `form` is clock or minute. */
+export function timestamp(at, form = clock) {
+  return h("time", { datetime: at, title: utc(at) }, form(at));
 }
 
 const AGES = {
   age: (at) => brief(now() - at),
   ago: (at) => (now() - at < 1000 ? "now" : `${brief(now() - at)} ago`),
   since: (at) => span(now() - at),
-  when: (at) => (at > now() ? `in ${span(at - now())}` : "now"),
+  when: (at) => (at > now() + 999 ? `in ${span(at - now())}` : "now"),
   left: (at) => (at > now() ? `${span(at - now())} left` : "expired"),
 };
 
 /** A time that stays true while it is on the screen; `form` is one of AGES. */
 export function time(at, form = "ago") {
   if (!at) return h("span.faint", null, "–");
-  const node = h("time", { datetime: at, title: clock(at), "data-form": form });
+  const node = h("time", { datetime: at, title: `${clock(at)}\n${utc(at)}`, "data-form": form });
   node.textContent = AGES[form](Date.parse(at));
   return node;
 }

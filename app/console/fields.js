@@ -2,7 +2,7 @@
 // service refuses in it. Secrets are typed here, sent once, and wiped when the dialog closes.
 
 import { LIMITS, parse } from "./api.js";
-import { UUID, bytes, count, fill, h, icon, now, short, theirs, time } from "./dom.js";
+import { UUID, bytes, count, fill, h, icon, local, now, short, theirs, time } from "./dom.js";
 import * as names from "./names.js";
 
 let serial = 0;
@@ -476,10 +476,10 @@ export function targetField(run, changed) {
     words: {
       keep: () =>
         pinned
-          ? ["The machine it was wished for: ", names.named("machines", pinned), "."]
+          ? ["Stays the chosen machine: ", names.named("machines", pinned), "."]
           : run.pool_ids?.length
             ? ["Any machine in ", run.pool_ids.map((pool, index) => [index ? " and " : "", names.named("pools", pool)]), failed ? [". Attempt ", String(run.attempt), " failed on ", names.named("machines", failed), ", and it may be that one again."] : "."]
-            : ["As before: a wished machine stays wished, else any.", failed ? [" Attempt ", String(run.attempt), " failed on ", names.named("machines", failed), "."] : ""],
+            : ["As before: a chosen machine stays chosen, else any machine.", failed ? [" Attempt ", String(run.attempt), " failed on ", names.named("machines", failed), "."] : ""],
       change: "A machine of a session that goes on decides over this.",
       empty: "Any machine may take it.",
     },
@@ -586,6 +586,46 @@ export function priorityField(run, changed, stays) {
   return Object.assign(own, {
     put(body) {
       if (own.mode !== "keep") body.is_priority = own.mode === "change";
+    },
+    dirty: () => own.mode !== "keep",
+  });
+}
+
+const HOUR_MS = 3_600_000;
+const FURTHEST_MS = 30 * 24 * HOUR_MS; // of a start from now
+
+/** A field for the time before which a run does not start. */
+export function momentInput(label, at) {
+  return h("input", { type: "datetime-local", "aria-label": label, value: local(new Date(at).toISOString()), max: local(new Date(now() + FURTHEST_MS).toISOString()) });
+}
+
+/** Its time as the API has it, or null and why not. */
+export function momentOf(input) {
+  if (!input.value) return [null, "Choose a time."];
+  const at = Date.parse(input.value);
+  return at > now() + FURTHEST_MS ? [null, "A run can be held for at most 30 days."] : [new Date(at).toISOString(), ""];
+}
+
+/** When the next attempt may start. */
+export function startField(changed) {
+  const input = momentInput("Start not before", now() + HOUR_MS);
+  const own = field({
+    legend: "Start",
+    keys: ["not_before"],
+    choices: { keep: "At once", change: "Later" },
+    words: { keep: "As soon as a machine can take it.", change: "It is held until then. It can be moved, or started at once, while it is held." },
+    change: [input],
+    changed,
+  });
+  return Object.assign(own, {
+    check() {
+      const why = own.mode === "change" && momentOf(input)[1];
+      return why ? own.refuse(why, input) : null;
+    },
+    put(body) {
+      if (own.mode !== "change") return;
+      const [at] = momentOf(input);
+      if (at) body.not_before = at;
     },
     dirty: () => own.mode !== "keep",
   });

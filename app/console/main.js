@@ -1,7 +1,7 @@
 // The shell: which screen the address names, who is signed in, how fresh it is, and what the keys do.
 
 import { Problem, Unreachable, checkIdle, may, me, poll, signIn, signOut, storedKey, watchKey, aborted, call } from "./api.js";
-import { UUID, clock, fill, h, hush, icon, installVoice, notice, openDialog, say, span, theirs, tick, toast } from "./dom.js";
+import { UUID, clock, fill, h, hush, icon, installVoice, notice, openDialog, say, span, theirs, tick, timestamp, toast, zone } from "./dom.js";
 import { bulkView } from "./bulk.js";
 import { forget } from "./names.js";
 import { queueView } from "./queue.js";
@@ -9,6 +9,7 @@ import { runView } from "./run.js";
 import { runsView } from "./runs.js";
 import { signInView } from "./signin.js";
 import { webhooksView } from "./webhooks.js";
+import { workflowsView } from "./workflows.js";
 
 let inside = false; // whether somebody is signed in and the shell is on the page
 let view = null; // {name, title(), change(route), round(signal), keys, destroy()}
@@ -16,19 +17,20 @@ let lastList = "#/runs";
 
 // --- addresses --------------------------------------------------------------------------------------------------------
 
-/** #/runs?status=error, #/runs/<id>/<tab>, #/bulk, #/bulk/<id>, #/queue, #/webhooks, #/webhooks/<id>. What is not understood is the list of runs. */
+/** #/runs?status=error, #/runs/<id>/<tab>, #/bulk, #/bulk/<id>, #/queue, #/workflows, #/workflows/<id>, #/webhooks, #/webhooks/<id>. What is not understood is the list of runs. */
 function route() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?", 2);
   const [name, id, tab] = path.split("/");
   const params = new URLSearchParams(query);
   if (name === "queue") return { name: "queue", params };
-  if (name === "bulk") return { name, id: id && UUID.test(id) ? id.toLowerCase() : undefined, params };
-  if (name === "webhooks") return { name, id: id && UUID.test(id) ? id.toLowerCase() : undefined, params };
+  if (["bulk", "webhooks", "workflows"].includes(name)) return { name, id: id && UUID.test(id) ? id.toLowerCase() : undefined, params };
   if (name === "runs" && id && UUID.test(id)) return { name: "run", id: id.toLowerCase(), tab: tab || "now", params };
   return { name: "runs", params };
 }
 
-const VIEWS = { runs: runsView, run: runView, bulk: bulkView, queue: queueView, webhooks: webhooksView };
+const VIEWS = { runs: runsView, run: runView, bulk: bulkView, queue: queueView, webhooks: webhooksView, workflows: workflowsView };
+
+const FOR_PEOPLE = ["queue", "webhooks", "bulk", "workflows"]; // not for a key that belongs to a machine
 
 function show() {
   if (!inside) return;
@@ -40,8 +42,8 @@ function show() {
   const to = route();
   if (to.name === "runs") lastList = location.hash || "#/runs";
   markNavigation(to.name);
-  if (["queue", "webhooks", "bulk"].includes(to.name) && me.machine_id) {
-    location.replace("#/runs"); // these are not for a key that belongs to a machine
+  if (FOR_PEOPLE.includes(to.name) && me.machine_id) {
+    location.replace("#/runs");
     return;
   }
   if (view?.name === to.name && view.id === to.id) {
@@ -71,6 +73,7 @@ const navigation = {
   runs: h("a", { href: "#/runs" }, "Runs"),
   bulk: h("a", { href: "#/bulk" }, "Bulk retries"),
   queue: h("a", { href: "#/queue" }, "Queue"),
+  workflows: h("a", { href: "#/workflows" }, "Workflows"),
   webhooks: h("a", { href: "#/webhooks" }, "Webhooks"),
 };
 const jump = h("input", {
@@ -96,6 +99,7 @@ const bar = h(
   who,
 );
 const banner = h("div.banner", { role: "status" });
+const foot = h("footer.foot");
 const main = h("main", { id: "main", tabindex: -1 });
 
 function markNavigation(name) {
@@ -103,6 +107,7 @@ function markNavigation(name) {
     if (key === name || (key === "runs" && name === "run")) link.setAttribute("aria-current", key === name ? "page" : "true");
     else link.removeAttribute("aria-current");
   }
+  bar.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
   navigation.runs.href = name === "runs" ? "#/runs" : lastList;
 }
 
@@ -145,7 +150,7 @@ function drawBanner(fault) {
       banner,
       fault && [
         icon("warn"),
-        h("span", null, fault instanceof Problem || fault instanceof Unreachable ? fault.message : "The page itself failed at this.", poll.last ? ` What you see is of ${new Date(poll.last).toLocaleTimeString()}.` : ""),
+        h("span", null, fault instanceof Problem || fault instanceof Unreachable ? fault.message : "The page itself failed at this.", poll.last ? ` What you see is of ${clock(poll.last)}.` : ""),
         h("span.countdown"),
         h("button", { type: "button", onclick: () => poll.now(true) }, "Try now"),
       ],
@@ -223,7 +228,7 @@ function showKey() {
         row("Key", me.key_id && h("span.id", null, me.key_id)),
         row("User", me.user_id && h("span.id", null, me.user_id)),
         me.machine_id ? row("Bound to machine", h("span.id", null, me.machine_id)) : null,
-        row("Expires", me.expires_at ? clock(me.expires_at) : me.known ? "never" : null),
+        row("Expires", me.expires_at ? timestamp(me.expires_at) : me.known ? "never" : null),
       ),
       me.known
         ? h(
@@ -304,10 +309,11 @@ addEventListener("paste", (event) => {
 
 function enter() {
   inside = true;
-  navigation.queue.hidden = navigation.webhooks.hidden = navigation.bulk.hidden = Boolean(me.machine_id);
+  for (const name of FOR_PEOPLE) navigation[name].hidden = Boolean(me.machine_id);
   fill(who, icon("key"), h("span", null, theirs(me.name || me.organization_id || "key")));
   who.setAttribute("aria-label", `Your key: ${me.name || me.organization_id || "unnamed"}`);
   document.body.prepend(bar, banner);
+  document.body.append(fill(foot, `Times are in your zone, ${zone()}. A time's title has UTC.`));
   show();
 }
 
@@ -320,6 +326,7 @@ function leave(why) {
   for (const dialog of document.querySelectorAll("dialog")) dialog.close();
   bar.remove();
   banner.remove();
+  foot.remove();
   fill(banner);
   drawn = "";
   jump.value = "";

@@ -9,6 +9,7 @@ const kinds = {
   machines: { fresh: 30_000, byId: new Map(), at: 0, name: (item) => item.name || item.hostname },
   pools: { fresh: 30_000, byId: new Map(), at: 0, name: (item) => item.name },
 };
+const FOUND = 20; // of a search
 const missing = new Set();
 let asking = new Map();
 
@@ -52,6 +53,19 @@ export async function loadMissing(kind, ids, signal) {
       }
     }),
   );
+}
+
+/** Keeps one that somebody else has asked for. */
+export function learn(kind, item) {
+  kinds[kind].byId.set(item.id, item);
+  missing.delete(item.id);
+}
+
+/** Those with this text in their name or id, the newest first, as the service finds them among all. */
+export async function find(kind, text, signal) {
+  const { data } = await page(kind, { query: { search: text, limit: FOUND }, signal });
+  for (const item of data.items) learn(kind, item);
+  return data;
 }
 
 export function get(kind, id) {

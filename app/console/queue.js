@@ -9,6 +9,7 @@ const ACTIVE = 500; // active runs that are looked through for what a machine do
 
 export function queueView(root) {
   let lanes; // undefined: not known yet; null: the service has no such address
+  let held = 0; // runs that wait for their start time, in no lane
   let doing = new Map(); // machine -> its active run
 
   const waiting = h("div");
@@ -33,7 +34,9 @@ export function queueView(root) {
 
   async function loadLanes(signal) {
     try {
-      return (await call("GET", "queue", { signal })).data.items;
+      const { data } = await call("GET", "queue", { signal });
+      held = data.held ?? 0;
+      return data.items;
     } catch (error) {
       if (error.code === "route_not_found") return null;
       throw error;
@@ -43,7 +46,7 @@ export function queueView(root) {
   function draw(waits, total) {
     const all = names.all("machines");
     const minute = Math.floor(now() / 5000); // bars grow now and then, ages by themselves
-    keepLanes([lanes, waits.length, total, minute, all.length], () => (lanes === null ? withoutLanes(waits, total) : laneList()));
+    keepLanes([lanes, held, waits.length, total, minute, all.length], () => (lanes === null ? withoutLanes(waits, total) : [laneList(), held ? h("p.faint", null, icon("scheduling"), ` ${held >= 1000 ? "1,000 or more runs are" : held === 1 ? "1 run is" : `${held} runs are`} held until a start time.`) : null]));
     keepMachines([all, [...doing], minute], () => machineList(all));
     fill(laneTitle, "Waiting ", h("span.faint", null, lanes ? lanes.reduce((sum, lane) => sum + lane.waiting, 0).toLocaleString() : total.toLocaleString()));
     const free = all.filter((machine) => usable(machine) && !doing.has(machine.id)).length;
@@ -53,7 +56,7 @@ export function queueView(root) {
   // --- lanes ----------------------------------------------------------------------------------------------------------
 
   function laneList() {
-    if (!lanes.length) return notice("info", "Nobody waits", h("p", null, "Every run that is queued has a machine."));
+    if (!lanes.length) return notice("info", "No run waits for a machine", h("p", null, "Every queued run has one."));
     const oldest = Math.max(...lanes.map((lane) => now() - Date.parse(lane.oldest_queued_at)), 1);
     return h(
       "ol.lanes",
@@ -79,7 +82,7 @@ export function queueView(root) {
 
   /** A service without /v1/queue: what the list of runs says. */
   function withoutLanes(waits, total) {
-    if (!total) return notice("info", "Nobody waits");
+    if (!total) return notice("info", "No run waits for a machine");
     const oldest = [...waits].sort((one, other) => one.created_at.localeCompare(other.created_at)).slice(0, 50);
     return [
       h("p.faint", null, "This service does not tell its lanes. These are the runs that wait, the oldest first."),

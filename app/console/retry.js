@@ -2,8 +2,8 @@
 // sent again because the reply was lost, it is one retry.
 
 import { Unreachable, aborted, call, newIdempotencyKey } from "./api.js";
-import { ascii, clock, copy, count, entryOf, fill, h, icon, notice, openDialog, reason, say, skeleton, span, theirs, time } from "./dom.js";
-import { FieldError, filesField, priorityField, reasonField, secretsField, sessionField, targetField, valuesField } from "./fields.js";
+import { ascii, copy, count, entryOf, fill, h, icon, notice, openDialog, reason, say, skeleton, span, theirs, time, timestamp } from "./dom.js";
+import { FieldError, filesField, priorityField, reasonField, secretsField, sessionField, startField, targetField, valuesField } from "./fields.js";
 import * as names from "./names.js";
 
 const QUIET_MS = 300; // after the last change
@@ -27,7 +27,13 @@ const WORDS = {
   is_priority: "priority",
   reuse_session: "session",
   start_session: "session",
+  not_before: "start",
 };
+
+/** What people call a key of a retry. */
+export function called(key) {
+  return entryOf(WORDS, key) ?? theirs(key);
+}
 
 /**
  * Opens it for a finished run. `plan` is what is known of a plain retry already, `dryRun(body, signal)` asks (null if the service
@@ -52,6 +58,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     targetField(run, changed),
     sessionField(run, changed),
     priorityField(run, changed),
+    startField(changed),
     reasonField(),
   ];
   const [, secrets, files, target] = fields;
@@ -108,6 +115,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     try {
       body = await build(() => "");
     } catch {
+      delete verdict.dataset.text;
       fill(verdict, h("p.faint", null, "Something is not finished yet."));
       return; // the next change asks
     }
@@ -126,6 +134,7 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
       if (aborted(error) || asking !== abort) return;
       if (error.status === 422) markAll(error);
       aside.classList.remove("stale");
+      delete verdict.dataset.text;
       fill(verdict, h("p.bad", null, icon("warn"), error.status === 422 ? "The service would not take this. What it refuses is marked." : `It could not be asked: ${error.message}`));
       if (error.status !== 422) timer = setTimeout(foretell, AGAIN_MS);
     }
@@ -137,9 +146,18 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
     const placement = answer.placement ?? {};
     const cleared = answer.cleared ?? {};
     const list = (items) => (items.length ? items.map((item, index) => [index ? ", " : "", item]) : h("span.faint", null, "nothing"));
-    const called = (keys) => [...new Set((keys ?? []).map((key) => entryOf(WORDS, key) ?? theirs(key)))];
-    const text = answer.would_retry ? `Attempt ${answer.attempt} will be queued, under the same id` : "It would be refused";
-    if (verdict.textContent !== text) fill(verdict, h(`p.${answer.would_retry ? "good" : "bad"}`, null, icon(answer.would_retry ? "success" : "error"), text));
+    const words = (keys) => [...new Set((keys ?? []).map(called))];
+    const stuck = answer.would_retry && placement.eligible_machines === 0 && placement.expected_reason !== "not_before";
+    const [kind, drawing, text] = !answer.would_retry
+      ? ["bad", "error", "It would be refused"]
+      : stuck
+        ? ["wait", "warn", `Attempt ${answer.attempt} will be queued, and no machine can take it now`]
+        : ["good", "success", `Attempt ${answer.attempt} will be queued, under the same id`];
+    if (verdict.dataset.text !== text) {
+      verdict.dataset.text = text;
+      const freed = h("button", { type: "button", onclick: () => (target.set("empty"), changed(), send.focus()) }, icon("machine"), "Any machine");
+      fill(verdict, h(`p.${kind}`, null, icon(drawing), text), stuck && !placement.session_machine_id && (placement.pinned_machine_id || placement.pool_ids?.length) ? freed : null);
+    }
     fill(
       outcome,
       answer.refusals?.length ? h("ul.refusals", null, answer.refusals.map((refusal) => h("li", null, refusal.detail))) : null,
@@ -158,11 +176,11 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
           ].filter(Boolean)),
         ),
         h("dt", null, "Kept"),
-        h("dd", null, list(called(answer.kept))),
+        h("dd", null, list(words(answer.kept))),
         h("dt", null, "Replaced"),
-        h("dd", null, list(called(answer.replaced))),
+        h("dd", null, list(words(answer.replaced))),
         h("dt", null, "Secrets"),
-        h("dd", null, list((answer.secrets?.names ?? []).map((name) => theirs(name))), answer.secrets?.kept_until ? h("div.faint", null, "kept until ", clock(answer.secrets.kept_until), " (", time(answer.secrets.kept_until, "left"), ")") : null),
+        h("dd", null, list((answer.secrets?.names ?? []).map((name) => theirs(name))), answer.secrets?.kept_until ? h("div.faint", null, "kept until ", timestamp(answer.secrets.kept_until), " (", time(answer.secrets.kept_until, "left"), ")") : null),
         h("dt", null, "Where"),
         h("dd", null, where(placement), h("div.faint", null, placement.eligible_machines === undefined ? null : `${count(placement.eligible_machines, "machine")} could take it now`)),
         placement.expected_reason ? [h("dt", null, "Then"), h("dd", null, placement.expected_reason === "assigned" ? "It starts at once" : reason(placement.expected_reason))] : null,

@@ -1,12 +1,13 @@
 // One run: what it is now, what it was given, its attempts, its events, and the Retry button with what stands in its way.
 
 import { aborted, call, may, me, newIdempotencyKey, page, poll, save } from "./api.js";
-import { bar, bytes, clock, copy, copyButton, count, fill, h, icon, keeping, notice, now, openDialog, reason, say, short, skeleton, span, status, theirs, time, toast, took } from "./dom.js";
+import { bar, bytes, copy, copyButton, count, fill, h, icon, keeping, minute, notice, now, openDialog, reason, say, short, skeleton, status, theirs, time, timestamp, toast, took } from "./dom.js";
 import { comparison } from "./compare.js";
 import { historyView, inPieces, json, prose, safely } from "./history.js";
+import { heldNotice, moment, openMove, plannedNotice } from "./later.js";
 import * as names from "./names.js";
 import { neighbours } from "./runs.js";
-import { openRetry } from "./retry.js";
+import { called, openRetry } from "./retry.js";
 import { deliveryList, loadEndpoints } from "./webhooks.js";
 
 const TABS = { now: "Now", inputs: "Inputs", attempts: "Attempts", events: "Events", webhooks: "Webhooks", json: "JSON" };
@@ -26,6 +27,7 @@ export function runView(root, first, app) {
   let [historyOf, historyNode] = ["", null]; // the messages as they are drawn, and of which reply
   let attempts = null;
   let events = null;
+  let [becauseOf, because] = [0, null]; // why the policy retries this attempt, as its event says
   let endpoints = new Map(); // of webhooks, by id
   let sent = null; // deliveries of its endings
   let plan = null; // the dry run of a plain retry; undefined if the service has none
@@ -94,6 +96,7 @@ export function runView(root, first, app) {
       tab === "events" ? loadEvents(signal) : null,
       tab === "webhooks" && !me.machine_id ? loadSent(signal) : null,
       loadPlan(signal),
+      loadBecause(signal),
     ]);
     draw();
   }
@@ -145,6 +148,15 @@ export function runView(root, first, app) {
     }
   }
 
+  /** Asked once for each attempt that the policy retries. */
+  async function loadBecause(signal) {
+    if (!run.next_retry_at || becauseOf === run.attempt) return;
+    const { attempt } = run;
+    await loadEvents(signal);
+    const planned = events?.find((event) => event.event === "retry_planned" && event.attempt === attempt);
+    [becauseOf, because] = [attempt, planned?.reason ?? null];
+  }
+
   /** What a plain retry would do, asked when the run has moved and now and then besides: secrets expire by themselves. */
   async function loadPlan(signal) {
     if (!may("runs:write")) return;
@@ -180,7 +192,7 @@ export function runView(root, first, app) {
     drawActions();
     const shown = {
       // What has ended names no machine and no pool here: it stays as it was unfolded when their names arrive.
-      now: [text, TERMINAL.has(run.status) ? null : [called, run.pool_ids?.map((pool) => names.nameOf("pools", pool))], [...(attachments?.keys() ?? [])]],
+      now: [text, because, TERMINAL.has(run.status) ? null : [called, run.pool_ids?.map((pool) => names.nameOf("pools", pool))], [...(attachments?.keys() ?? [])]],
       inputs: [small, called, plan?.secrets, [...(attachments?.keys() ?? [])], run.pool_ids?.map((pool) => names.nameOf("pools", pool))],
       attempts: [small, called, attempts, attempts?.map((one) => one.machine_id && names.nameOf("machines", one.machine_id))],
       events: [events === undefined ? "none" : events],
@@ -199,11 +211,13 @@ export function runView(root, first, app) {
     return [
       h("span", null, h("span.id", null, run.id), copyButton(() => run.id, "the id")),
       h("span", null, `attempt ${run.attempt}`),
-      run.machine_id ? h("span", null, icon("machine"), h("a", { href: `#/runs?machine=${run.machine_id}` }, names.named("machines", run.machine_id)), run.assigned_machine_id || TERMINAL.has(run.status) ? null : " (wished)") : null,
+      run.machine_id ? h("span", null, icon("machine"), h("a", { href: `#/runs?machine=${run.machine_id}` }, names.named("machines", run.machine_id)), run.assigned_machine_id || TERMINAL.has(run.status) ? null : " (chosen, not assigned yet)") : null,
       run.is_priority ? h("span.tag", null, "priority") : null,
       run.session_id ? h("span", null, "session ", h("a", { href: `#/runs?session=${run.session_id}` }, run.session_alias ? theirs(run.session_alias) : short(run.session_id))) : null,
       h("span", null, "created ", time(run.created_at)),
       run.status === "running" && began ? h("span", null, "running for ", time(run.started_at, "since")) : null,
+      run.not_before ? h("span", null, "starts at ", moment(run.not_before)) : null,
+      run.next_retry_at ? h("span", null, "next attempt at ", moment(run.next_retry_at)) : null,
       ended ? h("span", null, "ended ", time(run.ended_at), began ? `, ran ${took(ended - began)}` : null) : null,
     ];
   }
@@ -226,7 +240,7 @@ export function runView(root, first, app) {
   function obstacle() {
     if (me.machine_id) return ["This key belongs to a machine: it looks at that machine's runs, and retries none.", true];
     if (!may("runs:write")) return ["This key may look, and not retry: it lacks the scope runs:write.", true];
-    if (!TERMINAL.has(run.status)) return [run.status === "running" ? "It is running. Retry works when it has ended; cancel it if its executor died." : "It waits to be run already. Retry works when it has ended.", true];
+    if (!TERMINAL.has(run.status)) return [run.status === "running" ? "It is running. Retry works when it has ended; cancel it if its executor died." : run.not_before ? "It is held until its start time. Retry works when it has ended." : "It is waiting for a machine. Retry works when it has ended.", true];
     if (!plan || plan.would_retry || planFor !== `${run.status}${run.attempt}`) return [null, false];
     const hard = plan.refusals.filter((refusal) => !MENDABLE.has(refusal.code));
     return [(hard[0] ?? plan.refusals[0]).detail, hard.length > 0];
@@ -256,7 +270,7 @@ export function runView(root, first, app) {
         take(reply);
         plan = null;
         planAt = 0;
-        toast(`Attempt ${run.attempt} is queued`);
+        toast(run.not_before ? `Attempt ${run.attempt} starts at ${minute(run.not_before)}` : `Attempt ${run.attempt} is queued`);
         poll.now(true);
       },
       closed() {
@@ -308,10 +322,20 @@ export function runView(root, first, app) {
   function drawNow() {
     const outputs = run.output_attachment_ids;
     const parts = [];
-    if (run.status === "scheduling") {
+    const acts = may("runs:write");
+    if (run.status === "scheduling" && run.not_before) parts.push(heldNotice(run, { where: whereto(), acts, changed }));
+    else if (run.status === "scheduling") {
       parts.push(
-        notice("info", run.scheduling_reason ? reason(run.scheduling_reason) : "Waits", h("p", null, whereto(), " ", h("a", { href: "#/queue" }, "See the queue"))),
+        notice(
+          "info",
+          run.scheduling_reason ? reason(run.scheduling_reason) : "Waits",
+          h("p", null, whereto(), " ", h("a", { href: "#/queue" }, "See the queue")),
+          acts && !run.assigned_machine_id ? h("div.line", null, h("button", { type: "button", onclick: () => openMove(run, changed) }, "Start later …")) : null,
+        ),
       );
+    }
+    if (run.next_retry_at) {
+      parts.push(plannedNotice(run, { because, policy: h("a", { href: `#/workflows/${run.workflow_id}` }, "retry policy"), acts, changed }));
     }
     if (run.status === "running") parts.push(notice("info", ["Running", run.machine_id ? [" on ", names.named("machines", run.machine_id)] : null], h("p", null, run.started_at ? ["For ", time(run.started_at, "since"), ". "] : null, "What it has reported so far stands below.")));
     if (run.error?.length) {
@@ -336,6 +360,12 @@ export function runView(root, first, app) {
     if (run.machine_id) return ["For ", names.named("machines", run.machine_id), "."];
     if (run.pool_ids?.length) return ["For a machine in ", run.pool_ids.map((pool, index) => [index ? " and " : "", names.named("pools", pool)]), "."];
     return "For any machine.";
+  }
+
+  /** After a request that answered with the run. */
+  function changed(reply) {
+    take(reply);
+    poll.now(true);
   }
 
   function section(heading, ...content) {
@@ -418,7 +448,7 @@ export function runView(root, first, app) {
     const expired = plan?.refusals?.some((refusal) => refusal.code === "sensitive_inputs_expired");
     if (expired) return h("strong.bad", null, "They have expired: a retry needs new ones.");
     const until = plan?.secrets?.kept_until;
-    return until ? ["For a retry they are kept until ", h("time", { datetime: until }, clock(until)), " (", time(until, "left"), ")."] : null;
+    return until ? ["For a retry they are kept until ", timestamp(until), " (", time(until, "left"), ")."] : null;
   }
 
   // --- attempts -------------------------------------------------------------------------------------------------------
@@ -455,9 +485,9 @@ export function runView(root, first, app) {
             ? h(
                 "p.meta",
                 null,
-                h("span", null, "by ", author(cause.retried_by_key_id, cause.retried_by_user_id)),
+                h("span", null, "by ", author(cause.retried_by_key_id, cause.retried_by_user_id, cause.by)),
                 cause.reason ? h("span", null, "“", theirs(cause.reason), "”") : null,
-                h("span", null, cause.overridden.length ? ["changed ", cause.overridden.map((name) => h("code.tag", null, name))] : "changed nothing"),
+                h("span", null, cause.overridden.length ? ["changed ", cause.overridden.map((name) => tag(name))] : "changed nothing"),
               )
             : null,
           attempt.end_reason ? h("p.meta", null, h("span", null, "ended because “", theirs(attempt.end_reason), "”")) : null,
@@ -468,7 +498,12 @@ export function runView(root, first, app) {
     return [compared(lives), list];
   }
 
-  function author(key, user) {
+  function tag(key) {
+    return h("span.tag", { title: key }, called(key));
+  }
+
+  function author(key, user, by) {
+    if (by === "policy") return ["the ", h("a", { href: `#/workflows/${run?.workflow_id ?? ""}` }, "retry policy")];
     if (!key && !user) return "the service";
     if (key && key === me.key_id) return "you (this key)";
     return [user ? ["user ", short(user), key ? ", " : null] : null, key ? ["key ", short(key)] : null];
@@ -487,7 +522,7 @@ export function runView(root, first, app) {
         h(
           "li",
           null,
-          h("time", { datetime: event.at }, clock(event.at)),
+          timestamp(event.at),
           h(
             "div",
             null,
@@ -497,10 +532,11 @@ export function runView(root, first, app) {
             h(
               "p.meta",
               null,
-              h("span", null, "by ", author(event.key_id, event.user_id)),
+              h("span", null, "by ", author(event.key_id, event.user_id, event.by)),
               event.bulk_retry_id ? h("span", null, "in ", h("a", { href: `#/bulk/${event.bulk_retry_id}` }, "bulk retry ", short(event.bulk_retry_id))) : null,
+              event.code ? h("span", null, "because of ", h("code", null, theirs(event.code))) : null,
               event.reason ? h("span", null, "“", theirs(event.reason), "”") : null,
-              event.changed?.length ? h("span", null, "changed ", event.changed.map((name) => h("code.tag", null, name))) : null,
+              event.changed?.length ? h("span", null, "changed ", event.changed.map((name) => tag(name))) : null,
               event.request_id ? h("span.faint", null, "request ", h("span.id", null, theirs(event.request_id))) : null,
             ),
           ),

@@ -1,12 +1,14 @@
 // The list of runs. Rows stay where they are: what is new is announced, and comes when it is asked for.
 
 import { aborted, call, may, page, poll } from "./api.js";
-import { UUID, ascii, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, skeleton, status, theirs, time, toast, took } from "./dom.js";
+import { UUID, ascii, clock, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, skeleton, status, theirs, time, toast, took } from "./dom.js";
 import { openBulkRetry } from "./bulk.js";
+import { moment as startMoment } from "./later.js";
 import * as names from "./names.js";
+import { picker } from "./picker.js";
 
 const PAGE = 100;
-const FIELDS = "status,attempt,error,scheduling_reason,session_id,started_at,ended_at,changed_at";
+const FIELDS = "status,attempt,error,scheduling_reason,not_before,next_retry_at,session_id,started_at,ended_at,changed_at";
 const LEAN = FIELDS.replace("error,", ""); // when the errors of a page are too long together
 const STATUSES = ["scheduling", "running", "success", "error", "task_failed", "cancelled"];
 const ENDED = ["success", "error", "task_failed", "cancelled"];
@@ -32,6 +34,7 @@ export function runsView(root, first) {
   let latest = { items: [], total: 0 };
   let adopted = false; // whether the rows are those of this filter
   let countsAt = 0;
+  let [namesakesOf, namesakes] = ["", []]; // a searched text, and the workflows whose name has it
 
   // --- filters --------------------------------------------------------------------------------------------------------
 
@@ -42,20 +45,20 @@ export function runsView(root, first) {
       return [name, { link, number }];
     }),
   );
-  const workflow = select("Workflow", "workflow", "Any workflow");
-  const machine = select("Machine", "machine", "Any machine");
+  const workflow = finder("workflows", "Workflow", "workflow", "Any workflow");
+  const machine = finder("machines", "Machine", "machine", "Any machine");
   const session = h("input", { type: "search", placeholder: "Any session", "aria-label": "Session id", autocomplete: "off", spellcheck: "false" });
   session.addEventListener("change", () => {
     const given = session.value.trim();
     if (given && !UUID.test(given)) {
       session.setAttribute("aria-invalid", "true");
-      toast("A session is named by its whole id; the list is not limited to one.", "bad");
+      refuse(`A session is named by its whole id, and “${given}” is none. Search finds a session by its name.`);
       return;
     }
     session.removeAttribute("aria-invalid");
     go({ session: given });
   });
-  const search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search in ids, values, results, errors and sessions' names", autocomplete: "off", spellcheck: "false", maxlength: 200 });
+  const search = h("input", { type: "search", placeholder: "Search", "aria-label": "Search in ids, values, results, errors and the names of sessions and workflows", autocomplete: "off", spellcheck: "false", maxlength: 200 });
   search.addEventListener("change", () => go({ search: search.value.trim() }));
   const order = h("select", { "aria-label": "Order", onchange: () => go({ order: order.value }) }, h("option", { value: "" }, "Newest first"), h("option", { value: "changed" }, "Last changed first"));
   const period = h(
@@ -78,10 +81,14 @@ export function runsView(root, first) {
   const custom = h("span.custom", { hidden: true }, from, h("span", null, "to"), to);
   const clear = h("button.quiet", { type: "button", onclick: () => go({ status: "", workflow: "", machine: "", session: "", search: "", since: "", from: "", to: "" }) }, icon("close"), "Clear");
 
-  function select(label, param, any) {
-    const node = h("select", { "aria-label": label, onchange: () => go({ [param]: node.value }) }, h("option", { value: "" }, any));
-    node.any = any;
-    return node;
+  function finder(kind, label, param, any) {
+    return picker({
+      kind,
+      label,
+      any,
+      picked: (id) => go({ [param]: id }),
+      unpicked: (text) => refuse(`No ${param} was chosen for “${text}”: choose one of the names that it finds.`),
+    });
   }
 
   function moment(label, param) {
@@ -167,6 +174,8 @@ export function runsView(root, first) {
 
   // --- the page -------------------------------------------------------------------------------------------------------
 
+  const refused = h("div.unapplied", { role: "status" }); // filters that cannot be applied
+  const namesakeLine = h("p.namesakes");
   const summary = h("p.summary");
   const news = h("button.news", { type: "button", hidden: true, onclick: adoptNews });
   const body = h("tbody");
@@ -185,7 +194,9 @@ export function runsView(root, first) {
     root,
     h("h1.unseen", { tabindex: -1 }, "Runs"),
     h("nav.chips", { "aria-label": "Status" }, [...chips.values()].map((chip) => chip.link)),
-    h("div.filters", { role: "group", "aria-label": "Filters" }, workflow, machine, session, search, period, custom, order, clear),
+    h("div.filters", { role: "group", "aria-label": "Filters" }, workflow.node, machine.node, session, search, period, custom, order, clear),
+    refused,
+    namesakeLine,
     h("div.line", null, mayChoose ? h("label.check.pickall", null, pickAll, "Choose all") : null, summary, news),
     choice,
     h("div.scroll", null, table),
@@ -193,12 +204,24 @@ export function runsView(root, first) {
   );
   drawFilters();
   waiting();
+  refuse(...unreadable(first.params));
 
   // The page of a run begins at its top, and has done so by the time this list is left.
   let place = 0;
   let opened = null;
   const remember = () => adopted && (place = scrollY);
   addEventListener("scroll", remember, { passive: true });
+
+  /** A filter that is not applied. What the list shows is as if it had not been given. */
+  function refuse(...sentences) {
+    fill(refused, sentences.length ? [icon("warn"), h("span", null, h("b", null, "Not applied: "), sentences.join(" "))] : null);
+    if (sentences.length) say(sentences.join(" "));
+  }
+
+  /** Workflows whose name has the text that is searched for. */
+  function drawNamesakes() {
+    fill(namesakeLine, namesakes.length ? ["Workflows with this name: ", namesakes.slice(0, 5).map((item) => [h("a.chip", { href: address({ ...filter, before: "", after: "", search: "", workflow: item.id }) }, theirs(names.nameOf("workflows", item.id))), " "])] : null);
+  }
 
   /** Other filters: a new address, from which everything else follows. */
   function go(changes) {
@@ -221,9 +244,9 @@ export function runsView(root, first) {
       if ((name ?? "") === filter.status) link.setAttribute("aria-current", "true");
       else link.removeAttribute("aria-current");
     }
-    options(workflow, "workflows", filter.workflow);
-    options(machine, "machines", filter.machine);
-    session.value = filter.session;
+    workflow.set(filter.workflow);
+    machine.set(filter.machine);
+    if (!session.getAttribute("aria-invalid")) session.value = filter.session;
     if (document.activeElement !== search) search.value = filter.search;
     order.value = filter.order;
     const bounded = Boolean(filter.from || filter.to);
@@ -232,18 +255,6 @@ export function runsView(root, first) {
     from.value = local(filter.from);
     to.value = local(filter.to);
     clear.hidden = !isFiltered();
-  }
-
-  function options(node, kind, chosen) {
-    if (document.activeElement === node) return; // it may be open
-    const known = names.all(kind).map((item) => [item.id, names.nameOf(kind, item.id)]);
-    if (chosen && !names.get(kind, chosen)) known.push([chosen, chosen.slice(0, 8)]);
-    known.sort((one, other) => one[1].localeCompare(other[1]));
-    const text = JSON.stringify([known, chosen]);
-    if (node.shown === text) return;
-    node.shown = text;
-    fill(node, h("option", { value: "" }, node.any), known.map(([id, name]) => h("option", { value: id, selected: id === chosen }, name)));
-    node.value = chosen;
   }
 
   function isFiltered() {
@@ -257,6 +268,13 @@ export function runsView(root, first) {
     const behind = adopted && !byCursor() ? fresh().length : 0;
     const { data } = await page("runs", { query: { ...query(asked), fields: FIELDS, limit: Math.min(1000, PAGE + behind) }, lean: LEAN, signal });
     if (asked !== filter) return;
+    if (asked.search && namesakesOf !== asked.search) await loadNamesakes(asked, signal);
+    if (asked !== filter) return;
+    if (!data.items.length && !data.total && !data.next && asked.search && !asked.workflow && namesakes.length === 1) {
+      toast(`No run holds “${asked.search}”. These are the runs of the workflow with this name.`);
+      go({ search: "", workflow: namesakes[0].id });
+      return;
+    }
     latest = data;
     draw();
     poll.heard();
@@ -271,6 +289,14 @@ export function runsView(root, first) {
     draw();
     drawFilters();
     if (now() - countsAt > COUNTS_MS) await loadCounts(asked, signal);
+  }
+
+  async function loadNamesakes(asked, signal) {
+    const { items } = asked.workflow ? { items: [] } : await names.find("workflows", asked.search, signal);
+    if (asked !== filter) return;
+    namesakes = items.filter((item) => names.nameOf("workflows", item.id).toLowerCase().includes(asked.search.toLowerCase()));
+    namesakesOf = asked.search;
+    drawNamesakes();
   }
 
   async function loadCounts(asked, signal) {
@@ -322,7 +348,7 @@ export function runsView(root, first) {
     drawChoice();
     if (!filter.before) setCount(filter.status || null, latest.total);
     const shown = rows.size;
-    fill(summary, latest.total > shown ? `${shown.toLocaleString()} of ${count(latest.total, "run")}` : count(shown, "run"), filter.before ? ` from ${new Date(filter.before.split("~")[0]).toLocaleString()} back` : filter.order ? ", last changed first" : ", newest first", latest.list_is_partial || latest.search_is_partial ? ". Only the newest 10,000 were looked at" : "");
+    fill(summary, latest.total > shown ? `${shown.toLocaleString()} of ${count(latest.total, "run")}` : count(shown, "run"), filter.before ? ` from ${clock(filter.before.split("~")[0])} back` : filter.order ? ", last changed first" : ", newest first", latest.list_is_partial || latest.search_is_partial ? ". Only the newest 10,000 were looked at" : "");
   }
 
   function drawNews() {
@@ -489,9 +515,13 @@ export function runsView(root, first) {
     title: () => (filter.status ? `Runs: ${filter.status}` : "Runs"),
     change({ params }) {
       const next = read(params);
+      session.removeAttribute("aria-invalid");
+      refuse(...unreadable(params));
       if (JSON.stringify(next) === JSON.stringify(filter)) return;
       if (JSON.stringify({ ...next, before: "", after: "" }) !== JSON.stringify({ ...filter, before: "", after: "" })) leaveAll();
       filter = next;
+      [namesakesOf, namesakes] = ["", []];
+      drawNamesakes();
       countsAt = 0;
       drawFilters();
       waiting();
@@ -528,6 +558,25 @@ function read(params) {
   };
 }
 
+/** A sentence for each filter of an address that read() leaves out. */
+function unreadable(params) {
+  const known = read(params);
+  const words = {
+    status: (text) => `there is no status “${text}”.`,
+    workflow: (text) => `“${text}” is no id of a workflow.`,
+    machine: (text) => `“${text}” is no id of a machine.`,
+    session: (text) => `“${text}” is no id of a session; search finds a session by its name.`,
+    since: (text) => `“${text}” is no period that the console has.`,
+    from: (text) => `“${text}” is no time.`,
+    to: (text) => `“${text}” is no time.`,
+    order: (text) => `there is no order “${text}”.`,
+    before: () => "the page cannot be read from this address; this is the first one.",
+    after: () => "the page cannot be read from this address; this is the first one.",
+  };
+  const wrong = [...new Set(params.keys())].filter((name) => params.get(name) && name !== "search" && !(Object.hasOwn(known, name) && known[name]));
+  return wrong.map((name) => (Object.hasOwn(words, name) ? words[name](params.get(name)) : `there is no filter “${name}”.`));
+}
+
 function address(filter) {
   const params = new URLSearchParams(Object.entries(filter).filter(([, value]) => value));
   return `#/runs${params.size ? `?${params}` : ""}`;
@@ -552,12 +601,15 @@ function query({ status: wanted, workflow, machine, session, search, order, sinc
 
 /** Why it waits, or the first line of what went wrong, or how long it took. */
 function why(run) {
+  if (run.not_before) return ["Starts at ", startMoment(run.not_before)];
   if (run.status === "scheduling") return run.scheduling_reason ? reason(run.scheduling_reason) : null;
   if (run.status === "running") return run.started_at ? ["for ", time(run.started_at, "since")] : null;
+  const retried = run.next_retry_at ? ["Retried at ", startMoment(run.next_retry_at), run.error?.length ? ": " : ""] : null;
   if (run.error?.length) {
     const [line] = String(run.error[0]).split("\n", 1);
-    return theirs(line.length > 300 ? `${line.slice(0, 300)}…` : line);
+    return [retried, theirs(line.length > 300 ? `${line.slice(0, 300)}…` : line)];
   }
+  if (retried) return retried;
   if (["error", "task_failed"].includes(run.status) && run.error === undefined) return h("span.faint", null, "Too long for this list: open the run");
   if (run.started_at && run.ended_at) return h("span.faint", null, `took ${took(Date.parse(run.ended_at) - Date.parse(run.started_at))}`);
   return null;

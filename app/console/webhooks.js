@@ -1,7 +1,7 @@
 // Webhooks: where endings are sent to, what became of each message, and sending again. No secret is shown here, nor asked for.
 
 import { aborted, call, may, newIdempotencyKey, poll } from "./api.js";
-import { clock, copyButton, count, entryOf, fill, h, icon, keeping, local, notice, now, openDialog, short, skeleton, status, theirs, time, toast, took } from "./dom.js";
+import { copyButton, count, entryOf, fill, h, icon, keeping, local, notice, now, openDialog, short, skeleton, status, theirs, time, timestamp, toast, took } from "./dom.js";
 
 const PAGE = 50;
 const STATES = { pending: "scheduling", delivered: "success", failed: "error" };
@@ -66,7 +66,7 @@ export function deliveryList(node, about, sends) {
 
   function tries(list) {
     return list.map((one) =>
-      h("li", null, h("time", { datetime: one.tried_at }, clock(one.tried_at)), h("div", null, answer(one), one.response_body ? h("pre.code", { tabindex: 0, role: "group", "aria-label": "What it answered" }, theirs(one.response_body)) : null)),
+      h("li", null, timestamp(one.tried_at), h("div", null, answer(one), one.response_body ? h("pre.code", { tabindex: 0, role: "group", "aria-label": "What it answered" }, theirs(one.response_body)) : null)),
     );
   }
 

@@ -38,6 +38,12 @@ class Console:
         self.enter_key(key or self.key)
         self.sees(self.page.get_by_role("navigation", name="Screens"))
 
+    def sign_in_again(self, key: str) -> None:
+        """With another key, at the same address."""
+        self.do(self.page.evaluate("sessionStorage.clear()"))
+        self.do(self.page.reload())
+        self.enter_key(key)
+
     def enter_key(self, key: str) -> None:
         self.do(self.page.get_by_label("API key").fill(key))
         self.do(self.page.keyboard.press("Enter"))

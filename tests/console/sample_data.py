@@ -112,6 +112,7 @@ def night(stack: Stack, api: Client, *, past: int = 26) -> Scene:
         scene.pools[name] = pool
     _history(stack, api, scene, past)
     _present(stack, api, scene)
+    _later(api, scene)
     _webhooks(stack, api, scene)
     return scene
 
@@ -188,6 +189,24 @@ def _present(stack: Stack, api: Client, scene: Scene) -> None:
         age = datetime.now(UTC) - timedelta(seconds=700 - 160 * number)
         stack.sql("UPDATE runs SET created_at = $2, queued_at = $2 WHERE id = $1", run, age)
         scene.runs[f"waiting-{number}"] = run
+
+
+def _later(api: Client, scene: Scene) -> None:
+    """A run that is held for two hours, and one that its workflow's policy will retry."""
+    at = datetime.now(UTC) + timedelta(hours=2, seconds=30)
+    scene.runs["held"] = _run(api, scene, "Month-end report", not_before=at.isoformat())
+    policy = {
+        "max_retries": 3,
+        "delays_seconds": [600, 1800, 3600],
+        "jitter": 0.1,
+        "on": [{"status": "error", "error_contains": "did not appear"}, {"status": "error", "error_code": "timeout"}],
+    }
+    workflow = scene.workflows["Check deliveries"]
+    api.json_of(api.patch(f"/v1/workflows/{workflow}", json={"retry_policy": policy}))
+    planned = _run(api, scene, "Check deliveries", machine_id=scene.machines["desk-2"])
+    api.report(_assigned(api, planned), status="running")
+    api.report(planned, status="error", error=["The window “Deliveries” did not appear within 30 s."])
+    scene.runs["planned"] = planned
 
 
 def _webhooks(stack: Stack, api: Client, scene: Scene) -> None:

@@ -1,6 +1,10 @@
-"""`make screenshots`: every screen of the console as docs/console/*.png, from the real stack and a night that was made up."""
+"""`make screenshots`: every screen of the console as docs/console/*.png, from the real stack and a night that was made up.
+
+`python -m tests.console.screenshots FOLDER [WIDTH]` writes them to another folder, of a window that is so wide.
+"""
 
 import asyncio
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +16,8 @@ from tests.support.browser import FLAGS, chromium
 from tests.support.server import start_server
 from tests.support.stack import Stack, migrate
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "console"
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[2] / "docs" / "console"
+WIDTH = int(sys.argv[2]) if len(sys.argv) > 2 else 1280
 
 
 async def take(url: str, key: str, scene: Scene) -> None:
@@ -20,7 +25,7 @@ async def take(url: str, key: str, scene: Scene) -> None:
         browser = await playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         for scheme in ("light", "dark"):
             context = await browser.new_context(
-                viewport={"width": 1280, "height": 800},
+                viewport={"width": WIDTH, "height": 800},
                 color_scheme="dark" if scheme == "dark" else "light",
                 locale="en-GB",
                 timezone_id="UTC",
@@ -47,6 +52,17 @@ async def _walk(page: Page, url: str, key: str, scene: Scene, scheme: str) -> No
         await page.goto(f"{run}/{tab}")
         await expect(page.locator(".panel .skeleton")).to_have_count(0)
         await keep(f"run-{tab}")
+    for name in ("held", "planned"):
+        await page.goto(f"{url}/console/#/runs/{scene.runs[name]}")
+        await keep(f"run-{name}")
+    await page.goto(f"{url}/console/#/workflows")
+    await expect(page.locator(".days")).to_have_count(1)
+    await keep("workflows")
+    await page.get_by_role("link", name="Check deliveries").click()
+    await expect(page.locator(".days")).to_have_count(1)
+    await keep("workflow")
+    await page.get_by_role("button", name="Change …").click()
+    await keep("policy")
     await page.goto(f"{url}/console/#/queue")
     await expect(page.locator(".lanes > li")).not_to_have_count(0)
     await keep("queue")

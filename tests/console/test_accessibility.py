@@ -51,6 +51,19 @@ def walk(console: Console, scene: Scene) -> Any:
     console.open_run(scene.runs["waiting-0"])
     console.sees("Its machine is offline")
     yield "waiting run"
+    for name, text in (("held", "Starts at"), ("planned", "Will be retried at")):
+        console.open_run(scene.runs[name])
+        console.sees(text)
+        yield f"{name} run"
+    console.go("#/workflows")
+    console.sees(console.page.get_by_text("% succeeded"))
+    yield "workflows"
+    console.do(console.page.get_by_role("link", name="Check deliveries").click())
+    console.sees(console.page.locator(".days"))
+    yield "workflow"
+    console.do(console.page.get_by_role("button", name="Change …").click())
+    yield "retry policy"
+    console.do(console.page.keyboard.press("Escape"))
     console.go("#/queue")
     console.sees(console.page.get_by_text("desk-6"))
     yield "queue"
@@ -81,6 +94,7 @@ def walk(console: Console, scene: Scene) -> Any:
     yield "keyboard"
     console.do(console.page.keyboard.press("Escape"))
     console.go("#/runs")
+    console.do(expect(console.rows).not_to_have_count(0))
     console.do(console.page.get_by_role("checkbox", name="Choose all runs of this page").click())
     console.do(console.page.get_by_role("button", name="Retry chosen").click())
     console.sees(console.dialog.get_by_text("can be retried"))

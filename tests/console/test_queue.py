@@ -48,14 +48,14 @@ def test_lanes_say_what_they_want_who_waits_and_why_the_oldest_first(
 
 def test_it_follows_what_happens(console: Console, api: Client) -> None:
     console.sign_in("#/queue")
-    console.sees("Nobody waits")
+    console.sees("No run waits for a machine")
     console.sees("No machine is registered")
     run = api.run(start_session=True)
     console.sees("Waits for a free machine")
     console.reads(console.page.locator(".lanes"), f"Session {run['session_id'][:8]}")
     desk = api.machine(name="desk-7")
     until(lambda: api.get_run(run["id"])["assigned_machine_id"] == desk)
-    console.sees("Nobody waits")
+    console.sees("No run waits for a machine")
     console.sees("assigned, not started yet")
     console.sees("reserved for session")
     api.report(run["id"], status="running")

@@ -167,8 +167,8 @@ def test_attempts_tell_who_why_how_long_and_what_was_changed(console: Console, a
         "Attempt 2",
         "running",
         "The ledger was restarted.",
-        "input_values",
-        "is_priority",
+        "values",
+        "priority",
         "waited 1 min 30 s",
     ):
         console.reads(items.nth(0), text)
@@ -212,7 +212,7 @@ def test_it_follows_a_run_to_its_end(console: Console, api: Client) -> None:
     button = console.page.get_by_role("button", name="Retry …")
     console.do(expect(button).to_have_attribute("aria-disabled", "true"))
     console.do(
-        expect(button).to_have_accessible_description("It waits to be run already. Retry works when it has ended.")
+        expect(button).to_have_accessible_description("It is waiting for a machine. Retry works when it has ended.")
     )
     api.report(run["id"], status="running")
     console.reads(title, "running")

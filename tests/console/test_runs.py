@@ -59,7 +59,8 @@ def test_filters_are_in_the_address_and_their_counts_beside_them(console: Consol
     assert ids(console) == [failed["id"]]
     assert console.page.url.endswith("#/runs?status=error")
 
-    console.do(console.page.get_by_label("Workflow", exact=True).select_option(workflow))
+    console.do(console.page.get_by_role("combobox", name="Workflow").fill(workflow[:8]))
+    console.do(console.page.keyboard.press("Enter"))
     console.sees(chips.get_by_role("link", name="All 2", exact=True))
     assert f"workflow={workflow}" in console.page.url
     console.do(console.page.get_by_role("button", name="Clear").click())
@@ -341,6 +342,73 @@ def test_the_last_changed_come_first_and_search_finds_by_text_and_by_the_beginni
         console.do(search.press("Enter"))
         console.do(expect(console.rows).to_have_count(1))
         console.until("(id) => document.querySelector('.c-id .id')?.title === id", found)
+
+
+def test_the_workflow_filter_finds_any_of_ten_thousand_by_typing(console: Console, api: Client, stack: Stack) -> None:
+    stack.sql(
+        "INSERT INTO workflows (id, organization_id, name, main_prompt, created_at)"
+        " SELECT gen_random_uuid(), $1, 'Workflow ' || n, 'x', now() - n * interval '1 s' FROM generate_series(1, 10000) n",
+        api.organization,
+    )
+    [row] = stack.sql("SELECT id::text FROM workflows WHERE organization_id = $1 AND name = 'Workflow 9876'", api.organization)
+    api.run()
+    run = api.run(workflow_id=row["id"])["id"]
+    console.sign_in()
+    console.do(expect(console.rows).to_have_count(2))
+    finder = console.page.get_by_role("combobox", name="Workflow")
+    console.do(finder.press_sequentially("flow 987"))
+    options = console.page.locator(".popup:visible").get_by_role("option")
+    console.reads(console.page.locator(".popup:visible"), "Workflow 9876")
+    console.do(finder.press_sequentially("6"))
+    console.do(expect(options).to_have_count(1))
+    for key in ("ArrowDown", "Enter"):
+        console.do(finder.press(key))
+    console.until("(id) => location.hash === `#/runs?workflow=${id}`", row["id"])
+    console.do(expect(console.rows).to_have_count(1))
+    assert ids(console) == [run]
+    console.do(expect(finder).to_have_value("Workflow 9876"))
+    # What chooses nothing says so, and the list stays as it was.
+    console.do(finder.fill("no such name"))
+    console.sees(console.page.get_by_text("No name or id has this text."))
+    console.do(finder.blur())
+    console.sees("No workflow was chosen for “no such name”")
+    assert ids(console) == [run]
+    console.do(finder.fill(""))
+    console.do(expect(console.rows).to_have_count(2))
+    console.misses("Not applied")
+
+
+def test_search_takes_the_name_of_a_workflow_and_of_a_session(console: Console, api: Client) -> None:
+    workflow = api.workflow()
+    api.json_of(api.patch(f"/v1/workflows/{workflow}", json={"name": "Month-end report"}))
+    named = api.run(workflow_id=workflow)["id"]
+    alone = api.run(input_values={"about": "the month-END report"}, start_session=True, session_alias="Till 4")["id"]
+    console.sign_in()
+    console.do(expect(console.rows).to_have_count(2))
+    search = console.page.get_by_role("searchbox", name="Search in")
+    for text, found in (("month-end REPORT", alone), ("till 4", alone)):
+        console.do(search.fill(text))
+        console.do(search.press("Enter"))
+        console.until("(id) => document.querySelector('.c-id .id')?.title === id", found)
+        console.do(expect(console.rows).to_have_count(1))
+        if found == alone and "month" in text:
+            console.sees(console.page.get_by_role("link", name="Month-end report"))
+    api.delete(f"/v1/runs/{alone}?reason=x")
+    console.do(search.fill("month-end"))
+    console.do(search.press("Enter"))
+    console.until("(id) => location.hash === `#/runs?workflow=${id}`", workflow)
+    console.until("(id) => document.querySelector('.c-id .id')?.title === id", named)
+
+
+def test_an_address_with_a_filter_that_cannot_be_applied_says_so(console: Console, api: Client) -> None:
+    api.run()
+    console.sign_in("#/runs?session=till&status=lost&colour=red")
+    console.do(expect(console.rows).to_have_count(1))
+    refused = console.page.locator(".unapplied")
+    for text in ("“till” is no id of a session", "there is no status “lost”", "there is no filter “colour”"):
+        console.reads(refused, text)
+    console.go("#/runs?status=scheduling")
+    console.do(expect(refused).to_be_empty())
 
 
 def test_back_from_a_run_keeps_place_and_focus_and_its_neighbours_are_a_key_away(console: Console, api: Client) -> None:
