@@ -51,7 +51,7 @@ def test_a_held_run_says_when_it_starts_and_is_moved_and_started(console: Consol
     console.misses(console.page.get_by_role("button", name="Start now"))
     assert api.get_run(run["id"])["not_before"] is None
     events = api.json_of(api.get(f"/v1/runs/{run['id']}/events"))["items"]
-    assert [event["reason"] for event in events if event["event"] == "rescheduled"][0] == "The bank opens later."
+    assert next(event["reason"] for event in events if event["event"] == "rescheduled") == "The bank opens later."
 
 
 def test_a_waiting_run_can_be_held_and_a_reader_only_looks(console: Console, api: Client, server: Server) -> None:

@@ -350,7 +350,9 @@ def test_the_workflow_filter_finds_any_of_ten_thousand_by_typing(console: Consol
         " SELECT gen_random_uuid(), $1, 'Workflow ' || n, 'x', now() - n * interval '1 s' FROM generate_series(1, 10000) n",
         api.organization,
     )
-    [row] = stack.sql("SELECT id::text FROM workflows WHERE organization_id = $1 AND name = 'Workflow 9876'", api.organization)
+    [row] = stack.sql(
+        "SELECT id::text FROM workflows WHERE organization_id = $1 AND name = 'Workflow 9876'", api.organization
+    )
     api.run()
     run = api.run(workflow_id=row["id"])["id"]
     console.sign_in()
