@@ -61,7 +61,7 @@ export function may(scope) {
 let out = () => {};
 let lastInput = Date.now();
 
-/** `signedOut(why)` is called when the key has gone. */
+/** `signedOut(why, organization)` is called when the key has gone. */
 export function watchKey(signedOut) {
   out = signedOut;
   for (const kind of ["pointerdown", "pointermove", "keydown", "wheel", "touchstart", "input"]) {
@@ -124,9 +124,10 @@ export async function signIn(key) {
 }
 
 export function signOut(why) {
+  const organization = me.organization_id;
   Object.assign(me, { key: "", known: false, scopes: [], organization_id: "", name: "", key_id: "", user_id: null, machine_id: null, expires_at: null });
   sessionStorage.clear();
-  out(why);
+  out(why, organization);
 }
 
 // --- requests ---------------------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ export async function call(method, path, { query, body, idempotencyKey, signal, 
     const problem = new Problem(response.status, data, response.headers);
     if (problem.status === 401 && !quiet) {
       signOut("refused");
-      throw new DOMException("Signed out.", "AbortError");
+      throw Object.assign(new DOMException("Signed out.", "AbortError"), { refused: true }); // it took no effect
     }
     throw problem;
   }

@@ -153,8 +153,12 @@ export function openBulkRetry({ chosen, total, closed }) {
       closed?.();
     },
   });
-  Promise.all([names.load("machines"), names.load("pools")]).then(() => target.redraw(), () => {});
-  foretell();
+  const begin = () => {
+    Promise.all([names.load("machines"), names.load("pools")]).then(() => target.redraw(), () => {});
+    foretell();
+  };
+  box.addEventListener("back", begin);
+  begin();
 }
 
 // --- the screens ------------------------------------------------------------------------------------------------------

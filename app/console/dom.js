@@ -79,6 +79,7 @@ const SHAPES = {
   warn: "M8 2.500L14.5 13.500h-13zM8 6.500v3.200M8 11.600v.1",
   info: "M14 8A6 6 0 1 1 2 8a6 6 0 0 1 12 0zM8 7.300v3.700M8 4.900v.1",
   up: "M8 13V3.500M4 7l4-4 4 4",
+  down: "M8 3v9.500M4 9l4 4 4-4",
   close: "M4 4l8 8M12 4l-8 8",
   plus: "M8 3v10M3 8h10",
   eye: "M1.5 8S4 3.5 8 3.5 14.5 8 14.5 8 12 12.5 8 12.5 1.5 8 1.5 8zM10 8a2 2 0 1 1-4 0 2 2 0 0 1 4 0z",
@@ -325,6 +326,29 @@ export function openDialog({ title, body, foot, className = "", guard, closed })
   document.body.append(dialog);
   dialog.showModal();
   return dialog;
+}
+
+/**
+ * Takes the open dialogs off the page, without their secrets, and returns them for showAgain(). Each hears "park", and "back" when it
+ * is shown again.
+ */
+export function park() {
+  const dialogs = [...document.querySelectorAll("dialog[open]")];
+  for (const dialog of dialogs) {
+    for (const secret of dialog.querySelectorAll("[data-secret]")) secret.value = "";
+    dialog.dispatchEvent(new Event("park"));
+    dialog.remove();
+    dialog.removeAttribute("open"); // close() of a view that goes does nothing now
+  }
+  return dialogs;
+}
+
+export function showAgain(dialogs) {
+  for (const dialog of dialogs) {
+    document.body.append(dialog);
+    dialog.showModal();
+    dialog.dispatchEvent(new Event("back"));
+  }
 }
 
 /** Runs `render` only when what it shows has changed, so that focus, selection and scrolling stay. */

@@ -8,6 +8,8 @@ const MORE = 500; // that are drawn when more are asked for
 const PIECE = 60; // parts of a message drawn at once
 const LONG = 4000; // characters of a text before it is folded
 const LONGER = 200_000; // characters that are drawn when more are asked for
+const STRIP = 12; // pictures of the strip that are decoded at once
+const BASE64 = /^[A-Za-z0-9+/\s]+={0,2}\s*$/;
 const PICTURES = /^image\/(png|jpeg|gif|webp)$/;
 
 /** The messages of a run, the latest last. */
@@ -106,29 +108,100 @@ function call(name, input) {
   return h("div.call", null, h("span.role", null, icon("play"), theirs(typeof name === "string" ? name.slice(0, 200) : "tool")), typeof name === "string" || name === undefined ? null : json(name), shown === undefined ? null : json(shown));
 }
 
-/** The forms in which models' vendors send pictures; null if it is none. */
-function picture(item, index) {
+/** Type and base64 of a picture, in the forms in which models' vendors send them; a text where it is, if that is another host. */
+function imageOf(item) {
   const source = item.source ?? item;
   const url = typeof item.image_url === "string" ? item.image_url : (item.image_url?.url ?? source.url);
-  let type = source.media_type ?? source.mime_type ?? source.mimeType;
-  let data = typeof source.data === "string" ? source.data : null;
   if (typeof url === "string") {
     const inline = /^data:([a-z/]+);base64,/.exec(url);
-    if (!inline) return /^https?:/.test(url) ? h("p.faint", null, icon("file"), "A picture at ", theirs(url.slice(0, 300)), ": not loaded, because the console asks no other host.") : null;
-    type = inline[1];
-    data = url.slice(inline[0].length);
+    if (!inline) return /^https?:/.test(url) ? url : null;
+    return PICTURES.test(inline[1]) ? { type: inline[1], data: url.slice(inline[0].length) } : null;
   }
-  if (data === null || !PICTURES.test(type)) return null;
-  let decoded;
+  const type = source.media_type ?? source.mime_type ?? source.mimeType;
+  return typeof source.data === "string" && PICTURES.test(type) ? { type, data: source.data } : null;
+}
+
+/** Raises if it is no base64. */
+function blobOf({ type, data }) {
+  return new Blob([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type });
+}
+
+function picture(item, index) {
+  const found = imageOf(item);
+  if (!found) return null;
+  if (typeof found === "string") return h("p.faint", null, icon("file"), "A picture at ", theirs(found.slice(0, 300)), ": not loaded, because the console asks no other host.");
+  return thumbnail([{ index, ...found }], 0);
+}
+
+/** All pictures of a history, in its order: {index of the message, type, data}. */
+export function picturesOf(messages) {
+  const found = [];
+  const look = (item, index, depth) => {
+    if (item === null || typeof item !== "object" || depth > 6) return;
+    if (Array.isArray(item)) {
+      for (const one of item) look(one, index, depth + 1);
+      return;
+    }
+    const image = imageOf(item);
+    if (image && typeof image === "object" && BASE64.test(image.data)) found.push({ index, ...image });
+    else for (const part of [item.content, item.output]) look(part, index, depth + 1);
+  };
+  messages.forEach((message, index) => look(message?.content ?? message, index, 0));
+  return found;
+}
+
+/** One of these pictures, small; pressed, it is shown large, with the others before and after it. */
+export function thumbnail(pictures, at) {
+  const label = `Picture in message ${pictures[at].index + 1}`;
   try {
-    decoded = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+    return h("button.picture", { type: "button", "aria-label": `${label}, enlarge`, onclick: () => enlarge(pictures, at) }, drawn(blobOf(pictures[at]), label));
   } catch {
     return h("p.faint", null, icon("warn"), "A picture that cannot be read.");
   }
-  const blob = new Blob([decoded], { type });
-  const label = `Picture in message ${index + 1}`;
-  const image = drawn(blob, label);
-  return h("button.picture", { type: "button", "aria-label": `${label}, enlarge`, onclick: () => openDialog({ title: label, className: "wide", body: drawn(blob, label) }) }, image);
+}
+
+function enlarge(pictures, at) {
+  const body = h("div");
+  const step = (by, label, drawing) => h("button", { type: "button", onclick: () => show(at + by) }, icon(drawing), label);
+  const [earlier, later] = [step(-1, "Earlier", "back"), step(1, "Later", "next")];
+  const where = h("span.faint");
+  const show = (wanted) => {
+    at = wanted;
+    const label = `Picture in message ${pictures[at].index + 1}`;
+    try {
+      fill(body, drawn(blobOf(pictures[at]), label));
+    } catch {
+      fill(body, h("p.faint", null, icon("warn"), "A picture that cannot be read."));
+    }
+    dialog.querySelector("h2").textContent = label;
+    fill(where, `${at + 1} of ${pictures.length}`);
+    [earlier.disabled, later.disabled] = [at === 0, at === pictures.length - 1];
+  };
+  const dialog = openDialog({ title: "Picture", className: "wide", body, foot: pictures.length > 1 ? [earlier, later, where] : null });
+  dialog.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (by && pictures[at + by]) show(at + by);
+  });
+  show(at);
+}
+
+/** The pictures side by side, the latest first; only some are decoded at once. */
+export function strip(pictures) {
+  if (pictures.length < 2) return null;
+  const latest = pictures.map((_, index) => pictures.length - 1 - index);
+  let shown = STRIP;
+  const row = h("div.strip", { role: "group", "aria-label": "Pictures, the latest first", tabindex: 0 }, latest.slice(0, shown).map((at) => thumbnail(pictures, at)));
+  if (latest.length > shown) {
+    const more = h("button", { type: "button" }, `${latest.length - shown} earlier`);
+    more.addEventListener("click", () => {
+      more.before(...latest.slice(shown, shown + STRIP).map((at) => thumbnail(pictures, at)));
+      shown += STRIP;
+      if (shown < latest.length) fill(more, `${latest.length - shown} earlier`);
+      else more.remove();
+    });
+    row.append(more);
+  }
+  return row;
 }
 
 /** The last picture among messages; null if there is none that can be shown. */

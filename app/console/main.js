@@ -1,8 +1,9 @@
 // The shell: which screen the address names, who is signed in, how fresh it is, and what the keys do.
 
-import { Problem, Unreachable, checkIdle, may, me, poll, signIn, signOut, storedKey, watchKey, aborted, call } from "./api.js";
-import { UUID, clock, fill, h, hush, icon, installVoice, notice, openDialog, say, span, theirs, tick, timestamp, toast, zone } from "./dom.js";
+import { IDLE_MS, Problem, Unreachable, checkIdle, may, me, poll, signIn, signOut, storedKey, watchKey, aborted, call } from "./api.js";
+import { UUID, clock, fill, h, hush, icon, installVoice, notice, openDialog, park, say, showAgain, span, theirs, tick, timestamp, toast, zone } from "./dom.js";
 import { bulkView } from "./bulk.js";
+import { machinesView } from "./machines.js";
 import { forget } from "./names.js";
 import { queueView } from "./queue.js";
 import { runView } from "./run.js";
@@ -14,23 +15,24 @@ import { workflowsView } from "./workflows.js";
 let inside = false; // whether somebody is signed in and the shell is on the page
 let view = null; // {name, title(), change(route), round(signal), keys, destroy()}
 let lastList = "#/runs";
+let parked = null; // {organization, dialogs} of a key that was refused
 
 // --- addresses --------------------------------------------------------------------------------------------------------
 
-/** #/runs?status=error, #/runs/<id>/<tab>, #/bulk, #/bulk/<id>, #/queue, #/workflows, #/workflows/<id>, #/webhooks, #/webhooks/<id>. What is not understood is the list of runs. */
+/** #/runs?status=error, #/runs/<id>/<tab>, #/bulk, #/bulk/<id>, #/queue, #/machines, #/workflows, #/workflows/<id>, #/webhooks, #/webhooks/<id>. What is not understood is the list of runs. */
 function route() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?", 2);
   const [name, id, tab] = path.split("/");
   const params = new URLSearchParams(query);
-  if (name === "queue") return { name: "queue", params };
+  if (name === "queue" || name === "machines") return { name, params };
   if (["bulk", "webhooks", "workflows"].includes(name)) return { name, id: id && UUID.test(id) ? id.toLowerCase() : undefined, params };
   if (name === "runs" && id && UUID.test(id)) return { name: "run", id: id.toLowerCase(), tab: tab || "now", params };
   return { name: "runs", params };
 }
 
-const VIEWS = { runs: runsView, run: runView, bulk: bulkView, queue: queueView, webhooks: webhooksView, workflows: workflowsView };
+const VIEWS = { runs: runsView, run: runView, bulk: bulkView, queue: queueView, webhooks: webhooksView, machines: machinesView, workflows: workflowsView };
 
-const FOR_PEOPLE = ["queue", "webhooks", "bulk", "workflows"]; // not for a key that belongs to a machine
+const FOR_PEOPLE = ["queue", "webhooks", "bulk", "machines", "workflows"]; // not for a key that belongs to a machine
 
 function show() {
   if (!inside) return;
@@ -73,6 +75,7 @@ const navigation = {
   runs: h("a", { href: "#/runs" }, "Runs"),
   bulk: h("a", { href: "#/bulk" }, "Bulk retries"),
   queue: h("a", { href: "#/queue" }, "Queue"),
+  machines: h("a", { href: "#/machines" }, "Machines"),
   workflows: h("a", { href: "#/workflows" }, "Workflows"),
   webhooks: h("a", { href: "#/webhooks" }, "Webhooks"),
 };
@@ -315,11 +318,16 @@ function enter() {
   document.body.prepend(bar, banner);
   document.body.append(fill(foot, `Times are in your zone, ${zone()}. A time's title has UTC.`));
   show();
+  if (me.known && parked?.organization === me.organization_id) showAgain(parked.dialogs);
+  parked = null;
 }
 
-function leave(why) {
+/** `organization` is whose key it was. What was typed into a dialog waits for another key of it, if this one was refused. */
+function leave(why, organization = "") {
   inside = false;
   poll.set(null);
+  parked = why === "refused" && organization ? { organization, dialogs: park() } : null;
+  if (parked) setTimeout((those) => parked === those && (parked = null), IDLE_MS, parked);
   view?.destroy?.();
   view = null;
   forget();

@@ -279,7 +279,22 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
       dialog.close();
     } catch (error) {
       if (!aborted(error)) failed(error);
+      else if (!life.signal.aborted) interrupted(Boolean(error.refused));
     }
+  }
+
+  /** The key has gone: nothing is sent any more with what this dialog holds. `known` if that took no effect. */
+  function interrupted(known) {
+    clearInterval(wait?.timer);
+    wait = null;
+    sent = null;
+    fill(ticking);
+    if (known && !unknown) {
+      to("editing");
+      return;
+    }
+    fill(trouble, icon("info"), "The key was refused meanwhile. It may have been retried: close this and look at the run.");
+    to("stopped");
   }
 
   function failed(error) {
@@ -419,11 +434,26 @@ export function openRetry({ run, attachments, plan, dryRun, done, closed }) {
       closed();
     },
   });
+  dialog.addEventListener("park", () => {
+    clearTimeout(timer);
+    asking?.abort();
+    for (const field of fields) field.wipe();
+    if (state === "waiting") interrupted(true);
+  });
+  dialog.addEventListener("back", () => {
+    if (state === "editing") ask(0);
+    listMachines();
+  });
+
+  function listMachines() {
+    Promise.all([names.load("machines", life.signal, true), names.load("pools", life.signal)])
+      .then(() => target.redraw())
+      .catch((error) => aborted(error) || target.refuse(`The machines cannot be listed: ${error.message}`));
+  }
+
   drawButtons();
   ask(0);
-  Promise.all([names.load("machines", life.signal, true), names.load("pools", life.signal)])
-    .then(() => target.redraw())
-    .catch((error) => aborted(error) || target.refuse(`The machines cannot be listed: ${error.message}`));
+  listMachines();
   const first = form.querySelector(".refused input, fieldset input:checked");
   first?.focus();
   return dialog;

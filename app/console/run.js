@@ -3,7 +3,7 @@
 import { aborted, call, may, me, newIdempotencyKey, page, poll, save } from "./api.js";
 import { bar, bytes, copy, copyButton, count, fill, h, icon, keeping, minute, notice, now, openDialog, reason, say, short, skeleton, status, theirs, time, timestamp, toast, took } from "./dom.js";
 import { comparison } from "./compare.js";
-import { historyView, inPieces, json, prose, safely } from "./history.js";
+import { historyView, inPieces, json, picturesOf, prose, safely, strip, thumbnail } from "./history.js";
 import { heldNotice, moment, openMove, plannedNotice } from "./later.js";
 import * as names from "./names.js";
 import { neighbours } from "./runs.js";
@@ -27,7 +27,7 @@ export function runView(root, first, app) {
   let [historyOf, historyNode] = ["", null]; // the messages as they are drawn, and of which reply
   let attempts = null;
   let events = null;
-  let [becauseOf, because] = [0, null]; // why the policy retries this attempt, as its event says
+  let [causeOf, cause] = ["", null]; // the event that planned this attempt's retry, or cancelled it
   let endpoints = new Map(); // of webhooks, by id
   let sent = null; // deliveries of its endings
   let plan = null; // the dry run of a plain retry; undefined if the service has none
@@ -96,7 +96,7 @@ export function runView(root, first, app) {
       tab === "events" ? loadEvents(signal) : null,
       tab === "webhooks" && !me.machine_id ? loadSent(signal) : null,
       loadPlan(signal),
-      loadBecause(signal),
+      loadCause(signal),
     ]);
     draw();
   }
@@ -148,13 +148,14 @@ export function runView(root, first, app) {
     }
   }
 
-  /** Asked once for each attempt that the policy retries. */
-  async function loadBecause(signal) {
-    if (!run.next_retry_at || becauseOf === run.attempt) return;
+  /** Asked once for each attempt that the policy retries, or that was cancelled. */
+  async function loadCause(signal) {
     const { attempt } = run;
-    await loadEvents(signal);
-    const planned = events?.find((event) => event.event === "retry_planned" && event.attempt === attempt);
-    [becauseOf, because] = [attempt, planned?.reason ?? null];
+    const of = run.next_retry_at ? `retry_planned ${attempt}` : run.status === "cancelled" ? `ended ${attempt}` : "";
+    if (causeOf === of) return;
+    if (of) await loadEvents(signal);
+    cause = (of && events?.find((event) => `${event.event} ${event.attempt}` === of)) || null;
+    causeOf = of;
   }
 
   /** What a plain retry would do, asked when the run has moved and now and then besides: secrets expire by themselves. */
@@ -192,7 +193,7 @@ export function runView(root, first, app) {
     drawActions();
     const shown = {
       // What has ended names no machine and no pool here: it stays as it was unfolded when their names arrive.
-      now: [text, because, TERMINAL.has(run.status) ? null : [called, run.pool_ids?.map((pool) => names.nameOf("pools", pool))], [...(attachments?.keys() ?? [])]],
+      now: [text, cause, TERMINAL.has(run.status) ? null : [called, run.pool_ids?.map((pool) => names.nameOf("pools", pool))], [...(attachments?.keys() ?? [])]],
       inputs: [small, called, plan?.secrets, [...(attachments?.keys() ?? [])], run.pool_ids?.map((pool) => names.nameOf("pools", pool))],
       attempts: [small, called, attempts, attempts?.map((one) => one.machine_id && names.nameOf("machines", one.machine_id))],
       events: [events === undefined ? "none" : events],
@@ -335,25 +336,44 @@ export function runView(root, first, app) {
       );
     }
     if (run.next_retry_at) {
-      parts.push(plannedNotice(run, { because, policy: h("a", { href: `#/workflows/${run.workflow_id}` }, "retry policy"), acts, changed }));
+      parts.push(plannedNotice(run, { because: cause?.reason, policy: h("a", { href: `#/workflows/${run.workflow_id}` }, "retry policy"), acts, changed }));
     }
     if (run.status === "running") parts.push(notice("info", ["Running", run.machine_id ? [" on ", names.named("machines", run.machine_id)] : null], h("p", null, run.started_at ? ["For ", time(run.started_at, "since"), ". "] : null, "What it has reported so far stands below.")));
+    if (run.status === "cancelled") parts.push(cancelledNotice());
+    const pictures = picturesOf(run.run_message_history ?? []);
     if (run.error?.length) {
+      const lines = inPieces(run.error, (line) => h("div.failure", null, icon("error"), h("div", null, prose(line))));
+      const last = pictures.at(-1);
       parts.push(
-        section("What went wrong", inPieces(run.error, (line) => h("div.failure", null, icon("error"), h("div", null, prose(line))))),
+        section("What went wrong", last ? h("div.beside", null, h("div.lines", null, lines), h("figure", null, thumbnail(pictures, pictures.length - 1), h("figcaption.faint", null, `The last picture, in message ${last.index + 1}`))) : lines),
       );
     }
     if (run.output_data !== null) parts.push(section("Result", json(run.output_data, "Result")));
     if (outputs.length) parts.push(section(count(outputs.length, "file"), files(outputs)));
-    if (run.run_message_history?.length) parts.push(section(`History, ${count(run.run_message_history.length, "message")}`, shownHistory()));
+    if (run.run_message_history?.length) parts.push(section(`History, ${count(run.run_message_history.length, "message")}`, shownHistory(pictures)));
     if (!parts.length) parts.push(notice("info", "Nothing was reported", h("p", null, "No error, no result, no files and no history: its executor sent none.")));
     return parts;
   }
 
   /** The same node while the run is the same: messages that were unfolded stay unfolded when its files arrive. */
-  function shownHistory() {
-    if (historyOf !== text) [historyOf, historyNode] = [text, historyView(run.run_message_history)];
+  function shownHistory(pictures) {
+    if (historyOf === text) return historyNode;
+    const toEnd = h("button.quiet", { type: "button", onclick: toTheEnd }, icon("down"), "To the end");
+    [historyOf, historyNode] = [text, h("div.lines", null, run.run_message_history.length > 3 ? h("div", null, toEnd) : null, strip(pictures), historyView(run.run_message_history))];
     return historyNode;
+  }
+
+  function toTheEnd() {
+    const last = historyNode.querySelector(".history > li:last-of-type");
+    last.tabIndex = -1;
+    last.scrollIntoView({ block: "end" });
+    last.focus({ preventScroll: true });
+  }
+
+  /** Who cancelled it, when, and why. */
+  function cancelledNotice() {
+    const by = cause ? ["Cancelled by ", author(cause.key_id, cause.user_id, cause.by, cause.by_key_name), ", ", time(cause.at)] : ["Cancelled ", time(run.ended_at ?? run.changed_at)];
+    return notice("cancelled", [by, cause?.reason ? [": ", theirs(cause.reason)] : ""], h("p", null, run.output_data === null && !run.error?.length && !run.run_message_history?.length ? "Its executor had reported nothing." : "What its executor had reported stands below."));
   }
 
   function whereto() {
@@ -485,7 +505,7 @@ export function runView(root, first, app) {
             ? h(
                 "p.meta",
                 null,
-                h("span", null, "by ", author(cause.retried_by_key_id, cause.retried_by_user_id, cause.by)),
+                h("span", null, "by ", author(cause.retried_by_key_id, cause.retried_by_user_id, cause.by, cause.retried_by_key_name)),
                 cause.reason ? h("span", null, "“", theirs(cause.reason), "”") : null,
                 h("span", null, cause.overridden.length ? ["changed ", cause.overridden.map((name) => tag(name))] : "changed nothing"),
               )
@@ -502,11 +522,11 @@ export function runView(root, first, app) {
     return h("span.tag", { title: key }, called(key));
   }
 
-  function author(key, user, by) {
+  function author(key, user, by, name) {
     if (by === "policy") return ["the ", h("a", { href: `#/workflows/${run?.workflow_id ?? ""}` }, "retry policy")];
     if (!key && !user) return "the service";
     if (key && key === me.key_id) return "you (this key)";
-    return [user ? ["user ", short(user), key ? ", " : null] : null, key ? ["key ", short(key)] : null];
+    return [user ? ["user ", short(user), key ? ", " : null] : null, key ? ["key ", name ? h("span", { title: key }, theirs(name)) : short(key)] : null];
   }
 
   // --- events ---------------------------------------------------------------------------------------------------------
@@ -532,7 +552,7 @@ export function runView(root, first, app) {
             h(
               "p.meta",
               null,
-              h("span", null, "by ", author(event.key_id, event.user_id, event.by)),
+              h("span", null, "by ", author(event.key_id, event.user_id, event.by, event.by_key_name)),
               event.bulk_retry_id ? h("span", null, "in ", h("a", { href: `#/bulk/${event.bulk_retry_id}` }, "bulk retry ", short(event.bulk_retry_id))) : null,
               event.code ? h("span", null, "because of ", h("code", null, theirs(event.code))) : null,
               event.reason ? h("span", null, "“", theirs(event.reason), "”") : null,

@@ -5,7 +5,7 @@ import { fill, h, icon, notice } from "./dom.js";
 
 const WHY = {
   idle: ["info", "Signed out after 30 minutes without input", "What was on the screen is gone, and so is the key. Nothing that was sent is undone."],
-  refused: ["warn", "The service does not accept the key any more", "It was revoked or has expired. Ask whoever made it for another one."],
+  refused: ["warn", "The service does not accept the key any more", "It was revoked or has expired. Ask the person who made it for another one. What you typed into a dialog is there again when you sign in with another key of the same organization within 30 minutes; secrets are not."],
   left: ["info", "Signed out", "The key is no longer in this tab. Copies that you made of it elsewhere still work."],
 };
 

@@ -119,7 +119,7 @@ export function webhooksView(root, first) {
 function endpointsView(root) {
   const list = h("div");
   const keep = keeping(list);
-  fill(root, h("h1.unseen", { tabindex: -1 }, "Webhooks"), h("section", null, h("h2", null, "Endpoints"), list));
+  fill(root, h("h1.unseen", { tabindex: -1 }, "Webhooks"), h("section", null, h("h2", null, "Endpoints"), mayManage() ? h("div.line", null, h("button", { type: "button", onclick: () => openEndpoint(null, (made) => (location.hash = `#/webhooks/${made.id}`)) }, icon("plus"), "New endpoint …")) : null, list));
   fill(list, skeleton(4));
 
   return {
@@ -139,6 +139,53 @@ function endpointsView(root) {
       one.description ? h("p.meta", null, theirs(one.description)) : null,
     );
   }
+}
+
+/** The form of an endpoint: a new one, or this one. `done(endpoint)` gets it as it is afterwards. */
+function openEndpoint(endpoint, done) {
+  const url = h("input", { type: "url", id: "endpoint-url", value: endpoint?.url ?? "", placeholder: "https://example.com/hooks/runs", maxlength: 2048, autocomplete: "off", spellcheck: "false", "aria-describedby": "endpoint-error" });
+  const description = h("input", { type: "text", id: "endpoint-description", value: endpoint?.description ?? "", maxlength: 255, autocomplete: "off" });
+  const problem = h("p.error", { role: "alert", id: "endpoint-error" });
+  let [key, sent] = ["", ""]; // the same body is sent under the same key
+  const save = h("button.primary", { type: "button" }, endpoint ? "Save" : "Make the endpoint");
+  const dialog = openDialog({
+    title: endpoint ? "Change the endpoint" : "New endpoint",
+    className: "small",
+    body: h(
+      "form.policy",
+      { novalidate: true, onsubmit: (event) => (event.preventDefault(), save.click()) },
+      h("label", { htmlFor: url.id }, "URL: https, and a public host"),
+      url,
+      h("label", { htmlFor: description.id }, "Description (optional)"),
+      description,
+      problem,
+      endpoint ? null : h("p.faint", null, "It gets a signed message whenever a run ends whose workflow has is_webhooks_enabled. Its page says how to read the secret for the signature."),
+    ),
+    foot: [save, h("button", { type: "button", onclick: () => dialog.close() }, "Change nothing")],
+  });
+  save.addEventListener("click", async () => {
+    if (save.disabled) return;
+    fill(problem);
+    for (const control of [url, description]) control.removeAttribute("aria-invalid");
+    save.disabled = true;
+    try {
+      const body = JSON.stringify({ url: url.value.trim(), description: description.value.trim() || null });
+      if (body !== sent) [key, sent] = [newIdempotencyKey(), body];
+      const { data } = await call(endpoint ? "PATCH" : "POST", endpoint ? `webhook-endpoints/${endpoint.id}` : "webhook-endpoints", { body, idempotencyKey: key });
+      dialog.close();
+      done(data);
+      toast(endpoint ? "It is changed" : "The endpoint is made");
+    } catch (error) {
+      if (aborted(error)) return;
+      const control = error.errors?.[0]?.loc.includes("description") ? description : url;
+      fill(problem, error.message);
+      control.setAttribute("aria-invalid", "true");
+      control.focus();
+    } finally {
+      save.disabled = false;
+    }
+  });
+  url.focus();
 }
 
 /** How the first one is made. */
@@ -165,11 +212,13 @@ function endpointView(root, { id, params }) {
   const chips = h("nav.chips", { "aria-label": "State" }, ["", ...Object.keys(STATES)].map((name) => h("a.chip", { href: `#/webhooks/${id}${name ? `?status=${name}` : ""}`, "data-state": name }, name ? status(name, STATES[name]) : "All")));
   const summary = h("p.faint");
   const list = h("div");
+  const secret = h("div");
   const more = h("button", { type: "button", hidden: true, onclick: () => ((limit += 4 * PAGE), poll.now(true)) }, "Show more");
-  fill(root, h("a.back", { href: "#/webhooks" }, icon("back"), "Webhooks"), h("div.runhead", null, h("div.title", null, heading, about), actions), h("div.panel", null, chips, summary, list, more));
+  fill(root, h("a.back", { href: "#/webhooks" }, icon("back"), "Webhooks"), h("div.runhead", null, h("div.title", null, heading, about), actions), h("div.panel", null, secret, chips, summary, list, more));
   fill(list, skeleton(4));
   mark();
   const keepHead = keeping(about);
+  const keepSecret = keeping(secret);
   const draw = deliveryList(list, of, () => !endpoint.disabled);
 
   function read(query) {
@@ -210,7 +259,16 @@ function endpointView(root, { id, params }) {
   function drawHead() {
     fill(heading, theirs(endpoint.url));
     fill(actions, buttons());
+    keepSecret(may("webhooks:write"), secretHint);
     return [h("span", null, state(endpoint)), endpoint.description ? h("span", null, theirs(endpoint.description)) : null, h("span.faint", null, "made ", time(endpoint.created_at)), h("span.id", null, id)];
+  }
+
+  /** The secret is for programs: it is not shown on a screen. */
+  function secretHint() {
+    if (!mayManage()) return null;
+    const url = new URL(`../v1/${path}/secret`, location.href.split("#")[0]);
+    const curl = `curl -sS ${url} -H "Authorization: Bearer $API_KEY"`;
+    return h("details.more", null, h("summary", null, "The secret for its signatures"), h("div.snippet", null, h("pre.code", { tabindex: 0, role: "group", "aria-label": "curl" }, curl), copyButton(() => curl, "curl")));
   }
 
   function buttons() {
@@ -219,8 +277,9 @@ function endpointView(root, { id, params }) {
       const enable = h("button.primary", { type: "button", onclick: () => actOrSay(enable, path, "It is enabled", "PATCH", { disabled: false }) }, "Enable");
       return [h("p.obstacle.soft", null, icon("warn"), h("span", null, "Nothing is sent to it. Once it is enabled, recover what it has missed.")), enable];
     }
+    const edit = h("button", { type: "button", onclick: () => openEndpoint(endpoint, () => poll.now(true)) }, "Change …");
     const test = h("button", { type: "button", onclick: () => actOrSay(test, `${path}/test`, "A test is on its way") }, "Send a test");
-    return [test, h("button.primary", { type: "button", onclick: recover }, icon("retry"), "Recover …")];
+    return [edit, test, h("button.primary", { type: "button", onclick: recover }, icon("retry"), "Recover …")];
   }
 
   function recover() {

@@ -55,6 +55,9 @@ def walk(console: Console, scene: Scene) -> Any:
         console.open_run(scene.runs[name])
         console.sees(text)
         yield f"{name} run"
+    console.go("#/machines")
+    console.sees(console.page.get_by_role("button", name="Set aside"))
+    yield "machines"
     console.go("#/workflows")
     console.sees(console.page.get_by_text("% succeeded"))
     yield "workflows"
@@ -78,6 +81,13 @@ def walk(console: Console, scene: Scene) -> Any:
     console.go("#/webhooks")
     console.sees(console.page.get_by_role("heading", name="Endpoints"))
     yield "webhooks"
+    console.do(console.page.get_by_role("button", name="New endpoint …").click())
+    yield "new endpoint"
+    console.do(console.page.keyboard.press("Escape"))
+    console.go("#/runs")
+    console.do(console.page.get_by_role("combobox", name="Workflow").click())
+    console.sees(console.page.locator(".popup:visible"))
+    yield "runs, finding a workflow"
     console.open_retry(failed)
     for legend in ("Values", "Secrets", "Files", "Machine", "Session"):
         console.choose(legend, "Change")
@@ -116,6 +126,60 @@ def test_axe_finds_nothing(console: Console, scene: Scene, scheme: Any, kind: st
     found = {screen: problems(console, {"type": kind, "values": rules}) for screen in walk(console, scene)}
     assert {screen: listed for screen, listed in found.items() if listed} == {}
     assert len(found) > 12
+
+
+CONTROLS = """() => {
+    const kinds = ["", "primary", "danger", "quiet", "news", "button"];
+    const main = document.querySelector("main");
+    main.replaceChildren(...kinds.flatMap((kind) => [{}, {disabled: ""}, {"aria-disabled": "true"}].map((state) => {
+        const control = document.createElement("button");
+        control.className = kind;
+        control.textContent = "Sending …";
+        for (const [name, value] of Object.entries(state)) control.setAttribute(name, value);
+        return control;
+    })), ...["input", "textarea", "select"].map((name) => {
+        const control = document.createElement(name);
+        if (name === "select") control.append(new Option("Sending …"));
+        else control.value = "Sending …";
+        return control;
+    }));
+    return main.children.length;
+}"""
+CONTRAST = """(control) => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+    const painted = (...colours) => {
+        canvas.clearRect(0, 0, 1, 1);
+        for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+        const linear = [...canvas.getImageData(0, 0, 1, 1).data].map((part) => part / 255)
+            .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+    };
+    const style = getComputedStyle(control);
+    const behind = [getComputedStyle(document.body).backgroundColor, style.backgroundColor];
+    const [one, other] = [painted(...behind), painted(...behind, style.color)].sort((one, other) => other - one);
+    const name = `${control.tagName} ${control.className} ${control.disabled} ${control.getAttribute("aria-disabled")}`;
+    return [name, (one + 0.05) / (other + 0.05)];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_control_can_be_read_in_every_state(console: Console, scheme: Any) -> None:
+    console.do(console.page.emulate_media(color_scheme=scheme, reduced_motion="reduce"))
+    console.tab.open(console.url)
+    console.sees(console.page.get_by_label("API key"))
+    number = console.do(console.page.evaluate(CONTROLS))
+    unreadable = []
+    for index in range(number):
+        control = console.page.locator("main > *").nth(index)
+        for state in ("resting", "under the pointer", "focused"):
+            if state == "under the pointer":
+                console.do(control.hover(force=True))
+            if state == "focused":
+                console.do(control.focus())
+            name, contrast = console.do(control.evaluate(CONTRAST))
+            if contrast < 4.5:
+                unreadable.append(f"{name}, {state}: {contrast:.2f}")
+    assert unreadable == []
 
 
 def test_everything_fits_into_320_pixels_and_can_be_hit(console: Console, scene: Scene) -> None:

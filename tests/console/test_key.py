@@ -6,6 +6,7 @@ from playwright.async_api import expect
 
 from tests.console.conftest import Console
 from tests.support.client import Client
+from tests.support.server import Server
 from tests.support.stack import Stack
 from tests.support.waiting import until
 
@@ -75,6 +76,47 @@ def test_a_revoked_key_signs_out_at_the_next_request(console: Console, api: Clie
     assert console.storage() == {}
     assert run["id"] not in re.sub(r"#\S*", "", console.do(console.page.content()))
     console.misses(console.page.locator("dialog"))
+
+
+def test_what_was_typed_is_there_again_after_a_revoked_key_but_no_secret(
+    console: Console, api: Client, stack: Stack, server: Server
+) -> None:
+    console.tab.expect("status of 401")
+    run = api.finished("error", input_values={"user": "ada"}, sensitive_input_values={"password": "old"})
+    console.sign_in()
+    console.open_retry(run["id"])
+    console.do(console.choose("Values", "Change").get_by_label("Value of user").fill("grace"))
+    console.do(console.choose("Secrets", "Change").locator("[data-secret]").fill("canary-2"))
+    console.do(console.dialog.get_by_label("Reason").fill("the password was changed"))
+    stack.sql("UPDATE api_keys SET revoked_at = now() WHERE organization_id = $1", api.organization)
+    console.sees("What you typed into a dialog is there again")
+    assert "grace" not in console.do(console.page.content())
+    console.enter_key(stack.new_key(api.organization))
+    console.do(expect(console.dialog.get_by_label("Value of user")).to_have_value("grace"))
+    console.do(expect(console.dialog.get_by_label("Reason")).to_have_value("the password was changed"))
+    console.do(expect(console.dialog.locator("[data-secret]")).to_have_value(""))
+    console.do(console.dialog.locator("[data-secret]").fill("new"))
+    console.reads(console.dialog.locator("aside"), "will be queued")
+    console.do(console.send.click())
+    console.reads(console.page.locator(".runhead"), "attempt 2")
+    with server.client(api.organization, key=stack.new_key(api.organization)) as again:
+        assert again.get_run(run["id"])["input_values"] == {"user": "grace"}
+
+
+def test_another_organization_sees_nothing_of_what_was_typed(
+    console: Console, api: Client, foreign: Client, stack: Stack
+) -> None:
+    console.tab.expect("status of 401|status of 404")
+    run = api.finished("error")
+    console.sign_in()
+    console.open_retry(run["id"])
+    console.do(console.dialog.get_by_label("Reason").fill("canary-3"))
+    stack.sql("UPDATE api_keys SET revoked_at = now() WHERE organization_id = $1", api.organization)
+    console.sees("does not accept the key any more")
+    console.enter_key(stack.new_key(foreign.organization))
+    console.sees("No run with this id")
+    console.misses(console.page.locator("dialog"))
+    assert "canary-3" not in console.do(console.page.content())
 
 
 def test_what_the_key_may_not_is_not_offered_and_it_says_why(console: Console, api: Client, stack: Stack) -> None:

@@ -770,3 +770,20 @@ def test_it_is_done_with_the_keyboard_alone(console: Console, api: Client, stack
     console.reads(console.page.locator(".runhead"), "success")
     [row] = stack.sql("SELECT secret_path FROM runs WHERE id = $1", run["id"])
     assert stack.secret(row["secret_path"]) == {"password": "correct horse"}
+
+
+def test_a_retry_onto_a_dead_machine_is_amber_and_any_machine_is_one_press_away(console: Console, api: Client) -> None:
+    desk = api.machine(status="disconnected")
+    run = api.run(machine_id=desk)
+    api.report(run["id"], status="error", error=["it broke"])
+    api.machine()
+    console.sign_in()
+    console.open_retry(run["id"])
+    verdict = console.dialog.locator(".verdict")
+    console.reads(verdict, "will be queued, and no machine can take it now")
+    console.do(expect(verdict.locator(".icon-warn")).to_have_count(1))
+    console.do(verdict.get_by_role("button", name="Any machine").click())
+    console.reads(verdict, "will be queued, under the same id")
+    console.do(console.send.click())
+    console.reads(console.page.locator(".runhead"), "attempt 2")
+    assert [body(request) for request in console.retries()] == [{"pool_ids": []}]

@@ -47,7 +47,7 @@ def test_what_went_wrong_stands_first_and_its_history_can_be_read(console: Conso
     ):
         console.sees(console.page.locator(".panel").get_by_text(text))
     console.sees(console.page.get_by_text("Login failed: the password is not valid."))
-    shown = console.page.get_by_role("button", name="Picture in message 3, enlarge")
+    shown = console.page.get_by_role("button", name="Picture in message 3, enlarge").last
     console.until(
         "() => { const image = document.querySelector('.picture img'); return image.complete && image.naturalWidth === 320 }"
     )
@@ -57,6 +57,30 @@ def test_what_went_wrong_stands_first_and_its_history_can_be_read(console: Conso
     for text in ('"Save"', "finish_reason", "https://elsewhere.example/x.png", "A picture that cannot be read", "1.5"):
         console.do(expect(console.page.locator(".panel")).to_contain_text(text))
     assert not [request for request in console.asked if "elsewhere" in request.url]
+
+
+def test_the_last_picture_stands_beside_the_error_and_all_are_a_strip(console: Console, api: Client) -> None:
+    run = api.run()
+    api.report(run["id"], status="running")
+    history = [message for _ in range(15) for message in failed_login()]
+    api.report(run["id"], status="error", error=["Login failed."], run_message_history=history)
+    console.sign_in(f"#/runs/{run['id']}")
+    beside = console.page.locator(".beside")
+    console.reads(beside, "Login failed.")
+    console.sees(beside.get_by_role("button", name="Picture in message 59, enlarge"))
+    strip = console.page.get_by_role("group", name="Pictures, the latest first")
+    console.do(expect(strip.get_by_role("button")).to_have_count(13))
+    console.do(strip.get_by_role("button", name="3 earlier").click())
+    console.do(expect(strip.get_by_role("button")).to_have_count(15))
+    console.do(beside.get_by_role("button").click())
+    console.reads(console.dialog, "15 of 15")
+    console.do(console.page.keyboard.press("ArrowLeft"))
+    console.reads(console.dialog, "14 of 15")
+    console.sees(console.dialog.get_by_role("img", name="Picture in message 55"))
+    console.do(console.page.keyboard.press("Escape"))
+    console.do(console.page.get_by_role("button", name="To the end").click())
+    console.do(expect(console.page.locator(".history > li").last).to_be_in_viewport())
+    console.do(expect(console.page.locator(".history > li").last).to_be_focused())
 
 
 def test_a_long_history_comes_in_parts(console: Console, api: Client) -> None:
@@ -237,6 +261,10 @@ def test_an_active_run_can_be_cancelled_with_a_reason(console: Console, api: Cli
     console.do(console.dialog.get_by_label("Reason").fill("Its desktop hangs."))
     console.do(console.dialog.get_by_role("button", name="Cancel run").dblclick())
     console.reads(console.page.locator(".runhead"), "cancelled")
+    first = console.page.locator(".panel > :first-child")
+    console.reads(first, "Cancelled by you (this key), ")
+    console.reads(first, "Its desktop hangs.")
+    console.misses("Nothing was reported")
     [sent] = console.sent("PATCH", run["id"])
     assert sent.headers["idempotency-key"]
     events = api.json_of(api.get(f"/v1/runs/{run['id']}/events"))["items"]

@@ -144,3 +144,25 @@ def test_an_executors_key_sees_no_webhooks(console: Console, api: Client, stack:
     console.do(expect(console.rows).to_have_count(1))
     console.open_run(run["id"])
     console.do(expect(console.page.locator(".tabs a", has_text="Webhooks")).to_be_hidden())
+
+
+def test_an_endpoint_is_made_and_changed_in_a_form(console: Console, api: Client) -> None:
+    console.tab.expect("status of 422")
+    console.sign_in("#/webhooks")
+    console.do(console.page.get_by_role("button", name="New endpoint …").click())
+    url = console.dialog.get_by_label("URL")
+    console.do(url.fill("http://localhost/hooks"))
+    console.do(console.dialog.get_by_role("button", name="Make the endpoint").click())
+    console.do(expect(url).to_have_attribute("aria-invalid", "true"))
+    console.do(url.fill("https://localhost/hooks"))
+    console.do(console.dialog.get_by_label("Description").fill("the ledger"))
+    console.do(console.dialog.get_by_role("button", name="Make the endpoint").dblclick())
+    console.reads(console.page.locator(".runhead"), "https://localhost/hooks")
+    console.do(console.page.get_by_text("The secret for its signatures").click())
+    console.sees(console.page.get_by_text("/secret -H"))
+    console.do(console.page.get_by_role("button", name="Change …").click())
+    console.do(console.dialog.get_by_label("Description").fill("the new ledger"))
+    console.do(console.dialog.get_by_role("button", name="Save").click())
+    console.reads(console.page.locator(".runhead"), "the new ledger")
+    [made] = api.json_of(api.get("/v1/webhook-endpoints"))["items"]
+    assert (made["url"], made["description"]) == ("https://localhost/hooks", "the new ledger")
