@@ -16,6 +16,7 @@ const TERMINAL = new Set(["success", "error", "task_failed", "cancelled"]);
 const MENDABLE = new Set(["sensitive_inputs_expired", "input_attachments_expired", "machine_not_found", "pool_not_found", "session_not_found"]);
 const DRY_MS = 10_000;
 const EVENTS = 500;
+const EVENT_MS = 30_000;
 
 export function runView(root, first, app) {
   const { id } = first;
@@ -155,7 +156,7 @@ export function runView(root, first, app) {
     if (causeOf === of) return;
     if (of) await loadEvents(signal);
     cause = (of && events?.find((event) => `${event.event} ${event.attempt}` === of)) || null;
-    causeOf = of;
+    if (cause || !of || now() - Date.parse(run.changed_at) > EVENT_MS) causeOf = of; // an event shows a moment after its change
   }
 
   /** What a plain retry would do, asked when the run has moved and now and then besides: secrets expire by themselves. */
