@@ -146,7 +146,13 @@ export function picturesOf(messages) {
     if (image && typeof image === "object" && BASE64.test(image.data)) found.push({ index, ...image });
     else for (const part of [item.content, item.output]) look(part, index, depth + 1);
   };
-  messages.forEach((message, index) => look(message?.content ?? message, index, 0));
+  messages.forEach((message, index) => {
+    try {
+      look(message?.content ?? message, index, 0);
+    } catch {
+      // a form that the console does not know: the history shows it as JSON
+    }
+  });
   return found;
 }
 
