@@ -4,6 +4,7 @@ import { aborted, call, page, save } from "./api.js";
 import { bytes, fill, h, icon, notice, status, theirs, toast, took } from "./dom.js";
 import { json, lastPicture, prose, safely } from "./history.js";
 import * as names from "./names.js";
+import { called } from "./retry.js";
 
 /** The form that asks for two attempts, and the table below it. The same node for as long as the run is open. */
 export function comparison(id, author) {
@@ -57,8 +58,8 @@ export function comparison(id, author) {
         row("Machine", ({ attempt }) => (attempt.machine_id ? names.named("machines", attempt.machine_id) : null)),
         row("Waited", ({ waited }) => took(waited)),
         row("Ran", ({ attempt, ran }) => (attempt.started_at ? took(ran) : null)),
-        row("Begun by", ({ cause }) => (cause ? ["a retry by ", author(cause.retried_by_key_id, cause.retried_by_user_id), cause.reason ? [": “", theirs(cause.reason), "”"] : null] : "the run's creation")),
-        row("Changed fields", ({ cause }) => (cause?.overridden.length ? cause.overridden.map((name) => h("code.tag", null, name)) : null)),
+        row("Begun by", ({ cause }) => (cause ? ["a retry by ", author(cause.retried_by_key_id, cause.retried_by_user_id, cause.by, cause.retried_by_key_name), cause.reason ? [": “", theirs(cause.reason), "”"] : null] : "the run's creation")),
+        row("Changed fields", ({ cause }) => (cause?.overridden.length ? cause.overridden.map((name) => h("span.tag", { title: name }, called(name))) : null)),
         row("Workflow version", ({ attempt }) => attempt.workflow_version?.toLocaleString()),
         row("Used", ({ attempt }) => (attempt.usage_metadata ? json(attempt.usage_metadata, "What the attempt used") : null)),
         row("Result", (one) => kept(one) ?? (one.attempt.output_data === null ? null : json(one.attempt.output_data, "Result"))),

@@ -212,22 +212,8 @@ export function strip(pictures) {
 
 /** The last picture among messages; null if there is none that can be shown. */
 export function lastPicture(messages) {
-  for (let index = messages.length - 1; index >= 0; index -= 1) {
-    try {
-      const found = pictureIn(messages[index]?.content, index);
-      if (found) return found;
-    } catch {
-      // a form that the console does not know has no picture for it
-    }
-  }
-  return null;
-}
-
-function pictureIn(content, index) {
-  if (Array.isArray(content)) return content.reduceRight((found, item) => found ?? pictureIn(item, index), null);
-  if (content === null || typeof content !== "object") return null;
-  const shown = picture(content, index);
-  return shown?.classList.contains("picture") ? shown : pictureIn(content.content ?? content.output, index);
+  const pictures = picturesOf(messages);
+  return pictures.length ? thumbnail(pictures, pictures.length - 1) : null;
 }
 
 function drawn(blob, alt) {

@@ -32,7 +32,7 @@ async function each(items, act) {
 /** How the last runs of a workflow ended, and how long the middle one of them took. */
 async function figures(workflow, signal) {
   const { data } = await page("runs", { query: { workflow_id: workflow, fields: "status,started_at,ended_at", limit: LAST }, signal });
-  const ended = data.items.filter((run) => run.status === "success" || run.status === "error");
+  const ended = data.items.filter((run) => ["success", "error", "task_failed"].includes(run.status));
   const times = ended.filter((run) => run.started_at && run.ended_at).map((run) => Date.parse(run.ended_at) - Date.parse(run.started_at));
   times.sort((one, other) => one - other);
   return {
@@ -73,8 +73,8 @@ function chart(node, filter) {
         const query = { ...filter, status, fields: "id", limit: 1, created_at_from: new Date(day).toISOString(), created_at_to: new Date(end).toISOString() };
         return (await call("GET", "runs", { query, signal })).data.total;
       };
-      const [success, error] = await Promise.all([number("success"), number("error")]);
-      known.set(day, { success, error });
+      const [success, error, failed] = await Promise.all(["success", "error", "task_failed"].map(number));
+      known.set(day, { success, error: error + failed });
     });
     keep(days.map((day) => [day, known.get(day)]), () => draw(days));
   }
@@ -173,7 +173,7 @@ function listView(root, first) {
     return h(
       "li",
       null,
-      h("div.line", null, h("b", null, h("a", { href: `#/workflows/${workflow.id}` }, theirs(names.nameOf("workflows", workflow.id)))), short(workflow.id), h("span.faint.end", null, "changed ", time(workflow.updated_at))),
+      h("div.line", null, h("b", null, h("a", { href: `#/workflows/${workflow.id}` }, theirs(names.nameOf("workflows", workflow.id)))), short(workflow.id), h("span.faint", null, `version ${workflow.version}`), h("span.faint.end", null, "changed ", time(workflow.updated_at))),
       h("p.meta", null, figureText(known.get(workflow.id))),
       workflow.retry_policy ? h("p.meta", null, icon("retry"), preview(workflow.retry_policy)) : null,
     );
@@ -244,7 +244,7 @@ function workflowView(root, { id }, app) {
           h("span", null, "created ", time(workflow.created_at)),
           h("span", null, "changed ", time(workflow.updated_at)),
           h("span", null, workflow.is_webhooks_enabled ? "its endings are sent to the webhook endpoints" : "sends no webhooks"),
-          h("span.faint", null, "the service keeps only its present version"),
+          h("span", null, `version ${workflow.version}`),
         ];
       })
     ) {

@@ -61,7 +61,7 @@ def test_two_attempts_are_shown_side_by_side(console: Console, api: Client, stac
     assert cells(console, "Machine") == ["desk-7", "desk-7"]
     begun = cells(console, "Begun by")
     assert begun == ["the run's creation", "a retry by you (this key): “A new password.”"]
-    assert cells(console, "Changed fields") == ["\u2013", "input_values"]
+    assert cells(console, "Changed fields") == ["\u2013", "values"]
     assert [text.strip("{} ") for text in cells(console, "Used")] == ['"tokens": 1', '"tokens": 2']
     assert all(text.endswith("s") for label in ("Waited", "Ran") for text in cells(console, label))
     cleared, result = cells(console, "Result")
