@@ -33,16 +33,16 @@ def without(name: str, file: str, constant: str, test: str) -> Mutant:
 
 REFUSED = "tests/test_request_limits.py"
 MUTANTS = (
-    without("parameters", "app/api/edge.py", "MAX_PARAMETERS", "tests/test_query.py"),
+    without("parameters", "app/api/edge.py", "MAX_PARAMETERS", "tests/test_query.py -k hundred"),
     without("head lines", "app/api/server.py", "MAX_HEAD_LINES", "tests/test_connections.py -k many_tiny_headers"),
-    without("target", "app/api/server.py", "MAX_TARGET_BYTES", "tests/test_bad_input.py -k test_heads"),
+    without("target", "app/api/server.py", "MAX_TARGET_BYTES", "tests/test_query.py -k 8_kib"),
     without("long heads", "app/api/server.py", "LONG_HEADS_BYTES", "tests/test_connections.py -k long_heads_share"),
-    without("errors shown", "app/api/validation.py", "MAX_ERRORS", REFUSED),
+    without("errors shown", "app/api/validation.py", "MAX_ERRORS", f"{REFUSED} -k twenty"),
     without("error", "app/schemas/values.py", "MAX_ERROR_BYTES", REFUSED),
     without("line", "app/schemas/values.py", "MAX_LINE", REFUSED),
     without("description", "app/schemas/values.py", "MAX_DESCRIPTION", REFUSED),
     without("pools", "app/schemas/values.py", "MAX_POOLS", REFUSED),
-    without("ids", "app/schemas/values.py", "MAX_IDS", REFUSED),
+    without("ids", "app/schemas/values.py", "MAX_IDS", f"{REFUSED} -k list_of_ids"),
     without("variables", "app/schemas/values.py", "MAX_VARIABLES", REFUSED),
     without("prompt", "app/schemas/values.py", "MAX_PROMPT_BYTES", REFUSED),
     without("reason", "app/schemas/values.py", "MAX_REASON", "tests/test_events.py"),

@@ -136,7 +136,20 @@ def test_the_errors_of_several_files_are_shown_together(api: Client) -> None:
     )
 
 
+def test_a_list_of_ids_has_a_thousand_at_most(api: Client) -> None:
+    path, ids = f"/v1/pools/{api.pool()}/machines", [str(uuid4()) for _ in range(1001)]
+    assert code(api.post(path, json={"machine_ids": ids})) == (422, [(["body", "machine_ids"], "too_long")])
+    assert api.post(path, json={"machine_ids": ids[:1000]}).json()["code"] == "machine_not_found"
+
+
 # --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def test_of_very_many_errors_twenty_are_shown(api: Client) -> None:
+    files = [{"filename": "a.txt", "content": "no base64"}] * 30
+    reply = api.retry(api.finished()["id"], file_inputs=files)
+    assert reply.status_code == 422, reply.text
+    assert [error["loc"][2] for error in reply.json()["detail"]] == list(range(20))
 
 
 def test_a_refusal_says_the_bound_or_the_allowed_values(api: Client) -> None:
