@@ -606,9 +606,8 @@ def test_a_run_that_falls_silent_ends_in_error(stack: Stack) -> None:
             ended = api.get_run(silent["id"])
             assert ended["error_code"] == "executor_lost"
             assert ["3600 seconds" in sentence for sentence in ended["error"]] == [True]
-            assert ended == silent | {
-                name: ended[name] for name in ("status", "error", "error_code", "ended_at", "changed_at")
-            }
+            moved = ("status", "error", "error_code", "ended_at", "changed_at", "last_report_at")
+            assert ended == silent | {name: ended[name] for name in moved}
             assert api.get_run(talking["id"]) == talking
             until(lambda: api.get_run(waiting["id"])["assigned_machine_id"] == machine_id, what="its machine is free")
             until(lambda: stack.secret(secret_path(silent)) is None, what="its secret's retention has begun")
