@@ -41,10 +41,10 @@ export class Problem extends Error {
   }
 }
 
-/** No reply came: the network, the service or a proxy is down, or it took too long. */
+/** No reply came: the network, the service or a proxy is down, or nothing of it came for too long. */
 export class Unreachable extends Error {
   constructor(slow) {
-    super(slow ? `The service did not answer within ${READ_SECONDS} s.` : navigator.onLine ? "The service cannot be reached." : "This computer is offline.");
+    super(slow ? `Nothing came from the service for ${READ_SECONDS} s.` : navigator.onLine ? "The service cannot be reached." : "This computer is offline.");
   }
 }
 
@@ -132,11 +132,37 @@ export function signOut(why) {
 
 // --- requests ---------------------------------------------------------------------------------------------------------
 
+/** Aborts when nothing has come for so many seconds; heard() says that something has. */
+function silence(seconds) {
+  const abort = new AbortController();
+  let timer = 0;
+  const heard = () => {
+    clearTimeout(timer);
+    if (seconds) timer = setTimeout(() => abort.abort(), seconds * 1000);
+  };
+  heard();
+  return { signal: abort.signal, heard, end: () => clearTimeout(timer) };
+}
+
+/** The body as text, however long it takes while something comes. */
+async function read(response, heard) {
+  if (!response.body) return response.text();
+  const decoder = new TextDecoder();
+  const reader = response.body.getReader();
+  let text = "";
+  for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
+    heard();
+    text += decoder.decode(piece.value, { stream: true });
+  }
+  return text + decoder.decode();
+}
+
 /**
- * One request: {data, text, headers}. `quiet` leaves a 401 to the caller. A signal's abort comes through as AbortError.
- * Raises Problem and Unreachable.
+ * One request: {data, text, tag}. `seconds` bounds how long nothing comes, not how long all of it takes. `known` is the tag of a
+ * reply that the caller has: if it is as it was, data is null. `quiet` leaves a 401 to the caller. A signal's abort comes through
+ * as AbortError. Raises Problem and Unreachable.
  */
-export async function call(method, path, { query, body, idempotencyKey, signal, seconds = READ_SECONDS, quiet = false, blob = false } = {}) {
+export async function call(method, path, { query, body, idempotencyKey, signal, seconds = READ_SECONDS, quiet = false, blob = false, known = "" } = {}) {
   // What was about to ask when the page signed out asks nothing any more.
   if (!me.key) throw new DOMException("Signed out.", "AbortError");
   const url = new URL(path, ROOT);
@@ -146,8 +172,9 @@ export async function call(method, path, { query, body, idempotencyKey, signal, 
   const headers = { Authorization: `Bearer ${me.key}` };
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (idempotencyKey) headers["Idempotency-Key"] = idempotencyKey;
-  const timeout = seconds ? AbortSignal.timeout(seconds * 1000) : null;
-  const signals = [signal, timeout].filter(Boolean);
+  if (known) headers["If-None-Match"] = known;
+  const timeout = silence(seconds);
+  const signals = [signal, timeout.signal].filter(Boolean);
   const asked = me.key;
   let response;
   let text = "";
@@ -157,19 +184,24 @@ export async function call(method, path, { query, body, idempotencyKey, signal, 
       method,
       headers,
       body,
-      signal: signals.length ? AbortSignal.any(signals) : undefined,
+      signal: AbortSignal.any(signals),
       cache: "no-store",
       redirect: "error",
       referrerPolicy: "no-referrer",
     });
     if (blob && response.ok) return { data: await response.blob(), headers: response.headers };
-    text = await response.text();
+    timeout.heard();
+    text = await read(response, timeout.heard);
   } catch (error) {
     if (signal?.aborted) throw new DOMException("No longer wanted.", "AbortError");
-    throw new Unreachable(timeout?.aborted);
+    throw new Unreachable(timeout.signal.aborted);
+  } finally {
+    timeout.end();
   }
   if (me.key !== asked) throw new DOMException("Signed out meanwhile.", "AbortError");
   hearDate(response.headers.get("date"));
+  const tag = response.headers.get("etag") ?? "";
+  if (response.status === 304) return { data: null, text: "", tag, headers: response.headers };
   try {
     data = text ? parse(text) : null;
   } catch {
@@ -183,7 +215,7 @@ export async function call(method, path, { query, body, idempotencyKey, signal, 
     }
     throw problem;
   }
-  return { data, text, headers: response.headers };
+  return { data, text, tag, headers: response.headers };
 }
 
 /** What the service said lately of a list whose page was too large: how many of it fit, and since when we know. */

@@ -223,6 +223,15 @@ export function tick() {
   }
 }
 
+const SILENT_MS = 180_000;
+
+/** For a running run whose executor is silent: {time, isAmber}. Amber if more reports are expected of it. */
+export function silent(run) {
+  if (run.status !== "running" || run.is_reporting === undefined) return null;
+  const last = run.last_report_at ?? run.started_at;
+  return last && now() - Date.parse(last) > SILENT_MS ? { time: time(last, "since"), isAmber: run.is_reporting } : null;
+}
+
 // --- numbers ----------------------------------------------------------------------------------------------------------
 
 export function bytes(size) {

@@ -12,18 +12,36 @@ const STRIP = 12; // pictures of the strip that are decoded at once
 const BASE64 = /^[A-Za-z0-9+/\s]+={0,2}\s*$/;
 const PICTURES = /^image\/(png|jpeg|gif|webp)$/;
 
-/** The messages of a run, the latest last. */
-export function historyView(messages) {
-  let begin = Math.max(0, messages.length - FIRST);
+/**
+ * The messages of a run, the latest last. `story` is {from, total, messages}: those from `from` on; `load(from)` adds earlier ones
+ * to it.
+ */
+export function historyView(story, load) {
+  let begin = Math.max(story.from, story.total - FIRST);
   const list = h("ol.history", { start: begin + 1 });
-  fill(list, messages.slice(begin).map((message, index) => safely(() => entry(message, begin + index), message, "li.other")));
+  const drawn = (from, end) => story.messages.slice(from - story.from, end - story.from).map((message, index) => safely(() => entry(message, from + index), message, "li.other"));
+  fill(list, drawn(begin, story.total));
   if (!begin) return list;
   const more = h("button", { type: "button" });
   const label = () => fill(more, `Show the ${Math.min(begin, MORE).toLocaleString()} before`, begin > MORE ? ` of ${begin.toLocaleString()}` : "");
   label();
-  more.addEventListener("click", () => {
+  more.addEventListener("click", async () => {
     const from = Math.max(0, begin - MORE);
-    list.prepend(...messages.slice(from, begin).map((message, index) => safely(() => entry(message, from + index), message, "li.other")));
+    if (from < story.from) {
+      if (more.disabled) return;
+      more.disabled = true;
+      fill(more, "Loading …");
+      try {
+        await load(from);
+      } catch (error) {
+        label();
+        more.after(h("span.error", { role: "alert" }, error.message));
+        return;
+      } finally {
+        more.disabled = false;
+      }
+    }
+    list.prepend(...drawn(from, begin));
     begin = from;
     list.start = begin + 1;
     list.firstElementChild.tabIndex = -1;
@@ -134,7 +152,7 @@ function picture(item, index) {
 }
 
 /** All pictures of a history, in its order: {index of the message, type, data}. */
-export function picturesOf(messages) {
+export function picturesOf(messages, from) {
   const found = [];
   const look = (item, index, depth) => {
     if (item === null || typeof item !== "object" || depth > 6) return;
@@ -148,7 +166,7 @@ export function picturesOf(messages) {
   };
   messages.forEach((message, index) => {
     try {
-      look(message?.content ?? message, index, 0);
+      look(message?.content ?? message, from + index, 0);
     } catch {
       // a form that the console does not know: the history shows it as JSON
     }

@@ -2,7 +2,8 @@
 
 import { aborted, call, newIdempotencyKey } from "./api.js";
 import { fill, h, icon, minute, notice, now, openDialog, time, timestamp, toast } from "./dom.js";
-import { momentInput, momentOf } from "./fields.js";
+import { momentInput, momentOf, targetField } from "./fields.js";
+import * as names from "./names.js";
 
 const HOUR_MS = 3_600_000;
 
@@ -106,4 +107,45 @@ export function plannedNotice(run, { because, policy, acts, changed }) {
         )
       : null,
   );
+}
+
+/** For a run that has no machine yet: any machine may take it. */
+export function anyMachine(run, changed) {
+  return actor("Any machine", "machine", (key) => patch(run, { pool_ids: [] }, key), "Any machine may take it", changed);
+}
+
+/** Another machine, or other pools, for a run that has no machine yet; it keeps its place in the queue. */
+export function openTarget(run, changed) {
+  const field = targetField({ ...run, status: "scheduling", assigned_machine_id: null }, () => field.clear());
+  const problem = h("p.error", { role: "alert" });
+  const key = newIdempotencyKey();
+  const act = h("button.primary", { type: "button" }, "Send it there");
+  const box = openDialog({
+    title: "Where this run waits",
+    body: [h("p", null, "It keeps its place in the queue. Its secrets and files stay as they are."), field.node, problem],
+    foot: [act, h("button", { type: "button", onclick: () => box.close() }, "Change nothing")],
+  });
+  field.set("change");
+  Promise.all([names.load("machines"), names.load("pools")]).then(() => field.redraw(), () => {});
+  act.addEventListener("click", async () => {
+    fill(problem);
+    const wrong = field.check();
+    const body = {};
+    field.put(body);
+    if (wrong || !Object.keys(body).length) {
+      wrong?.focus();
+      if (!wrong) fill(problem, "Choose a machine, pools, or any.");
+      return;
+    }
+    act.disabled = true;
+    try {
+      const reply = await patch(run, body, key);
+      box.close();
+      changed(reply);
+      toast("The run waits there");
+    } catch (error) {
+      act.disabled = false;
+      if (!aborted(error)) fill(problem, error.message);
+    }
+  });
 }

@@ -3,6 +3,7 @@
 import { IDLE_MS, Problem, Unreachable, checkIdle, may, me, poll, signIn, signOut, storedKey, watchKey, aborted, call } from "./api.js";
 import { UUID, clock, fill, h, hush, icon, installVoice, notice, openDialog, park, say, showAgain, span, theirs, tick, timestamp, toast, zone } from "./dom.js";
 import { bulkView } from "./bulk.js";
+import { keysView } from "./keys.js";
 import { machinesView } from "./machines.js";
 import { forget } from "./names.js";
 import { queueView } from "./queue.js";
@@ -19,20 +20,20 @@ let parked = null; // {organization, dialogs} of a key that was refused
 
 // --- addresses --------------------------------------------------------------------------------------------------------
 
-/** #/runs?status=error, #/runs/<id>/<tab>, #/bulk, #/bulk/<id>, #/queue, #/machines, #/workflows, #/workflows/<id>, #/webhooks, #/webhooks/<id>. What is not understood is the list of runs. */
+/** #/runs?status=error, #/runs/<id>/<tab>, #/bulk, #/bulk/<id>, #/queue, #/machines, #/workflows, #/workflows/<id>, #/webhooks, #/webhooks/<id>, #/keys. What is not understood is the list of runs. */
 function route() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?", 2);
   const [name, id, tab] = path.split("/");
   const params = new URLSearchParams(query);
-  if (name === "queue" || name === "machines") return { name, params };
+  if (["queue", "machines", "keys"].includes(name)) return { name, params };
   if (["bulk", "webhooks", "workflows"].includes(name)) return { name, id: id && UUID.test(id) ? id.toLowerCase() : undefined, params };
   if (name === "runs" && id && UUID.test(id)) return { name: "run", id: id.toLowerCase(), tab: tab || "now", params };
   return { name: "runs", params };
 }
 
-const VIEWS = { runs: runsView, run: runView, bulk: bulkView, queue: queueView, webhooks: webhooksView, machines: machinesView, workflows: workflowsView };
+const VIEWS = { runs: runsView, run: runView, bulk: bulkView, queue: queueView, webhooks: webhooksView, keys: keysView, machines: machinesView, workflows: workflowsView };
 
-const FOR_PEOPLE = ["queue", "webhooks", "bulk", "machines", "workflows"]; // not for a key that belongs to a machine
+const FOR_PEOPLE = ["queue", "webhooks", "bulk", "machines", "workflows", "keys"]; // not for a key that belongs to a machine
 
 function show() {
   if (!inside) return;
@@ -44,7 +45,7 @@ function show() {
   const to = route();
   if (to.name === "runs") lastList = location.hash || "#/runs";
   markNavigation(to.name);
-  if (FOR_PEOPLE.includes(to.name) && me.machine_id) {
+  if ((FOR_PEOPLE.includes(to.name) && me.machine_id) || (to.name === "keys" && !may("keys:read"))) {
     location.replace("#/runs");
     return;
   }
@@ -78,6 +79,7 @@ const navigation = {
   machines: h("a", { href: "#/machines" }, "Machines"),
   workflows: h("a", { href: "#/workflows" }, "Workflows"),
   webhooks: h("a", { href: "#/webhooks" }, "Webhooks"),
+  keys: h("a", { href: "#/keys" }, "Keys"),
 };
 const jump = h("input", {
   type: "search",
@@ -216,6 +218,7 @@ const SCOPES = [
   ["runs:execute", "report as an executor"],
   ["resources:write", "change workflows, machines and pools"],
   ["webhooks:write", "manage webhooks"],
+  ["keys:read", "see the API keys' names, scopes and last use"],
 ];
 
 function showKey() {
@@ -312,7 +315,7 @@ addEventListener("paste", (event) => {
 
 function enter() {
   inside = true;
-  for (const name of FOR_PEOPLE) navigation[name].hidden = Boolean(me.machine_id);
+  for (const name of FOR_PEOPLE) navigation[name].hidden = Boolean(me.machine_id) || (name === "keys" && !may("keys:read"));
   fill(who, icon("key"), h("span", null, theirs(me.name || me.organization_id || "key")));
   who.setAttribute("aria-label", `Your key: ${me.name || me.organization_id || "unnamed"}`);
   document.body.prepend(bar, banner);

@@ -1,10 +1,10 @@
 // The queue: which machine runs what, and which lanes wait for what, the longest wait first.
 
 import { call, page, poll } from "./api.js";
-import { bar, count, fill, h, icon, keeping, notice, now, reason, short, skeleton, status, theirs, time } from "./dom.js";
+import { bar, count, fill, h, icon, keeping, notice, now, reason, short, silent, skeleton, status, theirs, time } from "./dom.js";
 import * as names from "./names.js";
 
-const FIELDS = "status,attempt,assigned_machine_id,started_at,scheduling_reason,created_at";
+const FIELDS = "status,attempt,assigned_machine_id,started_at,last_report_at,is_reporting,scheduling_reason,created_at";
 const ACTIVE = 500; // active runs that are looked through for what a machine does
 
 export function queueView(root) {
@@ -120,7 +120,7 @@ export function queueView(root) {
           ),
           run
             ? [
-                h("p.meta", null, status(run.status), h("a", { href: `#/runs/${run.id}` }, names.named("workflows", run.workflow_id)), h("span.faint", null, `attempt ${run.attempt}`)),
+                h("p.meta", null, status(run.status), h("a", { href: `#/runs/${run.id}` }, names.named("workflows", run.workflow_id)), h("span.faint", null, `attempt ${run.attempt}`), silent(run) ? h(`span.${silent(run).isAmber ? "wait" : "faint"}`, null, icon("warn"), "no report for ", silent(run).time) : null),
                 run.started_at ? h("div.life", null, bar((now() - Date.parse(run.started_at)) / longest, "ran"), time(run.started_at, "since")) : h("p.faint", null, "assigned, not started yet"),
               ]
             : null,

@@ -1,10 +1,10 @@
 // One run: what it is now, what it was given, its attempts, its events, and the Retry button with what stands in its way.
 
 import { aborted, call, may, me, newIdempotencyKey, page, poll, save } from "./api.js";
-import { bar, bytes, copy, copyButton, count, fill, h, icon, keeping, minute, notice, now, openDialog, reason, say, short, skeleton, status, theirs, time, timestamp, toast, took } from "./dom.js";
+import { bar, bytes, copy, copyButton, count, fill, h, icon, keeping, minute, notice, now, openDialog, reason, say, short, silent, skeleton, status, theirs, time, timestamp, toast, took } from "./dom.js";
 import { comparison } from "./compare.js";
 import { historyView, inPieces, json, picturesOf, prose, safely, strip, thumbnail } from "./history.js";
-import { heldNotice, moment, openMove, plannedNotice } from "./later.js";
+import { anyMachine, heldNotice, moment, openMove, openTarget, plannedNotice } from "./later.js";
 import * as names from "./names.js";
 import { neighbours } from "./runs.js";
 import { called, openRetry } from "./retry.js";
@@ -14,6 +14,13 @@ const TABS = { now: "Now", inputs: "Inputs", attempts: "Attempts", events: "Even
 const TERMINAL = new Set(["success", "error", "task_failed", "cancelled"]);
 // A retry with overrides can still work: the dialog says which.
 const MENDABLE = new Set(["sensitive_inputs_expired", "input_attachments_expired", "machine_not_found", "pool_not_found", "session_not_found"]);
+// All that a run shows but its history, which is read in pages: it can have dozens of screenshots.
+const FIELDS =
+  "machine_id,assigned_machine_id,user_id,organization_id,scheduling_reason,not_before,attempt,assignment,traceparent,is_priority,error,error_code,output_data,output_attachment_ids,input_attachment_ids,input_values,sensitive_input_aliases,pool_ids,session_id,session_alias,release_session_after,started_at,ended_at,changed_at,next_retry_at,retries_left,last_report_at,is_reporting,main_prompt,model_metadata,usage_metadata,post_run_checks,workflow_version";
+const BEYOND = 2 ** 31 - 1; // after all messages: such a page has their number alone
+const UNREAD = { attempt: 0, of: "", key: "", from: 0, total: 0, messages: [] };
+const AT_FIRST = 3; // messages that are asked for before all others: the last ones
+const LATEST = 60; // that are asked for without being wanted
 const DRY_MS = 10_000;
 const EVENTS = 500;
 const EVENT_MS = 30_000;
@@ -24,8 +31,11 @@ export function runView(root, first, app) {
   let wantsRetry = first.params.has("retry");
   let run = null;
   let text = "";
+  let version = ""; // the tag of the reply that `text` is
+  let story = UNREAD; // the history from message `from` on
+  let whole = { of: "", run: null }; // for the JSON, with the history
   let attachments = null; // by id
-  let [historyOf, historyNode] = ["", null]; // the messages as they are drawn, and of which reply
+  let [historyOf, historyNode] = ["", null]; // the messages as they are drawn, and of which story
   let attempts = null;
   let events = null;
   let [causeOf, cause] = ["", null]; // the event that planned this attempt's retry, or cancelled it
@@ -77,18 +87,20 @@ export function runView(root, first, app) {
   async function round(signal) {
     let reply;
     try {
-      reply = await call("GET", `runs/${id}`, { signal });
+      reply = await call("GET", `runs/${id}`, { query: { fields: FIELDS }, known: version, signal });
     } catch (error) {
       if (error.code !== "run_not_found") throw error;
       run = null;
-      text = "";
+      text = version = "";
       await loadEvents(signal);
       showGone();
       throw error;
     }
-    take(reply);
+    if (reply.data) take(reply);
     poll.heard();
     await Promise.all([
+      loadHistory(signal),
+      tab === "json" ? loadWhole(signal) : null,
       names.loadMissing("workflows", [run.workflow_id], signal),
       names.loadMissing("machines", [run.machine_id, run.assigned_machine_id], signal),
       names.loadMissing("pools", run.pool_ids ?? [], signal),
@@ -102,10 +114,12 @@ export function runView(root, first, app) {
     draw();
   }
 
-  function take({ data, text: raw }) {
+  function take({ data, text: raw, tag: of }) {
     if (text === raw) return;
     const before = run;
-    [run, text] = [data, raw];
+    const { run_message_history: _history, ...shown } = data;
+    [run, text, version] = [shown, raw, of];
+    if (story.attempt !== run.attempt) story = UNREAD;
     if (before && (before.status !== run.status || before.attempt !== run.attempt)) {
       say(`Attempt ${run.attempt}: ${run.status}`);
       planAt = 0;
@@ -116,6 +130,56 @@ export function runView(root, first, app) {
       history.replaceState(null, "", `#/runs/${id}/${tab}`);
       retry();
     }
+  }
+
+  /** The messages that are not known yet: the last ones first. */
+  async function loadHistory(signal) {
+    const of = version;
+    if (of && story.of === of) return;
+    const { data } = await call("GET", `runs/${id}/history`, { query: { after: BEYOND, limit: 1 }, signal });
+    const goesOn = data.attempt === story.attempt && data.total >= story.total && run.status === "running";
+    const next = goesOn ? { ...story, messages: [...story.messages] } : { attempt: data.attempt, from: data.total, messages: [] };
+    if (goesOn) next.messages.push(...(await messages(next.total, data.total, signal)));
+    else await loadBefore(next, data.total - AT_FIRST, signal);
+    next.total = data.total;
+    tell(next);
+    if (next.from && next.total - next.from < LATEST) {
+      const more = { ...next, messages: [...next.messages] };
+      await loadBefore(more, more.total - LATEST, signal);
+      tell(more);
+    }
+    story.of = of;
+  }
+
+  /** `key` stays when a reader asks for earlier messages: what was drawn is not drawn again then. */
+  function tell(known) {
+    story = { ...known, of: "", key: JSON.stringify([known.attempt, known.from, known.total, version]) };
+    draw();
+  }
+
+  /** Those from one message up to another, in pages that the service bounds by bytes. */
+  async function messages(from, end, signal) {
+    const found = [];
+    for (let after = from; after < end; ) {
+      const { data } = await call("GET", `runs/${id}/history`, { query: { after, limit: Math.min(1000, end - after) }, signal });
+      if (!data.items.length) break;
+      found.push(...data.items);
+      after += data.items.length;
+    }
+    return found;
+  }
+
+  async function loadBefore(known, from, signal) {
+    const begin = Math.max(0, from);
+    known.messages.unshift(...(await messages(begin, known.from, signal)));
+    known.from = begin;
+  }
+
+  async function loadWhole(signal) {
+    const of = version;
+    if (of && whole.of === of) return;
+    const reply = await call("GET", `runs/${id}`, { signal });
+    whole = { of, run: reply.data };
   }
 
   async function loadAttachments(signal) {
@@ -188,18 +252,18 @@ export function runView(root, first, app) {
   function draw() {
     if (!run || !root.isConnected) return;
     tabs.hidden = false;
-    const { output_data: _output, run_message_history: _history, ...small } = run;
+    const { output_data: _output, ...small } = run;
     const called = [names.nameOf("workflows", run.workflow_id), run.machine_id && names.nameOf("machines", run.machine_id)];
-    if (keepTitle([small, called], drawTitle)) app.titled();
+    if (keepTitle([small, called, Boolean(silent(run))], drawTitle)) app.titled();
     drawActions();
     const shown = {
       // What has ended names no machine and no pool here: it stays as it was unfolded when their names arrive.
-      now: [text, cause, TERMINAL.has(run.status) ? null : [called, run.pool_ids?.map((pool) => names.nameOf("pools", pool))], [...(attachments?.keys() ?? [])]],
+      now: [text, cause, Boolean(silent(run)), story.key, TERMINAL.has(run.status) ? null : [called, run.pool_ids?.map((pool) => names.nameOf("pools", pool))], [...(attachments?.keys() ?? [])]],
       inputs: [small, called, plan?.secrets, [...(attachments?.keys() ?? [])], run.pool_ids?.map((pool) => names.nameOf("pools", pool))],
       attempts: [small, called, attempts, attempts?.map((one) => one.machine_id && names.nameOf("machines", one.machine_id))],
       events: [events === undefined ? "none" : events],
       webhooks: [sent === null],
-      json: [text],
+      json: [text, whole.of],
     }[tab];
     if (sent) drawDeliveries(sent.items, { of: [run.status, [...endpoints.values()].map((one) => [one.url, one.disabled])], empty: nothingSent() });
     const drawTab = { now: drawNow, inputs: drawInputs, attempts: drawAttempts, events: drawEvents, webhooks: drawSent, json: drawJson }[tab];
@@ -220,6 +284,7 @@ export function runView(root, first, app) {
       run.status === "running" && began ? h("span", null, "running for ", time(run.started_at, "since")) : null,
       run.not_before ? h("span", null, "starts at ", moment(run.not_before)) : null,
       run.next_retry_at ? h("span", null, "next attempt at ", moment(run.next_retry_at)) : null,
+      silent(run) ? h(`span.${silent(run).isAmber ? "wait" : "faint"}`, null, icon("warn"), "no report for ", silent(run).time) : null,
       ended ? h("span", null, "ended ", time(run.ended_at), began ? `, ran ${took(ended - began)}` : null) : null,
     ];
   }
@@ -332,16 +397,20 @@ export function runView(root, first, app) {
           "info",
           run.scheduling_reason ? reason(run.scheduling_reason) : "Waits",
           h("p", null, whereto(), " ", h("a", { href: "#/queue" }, "See the queue")),
-          acts && !run.assigned_machine_id ? h("div.line", null, h("button", { type: "button", onclick: () => openMove(run, changed) }, "Start later …")) : null,
+          acts && !run.assigned_machine_id
+            ? h("div.line", null, h("button", { type: "button", onclick: () => openMove(run, changed) }, "Start later …"), h("button", { type: "button", onclick: () => openTarget(run, changed) }, "Other machine …"), run.machine_id || run.pool_ids?.length ? anyMachine(run, changed) : null)
+            : null,
         ),
       );
     }
     if (run.next_retry_at) {
       parts.push(plannedNotice(run, { because: cause?.reason, policy: h("a", { href: `#/workflows/${run.workflow_id}` }, "retry policy"), acts, changed }));
     }
-    if (run.status === "running") parts.push(notice("info", ["Running", run.machine_id ? [" on ", names.named("machines", run.machine_id)] : null], h("p", null, run.started_at ? ["For ", time(run.started_at, "since"), ". "] : null, "What it has reported so far stands below.")));
+    const quiet = silent(run);
+    if (quiet?.isAmber) parts.push(notice("warn", ["No report for ", quiet.time], h("p", null, "Its executor has reported before and is silent now: look at ", run.machine_id ? names.named("machines", run.machine_id) : "its machine", ". If it is dead, cancel the run and retry it.")));
+    if (run.status === "running") parts.push(notice("info", ["Running", run.machine_id ? [" on ", names.named("machines", run.machine_id)] : null], h("p", null, run.started_at ? ["For ", time(run.started_at, "since"), ". "] : null, quiet && !quiet.isAmber ? ["No report for ", quiet.time, ". "] : null, "What it has reported so far stands below.")));
     if (run.status === "cancelled") parts.push(cancelledNotice());
-    const pictures = picturesOf(run.run_message_history ?? []);
+    const pictures = picturesOf(story.messages, story.from);
     if (run.error?.length) {
       const lines = inPieces(run.error, (line) => h("div.failure", null, icon("error"), h("div", null, prose(line))));
       const last = pictures.at(-1);
@@ -351,16 +420,17 @@ export function runView(root, first, app) {
     }
     if (run.output_data !== null) parts.push(section("Result", json(run.output_data, "Result")));
     if (outputs.length) parts.push(section(count(outputs.length, "file"), files(outputs)));
-    if (run.run_message_history?.length) parts.push(section(`History, ${count(run.run_message_history.length, "message")}`, shownHistory(pictures)));
+    if (story.total) parts.push(section(`History, ${count(story.total, "message")}`, shownHistory(pictures)));
+    if (!parts.length && !story.key) parts.push(skeleton(3));
     if (!parts.length) parts.push(notice("info", "Nothing was reported", h("p", null, "No error, no result, no files and no history: its executor sent none.")));
     return parts;
   }
 
   /** The same node while the run is the same: messages that were unfolded stay unfolded when its files arrive. */
   function shownHistory(pictures) {
-    if (historyOf === text) return historyNode;
+    if (historyOf === story.key) return historyNode;
     const toEnd = h("button.quiet", { type: "button", onclick: toTheEnd }, icon("down"), "To the end");
-    [historyOf, historyNode] = [text, h("div.lines", null, run.run_message_history.length > 3 ? h("div", null, toEnd) : null, strip(pictures), historyView(run.run_message_history))];
+    [historyOf, historyNode] = [story.key, h("div.lines", null, story.total > 3 ? h("div", null, toEnd) : null, strip(pictures), historyView(story, (from) => loadBefore(story, from)))];
     return historyNode;
   }
 
@@ -374,7 +444,7 @@ export function runView(root, first, app) {
   /** Who cancelled it, when, and why. */
   function cancelledNotice() {
     const by = cause ? ["Cancelled by ", author(cause.key_id, cause.user_id, cause.by, cause.by_key_name), ", ", time(cause.at)] : ["Cancelled ", time(run.ended_at ?? run.changed_at)];
-    return notice("cancelled", [by, cause?.reason ? [": ", theirs(cause.reason)] : ""], h("p", null, run.output_data === null && !run.error?.length && !run.run_message_history?.length ? "Its executor had reported nothing." : "What its executor had reported stands below."));
+    return notice("cancelled", [by, cause?.reason ? [": ", theirs(cause.reason)] : ""], h("p", null, run.output_data === null && !run.error?.length && !story.total ? "Its executor had reported nothing." : "What its executor had reported stands below."));
   }
 
   function whereto() {
@@ -588,11 +658,11 @@ export function runView(root, first, app) {
       h(
         "div.line",
         null,
-        copyButton(() => JSON.stringify(run, null, 2), "the JSON", "Copy"),
+        copyButton(() => JSON.stringify(whole.run ?? run, null, 2), "the JSON", "Copy"),
         h("button.quiet", { type: "button", onclick: () => copy(curl, "curl") }, icon("copy"), "Copy as curl"),
         h("button.quiet", { type: "button", onclick: () => copy(python, "Python") }, icon("copy"), "Copy as Python"),
       ),
-      json(run, "The run as the API shows it"),
+      whole.run ? json(whole.run, "The run as the API shows it") : skeleton(6),
     ];
   }
 

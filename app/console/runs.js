@@ -1,14 +1,14 @@
 // The list of runs. Rows stay where they are: what is new is announced, and comes when it is asked for.
 
 import { aborted, call, may, page, poll } from "./api.js";
-import { UUID, ascii, clock, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, skeleton, status, theirs, time, toast, took } from "./dom.js";
+import { UUID, ascii, clock, copyButton, count, fill, h, icon, local, notice, now, reason, say, short, silent, skeleton, status, theirs, time, toast, took } from "./dom.js";
 import { openBulkRetry } from "./bulk.js";
 import { moment as startMoment } from "./later.js";
 import * as names from "./names.js";
 import { picker } from "./picker.js";
 
 const PAGE = 100;
-const FIELDS = "status,attempt,error,scheduling_reason,not_before,next_retry_at,session_id,started_at,ended_at,changed_at";
+const FIELDS = "status,attempt,error,scheduling_reason,not_before,next_retry_at,last_report_at,is_reporting,session_id,started_at,ended_at,changed_at";
 const LEAN = FIELDS.replace("error,", ""); // when the errors of a page are too long together
 const STATUSES = ["scheduling", "running", "success", "error", "task_failed", "cancelled"];
 const ENDED = ["success", "error", "task_failed", "cancelled"];
@@ -425,13 +425,14 @@ export function runsView(root, first) {
     set(cells.workflow, names.nameOf("workflows", run.workflow_id), () => names.named("workflows", run.workflow_id));
     set(cells.machine, run.machine_id && names.nameOf("machines", run.machine_id), () => (run.machine_id ? names.named("machines", run.machine_id) : h("span.faint", null, "–")));
     const shown = JSON.stringify(run);
+    if (!row.tr.classList.contains("gone")) set(cells.why, `${shown}${Boolean(silent(run))}`, () => why(run)); // silence comes by itself
     if (shown === row.shown) return;
     const moved = row.shown && (row.run.status !== run.status || row.run.attempt !== run.attempt);
     Object.assign(row, { run, shown });
     row.link.setAttribute("aria-label", `Run ${run.id.slice(0, 8)}, ${run.status}`);
     set(cells.status, run.status, () => status(run.status));
     set(cells.attempt, run.attempt, () => String(run.attempt));
-    set(cells.why, shown, () => why(run));
+    
     set(cells.changed, run.changed_at, () => time(run.changed_at, "age"));
     row.tr.classList.remove("gone");
     row.tr.classList.toggle("flash", Boolean(moved));
@@ -603,6 +604,8 @@ function query({ status: wanted, workflow, machine, session, search, order, sinc
 function why(run) {
   if (run.not_before) return ["Starts at ", startMoment(run.not_before)];
   if (run.status === "scheduling") return run.scheduling_reason ? reason(run.scheduling_reason) : null;
+  const quiet = silent(run);
+  if (quiet) return h(`span.${quiet.isAmber ? "wait" : "faint"}`, null, icon("warn"), " no report for ", quiet.time);
   if (run.status === "running") return run.started_at ? ["for ", time(run.started_at, "since")] : null;
   const retried = run.next_retry_at ? ["Retried at ", startMoment(run.next_retry_at), run.error?.length ? ": " : ""] : null;
   if (run.error?.length) {

@@ -11,6 +11,7 @@ const LAST = 100; // runs that the figures are about
 const FIGURES_MS = 60_000;
 const ASKED_AT_ONCE = 4;
 const DAYS = 14;
+const VERSIONS = 20; // earlier ones on the page
 const DAY_MS = 86_400_000;
 
 /** #/workflows and #/workflows/<id>. */
@@ -206,10 +207,12 @@ function workflowView(root, { id }, app) {
   const last = h("div");
   const days = h("div");
   const prompt = h("div");
+  const versions = h("div");
+  let versionsOf = 0; // the version that they came before
   const loadDays = chart(days, { workflow_id: id });
   const back = h("a.back", { href: "#/workflows" }, icon("back"), "Workflows");
   fill(root, back, h("div.runhead", null, h("div.title", null, heading, about), h("div.actions", null, runs)), panel);
-  fill(panel, h("section", null, h("h2", null, "Retry policy"), policy), h("section", null, h("h2", null, `Its last ${LAST} runs`), last), h("section", null, h("h2", null, "By day"), days), h("section", null, h("h2", null, "What the agent is told"), prompt));
+  fill(panel, h("section", null, h("h2", null, "Retry policy"), policy), h("section", null, h("h2", null, `Its last ${LAST} runs`), last), h("section", null, h("h2", null, "By day"), days), h("section", null, h("h2", null, "What the agent is told"), prompt), h("section", null, h("h2", null, "Versions"), versions));
   fill(policy, skeleton(2));
   fill(last, skeleton(1));
   fill(prompt, skeleton(2));
@@ -226,11 +229,25 @@ function workflowView(root, { id }, app) {
       throw error;
     }
     poll.heard();
+    if (versionsOf !== workflow.version) {
+      const { data } = await call("GET", `workflows/${id}/versions`, { query: { limit: VERSIONS }, signal });
+      versionsOf = workflow.version;
+      fill(versions, data.length ? h("ol.attempts", null, data.map(version)) : h("p.faint", null, "This is the first one."));
+    }
     if (now() - knownAt < FIGURES_MS) return;
     known = await figures(id, signal);
     keepLast(known, () => h("p.meta", null, figureText(known)));
     await loadDays(signal);
     knownAt = now();
+  }
+
+  function version(one) {
+    return h(
+      "li",
+      null,
+      h("header", null, h("b", null, `Version ${one.version}`), one.name ? theirs(one.name) : null, h("span.faint.end", null, "replaced ", time(one.replaced_at), one.replaced_by_key_id ? [" by key ", short(one.replaced_by_key_id)] : null)),
+      h("details.more", null, h("summary", null, "What the agent was told", h("span.unseen", null, ` in version ${one.version}`)), prose(one.main_prompt)),
+    );
   }
 
   function take(data) {

@@ -213,3 +213,21 @@ def test_a_tab_that_is_restored_later_shows_nothing(console: Console, api: Clien
         console.do(console.page.get_by_label("API key").fill(console.key))
         console.do(console.page.keyboard.press("Enter"))
         console.sees(console.rows)
+
+
+def test_keys_are_listed_by_name_and_never_shown(console: Console, api: Client, stack: Stack) -> None:
+    stack.sql("UPDATE api_keys SET name = 'night shift' WHERE organization_id = $1", api.organization)
+    reader = stack.new_key(api.organization, scopes=["runs:read"])
+    run = api.finished("error")
+    api.json_of(api.retry(run["id"]))
+    console.sign_in("#/keys")
+    own = console.page.locator(".machines > li", has_text="night shift")
+    for text in ("this key", "* (everything)", "last used"):
+        console.reads(own, text)
+    console.sees("keys revoke ID")
+    assert console.key not in console.do(console.page.content())
+    console.sign_in_again(reader)
+    console.do(expect(console.rows).to_have_count(1))
+    console.do(expect(console.page.get_by_role("link", name="Keys")).to_be_hidden())
+    console.go(f"#/runs/{run['id']}/attempts")
+    console.reads(console.page.locator(".attempts"), "key night shift")

@@ -125,6 +125,7 @@ def test_the_policy_of_a_workflow_is_read_and_changed_with_a_preview(
     workflow = api.get_run(run)["workflow_id"]
     console.sign_in("#/workflows")
     console.do(console.page.get_by_role("link", name="Post invoices").click())
+    console.reads(console.page.locator(".attempts"), "Version 1")  # it had no name
     policy = console.page.locator(".policytext")
     console.reads(policy, "Retries after 1 h, 1 h; then stays in error.")
     console.reads(policy, "Rule 1: ended in error with “timed out” in a line of its error.")

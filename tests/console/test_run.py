@@ -83,6 +83,69 @@ def test_the_last_picture_stands_beside_the_error_and_all_are_a_strip(console: C
     console.do(expect(console.page.locator(".history > li").last).to_be_focused())
 
 
+def test_a_run_that_is_as_it_was_is_not_sent_again_and_its_history_comes_in_pages(
+    console: Console, api: Client
+) -> None:
+    run = api.run()
+    api.report(run["id"], status="running")
+    messages = [{"role": "user", "content": f"message {number}"} for number in range(70)]
+    api.report(run["id"], status="success", run_message_history=messages)
+    console.sign_in(f"#/runs/{run['id']}")
+    console.do(expect(console.page.locator(".history > li")).to_have_count(60))
+    asked = [request for request in console.sent("GET", f"/v1/runs/{run['id']}") if "/history" not in request.url]
+    assert all("run_message_history" not in request.url and "fields=" in request.url for request in asked)
+    pages = len(console.sent("GET", "/history"))
+
+    async def next_round() -> int:
+        async with console.page.expect_response(lambda reply: f"/v1/runs/{run['id']}?" in reply.url) as heard:
+            pass
+        return (await heard.value).status
+
+    assert [console.do(next_round()) for _ in range(2)] == [304, 304]
+    assert len(console.sent("GET", "/history")) == pages
+    console.go(f"#/runs/{run['id']}/json")
+    console.reads(console.page.locator(".panel"), "message 0")
+
+
+def test_a_silent_executor_is_amber_on_the_run_the_list_and_the_queue(
+    console: Console, api: Client, stack: Stack
+) -> None:
+    desk = api.machine(name="desk-7")
+    run = api.run(machine_id=desk)
+    until(lambda: api.get_run(run["id"])["assigned_machine_id"])
+    api.report(run["id"], status="running")
+    api.report(run["id"], run_message_history=[])
+    assert api.get_run(run["id"])["is_reporting"]
+    stack.sql(
+        "UPDATE runs SET started_at = now() - interval '9 min', changed_at = now() - interval '9 min',"
+        " reported_at = now() - interval '245 s' WHERE id = $1",
+        run["id"],
+    )
+    console.sign_in()
+    console.reads(console.rows.locator(".c-why .wait"), "no report for 4 min")
+    console.go("#/queue")
+    console.reads(console.page.locator(".machines .wait"), "no report for 4 min")
+    console.open_run(run["id"])
+    console.reads(console.page.locator(".panel > :first-child"), "No report for 4 min")
+    api.report(run["id"], run_message_history=[])
+    console.misses(console.page.locator(".panel .is-warn"))
+
+
+def test_a_waiting_run_is_sent_to_another_machine_and_to_any(console: Console, api: Client) -> None:
+    old, new = api.machine(name="desk-7", status="disconnected"), api.machine(name="desk-8", status="disconnected")
+    run = api.run(machine_id=old)
+    console.sign_in(f"#/runs/{run['id']}")
+    console.do(console.page.get_by_role("button", name="Other machine …").click())
+    console.do(console.dialog.get_by_label("desk-8").check())
+    console.do(console.dialog.get_by_role("button", name="Send it there").click())
+    console.reads(console.page.locator(".panel"), "For desk-8")
+    assert api.get_run(run["id"])["machine_id"] == new
+    console.do(console.page.get_by_role("button", name="Any machine").click())
+    console.reads(console.page.locator(".panel"), "For any machine")
+    console.go(f"#/runs/{run['id']}/events")
+    console.reads(console.page.locator(".events"), "retargeted")
+
+
 def test_a_long_history_comes_in_parts(console: Console, api: Client) -> None:
     run = api.run()
     api.report(run["id"], status="running")

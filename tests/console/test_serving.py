@@ -1,6 +1,7 @@
 """How the console's files are served: what a browser is told about them, and what is not there."""
 
 import gzip
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -8,6 +9,8 @@ import pytest
 
 from app.api.console import FOLDER
 from app.api.static_files import TYPES
+from app.runs.projection import RUN_BASE_FIELDS
+from app.schemas.runs import RunResponse
 from tests.support.server import Server, start_server
 from tests.support.stack import Stack
 
@@ -114,3 +117,9 @@ def test_can_be_turned_off(stack: Stack) -> None:
             assert (reply.status_code, reply.json()["code"]) == (404, "route_not_found")
     finally:
         server.app.stop()
+
+
+def test_a_run_is_asked_for_with_all_its_keys_but_the_history() -> None:
+    [asked] = re.findall(r'const FIELDS =\s*"([^"]+)"', (FOLDER / "run.js").read_text(encoding="utf-8"))
+    shown = set(RunResponse.model_fields) - {"run_message_history", *RUN_BASE_FIELDS}
+    assert set(asked.split(",")) - set(RUN_BASE_FIELDS) == shown
