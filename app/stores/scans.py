@@ -201,13 +201,16 @@ def _look_at(listing: Listing, branches: tuple[str, ...], matches: str, shown: L
 
 @lru_cache(maxsize=16)
 def _weigh(listing: Listing) -> Statement:
-    """What rows_of wants to know of these keys: as with pages, no further than to the first row that is too much."""
+    """What rows_of wants to know of these keys: as with pages, no further than to the first row that is too much.
+
+    A row that was deleted since the scan weighs nothing.
+    """
     return composed(
         f"{listing.name}.weigh",
         fragment(
             f"""
             SELECT ARRAY[n, octets::bigint] FROM (
-                SELECT n, sum((SELECT {listing.octets} FROM {listing.source} WHERE {listing.row}))
+                SELECT n, sum(coalesce((SELECT {listing.octets} FROM {listing.source} WHERE {listing.row}), 0))
                           OVER (ORDER BY n ROWS UNBOUNDED PRECEDING) AS octets
                 FROM unnest(:ids::uuid[]) WITH ORDINALITY AS listed (key, n)
             ) AS weighed
