@@ -16,6 +16,8 @@ FUZZ_SECONDS ?= 1800
 UV ?= uv
 
 BIN := .venv/bin
+# Whatever the shell says: else each test worker compiles all tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 # mypy uses one processor for half a minute: other things run meanwhile. Its output does not mix with theirs.
 LINT_BESIDE = $(MAKE) --no-print-directory lint >.venv/lint.log 2>&1 & lint=$$!;
 LINT_ENDS = wait $$lint; linted=$$?; [ $$linted = 0 ] && echo "make lint: nothing found" || cat .venv/lint.log;
