@@ -153,7 +153,12 @@ def loops(services: Services) -> list[Loop]:
     if not settles:
         return telling
     deliverer = Deliverer(services)
-    collect = partial(collect_all, database, services.secrets, services.files, noted=note_expired_secrets)
+
+    async def collect() -> None:
+        if services.files.own_marker is None:  # what an unmounted folder lacks would count as deleted
+            await services.checks.problem("storage")
+        await collect_all(database, services.secrets, services.files, noted=note_expired_secrets)
+
     return [
         *telling,
         # It is organizations that rest here, each by itself: none waits for what another one costs.

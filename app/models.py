@@ -363,6 +363,17 @@ class Run(Base):
     changed_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
 
 
+class StorageMarker(Base):
+    """The id of the file store that holds the files; one row at most (stores/storage_marker.py)."""
+
+    __tablename__ = "storage_marker"
+    __table_args__ = (CheckConstraint("is_only", name="is_only"),)
+
+    is_only: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    store_id: Mapped[UUID]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class RunOutput(Base):
     """The outputs, the history and the usage of an attempt. A run shows those of its current attempt.
 

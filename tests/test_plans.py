@@ -303,6 +303,7 @@ SAMPLES: dict[str, Any] = {
     "salt": "all",
     "shown": bits(FIELDS),
     "silent_seconds": 180.0,
+    "store_id": UUID(int=1),
     "skip": 0,
     "started_at": None,
     "starts": False,

@@ -61,7 +61,7 @@ class Health(BaseModel):
     down: list[str] = Field(description="Dependencies that cannot be used.")
     reasons: dict[str, str] = Field(
         description="Why, by dependency: `unreachable`; `login_refused` (Vault); `not_migrated`, `incompatible`, "
-        "`role_settings` (database); `disk_full` (database, storage). "
+        "`role_settings` (database); `marker_missing`, `marker_foreign` (storage); `disk_full` (database, storage). "
         "`webhooks` is `not_granted` when Vault's policy lacks their lines; the rest works."
     )
 

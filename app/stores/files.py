@@ -1,6 +1,9 @@
 """Attachment bytes in a folder or an object store: the only file that imports obstore.
 
 It knows keys and bytes, not their owners.
+
+One file: every call of a folder checks the store's marker in the same step in which it reads, writes or deletes, so the marker
+and the steps of a folder cannot be read apart.
 """
 
 import asyncio
@@ -72,6 +75,11 @@ def is_active(content_type: str) -> bool:
     return _ACTIVE.fullmatch(content_type.partition(";")[0].strip()) is not None
 
 
+# The key of the store's marker (storage_marker.py). A folder gets it by way of a file with a longer name.
+MARKER = ".runs-store"
+_MARKER_BYTES = 36
+
+
 class FileMissingError(Exception):
     """The store holds nothing, or too little, under this key."""
 
@@ -120,6 +128,8 @@ class FileStore:
             )
         self.disk = Disk("storage")
         self.outage = Outage("storage")
+        self.own_marker: str | None = None  # that the database holds; None: not known yet
+        self.is_own = True  # until a check finds another marker
         self._requests = Slots("storage", settings.storage_concurrency)
         self._collector = Slots("storage-collector", _COLLECTOR_SLOTS)
         self._health = Slots("storage-health", _HEALTH_SLOTS)
@@ -164,7 +174,7 @@ class FileStore:
         Returns the keys that are gone, for good. What failed is logged by kind.
         """
         if self._root is not None:  # one call for all: a thread for each would cost more than the deleting
-            calls = [partial(_delete_files, self._root, keys)]
+            calls = [partial(self._delete_files, self._root, keys)]
         else:
             calls = [partial(self._delete_object, key) for key in keys]
         results = await asyncio.gather(
@@ -201,6 +211,8 @@ class FileStore:
         found: list[str] = []
         for folder, _, names in os.walk(self._root or ""):
             for name in names:
+                if name.startswith(MARKER):
+                    continue
                 found.append(str((Path(folder) / name).relative_to(self._root or "")))
                 if len(found) == page:
                     yield found
@@ -209,7 +221,7 @@ class FileStore:
 
     def _listed(self, page: int) -> Iterator[list[str]]:
         for objects in obstore.list(self._store, chunk_size=page):
-            yield [found["path"] for found in objects]
+            yield [found["path"] for found in objects if not found["path"].startswith(MARKER)]
 
     async def size(self, key: str) -> int | None:
         """Bytes of a file; None if there is none. Raises StorageUnavailable."""
@@ -224,6 +236,42 @@ class FileStore:
                 return None
 
         return await self._run(self._requests, "size", look, self._timeout)
+
+    async def marker(self) -> str | None:
+        """The store's marker; None if there is none. Raises StorageUnavailable, also for one that is no id."""
+        return await self._run(self._health, "marker", self._marker, self._timeout)
+
+    async def write_marker(self, marker: str) -> str:
+        """Give the store its marker, unless another process was faster; returns the marker that is there then.
+
+        Raises StorageUnavailable.
+        """
+
+        def write() -> str:
+            if self._root is None:
+                obstore.put(self._store, MARKER, marker.encode(), use_multipart=False)
+            else:
+                _write_marker(self._root, marker)
+            return self._marker() or marker
+
+        return await self._run(self._health, "marker", write, self._timeout)
+
+    def _marker(self) -> str | None:
+        try:
+            if self._root is not None:
+                self._require_root(self._root)
+                found = (self._root / MARKER).read_bytes()[: _MARKER_BYTES + 1]
+            else:
+                found = bytes(obstore.get_range(self._store, MARKER, start=0, end=_MARKER_BYTES))
+            return str(UUID(found.decode("ascii").strip()))
+        except (FileNotFoundError, PermissionDeniedError):
+            return None
+
+    def _require_own(self) -> None:
+        """Raises StorageUnavailable for a folder that is not the database's store, however short ago that was found."""
+        if self._root is not None and self.own_marker is not None and self._marker() != self.own_marker:
+            self.is_own = False
+            raise StorageUnavailable
 
     async def ready(self) -> bool:
         """Whether the folder can be written, or the object store answers. Bounded by twice the timeout."""
@@ -242,6 +290,8 @@ class FileStore:
 
     async def _run(self, slots: Slots, operation: str, call: Callable[[], T], patience: float) -> T:
         def guarded() -> T:
+            if not self.is_own and slots is not self._health:
+                raise StorageUnavailable
             try:
                 return call()
             except (BaseError, OSError, ValueError) as error:
@@ -270,6 +320,7 @@ class FileStore:
         if self._root is None:
             obstore.put(self._store, key, data, attributes=dict(attributes or {}), use_multipart=False)
             return
+        self._require_own()
         _write_file(self._root, key, data)
 
     def _read(self, key: str, start: int, stop: int) -> bytes:
@@ -277,10 +328,15 @@ class FileStore:
             chunk = bytes(obstore.get_range(self._store, key, start=start, end=stop))
         except FileNotFoundError:
             self._require_root(self._root)
+            self._require_own()
             raise FileMissingError from None
         if len(chunk) != stop - start:
             raise FileMissingError
         return chunk
+
+    def _delete_files(self, root: Path, keys: Sequence[str]) -> set[str]:
+        self._require_own()
+        return _delete_files(root, keys)
 
     def _delete_object(self, key: str) -> set[str]:
         with suppress(FileNotFoundError):
@@ -359,6 +415,27 @@ def _write_file(root: Path, key: str, data: bytes) -> None:
         for folder in folders:
             with _opened(folder, top) as descriptor:
                 os.fsync(descriptor)
+        os.fsync(top)
+
+
+def _write_marker(root: Path, marker: str) -> None:
+    """Under its name only once it is whole, and never over another one. Raises OSError."""
+    fresh = f"{MARKER}-{marker}"
+    with _opened(root) as top:
+        file = os.open(fresh, _NEW_FILE, 0o666, dir_fd=top)
+        try:
+            os.write(file, marker.encode())
+            os.fsync(file)
+            try:
+                os.link(fresh, MARKER, src_dir_fd=top, dst_dir_fd=top)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                os.rename(fresh, MARKER, src_dir_fd=top, dst_dir_fd=top)
+        finally:
+            os.close(file)
+            with suppress(FileNotFoundError):
+                os.unlink(fresh, dir_fd=top)
         os.fsync(top)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
 from app.errors import DatabaseUnavailable, StorageUnavailable, Unavailable, VaultUnavailable
+from app.stores import storage_marker
 from app.stores.database import READ_ONLY, Database
 from app.stores.files import FileStore
 from app.stores.outages import Outage, Problem
@@ -60,7 +61,7 @@ class Checks:
         self._checks: dict[Store, _Check] = {
             "database": _Check(lambda: _database_problem(database), database.outage),
             "vault": _Check(lambda: _vault_problem(secrets), secrets.outage),
-            "storage": _Check(lambda: _storage_problem(files), files.outage),
+            "storage": _Check(lambda: _storage_problem(database, files), files.outage),
         }
 
     async def problem(self, store: Store) -> Problem | None:
@@ -106,5 +107,13 @@ async def _vault_problem(secrets: SecretStore) -> Problem | None:
     return None if reason is None else Problem(reason)
 
 
-async def _storage_problem(files: FileStore) -> Problem | None:
-    return None if await files.ready() else Problem("unreachable")
+async def _storage_problem(database: Database, files: FileStore) -> Problem | None:
+    if not await files.ready():
+        return Problem("unreachable")
+    try:
+        reason = await storage_marker.problem(database, files)
+    except StorageUnavailable:
+        return Problem("unreachable")
+    except DatabaseUnavailable:  # the database has a check of its own, and whose store this is was right before
+        return None
+    return None if reason is None else Problem(reason)

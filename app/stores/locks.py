@@ -17,6 +17,9 @@ MIGRATION: Final = 0x72756E73  # "runs" in ASCII
 # Two sessions cannot change the settings of one role at once: PostgreSQL ends the second with an error.
 ROLE_SETTINGS: Final = MIGRATION + 1
 
+# Replicas that start together give the file store its marker one after the other, so that it gets one.
+STORAGE_MARKER: Final = MIGRATION + 2
+
 # --- one for each organization ----------------------------------------------------------------------------------------
 
 # Replicas place the runs of one organization one after the other. A second pass could otherwise take a session that the first
@@ -64,6 +67,11 @@ def try_for(kind: int, subject: str = _ORGANIZATION) -> str:
 def wait_for_role_settings() -> str:
     """SQL that waits for ROLE_SETTINGS, which has no subject."""
     return f"pg_advisory_xact_lock({ROLE_SETTINGS})"
+
+
+def wait_for_storage_marker() -> str:
+    """SQL that waits for STORAGE_MARKER, which has no subject."""
+    return f"pg_advisory_xact_lock({STORAGE_MARKER})"
 
 
 def try_for_migration() -> str:

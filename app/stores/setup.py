@@ -36,6 +36,7 @@ GRANTS = {
     "run_outputs": _ALL,
     "runs": _ALL,
     "shared_rounds": _ALL,
+    "storage_marker": "SELECT, INSERT",
     "stored_replies": _ALL,
     "webhook_deliveries": _ALL,
     "webhook_endpoints": _ALL,

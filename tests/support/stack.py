@@ -13,6 +13,7 @@ import pytest
 
 from app.access.auth import digest, new_key
 from app.config import Settings
+from app.stores.files import MARKER
 from dev.stack import Bao, Postgres
 
 
@@ -186,7 +187,8 @@ class Stack:
     def blobs(self, folder: str = "") -> set[str]:
         """Every file in the store, leftovers included. Folders may go meanwhile: os.walk passes over them, rglob fails."""
         walked = os.walk(self.files / folder)
-        return {str((Path(path) / name).relative_to(self.files)) for path, _, names in walked for name in names}
+        found = {str((Path(path) / name).relative_to(self.files)) for path, _, names in walked for name in names}
+        return {name for name in found if not name.startswith(MARKER)}
 
     def named(self) -> tuple[set[str], set[str]]:
         """Secret paths and blob keys that a run, an endpoint or the deletion list names."""
