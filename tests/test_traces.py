@@ -1,5 +1,6 @@
 """Traces: the very bytes that a collector gets, what is in them and what never is; and that off is off."""
 
+import re
 import secrets
 import subprocess
 import sys
@@ -116,6 +117,19 @@ def test_a_retry_is_a_tree_of_named_spans_without_anything_that_was_sent(
         report, _ = tree(collector, trace_id, "PATCH /v1/runs/{run_id}")
         assert report["parent"] == server["id"]
         assert f'"trace_id":"{trace_id}"' in traced.app.log.read_text()
+
+
+def test_every_operation_of_a_store_has_a_name_for_its_span() -> None:
+    operations = {
+        (store, operation)
+        for store, file in (("files", "files.py"), ("vault", "vault.py"))
+        for operation in re.findall(
+            r'_(?:run|call|measured)\((?:self\._\w+, )?"(\w+)"',
+            (Path(tracing.__file__).parents[1] / "stores" / file).read_text(),
+        )
+    }
+    assert len(operations) >= 10
+    assert operations <= tracing._STORE_CALLS.keys()
 
 
 def test_a_set_is_one_span_that_is_linked_with_the_other_requests(

@@ -78,10 +78,12 @@ class Checks:
         return self._checks[store].outage.suspected
 
     async def tell(self, log: logging.Logger, error: Unavailable, line: Mapping[str, object]) -> None:
-        """Log that background work failed with this error: a warning, or debug if the store is lost."""
-        store = _STORE_OF.get(error.code)
-        is_lost = store is not None and await self._checks[store](is_new=True) is not None
-        log.log(logging.DEBUG if is_lost else logging.WARNING, line)
+        """Log that background work failed with this error: a warning, or debug if the store is lost or was so a moment ago."""
+        store, level = _STORE_OF.get(error.code), logging.WARNING
+        if store is not None:
+            await self._checks[store](is_new=True)
+            level = self._checks[store].outage.level
+        log.log(level, line)
 
     def full(self, *stores: Store) -> Sequence[Store]:
         """The stores among these that have full disks, as far as is known."""

@@ -12,6 +12,9 @@ from app.telemetry import metrics
 
 log = logging.getLogger("app.stores")
 
+# So long after an outage a call can still fail that began in it.
+AFTERMATH_SECONDS = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -27,12 +30,14 @@ class Outage:
     def __init__(self, store: str) -> None:
         self._store = store
         self._began: float | None = None  # in time.monotonic(); None: the store can be used
+        self._ended = -AFTERMATH_SECONDS
         self.suspected = asyncio.Event()  # a call has failed: check the store soon
 
     @property
     def level(self) -> int:
         """The level of a line about a failed call. During an outage it is debug: the outage has its own line."""
-        return logging.WARNING if self._began is None else logging.DEBUG
+        is_over = self._began is None and time.monotonic() - self._ended >= AFTERMATH_SECONDS
+        return logging.WARNING if is_over else logging.DEBUG
 
     def checked(self, problem: Problem | None) -> None:
         """Note what a check found, and log a change."""
@@ -43,5 +48,5 @@ class Outage:
             log.error(line | ({} if problem.cause is None else {"cause": problem.cause}))
         elif problem is None and self._began is not None:
             seconds = round(time.monotonic() - self._began, 1)
-            self._began = None
+            self._began, self._ended = None, time.monotonic()
             log.warning({"event": "store_back", "store": self._store, "seconds": seconds})

@@ -48,6 +48,9 @@ _STORE_CALLS = {
     ("files", "delete"): ("DELETE", "/{key}"),
     ("files", "health"): ("HEAD", "/ready"),
     ("files", "sign"): ("GET", "/{key}"),
+    ("files", "size"): ("HEAD", "/{key}"),
+    ("files", "list"): ("GET", "/"),
+    ("files", "marker"): ("GET", "/{marker}"),
 }
 
 tracer: "Tracer | None" = None

@@ -114,8 +114,7 @@ def test_a_silent_executor_is_amber_on_the_run_the_list_and_the_queue(
     run = api.run(machine_id=desk)
     until(lambda: api.get_run(run["id"])["assigned_machine_id"])
     api.report(run["id"], status="running")
-    api.report(run["id"], run_message_history=[])
-    assert api.get_run(run["id"])["is_reporting"]
+    until(lambda: api.report(run["id"], run_message_history=[])["is_reporting"])
     stack.sql(
         "UPDATE runs SET started_at = now() - interval '9 min', changed_at = now() - interval '9 min',"
         " reported_at = now() - interval '245 s' WHERE id = $1",
