@@ -87,7 +87,7 @@ class Stack:
             "VAULT_TOKEN": self.bao.token(),
             "STORAGE_URL": self.files.as_uri(),
             "SERVER_KEY": "a key of the tests, longer than 32 characters",
-            "BACKGROUND_PERIOD_SECONDS": "0.2",
+            "BACKGROUND_PERIOD_SECONDS": "0.4",
             "LOG_LEVEL": "debug",
         }
         return {name: str(value) for name, value in (base | self.settings | settings).items()}
