@@ -400,7 +400,8 @@ def runs(sdk: Sdk) -> None:
         sdk.report(task, status="running")
         assert sdk.report(task, status="task_failed").status is models.RunStatus.TASK_FAILED
         assert ids(sdk("runs.list", workflow_id=workflow_id, status=models.RunStatus.TASK_FAILED)) == [task]
-        assert sdk("runs.list", status=models.RunStatus.RUNNING_CHECKS).items == []
+        if hasattr(models.RunStatus, "RUNNING_CHECKS"):  # it came later
+            assert sdk("runs.list", status=models.RunStatus.RUNNING_CHECKS).items == []
         assert sdk("runs.retry", task, models.RunRetry.from_dict({})).status is models.RunStatus.SCHEDULING
     if "include" in inspect.signature(sdk.client.runs.list).parameters:
         workflow = {("workflow", str(pinned.workflow_id))}
