@@ -59,19 +59,14 @@ COUNT = statement(
     """,
 )
 
-TAKE_TURN = statement("runs.quotas.take_turn", f"SELECT {locks.wait_for(locks.QUOTA_TURN)}")
-BESIDE_OTHERS = statement("runs.quotas.beside_others", f"SELECT {locks.wait_beside_others(locks.QUOTA_BESIDE_OTHERS)}")
-ALONE = statement("runs.quotas.alone", f"SELECT {locks.wait_for(locks.QUOTA_BESIDE_OTHERS)}")
-
-# The same for the organizations of a set, in one order everywhere: two sets cannot wait for each other.
+# A set locks its organizations in one order everywhere: two sets cannot wait for each other.
 _ORGANIZATIONS = "FROM (SELECT id FROM unnest(:organization_ids::text[]) AS id ORDER BY hashtext(id) OFFSET 0) AS one"
-SET_BESIDE_OTHERS = statement(
-    "runs.quotas.set_beside_others",
+TAKE_TURN = statement("runs.quotas.take_turn", f"SELECT {locks.wait_for(locks.QUOTA_TURN, 'one.id')} {_ORGANIZATIONS}")
+BESIDE_OTHERS = statement(
+    "runs.quotas.beside_others",
     f"SELECT {locks.wait_beside_others(locks.QUOTA_BESIDE_OTHERS, 'one.id')} {_ORGANIZATIONS}",
 )
-SET_TAKES_TURN = statement(
-    "runs.quotas.set_takes_turn", f"SELECT {locks.wait_for(locks.QUOTA_TURN, 'one.id')} {_ORGANIZATIONS}"
-)
+ALONE = statement("runs.quotas.alone", f"SELECT {locks.wait_for(locks.QUOTA_BESIDE_OTHERS, 'one.id')} {_ORGANIZATIONS}")
 
 
 def room_of(retry: str) -> str:
@@ -110,8 +105,9 @@ async def room(database: Database, quotas: RunQuotas | None, principal: Principa
     if principal is None or quotas is None or (quotas.key_waiting is None and quotas.organization_waiting is None):
         yield NO_QUOTA
         return
-    allowance = quotas.allowances.of(principal.key_id, time.monotonic())
-    if allowance.is_to_be_counted(time.monotonic()):
+    now = time.monotonic()
+    allowance = quotas.allowances.of(principal.key_id, now)
+    if allowance.is_to_be_counted(now):
         with allowance.counting() as allow:
             async with database.connection() as connection:
                 counted = await _count(connection, quotas, principal, 0)
@@ -135,8 +131,8 @@ async def take_turns(connection: Connection, organization_ids: Collection[str]) 
 
     So each set counts what the one before it has committed; a set can have more retries than are left of a quota.
     """
-    await connection.execute(SET_BESIDE_OTHERS, organization_ids=list(organization_ids))
-    await connection.execute(SET_TAKES_TURN, organization_ids=list(organization_ids))
+    await connection.execute(BESIDE_OTHERS, organization_ids=list(organization_ids))
+    await connection.execute(TAKE_TURN, organization_ids=list(organization_ids))
 
 
 def _before_turns(policy: Policy | None, more: int = 1) -> int:
@@ -165,16 +161,16 @@ async def admit(
     async def decide() -> tuple[tuple[Standing, ...], bool]:
         return _standings(quotas, await _count(connection, quotas, principal, created), waiting, created)
 
-    organization_id = principal.organization_id
+    organizations = [principal.organization_id]
     if waiting > 1:
         _, is_near = await decide()
-        await connection.execute(ALONE if is_near else BESIDE_OTHERS, organization_id=organization_id)
+        await connection.execute(ALONE if is_near else BESIDE_OTHERS, organization_ids=organizations)
         standings, _ = await decide()
         return standings
-    await connection.execute(BESIDE_OTHERS, organization_id=organization_id)
+    await connection.execute(BESIDE_OTHERS, organization_ids=organizations)
     standings, is_near = await decide()
     if is_near:
-        await connection.execute(TAKE_TURN, organization_id=organization_id)
+        await connection.execute(TAKE_TURN, organization_ids=organizations)
         standings, _ = await decide()
     return standings
 
@@ -188,7 +184,7 @@ async def admit_some(
     except QuotaExceeded as refusal:
         if wanted == 1 or quotas is None:
             return 0, (), refusal
-    await connection.execute(ALONE, organization_id=principal.organization_id)
+    await connection.execute(ALONE, organization_ids=[principal.organization_id])
     counted = await _count(connection, quotas, principal, 0)
     left = min(
         wanted if policy is None else max(policy.quota - used, 0)

@@ -251,12 +251,12 @@ async def _written(services: Services, change: Change) -> bytes | None:
     if retry.options.input_values is not None:
         length += len(json_bytes(retry.options.input_values) or b"")
 
-    work = _write_set if change.room is quotas.NO_QUOTA else _write_counted_set
+    if change.room is not quotas.NO_QUOTA:
+        work, together = _write_counted_set, services.together.switch_counted
+    else:
+        work, together = _write_set, services.together.switch if change.is_plain() else services.together.switch_staged
     if length > memory_budget.FREE_BYTES:  # others would wait for it
         return (await work(services, [change]))[0]
-    together = services.together.switch if change.is_plain() else services.together.switch_staged
-    if change.room is not quotas.NO_QUOTA:
-        together = services.together.switch_counted
     key = None if retry.write is None else retry.write.key
     marks = (retry.run_id,) if key is None else (retry.run_id, (retry.organization_id, key))
     return await together(partial(work, services), change, retry.organization_id, marks)
