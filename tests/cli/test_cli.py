@@ -37,8 +37,8 @@ def test_lists_are_for_people_and_for_programs(terminal: Terminal, api: Client) 
 
 def test_a_run_its_attempts_its_events_the_queue_and_machines(terminal: Terminal, api: Client) -> None:
     run = api.finished("error", input_values={"user": "ada"})
+    machine = api.machine(name="desk-7", is_available=False)  # before the retry, so that it never takes the run
     api.json_of(api.retry(run["id"], reason="again"))
-    machine = api.machine(name="desk-7", is_available=False)
     assert "scheduling" in terminal.run("get", run["id"]).stdout
     assert json.loads(terminal.run("get", run["id"], "-o", "json").stdout)["attempt"] == 2
     assert "again" in terminal.run("attempts", run["id"]).stdout
